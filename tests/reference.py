@@ -1,0 +1,57 @@
+"""Dense oracles: the definitions, written out without regard to cost.
+
+They share no code with the modules that they judge. `G` is (m, d), one gradient a row, a tensor or
+anything that `torch.as_tensor` takes; everything is computed in float64 unless a dtype is given.
+"""
+
+import torch
+
+
+def dense_fisher(G, damp: float) -> torch.Tensor:
+    """The damped empirical Fisher λI + GᵀG/m, (d, d)."""
+    G = torch.as_tensor(G).double()
+    m, d = G.shape
+    return damp * torch.eye(d, dtype=torch.float64) + G.T @ G / m
+
+
+def dense_inverse(G, damp: float) -> torch.Tensor:
+    """Its inverse, (d, d)."""
+    return torch.linalg.inv(dense_fisher(G, damp))
+
+
+def recursion(G, damp: float, dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sherman-Morrison, one gradient at a time, as in the paper.
+
+    vᵢ = F_{i-1}⁻¹ gᵢ and qᵢ = m + gᵢᵀvᵢ, so that F⁻¹ = I/λ - Σᵢ vᵢvᵢᵀ/qᵢ. Returns V (m, d), q (m,).
+    """
+    G = torch.as_tensor(G).to(dtype)
+    m = len(G)
+    V, q = torch.empty_like(G), G.new_empty(m)
+    for i, g in enumerate(G):
+        V[i] = g / damp - (V[:i] @ g / q[:i]) @ V[:i]
+        q[i] = m + g @ V[i]
+    return V, q
+
+
+def recursion_diagonal(G, damp: float, dtype=torch.float64) -> torch.Tensor:
+    """diag(F⁻¹), (d,), from the recursion."""
+    V, q = recursion(G, damp, dtype)
+    return 1 / damp - (V.square() / q[:, None]).sum(0)
+
+
+def joint_removal(F: torch.Tensor, drop, w: torch.Tensor) -> torch.Tensor:
+    """The update δ (d,) of the weights `w` that removes `drop` at the least cost ½ δᵀFδ.
+
+    The group formula of Optimal Brain Surgeon, δ = -F⁻¹E_Q (E_QᵀF⁻¹E_Q)⁻¹ w_Q, for any dense F.
+    """
+    inverse = torch.linalg.inv(F.double())
+    return -inverse[:, drop] @ torch.linalg.solve(inverse[drop][:, drop], w.double()[drop])
+
+
+def independent_removal(F: torch.Tensor, drop, w: torch.Tensor) -> torch.Tensor:
+    """The paper's update δ (d,): every weight of `drop` removed as if it were alone, then zeroed."""
+    inverse = torch.linalg.inv(F.double())
+    w = w.double()
+    delta = -inverse[:, drop] @ (w[drop] / inverse.diagonal()[drop])
+    delta[drop] = -w[drop]
+    return delta
