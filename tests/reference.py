@@ -49,7 +49,7 @@ def joint_removal(F: torch.Tensor, drop, w: torch.Tensor) -> torch.Tensor:
 
 
 def independent_removal(F: torch.Tensor, drop, w: torch.Tensor) -> torch.Tensor:
-    """The paper's update δ (d,): every weight of `drop` removed as if it were alone, then zeroed."""
+    """The paper's update δ (d,): every weight of `drop` removed as if it were alone, then 0."""
     inverse = torch.linalg.inv(F.double())
     w = w.double()
     delta = -inverse[:, drop] @ (w[drop] / inverse.diagonal()[drop])
