@@ -1,0 +1,99 @@
+"""The models that the scripts know by name, and the loading of checkpoints.
+
+`MODELS` is the one registry: a name and a callable that takes the number of classes and returns
+a module for images with three channels. A new entry is all that a new model needs:
+
+    models.MODELS["mlp"] = lambda num_classes: MLP(hidden=512, num_classes=num_classes)
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models.mobilenet import MobileNet
+from models.resnet import ResNet
+from models.wideresnet import WideResNet
+
+__all__ = ["MODELS", "build", "load_checkpoint"]
+
+MODELS: dict[str, Callable[[int], nn.Module]] = {
+    "resnet20": partial(ResNet, 20),
+    "resnet32": partial(ResNet, 32),
+    "resnet44": partial(ResNet, 44),
+    "resnet56": partial(ResNet, 56),
+    "wideresnet-22-2": partial(WideResNet, 22, 2),
+    "wideresnet-40-2": partial(WideResNet, 40, 2),
+    "wideresnet-22-4": partial(WideResNet, 22, 4),
+    "mobilenet": MobileNet,
+}
+
+
+def build(name: str, num_classes: int) -> nn.Module:
+    """A new model `name` with `num_classes` outputs; its weights follow torch's global generator.
+
+    Raises ValueError for a name that is not in `MODELS`.
+    """
+    if name not in MODELS:
+        raise ValueError(f"Unknown model {name!r}: choose one of {', '.join(sorted(MODELS))}.")
+    return MODELS[name](num_classes)
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Loads the weights and buffers in the file `path` into `model`, on whatever device it lives.
+
+    The file holds a state dict, alone or under "state_dict" or "model", its keys with or without
+    the "module." that DataParallel puts in front. Only tensors and plain containers are unpickled.
+    Raises ValueError, with the model untouched, for a file that is missing, not a checkpoint, or
+    that does not fit the model.
+    """
+    state = _read_state_dict(Path(path))
+    wanted = model.state_dict()
+    # Checkpoints older than torch 0.4.1 lack this counter, and load_state_dict can do without it.
+    missing = [
+        key for key in wanted if key not in state and not key.endswith("num_batches_tracked")
+    ]
+    unexpected = [key for key in state if key not in wanted]
+    if missing or unexpected:
+        found = [f"lacks {missing[0]!r}"] if missing else []
+        found += [f"has {unexpected[0]!r}, which the model lacks"] if unexpected else []
+        others = len(missing) + len(unexpected) - len(found)
+        raise ValueError(
+            f"The checkpoint {path} belongs to another model: it {' and '.join(found)}"
+            f"{f' ({others} more keys differ)' if others else ''}; "
+            f"name the model that it was saved from."
+        )
+    for key, tensor in state.items():
+        if tensor.shape != wanted[key].shape:
+            raise ValueError(
+                f"The checkpoint {path} belongs to a model with other sizes or another number of "
+                f"classes: {key!r} is {tuple(tensor.shape)} there and "
+                f"{tuple(wanted[key].shape)} here; use the model and data set it was saved from."
+            )
+    model.load_state_dict(state)
+
+
+def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the checkpoint `path` by name, without the "module." prefix."""
+    if not path.is_file():
+        raise ValueError(f"There is no checkpoint file {path}: check the path.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # depending on the bytes: UnpicklingError, RuntimeError, EOFError, …
+        raise ValueError(
+            f"The file {path} is not a checkpoint of tensors that torch.load can read "
+            f"({type(error).__name__}): save one with torch.save(model.state_dict(), path)."
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
+        raise ValueError(
+            f"The checkpoint {path} holds no state dict of named tensors, neither at its top nor "
+            f"under 'state_dict' or 'model': save one with torch.save(model.state_dict(), path)."
+        )
+    return {key.removeprefix("module."): value for key, value in state.items()}
