@@ -1,0 +1,546 @@
+"""Data sets and loaders for image classification.
+
+`load(dataset)` takes the word "digits", for the handwritten digits that come with scikit-learn and
+need no network, or a path, and what lies there decides the kind:
+
+- `train/` and `test/` (or `val/`) with a folder of images a class, in any format that PIL reads;
+- the original files of CIFAR-10, CIFAR-100 or MNIST; with a path such as `data/cifar10` that does
+  not exist or is empty, they are downloaded to it.
+
+Sets whose images all have one size of at most 64x64 are decoded once to a uint8 tensor and
+augmented a batch at a time: random crops of the image padded with black, and mirroring where the
+mirror image is of the same class. Others are cropped to 224x224 as usual for ImageNet, in worker
+processes that decode and augment.
+
+Order and augmentation are a function of (seed, epoch) alone: they neither read nor change any
+global generator, so a resumed run gets the batches of an uninterrupted one without saved state.
+"""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+
+__all__ = ["Data", "DataError", "Loader", "load"]
+
+SMALL = 64  # pixels: sets with images up to this side are held in memory
+CROP = 224  # pixels: side of what is cut from larger images
+SAMPLE = 1000  # training images read for the statistics of a set of larger ones
+
+# Published mean and standard deviation of each channel, for pixels from 0 to 1.
+CONSTANTS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "mnist": ((0.1307,) * 3, (0.3081,) * 3),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+# The torchvision class that reads a set, and the folder in which it keeps the original files.
+ORIGINALS = {
+    "cifar10": ("CIFAR10", "cifar-10-batches-py"),
+    "cifar100": ("CIFAR100", "cifar-100-python"),
+    "mnist": ("MNIST", "MNIST"),
+}
+
+CIFAR10_CLASSES = set("airplane automobile bird cat deer dog frog horse ship truck".split())
+SOME_CIFAR100_CLASSES = {"aquarium_fish", "maple_tree", "pickup_truck", "sweet_pepper"}
+
+
+class DataError(ValueError):
+    """A data set that can't be used; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Images in memory: `images` uint8 (N, 3, H, W), `labels` int64 (N,)."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool
+    padding: int
+
+    def batch(
+        self, indices: torch.Tensor, draws: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images float32 (n, 3, H, W), augmented with `draws`, int64 (n, 3), if there are any."""
+        images = self.images[indices]
+        if draws is not None:
+            images = _crop_and_flip(images, draws, self.padding, self.flip)
+        return _normalise(images, self.mean, self.std), self.labels[indices]
+
+
+@dataclass(frozen=True)
+class Files:
+    """Images on disk: the file of each, `labels` int64 (N,)."""
+
+    paths: list[str]
+    labels: torch.Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool
+
+    def batch(
+        self, indices: torch.Tensor, draws: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images float32 (n, 3, 224, 224), augmented with `draws`, int64 (n, 3), if any."""
+        seeds = [None] * len(indices) if draws is None else draws[:, 0].tolist()
+        images = torch.stack(
+            [
+                _large_view(_read_image(self.paths[index]), seed, self.flip)
+                for index, seed in zip(indices.tolist(), seeds)
+            ]
+        )
+        return _normalise(images, self.mean, self.std), self.labels[indices]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set for classification, as `load` returns it.
+
+    `shape` is (C, H, W) of the images that the loaders yield, always with three channels; `mean`
+    and `std` are those of each channel, for pixels from 0 to 1.
+    """
+
+    name: str
+    classes: list[str]
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    splits: dict[str, Pixels | Files]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def loader(
+        self,
+        split: str,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        augment: bool | None = None,
+        shuffle: bool | None = None,
+        workers: int | None = None,
+    ) -> "Loader":
+        """Batches of the split "train" or "test".
+
+        `augment` and `shuffle` default to True for "train" and to False for "test". `workers`
+        processes read images that are not held in memory (default: one a core, at most 8).
+        Raises ValueError for another split, or if `batch_size` is below 1.
+        """
+        if split not in self.splits:
+            raise ValueError(f"Unknown split {split!r}: choose 'train' or 'test'.")
+        if batch_size < 1:
+            raise ValueError(f"Invalid batch size {batch_size}: it must be at least 1.")
+        training = split == "train"
+        source = self.splits[split]
+        if isinstance(source, Pixels):
+            workers = 0  # a batch takes about a millisecond: a process would only add to that
+        elif workers is None:
+            workers = min(8, os.cpu_count() or 1)
+        return Loader(
+            source,
+            batch_size,
+            seed=seed,
+            augment=training if augment is None else augment,
+            shuffle=training if shuffle is None else shuffle,
+            workers=workers,
+        )
+
+
+class Loader:
+    """Iterates over batches (images float32 (n, C, H, W) normalised, labels int64 (n,)).
+
+    Each iteration runs over all samples once; the last batch may be smaller. Until `set_epoch` is
+    called with another epoch, every iteration yields the same batches.
+    """
+
+    def __init__(
+        self,
+        source: Pixels | Files,
+        batch_size: int,
+        *,
+        seed: int,
+        augment: bool,
+        shuffle: bool,
+        workers: int,
+    ) -> None:
+        self.source = source
+        self.batch_size = batch_size
+        self.num_samples = len(source.labels)
+        self.seed = seed
+        self.augment = augment
+        self.shuffle = shuffle
+        self.workers = workers
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order and the augmentation of the iterations that start from now on."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        batches = _Batches(self.source, self._plan())
+        if self.workers == 0:
+            return map(_checked, map(batches.__getitem__, range(len(batches))))
+        # A generator of its own keeps DataLoader from drawing a seed from the global one.
+        processes = DataLoader(
+            batches, batch_size=None, num_workers=self.workers, generator=torch.Generator()
+        )
+        return map(_checked, processes)
+
+    def _plan(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """The samples of each batch, and three random integers for each sample if augmented."""
+        seed = np.random.SeedSequence([self.seed % 2**64, self.epoch]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(seed[0]))
+        n = self.num_samples
+        order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
+        indices = order.split(self.batch_size)
+        if not self.augment:
+            return [(batch, None) for batch in indices]
+        draws = torch.randint(2**62, (n, 3), generator=generator).split(self.batch_size)
+        return list(zip(indices, draws))
+
+
+class _Batches:
+    """The batches of one epoch as a map-style data set, so that worker processes can make them."""
+
+    def __init__(self, source: Pixels | Files, plan: list) -> None:
+        self.source = source
+        self.plan = plan
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | DataError:
+        try:
+            return self.source.batch(*self.plan[index])
+        except DataError as error:  # returned, because a worker would add its traceback to it
+            return error
+
+
+def _checked(batch: tuple[torch.Tensor, torch.Tensor] | DataError):
+    """The batch itself; raises the error that came in its place."""
+    if isinstance(batch, DataError):
+        raise batch
+    return batch
+
+
+def load(dataset: str | Path = "digits") -> Data:
+    """The data set at the path `dataset`, or the embedded one for the word "digits".
+
+    Raises DataError if there is none that can be used.
+    """
+    if str(dataset) == "digits":
+        return _load_digits()
+    path = Path(dataset).expanduser().resolve()
+    if (path / "train").is_dir():
+        return _load_folders(path)
+    for kind, (_, folder) in ORIGINALS.items():
+        if path.name == folder and path.is_dir() and any(path.iterdir()):
+            return _load_original(kind, path.parent)
+        if (path / folder).is_dir() or (kind == _plain(path.name) and _awaits_download(path)):
+            return _load_original(kind, path)
+    if not path.exists():
+        raise DataError(f"There is no data set at {path}: check the path.")
+    if not path.is_dir():
+        raise DataError(f"The data set {path} is a file: give a folder, unpacked if need be.")
+    raise DataError(
+        f"The folder {path} holds no data set: it needs train/ and test/ (or val/) with a folder "
+        f"of images a class, or the original files of CIFAR-10, CIFAR-100 or MNIST."
+    )
+
+
+def _plain(name: str) -> str:
+    """Lower-case letters and digits of a name: "CIFAR-10" and "cifar10" are the same."""
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
+def _awaits_download(path: Path) -> bool:
+    """True for a folder that is absent, empty, or holds the archives of a broken download only."""
+    return not path.exists() or (path.is_dir() and all(p.suffix == ".gz" for p in path.iterdir()))
+
+
+def _load_digits() -> Data:
+    """1,797 handwritten digits of 8x8 pixels, enlarged to 3x32x32: 1,437 to train, 360 to test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    small = torch.tensor(digits.images, dtype=torch.float32)[:, None] * (255 / 16)
+    images = F.interpolate(small, size=(32, 32), mode="bilinear").round().to(torch.uint8)
+    images = images.expand(-1, 3, -1, -1)
+    labels = torch.tensor(digits.target, dtype=torch.int64)
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=360, random_state=0, stratify=digits.target
+    )
+    return _in_memory(
+        "digits",
+        [str(digit) for digit in range(10)],
+        {"train": (images[train], labels[train]), "test": (images[test], labels[test])},
+    )
+
+
+def _load_original(kind: str, root: Path) -> Data:
+    """CIFAR-10, CIFAR-100 or MNIST from the original files under `root`, downloaded if absent."""
+    from torchvision import datasets  # here, because its import takes a second
+
+    dataset = getattr(datasets, ORIGINALS[kind][0])
+    splits = {}
+    for split in ("train", "test"):
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # some releases print their progress
+                original = dataset(str(root), train=split == "train", download=True)
+        except Exception as error:  # URLError, RuntimeError, PermissionError, EOFError, …
+            raise DataError(
+                f"The files of {kind} can be neither read from nor downloaded to {root} "
+                f"({_one_line(error)}): copy them there, or check the network and the path."
+            ) from error
+        images = torch.as_tensor(original.data)
+        # (N, H, W) of MNIST becomes three equal channels without taking three times the memory.
+        images = (
+            images.permute(0, 3, 1, 2)
+            if images.ndim == 4
+            else images[:, None].expand(-1, 3, -1, -1)
+        )
+        splits[split] = images, torch.as_tensor(original.targets)
+    return _in_memory(kind, list(original.classes), splits)
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
+def _load_folders(path: Path) -> Data:
+    """A set in class folders, held in memory if its images are small."""
+    train = path / "train"
+    # ImageNet's test/ has no classes, so a folder without any doesn't count.
+    test = next((path / d for d in ("test", "val") if _class_names(path / d)), None)
+    if test is None:
+        raise DataError(
+            f"The data set {path} has no test/ or val/ with a folder of images a class: "
+            f"add one with the classes of train/."
+        )
+    classes = _class_names(train)
+    if not classes:
+        raise DataError(f"The folder {train} holds no class folders: add one for each class.")
+    for one, other in ((train, test), (test, train)):
+        extra = sorted(set(_class_names(one)) - set(_class_names(other)))
+        if extra:
+            raise DataError(
+                f"The classes differ: {one} has {_some(extra)}, which {other} lacks; "
+                f"both need the same class folders."
+            )
+    files = {"train": _list_images(train, classes), "test": _list_images(test, classes)}
+    firsts = [paths[0] for by_class in files.values() for paths in by_class]
+    sizes = {_read_image(first, header_only=True).size for first in firsts}
+    listed = {
+        split: (
+            [file for paths in by_class for file in paths],
+            torch.repeat_interleave(torch.tensor([len(paths) for paths in by_class])),
+        )
+        for split, by_class in files.items()
+    }
+    if max(max(size) for size in sizes) > SMALL:
+        return _on_disk(path.name, classes, listed)
+    size = _read_image(firsts[0], header_only=True).size
+    splits = {split: (_decode(paths, size), labels) for split, (paths, labels) in listed.items()}
+    return _in_memory(path.name, classes, splits)
+
+
+def _class_names(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    return sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(repr, names[:3])) + more
+
+
+def _list_images(folder: Path, classes: list[str]) -> list[list[str]]:
+    """The image files of each class, sorted, also from folders inside the class folder."""
+    extensions = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = []
+    for name in classes:
+        found = [
+            os.path.join(where, file)
+            for where, _, inside in os.walk(folder / name, followlinks=True)
+            for file in inside
+            if not file.startswith(".") and os.path.splitext(file)[1].lower() in extensions
+        ]
+        if not found:
+            raise DataError(
+                f"The class folder {folder / name} holds no images: add some, or remove it."
+            )
+        files.append(sorted(found))
+    return files
+
+
+def _read_image(path: str, header_only: bool = False) -> Image.Image:
+    """The image in a file, as RGB; with `header_only` its pixels are not decoded."""
+    try:
+        with Image.open(path) as image:
+            if not header_only and image.mode.startswith(("I", "F")):
+                raise DataError(
+                    f"The image {path} has pixels of more than 8 bits (mode {image.mode}), which "
+                    f"would be cut off: convert it to 8 bits."
+                )
+            return image if header_only else image.convert("RGB")
+    except DataError:
+        raise
+    except Exception as error:  # PIL's readers raise OSError, SyntaxError, struct.error, …
+        raise DataError(
+            f"The image {path} can't be read ({_one_line(error)}): repair or remove it."
+        ) from error
+
+
+def _decode(paths: list[str], size: tuple[int, int]) -> torch.Tensor:
+    """All images, each of `size` (width, height), as one uint8 tensor (N, 3, H, W)."""
+    images = np.empty((len(paths), 3, size[1], size[0]), dtype=np.uint8)
+
+    def decode(chunk: range) -> None:
+        for index in chunk:
+            image = _read_image(paths[index])
+            if image.size != size:
+                raise DataError(
+                    f"The image {paths[index]} is {image.width}x{image.height} where others are "
+                    f"{size[0]}x{size[1]}: images up to {SMALL}x{SMALL} must all have one size."
+                )
+            images[index] = np.asarray(image).transpose(2, 0, 1)
+
+    chunks = [range(i, min(i + 256, len(paths))) for i in range(0, len(paths), 256)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes without Python's global lock
+        for _ in pool.map(decode, chunks):
+            pass
+    return torch.from_numpy(images)
+
+
+def _in_memory(
+    name: str, classes: list[str], splits: dict[str, tuple[torch.Tensor, torch.Tensor]]
+) -> Data:
+    """Data from uint8 images (N, 3, H, W) and labels (N,) of each split."""
+    shape = tuple(splits["train"][0].shape[1:])
+    mean, std = _published(name, classes, shape) or _statistics(splits["train"][0])
+    # A mirrored digit is no digit, or another one: the mirror image of a 2 looks like a 5.
+    digits = any(word in _plain(name) for word in ("digit", "mnist", "svhn"))
+    sources = {
+        split: Pixels(images, labels, mean, std, flip=not digits, padding=4)
+        for split, (images, labels) in splits.items()
+    }
+    return Data(name, classes, shape, mean, std, sources)
+
+
+def _on_disk(
+    name: str, classes: list[str], splits: dict[str, tuple[list[str], torch.Tensor]]
+) -> Data:
+    """Data from the files and labels of each split."""
+    shape = (3, CROP, CROP)
+    paths = splits["train"][0]
+    constants = _published(name, classes, shape)
+    if constants is None:
+        sample = paths[:: -(-len(paths) // SAMPLE)]
+        constants = _statistics(
+            torch.stack([_large_view(_read_image(path), None, False) for path in sample])
+        )
+    sources = {
+        split: Files(paths, labels, *constants, flip=True)
+        for split, (paths, labels) in splits.items()
+    }
+    return Data(name, classes, shape, *constants, sources)
+
+
+def _published(
+    name: str, classes: list[str], shape: tuple[int, ...]
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The published mean and standard deviation, if the name or the classes tell the set."""
+    name = _plain(name)
+    if shape[1:] == (CROP, CROP):
+        imagenet = all(re.fullmatch(r"n\d{8}", wordnet_id) for wordnet_id in classes)
+        return CONSTANTS["imagenet"] if imagenet else None
+    if name == "mnist":
+        return CONSTANTS["mnist"]
+    if shape[1:] == (32, 32):
+        lower = {c.lower() for c in classes}
+        if lower == CIFAR10_CLASSES or ("cifar10" in name and len(classes) == 10):
+            return CONSTANTS["cifar10"]
+        if len(classes) == 100 and ("cifar100" in name or SOME_CIFAR100_CLASSES <= lower):
+            return CONSTANTS["cifar100"]
+    return None
+
+
+def _statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of uint8 images (N, 3, H, W), in units of 255.
+
+    They come from the histogram, which is exact and takes little memory.
+    """
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, stds = [], []
+    for channel in images.unbind(1):
+        share = torch.bincount(channel.flatten(), minlength=256).double()
+        share /= share.sum()
+        mean = share @ values
+        variance = share @ (values - mean) ** 2
+        means.append(mean.item())
+        stds.append(max(variance.sqrt().item(), 1 / 255))  # a constant channel divides by no zero
+    return tuple(means), tuple(stds)
+
+
+def _normalise(
+    images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]
+) -> torch.Tensor:
+    """uint8 (n, C, H, W) to float32 with mean 0 and standard deviation 1 of each channel."""
+    mean, std = (255 * torch.tensor(figure)[:, None, None] for figure in (mean, std))
+    return images.float().sub_(mean).div_(std)
+
+
+def _crop_and_flip(
+    images: torch.Tensor, draws: torch.Tensor, padding: int, flip: bool
+) -> torch.Tensor:
+    """A random HxW window of each image (n, C, H, W) padded with black, mirrored or not if `flip`.
+
+    One gather moves each pixel to its place: `draws`, random integers (n, 3), give the window's top
+    and left and whether to mirror.
+    """
+    n, channels, height, width = images.shape
+    top, left = (draws[:, :2] % (2 * padding + 1)).T
+    rows = top[:, None] + torch.arange(height)
+    columns = torch.arange(width).expand(n, -1)
+    if flip:
+        columns = torch.where(draws[:, 2:] % 2 == 1, width - 1 - columns, columns)
+    columns = columns + left[:, None]
+    places = rows[:, :, None] * (width + 2 * padding) + columns[:, None, :]
+    padded = F.pad(images, (padding,) * 4).flatten(2)
+    return padded.gather(2, places.flatten(1)[:, None].expand(-1, channels, -1)).view_as(images)
+
+
+def _large_view(image: Image.Image, seed: int | None, flip: bool) -> torch.Tensor:
+    """uint8 (3, 224, 224): a random crop, resized and mirrored, with `seed`; without, the centre."""
+    from torchvision import transforms  # here, because its import takes a second
+
+    steps = (
+        [transforms.Resize(256), transforms.CenterCrop(CROP)]
+        if seed is None
+        else [transforms.RandomResizedCrop(CROP), transforms.RandomHorizontalFlip(0.5 * flip)]
+    )
+    # The transforms draw from the global generator of the CPU, so it is seeded and put back.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed or 0)
+        return transforms.functional.pil_to_tensor(transforms.Compose(steps)(image))
