@@ -1,0 +1,744 @@
+"""M-FAC, dynamic algorithm: the inverse empirical Fisher of a sliding window of gradients.
+
+With the last m gradients as the rows of G (m, d) and damping λ, the damped empirical Fisher is
+
+    F = λI + (1/m) GᵀG                                          (d, d), never formed.
+
+Let K = GGᵀ (m, m) and A = mλI + K. Woodbury's identity gives every inverse-Hessian-vector product
+(IHVP), and the newest gradient g, row j of G, has a shorter one, since g = Gᵀe_j:
+
+    F⁻¹x = (x − Gᵀ A⁻¹ G x) / λ                                                             (1)
+    F⁻¹g = m Gᵀz,  A z = e_j                                                                (3)
+
+Cost of exchanging a gradient and of one IHVP: O(dm + m²), two reads of the window.
+
+Symbols: m gradients in the window, d weights, G (m, d) window, K (m, m) Gram matrix,
+A = mλI + K, P = A⁻¹, λ = `damp` (always λ itself); k = Gg, z = A⁻¹e_j, j the row of g.
+
+Differences from the paper's reference code:
+1. The (m, m) side is updated in O(m²) rather than computed anew in O(m³) for each gradient.
+2. It is kept in float64 and checked, so that nearly parallel gradients and small λ stay right.
+3. Weights that are zero at construction are frozen (`sparse`) in matrices only, not in vectors.
+4. `state_dict` holds everything, so that a resumed run is the uninterrupted one.
+
+Source: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order
+Information", NeurIPS 2021, arXiv 2107.03356, section 3.2 (dynamic algorithm).
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["MFAC", "DynamicInverseFisher", "NonFiniteGradientError", "window_bytes"]
+
+
+class NonFiniteGradientError(ValueError):
+    """A gradient with NaN or Inf was refused; the window is as it was."""
+
+
+def window_bytes(ngrads: int, dim: int) -> int:
+    """Bytes for a float32 window of `ngrads` gradients of `dim` weights: 4md, and 16m² for K, P."""
+    return 4 * ngrads * dim + 16 * ngrads**2
+
+
+# --- products with the window ---------------------------------------------------------------------
+
+PARTIAL_SUM = 2**16  # columns summed in float32 before float64 takes over
+TILE = 2**20  # numbers converted at a time: small enough to stay in the processor's cache
+
+
+def _tiles(G: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Cuts G into tiles in `dtype`: columns where G has that type already, else converted rows."""
+    m, d = G.shape
+    if G.dtype == dtype:
+        for c in range(0, d, PARTIAL_SUM):
+            yield slice(None), slice(c, c + PARTIAL_SUM), G[:, c : c + PARTIAL_SUM]
+    else:
+        rows = max(1, TILE // max(1, d))
+        for r in range(0, m, rows):
+            yield slice(r, r + rows), slice(None), G[r : r + rows].to(dtype)
+
+
+def _times(G: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """G (m, d) times x (d,), computed in `dtype` and summed in float64: (m,)."""
+    x = x.to(dtype)
+    y = torch.zeros(G.shape[0], dtype=torch.float64, device=G.device)
+    # Autocast would round to bfloat16. TF32 is no concern: it is for matrix-matrix products, and
+    # those in this file are all in float64.
+    with torch.autocast(G.device.type, enabled=False):
+        for rows, columns, tile in _tiles(G, dtype):
+            y[rows] += tile @ x[columns]
+    return y
+
+
+def _transposed_times(G: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gᵀ (d, m) times y (m,), computed in `dtype`: (d,)."""
+    y = y.to(dtype)
+    x = torch.zeros(G.shape[1], dtype=dtype, device=G.device)
+    with torch.autocast(G.device.type, enabled=False):
+        for rows, columns, tile in _tiles(G, dtype):
+            x[columns] += y[rows] @ tile
+    return x
+
+
+def _gram(G: Tensor) -> Tensor:
+    """GGᵀ (m, m) in float64."""
+    m, d = G.shape
+    K = torch.zeros(m, m, dtype=torch.float64, device=G.device)
+    width = max(1, 8 * TILE // m)
+    for c in range(0, d, width):
+        tile = G[:, c : c + width].double()
+        K.addmm_(tile, tile.T)
+    return K
+
+
+# --- coefficients: the (m, m) side, which never sees the window -----------------------------------
+
+
+class IncrementalCoefficients:
+    """P = A⁻¹ (m, m) in float64, exchanged in O(m²) when a row of the window changes.
+
+    `exchange` and `solve` polish their answer by one step of iterative refinement. P is computed
+    anew from A once every m exchanges, and whenever the refinement's residual asks for it.
+    """
+
+    def __init__(self, m: int, damp: float, device: torch.device):
+        self.K = torch.zeros(m, m, dtype=torch.float64, device=device)
+        self.refactor(damp)
+
+    def refactor(self, damp: float) -> None:
+        """Computes P from K for damping λ = `damp`, O(m³); LinAlgError if A is not positive."""
+        self.damp, self.shift = damp, len(self.K) * damp
+        A = self.K.clone()
+        A.diagonal().add_(self.shift)
+        self.P = torch.cholesky_inverse(torch.linalg.cholesky(A))
+        self.age = 0
+
+    def exchange(self, j: int, k: Tensor) -> Tensor:
+        """Makes k (m,) row and column j of K; returns z = A⁻¹e_j (m,)."""
+        self.K[j] = self.K[:, j] = k
+        self.age += 1
+        if self.age >= len(k) or not self._exchange_inverse(j, k):
+            self.refactor(self.damp)
+        z, residual = self._newest(j)
+        if not residual < 1e-6:  # also where it is NaN
+            self.refactor(self.damp)
+            z, _ = self._newest(j)
+        return z
+
+    def _exchange_inverse(self, j: int, k: Tensor) -> bool:
+        """The rank-two update of P; False, and P as it was, where rounding makes it impossible."""
+        p = self.P[:, j].clone()
+        kk = k.clone()
+        kk[j] = 0
+        u = self.P @ kk - p * (p @ kk / p[j])  # (A without j)⁻¹ k'
+        u[j] = 0
+        s = k[j] + self.shift - kk @ u  # Schur complement; in exact arithmetic s ≥ mλ
+        if not s > 0.5 * self.shift:
+            return False
+        u[j] = -1
+        # P − p pᵀ/p_j + u uᵀ/s in one sweep: each half has the same factors on both sides, which
+        # keeps P symmetric.
+        U = torch.stack([p / p[j].sqrt(), u / s.sqrt()], dim=1)
+        self.P.addmm_(U * U.new_tensor([-1.0, 1.0]), U.T)
+        return True
+
+    def _newest(self, j: int) -> tuple[Tensor, float]:
+        """z = A⁻¹e_j after one refinement, and the residual before it, in units of row and column.
+
+        Scaling by diag(A) makes the residual as meaningful for small gradients as for large ones.
+        """
+        z = self.P[:, j]
+        r = -self._times_A(z)
+        r[j] += 1
+        a = self.K.diagonal() + self.shift
+        residual = float((r.abs() * (a[j] / a).sqrt()).max())
+        return z + self.P @ r, residual
+
+    def _times_A(self, y: Tensor) -> Tensor:
+        return self.K @ y + self.shift * y
+
+    def solve(self, y: Tensor) -> Tensor:
+        """A⁻¹y for y (m,) or (m, n)."""
+        x = self.P @ y
+        return x + self.P @ (y - self._times_A(x))
+
+    def condition(self) -> float:
+        """max_i P_ii A_ii: 1 for orthogonal gradients, large for nearly parallel ones."""
+        return float((self.P.diagonal() * (self.K.diagonal() + self.shift)).max())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"K": self.K, "damp": self.damp, "P": self.P, "age": self.age}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.K.copy_(state["K"])
+        self.refactor(state["damp"])
+        if "P" in state:  # not where it comes from PaperCoefficients
+            self.P.copy_(state["P"])
+            self.age = state["age"]
+
+
+class PaperCoefficients:
+    """The paper's B and q, computed anew from K for each gradient: O(m³).
+
+    With C = mI + K/λ = L̂ diag(q) L̂ᵀ and B = λ⁻¹L̂⁻¹, A⁻¹ = λ Bᵀ diag(1/q) B.
+    """
+
+    def __init__(self, m: int, damp: float, device: torch.device):
+        self.K = torch.zeros(m, m, dtype=torch.float64, device=device)
+        self.refactor(damp)
+
+    def refactor(self, damp: float) -> None:
+        """Computes B and q from K for damping λ = `damp`; LinAlgError if A is not positive."""
+        self.damp = damp
+        C = self.K / damp
+        C.diagonal().add_(len(C))
+        L = torch.linalg.cholesky(C)
+        self.q = L.diagonal().square()
+        identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
+        L_hat = L / L.diagonal()
+        self.B = torch.linalg.solve_triangular(L_hat, identity / damp, upper=False)
+
+    def exchange(self, j: int, k: Tensor) -> Tensor:
+        """Makes k (m,) row and column j of K; returns z = A⁻¹e_j (m,)."""
+        self.K[j] = self.K[:, j] = k
+        self.refactor(self.damp)
+        return self.damp * (self.B.T @ (self.B[:, j] / self.q))
+
+    def solve(self, y: Tensor) -> Tensor:
+        """A⁻¹y for y (m,) or (m, n)."""
+        return self.damp * (self.B.T @ (self.B / self.q[:, None] @ y))
+
+    def condition(self) -> float:
+        """max_i (A⁻¹)_ii A_ii: 1 for orthogonal gradients, large for nearly parallel ones."""
+        inverse_diagonal = self.damp * (self.B.square().T @ (1 / self.q))
+        return float((inverse_diagonal * (self.K.diagonal() + len(self.K) * self.damp)).max())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"K": self.K, "damp": self.damp}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.K.copy_(state["K"])
+        self.refactor(state["damp"])
+
+
+COEFFICIENTS = {"incremental": IncrementalCoefficients, "paper": PaperCoefficients}
+
+
+# --- the window -----------------------------------------------------------------------------------
+
+
+def _zero_shards(m: int, d: int, devices: list[torch.device], dtype: torch.dtype) -> list[Tensor]:
+    """A window of zeros (m, d), its columns split evenly among the devices."""
+    bounds = [d * i // len(devices) for i in range(len(devices) + 1)]
+    return [
+        torch.zeros(m, stop - start, dtype=dtype, device=device)
+        for device, start, stop in zip(devices, bounds, bounds[1:], strict=False)
+    ]
+
+
+def _check_damp(damp: float) -> None:
+    if not 0.0 < damp < float("inf"):
+        raise ValueError(f"Invalid damp: {damp}; it must be positive and finite")
+
+
+# The entries of K are off by about 1e-8 of the squared gradient norms when summed over float32
+# products, by 1e-16 in float64, and A⁻¹ multiplies that by the condition. Beyond the first limit
+# everything is computed in float64, beyond the second nothing is.
+CONDITION_LIMIT = {torch.float32: 1e1, torch.float64: 1e11}
+
+
+class DynamicInverseFisher:
+    """F⁻¹ for F = λI + (1/m) Σ gᵢgᵢᵀ, the last m = `num_grads` gradients of d = `dim` weights.
+
+    m is the full window size from the first gradient on; a row not yet filled counts as zero.
+
+    Memory: one window of m·d numbers of `dtype`, where `device` or `shards` say, and two (m, m)
+    float64 matrices. Vectors may live anywhere; results come back on `device`, in float32 or wider.
+
+    Args:
+        num_grads: m ≥ 1.
+        dim: d ≥ 0.
+        damp: λ > 0, in units of squared gradients. May be assigned to at any time.
+        device: of the window and of the results.
+        shards: devices among which the columns are split, for example ``["cuda:0", "cuda:1"]``;
+            a device may appear more than once.
+        dtype: of the window. Gradients are rounded to it on entry, everything else is computed
+            from the rounded ones in float32 or float64.
+        coefficients: "incremental", O(dm + m²) a gradient, or "paper", O(dm + m³).
+
+    Raises:
+        ValueError: for arguments outside these ranges, and where λ is too small for the gradients.
+    """
+
+    def __init__(
+        self,
+        num_grads: int,
+        dim: int,
+        damp: float = 1e-5,
+        *,
+        device: torch.device | str | None = None,
+        shards: Sequence[torch.device | str | int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        coefficients: str = "incremental",
+    ):
+        if not (isinstance(num_grads, int) and num_grads >= 1):
+            raise ValueError(f"Invalid num_grads: {num_grads}; it must be an integer of at least 1")
+        if not (isinstance(dim, int) and dim >= 0):
+            raise ValueError(f"Invalid dim: {dim}; it must be an integer of at least 0")
+        if not dtype.is_floating_point:
+            raise ValueError(f"Invalid dtype: {dtype}; it must be a floating-point type")
+        if coefficients not in COEFFICIENTS:
+            raise ValueError(
+                f"Invalid coefficients: {coefficients!r}; they must be one of {list(COEFFICIENTS)}"
+            )
+        _check_damp(damp)
+        devices = [torch.device(s) for s in shards] if shards else [torch.device(device or "cpu")]
+        self.device = torch.device(device) if device is not None else devices[0]
+        self.count = 0  # gradients seen; the next one becomes row count mod m
+        self.G = _zero_shards(num_grads, dim, devices, dtype)
+        self.compute_dtype = self._cheap_dtype
+        self.coefficients = COEFFICIENTS[coefficients](num_grads, damp, self.device)
+
+    @property
+    def _cheap_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.G[0].dtype, torch.float32)
+
+    @property
+    def num_grads(self) -> int:
+        """m, the size of the window."""
+        return self.G[0].shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d, d)"""
+        d = sum(shard.shape[1] for shard in self.G)
+        return d, d
+
+    @property
+    def damp(self) -> float:
+        """λ"""
+        return self.coefficients.damp
+
+    @damp.setter
+    def damp(self, damp: float) -> None:
+        _check_damp(damp)
+        self._refactor(damp)
+
+    def update(self, g: Tensor) -> None:
+        """Puts the gradient g (d,) into the window, in place of the oldest.
+
+        Raises:
+            NonFiniteGradientError: g has NaN or Inf (after rounding to the window's type).
+            ValueError: g has another shape, or λ is too small for these gradients.
+        """
+        self._exchange(g)
+
+    def update_matvec(self, g: Tensor) -> Tensor:
+        """Puts the gradient g (d,) into the window and returns F⁻¹g (d,), with g included in F.
+
+        Two reads of the window. Raises as `update`.
+        """
+        z = self._exchange(g)
+        result = self._transposed_window_times(self.num_grads * z, self.compute_dtype)
+        return result.to(self._cheap_dtype)
+
+    def matvec(self, x: Tensor) -> Tensor:
+        """F⁻¹x (d,) for x (d,). In float64, as (1) cancels where x resembles the gradients."""
+        x = self._checked(x).double()
+        y = self.coefficients.solve(self._window_times(self._split(x), torch.float64))
+        result = (x.to(self.device) - self._transposed_window_times(y, torch.float64)) / self.damp
+        return result.to(self._cheap_dtype)
+
+    def diagonal(self) -> Tensor:
+        """diag(F⁻¹) (d,), each entry in (0, 1/λ]: (1 − diag(GᵀA⁻¹G)) / λ, O(dm²)."""
+        diagonal = []
+        for shard in self.G:
+            for tile in shard.split(max(1, 8 * TILE // self.num_grads), dim=1):
+                W = tile.double().to(self.device)
+                diagonal.append((1 - (W * self.coefficients.solve(W)).sum(0)) / self.damp)
+        result = torch.cat(diagonal)
+        if not bool((result > 0).all()):
+            raise ValueError(self._advice())
+        return result.to(self._cheap_dtype)
+
+    def grow(self, columns: int) -> None:
+        """Appends `columns` weights with past gradients of zero; K and P stay as they are."""
+        last = self.G[-1]
+        self.G[-1] = torch.cat([last, last.new_zeros(self.num_grads, columns)], dim=1)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Columns start to stop of the window (m, stop − start); a view if one shard has them."""
+        views = self._views(start, stop)
+        return views[0] if len(views) == 1 else torch.cat([v.to(self.device) for v in views], 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, by reference. "window" is a list of column blocks."""
+        return {
+            "window": list(self.G),
+            "count": self.count,
+            "exact": self.compute_dtype == torch.float64,
+            "coefficients": self.coefficients.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes a copy of what `state_dict` gave, from any device and any number of shards.
+
+        The window takes on the saved sizes m and d.
+        """
+        m, d = len(state["coefficients"]["K"]), sum(block.shape[1] for block in state["window"])
+        if (m, d) != (self.num_grads, self.shape[0]):
+            devices, dtype = [shard.device for shard in self.G], self.G[0].dtype
+            del self.G  # not two windows at once
+            self.G = _zero_shards(m, d, devices, dtype)
+            self.coefficients = type(self.coefficients)(m, self.damp, self.device)
+        start = 0
+        for block in state["window"]:
+            views = self._views(start, start := start + block.shape[1])
+            for view, part in zip(views, block.split([v.shape[1] for v in views], 1), strict=True):
+                view.copy_(part)
+        self.count = state["count"]
+        self.compute_dtype = torch.float64 if state["exact"] else self._cheap_dtype
+        self.coefficients.load_state_dict(state["coefficients"])
+
+    # --- internals
+
+    def _exchange(self, g: Tensor) -> Tensor:
+        """Writes g into the oldest row j and returns z = A⁻¹e_j (m,)."""
+        g = self._checked(g).to(self.G[0].dtype)
+        if not bool(torch.isfinite(g).all()):
+            raise NonFiniteGradientError("The gradient has NaN or Inf; the window is unchanged")
+        j = self.count % self.num_grads
+        self.count += 1
+        for shard, part in zip(self.G, self._split(g), strict=True):
+            shard[j] = part
+        k = self._window_times([shard[j] for shard in self.G], self.compute_dtype)
+        try:
+            z = self.coefficients.exchange(j, k)
+            condition = self.coefficients.condition()
+            if condition < CONDITION_LIMIT[self.compute_dtype]:
+                if j == 0 and condition < 0.5 * CONDITION_LIMIT[self._cheap_dtype]:
+                    self.compute_dtype = self._cheap_dtype  # once a round, back from float64
+                return z
+        except torch.linalg.LinAlgError:
+            pass
+        return self._exchange_in_float64(j)
+
+    def _exchange_in_float64(self, j: int) -> Tensor:
+        """Computes K and the coefficients anew in float64, for K in float32 does not suffice."""
+        self.compute_dtype = torch.float64
+        self.coefficients.K.copy_(sum(_gram(shard).to(self.device) for shard in self.G))
+        self._refactor(self.damp)
+        if not self.coefficients.condition() < CONDITION_LIMIT[torch.float64]:
+            raise ValueError(self._advice())
+        e = torch.zeros(self.num_grads, dtype=torch.float64, device=self.device)
+        e[j] = 1
+        return self.coefficients.solve(e)
+
+    def _refactor(self, damp: float) -> None:
+        try:
+            self.coefficients.refactor(damp)
+        except torch.linalg.LinAlgError:
+            raise ValueError(self._advice()) from None
+
+    def _advice(self) -> str:
+        largest = float(self.coefficients.K.diagonal().max())
+        return (
+            f"damp = {self.damp:g} is too small for {self.num_grads} gradients of squared norm up "
+            f"to {largest:g}, even in float64; raise damp to about {1e-12 * largest:g}"
+        )
+
+    def _checked(self, x: Tensor) -> Tensor:
+        if x.shape != self.shape[:1]:
+            raise ValueError(f"Expected a vector of shape {self.shape[:1]}, got {tuple(x.shape)}")
+        return x.detach()
+
+    def _split(self, x: Tensor) -> list[Tensor]:
+        """x (d,) cut up among the shards."""
+        parts = x.split([shard.shape[1] for shard in self.G])
+        return [part.to(shard.device) for part, shard in zip(parts, self.G, strict=True)]
+
+    def _views(self, start: int, stop: int) -> list[Tensor]:
+        """The parts of the shards that hold columns start to stop."""
+        views = []
+        for shard in self.G:
+            d = shard.shape[1]
+            if start < d and stop > 0:
+                views.append(shard[:, max(start, 0) : stop])
+            start, stop = start - d, stop - d
+        return views
+
+    def _window_times(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """Gx (m,) in float64 for x (d,) in parts; rows not yet filled are left out."""
+        rows = min(self.count, self.num_grads)
+        # All products are started before any is collected, so that devices work side by side.
+        products = [_times(G[:rows], x, dtype) for G, x in zip(self.G, parts, strict=True)]
+        y = torch.zeros(self.num_grads, dtype=torch.float64, device=self.device)
+        for product in products:
+            y[:rows] += product.to(self.device)
+        return y
+
+    def _transposed_window_times(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """Gᵀy (d,) for y (m,)."""
+        rows = min(self.count, self.num_grads)
+        products = [_transposed_times(G[:rows], y[:rows].to(G.device), dtype) for G in self.G]
+        return torch.cat([product.to(self.device) for product in products])
+
+
+# --- the optimizer --------------------------------------------------------------------------------
+
+
+class MFAC(torch.optim.Optimizer):
+    """Preconditions the gradient with the inverse empirical Fisher of the last `ngrads` gradients.
+
+    For each parameter w with gradient g, group by group,
+
+        g ← g + weight_decay·w                  L2 decay; it enters the window
+        u ← F⁻¹g                                one window over all groups
+        v ← momentum·v + (1 − momentum)·u       an exponential moving average, from v = 0
+        w ← w − lr·v
+
+    A parameter whose `grad` is None has a zero gradient in the window and stays as it is. If all
+    are None, nothing happens at all. A gradient with NaN or Inf skips the whole step: weights,
+    momentum and window stay as they are.
+
+    Memory: `window_bytes(ngrads, d)`, that is 4·ngrads·d bytes and a little, for d weights.
+
+    Args:
+        params: parameters, or groups of them, each with its own `lr`, `momentum`, `weight_decay`
+            and `sparse`.
+        lr: learning rate, a float or a tensor.
+        momentum: in [0, 1).
+        weight_decay: at least 0.
+        ngrads: m, the size of the window.
+        damp: λ > 0, in units of squared gradients; the attribute `damp` may be assigned to.
+        moddev: device of the model, as in the paper's code; the default for `optdev`.
+        optdev: device of the window and its arithmetic; by default that of the first parameter.
+        gpus: devices among which the window's columns are split, in place of `optdev` alone.
+        sparse: True keeps the weights that are zero now at zero and out of the window, in
+            parameters of two or more dimensions. A list gives one mask a parameter (True: trained),
+            of the parameter's shape, or None for all of it.
+        coefficients: as in `DynamicInverseFisher`.
+        on_nonfinite: "skip" counts the step in `skipped_steps` and warns the first time; "raise"
+            raises NonFiniteGradientError.
+
+    Raises:
+        ValueError: for arguments outside these ranges, and in `step` where `damp` is too small for
+            the gradients.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = MFAC(model.parameters(), lr=1e-3, ngrads=8)
+        >>> model(torch.ones(2, 4)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        weight_decay: float = 0,
+        ngrads: int = 1024,
+        damp: float = 1e-5,
+        moddev: torch.device | str | int | None = None,
+        optdev: torch.device | str | int | None = None,
+        gpus: Sequence[torch.device | str | int] | None = None,
+        sparse: bool | Sequence[Tensor | None] = False,
+        *,
+        coefficients: str = "incremental",
+        on_nonfinite: str = "skip",
+    ):
+        if on_nonfinite not in ("skip", "raise"):
+            raise ValueError(f"Invalid on_nonfinite: {on_nonfinite!r}; it is 'skip' or 'raise'")
+        self.on_nonfinite = on_nonfinite
+        self.skipped_steps = 0
+        self.fisher: DynamicInverseFisher | None = None
+        super().__init__(
+            params,
+            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "sparse": sparse},
+        )
+        # Masks belong to the parameters given now, not to groups that are added later.
+        self.defaults["sparse"] = sparse is True
+        first = next((p.device for p, _ in self._parameters()), "cpu")
+        device = next((torch.device(d) for d in (optdev, moddev) if d is not None), first)
+        self.fisher = DynamicInverseFisher(
+            ngrads,
+            sum(self._sizes()),
+            damp,
+            device=device,
+            shards=gpus,
+            coefficients=coefficients,
+        )
+
+    @property
+    def damp(self) -> float:
+        """λ"""
+        return self.fisher.damp
+
+    @damp.setter
+    def damp(self, damp: float) -> None:
+        self.fisher.damp = damp
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; the window gets columns for it whose history is zero."""
+        group = {**self.defaults, **param_group}
+        if not 0.0 <= group["lr"]:
+            raise ValueError(f"Invalid learning rate: {group['lr']}; it must be at least 0")
+        if not 0.0 <= group["momentum"] < 1.0:
+            raise ValueError(f"Invalid momentum: {group['momentum']}; it must be in [0, 1)")
+        if not 0.0 <= group["weight_decay"]:
+            raise ValueError(
+                f"Invalid weight_decay: {group['weight_decay']}; it must be at least 0"
+            )
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            masks = _masks(group["params"], group["sparse"])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+        group["sparse"] = bool(group["sparse"])
+        for p, mask in zip(group["params"], masks, strict=True):
+            if mask is not None:
+                self.state[p]["mask"] = mask.to(p.device)
+        if self.fisher is not None:
+            self.fisher.grow(sum(self._sizes()) - self.fisher.shape[0])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; returns what `closure`, which computes loss and gradients anew, returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        parameters = self._parameters()
+        if all(p.grad is None for p, _ in parameters):
+            return loss
+        g = torch.cat([self._gradient(p, group["weight_decay"]) for p, group in parameters])
+        try:
+            update = self.fisher.update_matvec(g)
+        except NonFiniteGradientError:
+            if self.on_nonfinite == "raise":
+                raise
+            if self.skipped_steps == 0:
+                warnings.warn(
+                    "A gradient with NaN or Inf: this step is skipped, and so are later ones, "
+                    "without another warning; skipped_steps counts them",
+                    stacklevel=3,
+                )
+            self.skipped_steps += 1
+            return loss
+        for (p, group), u in zip(parameters, update.split(self._sizes()), strict=True):
+            if p.grad is not None:
+                self._descend(p, u.to(p.device), group["lr"], group["momentum"])
+        return loss
+
+    def _gradient(self, p: Tensor, weight_decay: float) -> Tensor:
+        """The columns of p in the gradient that enters the window."""
+        g = torch.zeros_like(p) if p.grad is None else p.grad
+        if g.layout != torch.strided:
+            raise ValueError(
+                "MFAC does not support sparse gradients; use sparse=False in the module"
+            )
+        g = g.to(torch.float32)
+        if weight_decay != 0 and p.grad is not None:
+            g = g.add(p, alpha=weight_decay)
+        mask = self.state[p].get("mask")
+        return (g.flatten() if mask is None else g[mask]).to(self.fisher.device)
+
+    def _descend(self, p: Tensor, u: Tensor, lr: float | Tensor, momentum: float) -> None:
+        """Moves p against its columns u of the preconditioned gradient."""
+        state = self.state[p]
+        if "mask" in state:
+            u = torch.zeros(p.shape, dtype=u.dtype, device=u.device).masked_scatter_(
+                state["mask"], u
+            )
+        u = u.view(p.shape)
+        if momentum != 0:
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(u)
+            u = state["momentum_buffer"].lerp_(u, 1 - momentum)
+        p.sub_(lr * u)
+
+    def _parameters(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Every parameter with its group, in the order of the window's columns."""
+        return [(p, group) for group in self.param_groups for p in group["params"]]
+
+    def _sizes(self) -> list[int]:
+        """The number of columns of each parameter."""
+        masks = [(p, self.state[p].get("mask")) for p, _ in self._parameters()]
+        return [p.numel() if mask is None else int(mask.sum()) for p, mask in masks]
+
+    # --- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """As for any optimizer, with the window's columns beside each parameter's state ("grads"),
+        and what they share under "fisher". By reference, except for windows in several shards.
+        """
+        state_dict = super().state_dict()
+        shared = self.fisher.state_dict()
+        del shared["window"]
+        start = 0
+        for i, n in enumerate(self._sizes()):
+            columns = self.fisher.columns(start, start := start + n)
+            state_dict["state"][i] = {**state_dict["state"].get(i, {}), "grads": columns}
+        return {**state_dict, "fisher": {**shared, "skipped_steps": self.skipped_steps}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes a copy of what `state_dict` gave: groups, momentum, masks, window, damp, ngrads.
+
+        Raises:
+            ValueError: it belongs to other parameters, or to another optimizer.
+        """
+        if "fisher" not in state_dict:
+            raise ValueError("This state dict is not one of MFAC: it has no entry 'fisher'")
+        parameters = [p for p, _ in self._parameters()]
+        saved = [
+            state_dict["state"][i] for group in state_dict["param_groups"] for i in group["params"]
+        ]
+        for p, entries in zip(parameters, saved, strict=False):
+            weights = int(entries["mask"].sum()) if "mask" in entries else p.numel()
+            shapes = [tuple(v.shape) for name, v in entries.items() if name != "grads"]
+            if any(shape != p.shape for shape in shapes) or entries["grads"].shape[1] != weights:
+                raise ValueError(
+                    f"The state dict belongs to another model: it has {entries['grads'].shape[1]} "
+                    f"weights {shapes} where this one has a parameter of shape {tuple(p.shape)}"
+                )
+        # Without "state": the base class would round it to the types of the parameters.
+        super().load_state_dict({**state_dict, "state": {}})
+        for p, entries in zip(parameters, saved, strict=True):
+            self.state[p] = {
+                name: value.to(p.device, copy=True)
+                for name, value in entries.items()
+                if name != "grads"
+            }
+        shared = dict(state_dict["fisher"])
+        self.skipped_steps = shared.pop("skipped_steps")
+        self.fisher.load_state_dict({**shared, "window": [entries["grads"] for entries in saved]})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: the base class keeps only the defaults, the state and the groups."""
+        own = ("fisher", "skipped_steps", "on_nonfinite")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+
+def _masks(params: list[Tensor], sparse: bool | Sequence[Tensor | None]) -> list[Tensor | None]:
+    """One mask a parameter, True where it is trained, or None for all of it."""
+    if isinstance(sparse, bool):
+        return [p.detach() != 0 if sparse and p.dim() >= 2 else None for p in params]
+    if len(sparse) != len(params):
+        raise ValueError(
+            f"Invalid sparse: {len(sparse)} masks for {len(params)} parameters; give one mask (or "
+            "None) a parameter, for each group its own list"
+        )
+    for p, mask in zip(params, sparse, strict=True):
+        if mask is not None and (mask.shape != p.shape or mask.dtype != torch.bool):
+            raise ValueError(
+                f"Invalid sparse: a {mask.dtype} mask of shape {tuple(mask.shape)} for a parameter "
+                f"of shape {tuple(p.shape)}; give a bool mask of the same shape"
+            )
+    return list(sparse)
