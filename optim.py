@@ -58,8 +58,10 @@ def _tiles(G: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor
             yield slice(None), slice(c, c + PARTIAL_SUM), G[:, c : c + PARTIAL_SUM]
     else:
         rows = max(1, TILE // max(1, d))
+        buffer = torch.empty(min(rows, m), d, dtype=dtype, device=G.device)
         for r in range(0, m, rows):
-            yield slice(r, r + rows), slice(None), G[r : r + rows].to(dtype)
+            tile = buffer[: min(rows, m - r)].copy_(G[r : r + rows])
+            yield slice(r, r + rows), slice(None), tile
 
 
 def _times(G: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
