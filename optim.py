@@ -108,16 +108,22 @@ class IncrementalCoefficients:
     """
 
     def __init__(self, m: int, damp: float, device: torch.device):
+        self.damp = damp
         self.K = torch.zeros(m, m, dtype=torch.float64, device=device)
-        self.refactor(damp)
+        self.P = torch.eye(m, dtype=torch.float64, device=device) / self.shift
+        self.age = 0  # exchanges since P was computed from K
+
+    @property
+    def shift(self) -> float:
+        """mλ"""
+        return len(self.K) * self.damp
 
     def refactor(self, damp: float) -> None:
         """Computes P from K for damping λ = `damp`, O(m³); LinAlgError if A is not positive."""
-        self.damp, self.shift = damp, len(self.K) * damp
         A = self.K.clone()
-        A.diagonal().add_(self.shift)
+        A.diagonal().add_(len(A) * damp)
         self.P = torch.cholesky_inverse(torch.linalg.cholesky(A))
-        self.age = 0
+        self.damp, self.age = damp, 0
 
     def exchange(self, j: int, k: Tensor) -> Tensor:
         """Makes k (m,) row and column j of K; returns z = A⁻¹e_j (m,)."""
@@ -195,7 +201,6 @@ class PaperCoefficients:
 
     def refactor(self, damp: float) -> None:
         """Computes B and q from K for damping λ = `damp`; LinAlgError if A is not positive."""
-        self.damp = damp
         C = self.K / damp
         C.diagonal().add_(len(C))
         L = torch.linalg.cholesky(C)
@@ -203,6 +208,7 @@ class PaperCoefficients:
         identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
         L_hat = L / L.diagonal()
         self.B = torch.linalg.solve_triangular(L_hat, identity / damp, upper=False)
+        self.damp = damp
 
     def exchange(self, j: int, k: Tensor) -> Tensor:
         """Makes k (m,) row and column j of K; returns z = A⁻¹e_j (m,)."""
@@ -328,7 +334,13 @@ class DynamicInverseFisher:
     @damp.setter
     def damp(self, damp: float) -> None:
         _check_damp(damp)
-        self._refactor(damp)
+        try:
+            self.coefficients.refactor(damp)
+            if self._sound():
+                return
+        except torch.linalg.LinAlgError:
+            pass
+        self._refactor_in_float64(damp)
 
     def update(self, g: Tensor) -> None:
         """Puts the gradient g (d,) into the window, in place of the oldest.
@@ -349,22 +361,33 @@ class DynamicInverseFisher:
         return result.to(self._cheap_dtype)
 
     def matvec(self, x: Tensor) -> Tensor:
-        """F⁻¹x (d,) for x (d,). In float64, as (1) cancels where x resembles the gradients."""
-        x = self._checked(x).double()
-        y = self.coefficients.solve(self._window_times(self._split(x), torch.float64))
-        result = (x.to(self.device) - self._transposed_window_times(y, torch.float64)) / self.damp
+        """F⁻¹x (d,) for x (d,), by (1): four reads of the window.
+
+        In float64, as (1) cancels where x resembles the gradients; and y = A⁻¹Gx takes a step of
+        refinement with G itself, as K may be of float32 precision only.
+        """
+        x = self._checked(x).to(self.device, torch.float64)
+        b = self._window_times(x, torch.float64)
+        y = self.coefficients.solve(b)
+        r = b - self._window_times(self._transposed_window_times(y, torch.float64), torch.float64)
+        y += self.coefficients.solve(r - self.num_grads * self.damp * y)
+        result = (x - self._transposed_window_times(y, torch.float64)) / self.damp
         return result.to(self._cheap_dtype)
 
     def diagonal(self) -> Tensor:
-        """diag(F⁻¹) (d,), each entry in (0, 1/λ]: (1 − diag(GᵀA⁻¹G)) / λ, O(dm²)."""
+        """diag(F⁻¹) (d,), each entry in (0, 1/λ], by (2), O(dm²): (1 − Σᵢ Wᵢⱼ²) / λ, W = L⁻¹G,
+        A = LLᵀ in float64."""
+        A = self._gram()
+        A.diagonal().add_(self.num_grads * self.damp)
+        L = torch.linalg.cholesky(A)
         diagonal = []
         for shard in self.G:
             for tile in shard.split(max(1, 8 * TILE // self.num_grads), dim=1):
-                W = tile.double().to(self.device)
-                diagonal.append((1 - (W * self.coefficients.solve(W)).sum(0)) / self.damp)
+                W = torch.linalg.solve_triangular(L, tile.to(self.device).double(), upper=False)
+                diagonal.append((1 - W.square().sum(0)) / self.damp)
         result = torch.cat(diagonal)
         if not bool((result > 0).all()):
-            raise ValueError(self._advice())
+            raise ValueError(self._advice(self.damp))
         return result.to(self._cheap_dtype)
 
     def grow(self, columns: int) -> None:
@@ -415,42 +438,41 @@ class DynamicInverseFisher:
             raise NonFiniteGradientError("The gradient has NaN or Inf; the window is unchanged")
         j = self.count % self.num_grads
         self.count += 1
+        if j == 0 and self.coefficients.condition() < 0.5 * CONDITION_LIMIT[self._cheap_dtype]:
+            self.compute_dtype = self._cheap_dtype  # once a round, the way back from float64
         for shard, part in zip(self.G, self._split(g), strict=True):
             shard[j] = part
         k = self._window_times([shard[j] for shard in self.G], self.compute_dtype)
         try:
             z = self.coefficients.exchange(j, k)
-            condition = self.coefficients.condition()
-            if condition < CONDITION_LIMIT[self.compute_dtype]:
-                if j == 0 and condition < 0.5 * CONDITION_LIMIT[self._cheap_dtype]:
-                    self.compute_dtype = self._cheap_dtype  # once a round, back from float64
+            if self._sound():
                 return z
         except torch.linalg.LinAlgError:
             pass
-        return self._exchange_in_float64(j)
+        self._refactor_in_float64(self.damp)
+        return self.coefficients.solve(torch.eye(len(k), dtype=k.dtype, device=k.device)[j])
 
-    def _exchange_in_float64(self, j: int) -> Tensor:
-        """Computes K and the coefficients anew in float64, for K in float32 does not suffice."""
+    def _sound(self) -> bool:
+        """Whether K is precise enough for A⁻¹."""
+        return self.coefficients.condition() < CONDITION_LIMIT[self.compute_dtype]
+
+    def _refactor_in_float64(self, damp: float) -> None:
+        """Computes K anew in float64, and the coefficients from it: O(dm²)."""
         self.compute_dtype = torch.float64
-        self.coefficients.K.copy_(sum(_gram(shard).to(self.device) for shard in self.G))
-        self._refactor(self.damp)
-        if not self.coefficients.condition() < CONDITION_LIMIT[torch.float64]:
-            raise ValueError(self._advice())
-        e = torch.zeros(self.num_grads, dtype=torch.float64, device=self.device)
-        e[j] = 1
-        return self.coefficients.solve(e)
-
-    def _refactor(self, damp: float) -> None:
+        self.coefficients.K.copy_(self._gram())
         try:
             self.coefficients.refactor(damp)
+            if self._sound():
+                return
         except torch.linalg.LinAlgError:
-            raise ValueError(self._advice()) from None
+            pass
+        raise ValueError(self._advice(damp))
 
-    def _advice(self) -> str:
+    def _advice(self, damp: float) -> str:
         largest = float(self.coefficients.K.diagonal().max())
         return (
-            f"damp = {self.damp:g} is too small for {self.num_grads} gradients of squared norm up "
-            f"to {largest:g}, even in float64; raise damp to about {1e-12 * largest:g}"
+            f"damp = {damp:g} is too small for gradients of squared norm up to {largest:g}, even "
+            f"in float64; raise damp to about {1e-10 * largest:.0e}"
         )
 
     def _checked(self, x: Tensor) -> Tensor:
@@ -473,11 +495,16 @@ class DynamicInverseFisher:
             start, stop = start - d, stop - d
         return views
 
-    def _window_times(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-        """Gx (m,) in float64 for x (d,) in parts; rows not yet filled are left out."""
+    def _gram(self) -> Tensor:
+        """K (m, m), anew from the window."""
+        return sum(_gram(shard).to(self.device) for shard in self.G)
+
+    def _window_times(self, x: Tensor | list[Tensor], dtype: torch.dtype) -> Tensor:
+        """Gx (m,) in float64 for x (d,), whole or split; rows not yet filled are left out."""
         rows = min(self.count, self.num_grads)
+        parts = self._split(x) if isinstance(x, Tensor) else x
         # All products are started before any is collected, so that devices work side by side.
-        products = [_times(G[:rows], x, dtype) for G, x in zip(self.G, parts, strict=True)]
+        products = [_times(G[:rows], part, dtype) for G, part in zip(self.G, parts, strict=True)]
         y = torch.zeros(self.num_grads, dtype=torch.float64, device=self.device)
         for product in products:
             y[:rows] += product.to(self.device)
