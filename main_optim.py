@@ -36,8 +36,10 @@ import datautils
 import models
 from optim import MFAC, window_bytes
 
-# What a flag is when it is not given, by data and optimizer: the paper's values, and for the
-# digits those of a small search. A setting that a row lacks is none of that optimizer's.
+# What a flag is when it is not given. First what holds for all runs, then by data and optimizer:
+# the paper's values, and for the digits those of a small search. A row has all the settings of its
+# optimizer: one that it lacks is refused. The paper's number of epochs depends on the model.
+COMMON = dict(model="resnet20", dataset="digits", optim="mfac", schedule="step", seed=0, amp=False)
 DEFAULTS = {
     ("paper", "sgd"): dict(lr=0.1, momentum=0.9, weightdecay=5e-4, batchsize=128),
     ("paper", "adam"): dict(lr=1e-3, weightdecay=5e-4, batchsize=128),
@@ -50,8 +52,7 @@ DEFAULTS = {
         epochs=10, lr=3e-3, momentum=0.9, weightdecay=5e-4, batchsize=64, ngrads=128, damp=1e-5
     ),
 }
-PAPER_EPOCHS = {"resnet": 164, "mobilenet": 100}  # by the start of the model's name
-PAPER_EPOCHS_OTHERS = 200  # Wide ResNets
+PAPER_EPOCHS = {"resnet": 164, "wideresnet": 200, "mobilenet": 100}  # by the start of the name
 
 
 class UserError(Exception):
@@ -86,13 +87,14 @@ def number(kind: type, rule: str, allowed: Callable[[Any], bool]) -> Callable[[s
 COUNT = number(int, "a whole number from 1", lambda value: value >= 1)
 SEED = number(int, "a whole number from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
 POSITIVE = number(float, "a number above 0", lambda value: 0 < value < math.inf)
+FACTOR = number(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
 NOT_NEGATIVE = number(float, "a number from 0", lambda value: 0 <= value < math.inf)
 FRACTION = number(float, "a number from 0 and below 1", lambda value: 0 <= value < 1)
 
 
 def save_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Replace `path` by what `write` puts into a file: after a crash at any moment `path` holds
-    the old content or the new, never a part. Raises UserError when it can't be written."""
+    the old content or the new, never a part. Raises UserError if it can't be written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -100,22 +102,24 @@ def save_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    except (OSError, RuntimeError) as error:  # torch.save wraps the one in the other
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UserError(f"cannot write {path}, which is as it was before: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def load_saved(path: Path) -> dict[str, Any]:
-    """What torch.save wrote to `path`, on the CPU. Raises UserError when it is damaged."""
+def load_saved(path: Path) -> Any:
+    """What torch.save wrote to `path`, on the CPU. Raises UserError if it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
             damaged = archive.testzip()
         if damaged:
-            raise ValueError(f"{damaged} is damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)
+            raise ValueError(f"{damaged} has another checksum")
+        # Mapped, so that a large state is never in memory a second time.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # there is no end to what a damaged file can set off
-        raise UserError(f"cannot read {path}, it is damaged or no checkpoint") from error
+        raise UserError(f"{path} is damaged, or was not saved by this script") from error
 
 
 def available_memory(device: torch.device) -> int:
@@ -129,14 +133,14 @@ def available_memory(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def parse_device(name: str | None) -> torch.device:
-    """The device called `name`, by default CUDA if there is any. Raises UserError."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+def find_device(name: str) -> torch.device:
+    """The device called `name`. Raises UserError if it can't compute."""
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} is not available here, use cpu or cuda") from error
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        found = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise UserError(f"--device {name} is not one of {', '.join(found)}") from error
     return device
 
 
@@ -159,7 +163,8 @@ def train_epoch(
 ) -> dict[str, float]:
     """One pass over `loader`; `scheduler` takes a step a batch. Returns the mean loss and the
     accuracy (%) of the batches as they were trained on, the seconds, images a second, and the
-    seconds within optimizer.step(). Raises UserError when the loss is no longer finite."""
+    seconds within optimizer.step(). Raises UserError if the loss is no longer finite, or if the
+    optimizer refuses the gradients."""
     model.train()
     loss_sum, correct, seen, optimizer_seconds = 0.0, 0, 0, 0.0
     start = time.perf_counter()
@@ -168,11 +173,14 @@ def train_epoch(
             outputs = model(images)
             loss = cross_entropy(outputs, labels)
         if not math.isfinite(loss.item()):
-            raise UserError(f"the loss became {loss.item()}: lower --lr, or raise --damp of mfac")
+            raise UserError(f"the loss became {loss.item()}: use a lower --lr, or a higher --damp")
         optimizer.zero_grad()
         loss.backward()
         before = synchronized_time(device)
-        optimizer.step()
+        try:
+            optimizer.step()
+        except ValueError as error:  # mfac: too little damping for these gradients
+            raise UserError(str(error)) from error
         optimizer_seconds += synchronized_time(device) - before
         scheduler.step()
         loss_sum += loss.item() * len(labels)
@@ -218,103 +226,89 @@ def synchronized_time(device: torch.device) -> float:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All flags; one that is not given is None, so that --resume and defaults can tell."""
+    """All flags. One that is not given is None, so that defaults and --resume can tell."""
     parser = Parser(
-        prog="main_optim.py", description="Train an image classifier.", allow_abbrev=False
+        prog="main_optim.py",
+        description="Train an image classifier with M-FAC, SGD or Adam.",
+        epilog="Beside the model of --save lie a .state for --resume, a .csv and a .png.",
+        allow_abbrev=False,
     )
-    group = parser.add_argument_group("model and data")
-    group.add_argument("--model", choices=sorted(models.MODELS), help="default: resnet20")
-    group.add_argument(
-        "--dataset",
-        help="'digits' (the default: handwritten digits, works offline), or the path of a data "
-        "set, whose kind is found from what lies there",
-    )
-    group = parser.add_argument_group("optimizer (defaults: the paper's, smaller for digits)")
-    group.add_argument("--optim", choices=["mfac", "sgd", "adam"], help="default: mfac")
-    group.add_argument("--lr", type=POSITIVE, help="learning rate at the start")
-    group.add_argument(
-        "--momentum",
-        type=FRACTION,
-        help="of sgd, or of mfac, where it is an exponential moving average",
-    )
-    group.add_argument("--weightdecay", type=NOT_NEGATIVE, help="L2, part of the gradient")
-    group.add_argument(
-        "--ngrads", type=COUNT, help="mfac: gradients in the window, memory 4*ngrads*d"
-    )
-    group.add_argument("--damp", type=POSITIVE, help="mfac: damping of the Fisher matrix")
-    group = parser.add_argument_group("schedule")
-    group.add_argument("--epochs", type=COUNT, help="passes over the training images")
-    group.add_argument("--batchsize", type=COUNT, help="images a step")
-    group.add_argument(
+    add = parser.add_argument_group("model and data").add_argument
+    text = f"default: resnet20; others: {', '.join(models.MODELS)}"
+    add("--model", choices=models.MODELS, metavar="MODEL", help=text)
+    add("--dataset", help="a folder, or 'digits', the default: handwritten digits, embedded")
+
+    group = "optimizer (defaults are the paper's, and others for the digits)"
+    add = parser.add_argument_group(group).add_argument
+    add("--optim", choices=("mfac", "sgd", "adam"), help="default: mfac")
+    add("--lr", type=POSITIVE, help="learning rate at the start")
+    add("--momentum", type=FRACTION, help="of sgd; of mfac, as an exponential moving average")
+    add("--weightdecay", type=NOT_NEGATIVE, help="L2 decay: part of the gradient")
+    add("--ngrads", type=COUNT, help="mfac: gradients in the window, of 4 bytes a weight")
+    add("--damp", type=POSITIVE, help="mfac: damping of the Fisher matrix")
+
+    add = parser.add_argument_group("schedule").add_argument
+    add("--epochs", type=COUNT, help="passes over the training images")
+    add("--batchsize", type=COUNT, help="images a step")
+    add(
         "--schedule",
-        choices=["step", "linear", "cosine"],
-        help="of the learning rate: step (the default) drops it at --drop_at by --drop_by, "
-        "linear and cosine let it fall to zero over all steps",
+        choices=("step", "linear", "cosine"),
+        help="of the learning rate: the steps of --drop_at (default), or falling to zero",
     )
-    group.add_argument(
-        "--drop_at",
-        type=COUNT,
-        nargs="+",
-        metavar="EPOCH",
-        help="epochs after which the learning rate drops; default: 50%% and 75%% of the epochs",
-    )
-    group.add_argument("--drop_by", type=FRACTION, help="factor of a drop; default: 0.1")
-    group = parser.add_argument_group("machine")
-    group.add_argument("--seed", type=SEED, help="default: 0")
-    group.add_argument("--device", help="default: cuda if there is one, otherwise cpu")
-    group.add_argument(
-        "--amp", action="store_true", default=None, help="forward pass in bfloat16 autocast"
-    )
+    text = "epochs after which it drops; default: 50%% and 75%% of all"
+    add("--drop_at", type=COUNT, nargs="+", metavar="EPOCH", help=text)
+    add("--drop_by", type=FACTOR, help="the factor of a drop; default: 0.1")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--seed", type=SEED, help="of the weights and of the order of the images; default: 0")
+    add("--device", help="default: cuda if there is one, otherwise cpu")
+    add("--amp", action="store_true", default=None, help="forward in bfloat16 where that is safe")
+
     group = parser.add_argument_group("files")
-    group.add_argument(
-        "--save",
-        type=Path,
-        help="model file, .pth or .pt; .state, .csv and .png of the same stem lie beside it; "
-        "default: runs/MODEL-DATASET-OPTIM.pth",
-    )
-    exclusive = group.add_mutually_exclusive_group()
-    exclusive.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the run of --save after its last full epoch, with its settings",
-    )
-    exclusive.add_argument(
-        "--overwrite", action="store_true", help="begin anew even if the files of --save exist"
-    )
+    text = "the model file, .pth or .pt; default: runs/MODEL-DATASET-OPTIM.pth"
+    group.add_argument("--save", type=Path, help=text)
+    add = group.add_mutually_exclusive_group().add_argument
+    text = "go on with the run of --save, if there is one, after the last epoch that it saved"
+    add("--resume", action="store_true", help=text)
+    add("--overwrite", action="store_true", help="begin anew, whatever is at --save")
     return parser
 
 
-def choose_settings(args: argparse.Namespace, saved: dict[str, Any] | None) -> dict[str, Any]:
-    """Every setting of the run: as saved, or as given, or by default. Raises UserError."""
-    files = ("save", "resume", "overwrite")
-    given = {k: v for k, v in vars(args).items() if v is not None and k not in files}
-    if saved is not None:
-        for name, value in given.items():
-            if saved.get(name) != value:
-                raise UserError(
-                    f"--{name} {value} is not that of the saved run, {saved.get(name)}: leave it "
-                    "out, or begin another run with another --save"
-                )
-        return saved
-    settings = {"model": "resnet20", "dataset": "digits", "optim": "mfac", "seed": 0, "amp": False}
-    settings |= {"schedule": "step", "device": "cuda" if torch.cuda.is_available() else "cpu"}
-    settings |= given
-    model, optim = settings["model"], settings["optim"]
-    known = "digits" if settings["dataset"] == "digits" else "paper"
-    row = dict(DEFAULTS[known, optim])
-    for name in {"momentum", "ngrads", "damp"} & given.keys() - row.keys():
-        raise UserError(f"--{name} is no setting of --optim {optim}")
-    family = next((name for name in PAPER_EPOCHS if model.startswith(name)), None)
-    settings = {"epochs": PAPER_EPOCHS.get(family, PAPER_EPOCHS_OTHERS)} | row | settings
-    epochs = settings["epochs"]
-    if settings["schedule"] == "step":
-        halves = [math.ceil(epochs / 2), math.ceil(epochs * 3 / 4)]
-        settings = {"drop_at": halves, "drop_by": 0.1} | settings
-        if "drop_at" in given and max(given["drop_at"]) >= epochs:
-            raise UserError(f"--drop_at {max(given['drop_at'])} is not below --epochs {epochs}")
+def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """All settings of a new run, where `given` are those of the command line. Raises UserError."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = {**COMMON, "device": device, **given}
+    optim, schedule = settings["optim"], settings["schedule"]
+    defaults = DEFAULTS["digits" if settings["dataset"] == "digits" else "paper", optim]
+    for name in ("momentum", "ngrads", "damp"):
+        if name in given and name not in defaults:
+            raise UserError(f"--{name} is no setting of --optim {optim}: leave it out")
+    family = next((name for name in PAPER_EPOCHS if settings["model"].startswith(name)), "resnet")
+    settings = {"epochs": PAPER_EPOCHS[family], **defaults, **settings}
+    if schedule == "step":
+        drops = [math.ceil(settings["epochs"] * part) for part in (0.5, 0.75)]
+        settings = {"drop_at": drops, "drop_by": 0.1, **settings}
+        if max(given.get("drop_at", [0])) >= settings["epochs"]:
+            raise UserError(
+                f"--drop_at {max(given['drop_at'])} never comes: choose epochs below --epochs "
+                f"{settings['epochs']}"
+            )
     elif given.keys() & {"drop_at", "drop_by"}:
-        raise UserError(f"--drop_at and --drop_by are no settings of {settings['schedule']}")
+        raise UserError(f"--drop_at and --drop_by are not for --schedule {schedule}")
     return settings
+
+
+def check_same(given: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Raises UserError if a flag asks for something else than the run that is gone on with."""
+    for name, value in given.items():
+        if saved.get(name) != value:
+            raise UserError(
+                f"--{name} {value} differs from the saved run, which has {saved.get(name)}: leave "
+                "it out, or choose another --save"
+            )
+
+
+# --- a run ----------------------------------------------------------------------------------
 
 
 def learning_rate_factor(settings: dict[str, Any], steps_per_epoch: int) -> Callable[[int], float]:
@@ -328,117 +322,130 @@ def learning_rate_factor(settings: dict[str, Any], steps_per_epoch: int) -> Call
     return lambda step: settings["drop_by"] ** sum(step >= drop for drop in drops)
 
 
-def build_optimizer(model: nn.Module, settings: dict[str, Any], device: torch.device):
-    """The optimizer of `settings`. Raises UserError when the window of mfac can't fit."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    common = {"lr": settings["lr"], "weight_decay": settings["weightdecay"]}
+def build_optimizer(
+    model: nn.Module, settings: dict[str, Any], device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimizer of `settings`. Raises UserError if the window of mfac can't fit."""
+    options = {"lr": settings["lr"], "weight_decay": settings["weightdecay"]}
     if settings["optim"] == "adam":
-        return torch.optim.Adam(weights, **common)
-    common["momentum"] = settings["momentum"]
+        return torch.optim.Adam(model.parameters(), **options)
+    options["momentum"] = settings["momentum"]
     if settings["optim"] == "sgd":
-        return torch.optim.SGD(weights, **common)
-
-    ngrads, dim = settings["ngrads"], sum(weight.numel() for weight in weights)
-    needed, free = window_bytes(ngrads, dim), available_memory(device)
-    size = f"the window of {ngrads} gradients of {dim:,} weights takes {needed / 2**30:.2f} GiB"
-    note(f"{size}, {free / 2**30:.2f} GiB are free on {device}")
+        return torch.optim.SGD(model.parameters(), **options)
+    m, d = settings["ngrads"], sum(weight.numel() for weight in model.parameters())
+    needed, free = window_bytes(m, d), available_memory(device)
+    size = f"a window of {m:,} gradients of {d:,} weights takes {needed / 2**30:.2f} GiB"
     if needed > free:
-        fits = bisect.bisect(range(ngrads), free, key=lambda m: window_bytes(m, dim)) - 1
-        raise UserError(f"{size} and {free / 2**30:.2f} are free: use --ngrads {fits} or fewer")
-    return MFAC(weights, ngrads=ngrads, damp=settings["damp"], moddev=device, **common)
+        fits = bisect.bisect(range(min(m, free)), free, key=lambda m: window_bytes(m, d)) - 1
+        raise UserError(
+            f"{size}, but {device} has {free / 2**30:.2f} GiB free: use at most --ngrads {fits}"
+        )
+    note(size)
+    return MFAC(model.parameters(), ngrads=m, damp=settings["damp"], **options)
 
 
 def note(message: str) -> None:
-    """Tell the user something that is no result."""
+    """Tells the user what is no result."""
     print(message, file=sys.stderr, flush=True)
 
 
-# --- a run ----------------------------------------------------------------------------------
-
-
 class Run:
-    """A training run: everything that a step needs, and the files that keep it."""
+    """A training run: all that a step needs, and the files that keep it."""
+
+    STATEFUL = ("model", "optimizer", "scheduler")
 
     def __init__(self, args: argparse.Namespace):
-        """Check everything that can be checked before work is done. Raises UserError, or
-        ValueError from the data, the model or the optimizer."""
-        defaults = {"model": "resnet20", "dataset": "digits", "optim": "mfac"}
-        name = [vars(args)[key] or default for key, default in defaults.items()]
-        name[1] = Path(name[1]).resolve().name
-        self.path = args.save or Path("runs", "-".join(name) + ".pth")
+        """Begins a run or goes on with a saved one. Whatever can be checked is checked here, and
+        nothing is written but the folder. Raises UserError, and OSError or ValueError from what it
+        uses."""
+        files = ("save", "resume", "overwrite")
+        given = {k: v for k, v in vars(args).items() if v is not None and k not in files}
+        names = {**COMMON, **given}
+        data = Path(names["dataset"]).resolve().name
+        self.path = args.save or Path("runs", f"{names['model']}-{data}-{names['optim']}.pth")
         self.state_path = self.path.with_suffix(".state")
-        state = self.check_files(args)
-        self.settings = choose_settings(args, state and state["settings"])
-        self.device = parse_device(self.settings["device"])
-        self.data = datautils.load(self.settings["dataset"])
-        options = {"batch_size": self.settings["batchsize"], "seed": self.settings["seed"]}
+        state = self.check_files(args.resume, args.overwrite)
+        if state:
+            check_same(given, state["settings"])
+        self.settings = settings = state["settings"] if state else choose_settings(given)
+
+        self.device = find_device(settings["device"])
+        self.data = datautils.load(settings["dataset"])
+        options = {"batch_size": settings["batchsize"], "seed": settings["seed"]}
         self.train_loader = self.data.loader("train", **options)
         self.test_loader = self.data.loader("test", **options)
-        torch.manual_seed(self.settings["seed"])
-        model = models.build(self.settings["model"], self.data.num_classes)
+        if (self.train_loader.num_samples - 1) % settings["batchsize"] == 0:
+            raise UserError(
+                f"--batchsize {settings['batchsize']} leaves a batch of one of the "
+                f"{self.train_loader.num_samples:,} images, too few for batch norm: choose another"
+            )
+        torch.manual_seed(settings["seed"])
+        model = models.build(settings["model"], self.data.num_classes)
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.optimizer = build_optimizer(self.model, self.settings, self.device)
-        factor = learning_rate_factor(self.settings, len(self.train_loader))
+        self.optimizer = build_optimizer(self.model, settings, self.device)
+        factor = learning_rate_factor(settings, len(self.train_loader))
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        self.history = []  # a dict an epoch: the columns of the CSV
+        self.history = []  # a dict an epoch, the rows of the CSV
         if state:
-            if state["classes"] != self.data.classes:
-                raise UserError(f"{self.settings['dataset']} is not the data of {self.state_path}")
-            for part in ("model", "optimizer", "scheduler"):
-                getattr(self, part).load_state_dict(state[part])
-            self.history = state["history"]
+            self.restore(state)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.path.parent, os.W_OK):
+            raise UserError(f"cannot write into the folder {self.path.parent}")
 
-    def check_files(self, args: argparse.Namespace) -> dict[str, Any] | None:
-        """The saved state to go on from, if any. Raises UserError when a file of another run
-        would be lost, or can't be written."""
+    def check_files(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+        """The saved state, if there is one to go on with. Raises UserError if it is none, or if
+        files would be lost."""
         if self.path.suffix not in (".pth", ".pt"):
             raise UserError(f"--save {self.path} must end in .pth or .pt")
-        paths = [self.path.with_suffix(suffix) for suffix in (self.path.suffix, ".csv", ".png")]
-        if args.resume and self.state_path.exists():
+        beside = [self.path.with_suffix(suffix) for suffix in (".csv", ".png")]
+        exist = [path for path in (self.state_path, self.path, *beside) if path.exists()]
+        if folders := [path for path in exist if path.is_dir()]:
+            raise UserError(f"{folders[0]} is a folder: choose another --save")
+        if resume and self.state_path.exists():
             state = load_saved(self.state_path)
-            if not isinstance(state, dict) or not state.keys() >= {"settings", "history"}:
-                raise UserError(f"{self.state_path} is no training state of this script")
+            wanted = {"settings", "classes", "history", *self.STATEFUL}
+            if not isinstance(state, dict) or state.keys() != wanted:
+                raise UserError(f"{self.state_path} was not saved by this script")
             return state
-        exist = [path for path in [self.state_path, *paths] if path.exists()]
-        if exist and args.resume:
-            raise UserError(f"{exist[0]} exists without {self.state_path}, which --resume needs")
-        if exist and not args.overwrite:
+        if resume and exist:
+            raise UserError(f"{exist[0]} is there but {self.state_path}, to go on from, is not")
+        if exist and not overwrite:
             raise UserError(
                 f"{exist[0]} exists: go on with --resume, replace it with --overwrite, or choose "
                 "another --save"
             )
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make {self.path.parent}: {error.strerror}") from error
-        if not os.access(self.path.parent, os.W_OK):
-            raise UserError(f"cannot write into {self.path.parent}")
         return None
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was saved. Raises UserError if it does not fit."""
+        if state["classes"] != self.data.classes:
+            raise UserError(f"{self.settings['dataset']} has other classes than the saved run")
+        try:
+            for part in self.STATEFUL:
+                getattr(self, part).load_state_dict(state[part])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"{self.state_path} does not fit this version: {error}") from error
+        self.history = state["history"]
+        note(f"going on after epoch {len(self.history)} of {self.settings['epochs']}")
 
     def train(self) -> None:
         """All epochs that are left, then the curves."""
         shown = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         print(f"# {shown}", flush=True)
-        on_device = {"device": self.device, "amp": self.settings["amp"]}
         epochs = self.settings["epochs"]
+        how = {"device": self.device, "amp": self.settings["amp"]}
         for epoch in range(len(self.history), epochs):
-            # Like the order of the images, an epoch's random numbers depend on nothing before.
+            # Like the order of the images a function of seed and epoch, so there is none to save.
             torch.manual_seed(self.settings["seed"] + epoch)
             self.train_loader.set_epoch(epoch)
-            row = {"epoch": epoch + 1, "lr": float(self.optimizer.param_groups[0]["lr"])}
             title = f"epoch {epoch + 1}/{epochs}"
-            row |= train_epoch(
-                self.model,
-                self.train_loader,
-                self.optimizer,
-                self.scheduler,
-                title=title,
-                **on_device,
-            )
-            loss, accuracy = evaluate(self.model, self.test_loader, **on_device)
+            row = {"epoch": epoch + 1, "lr": float(self.optimizer.param_groups[0]["lr"])}
+            parts = self.model, self.train_loader, self.optimizer, self.scheduler
+            row |= train_epoch(*parts, title=title, **how)
+            loss, accuracy = evaluate(self.model, self.test_loader, **how)
             row |= {"test_loss": loss, "test_accuracy": accuracy}
+            self.save_state([*self.history, row])
             self.history.append(row)
-            self.save_state()
             self.save_results()
             print(
                 f"{title}  lr {row['lr']:.4g}  loss {row['train_loss']:.4f}  "
@@ -447,18 +454,17 @@ class Run:
                 f"optimizer {row['optimizer_seconds']:.1f} s",
                 flush=True,
             )
-        self.save_results()  # once more: the last run may have ended before it came to it
-        save_curves(self.history, self.path.with_suffix(".png"), title=self.path.stem)
+        self.save_results()  # again: a run that goes on may have been killed before it came to it
+        save_curves(self.history, self.path.with_suffix(".png"))
 
-    def save_state(self) -> None:
-        """Write the training state."""
-        state = {"settings": self.settings, "classes": self.data.classes, "history": self.history}
-        for part in ("model", "optimizer", "scheduler"):
-            state[part] = getattr(self, part).state_dict()
+    def save_state(self, history: list[dict[str, float]]) -> None:
+        """Writes what --resume needs, from which the other files can be made again."""
+        state = {"settings": self.settings, "classes": self.data.classes, "history": history}
+        state |= {part: getattr(self, part).state_dict() for part in self.STATEFUL}
         save_atomically(self.state_path, lambda file: torch.save(state, file))
 
     def save_results(self) -> None:
-        """Write the model and the CSV."""
+        """Writes the model, on the CPU and in plain memory order, and the CSV."""
         weights = self.model.state_dict()
         model = {
             "state_dict": {name: weight.cpu().contiguous() for name, weight in weights.items()},
@@ -467,51 +473,54 @@ class Run:
             "accuracy": self.history[-1]["test_accuracy"],
         }
         save_atomically(self.path, lambda file: torch.save(model, file))
-        table = io.StringIO()
-        writer = csv.DictWriter(table, self.history[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.history)
-        text = table.getvalue().encode()
-        save_atomically(self.path.with_suffix(".csv"), lambda file: file.write(text))
+        text = io.StringIO()
+        table = csv.DictWriter(text, self.history[0], lineterminator="\n")
+        table.writeheader()
+        table.writerows(self.history)
+        csv_path = self.path.with_suffix(".csv")
+        save_atomically(csv_path, lambda file: file.write(text.getvalue().encode()))
 
 
-def save_curves(history: list[dict[str, float]], path: Path, title: str) -> None:
-    """Draw loss and accuracy against epochs. Lines differ in colour (safe for the colour-blind)
-    and in style (for print)."""
+def save_curves(history: list[dict[str, float]], path: Path) -> None:
+    """Draws loss and accuracy against epochs, in lines that differ in colour, also for the
+    colour-blind, and in style, for print."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
-    for axes, name, label in zip(
-        figure.subplots(1, 2), ("loss", "accuracy"), ("Loss", "Accuracy (%)"), strict=True
-    ):
+    for axes, name, label in ((left, "loss", "Loss"), (right, "accuracy", "Accuracy (%)")):
         for split, style, color in (("train", "s--", "#0072B2"), ("test", "o-", "#D55E00")):
             values = [row[f"{split}_{name}"] for row in history]
             axes.plot(epochs, values, style, color=color, markersize=3, label=split)
         axes.set(xlabel="Epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(title)
+    figure.suptitle(path.stem)
     save_atomically(path, lambda file: figure.savefig(file, format="png", dpi=200))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train as `argv` (by default the command line) says."""
+    """Trains as the command line, or `argv`, says."""
     parser = build_parser()
     args = parser.parse_args(argv)
     run = None
     try:
         try:
             run = Run(args)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise UserError(str(error)) from error
         run.train()
     except (UserError, datautils.DataError) as error:
         parser.error(str(error))
+    except torch.OutOfMemoryError:
+        parser.error("the GPU's memory is full: use a smaller --batchsize or --ngrads")
     except KeyboardInterrupt:
-        saved = run and run.state_path.exists()
-        where = f"saved up to epoch {len(run.history)} in {run.path}" if saved else "nothing saved"
-        parser.exit(130, f"\ninterrupted, {where}\n")
+        if run and run.history:
+            parser.exit(130, f"\ninterrupted; saved: {run.path}, to go on with --resume\n")
+        parser.exit(130, "\ninterrupted before an epoch was saved\n")
 
 
 if __name__ == "__main__":
