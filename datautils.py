@@ -20,7 +20,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 __all__ = ["Data", "DataError", "Loader", "load"]
 
 SMALL = 64  # pixels: sets with images up to this side are held in memory
+PADDING = 4  # pixels: black margin from which small images are cropped
 CROP = 224  # pixels: side of what is cut from larger images
 SAMPLE = 1000  # training images read for the statistics of a set of larger ones
 
@@ -45,15 +46,19 @@ CONSTANTS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
-# The torchvision class that reads a set, and the folder in which it keeps the original files.
+# The torchvision class that reads a set, and the folder with the original files below its root.
 ORIGINALS = {
     "cifar10": ("CIFAR10", "cifar-10-batches-py"),
     "cifar100": ("CIFAR100", "cifar-100-python"),
-    "mnist": ("MNIST", "MNIST"),
+    "mnist": ("MNIST", "MNIST/raw"),
 }
 
-CIFAR10_CLASSES = set("airplane automobile bird cat deer dog frog horse ship truck".split())
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
 SOME_CIFAR100_CLASSES = {"aquarium_fish", "maple_tree", "pickup_truck", "sweet_pepper"}
+
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # images float32 (n, C, H, W), labels int64 (n,)
+Channels = tuple[float, ...]  # one figure a channel
 
 
 class DataError(ValueError):
@@ -66,43 +71,42 @@ class Pixels:
 
     images: torch.Tensor
     labels: torch.Tensor
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: Channels
+    std: Channels
     flip: bool
-    padding: int
 
-    def batch(
-        self, indices: torch.Tensor, draws: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images float32 (n, 3, H, W), augmented with `draws`, int64 (n, 3), if there are any."""
+    def batch(self, indices: torch.Tensor, draws: torch.Tensor | None) -> Batch:
+        """The images at `indices` (n,), augmented with `draws`, int64 (n, 3), if there are any."""
         images = self.images[indices]
         if draws is not None:
-            images = _crop_and_flip(images, draws, self.padding, self.flip)
+            images = _crop_and_flip(images, draws, self.flip)
         return _normalise(images, self.mean, self.std), self.labels[indices]
 
 
 @dataclass(frozen=True)
 class Files:
-    """Images on disk: the file of each, `labels` int64 (N,)."""
+    """Images on disk: `paths` (N), `labels` int64 (N,), and two transforms from a PIL image to
+    uint8 (3, 224, 224), of which `random_view` draws from torch's global generator."""
 
     paths: list[str]
     labels: torch.Tensor
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    flip: bool
+    mean: Channels
+    std: Channels
+    central_view: Callable[[Image.Image], torch.Tensor]
+    random_view: Callable[[Image.Image], torch.Tensor]
 
-    def batch(
-        self, indices: torch.Tensor, draws: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images float32 (n, 3, 224, 224), augmented with `draws`, int64 (n, 3), if any."""
-        seeds = [None] * len(indices) if draws is None else draws[:, 0].tolist()
-        images = torch.stack(
-            [
-                _large_view(_read_image(self.paths[index]), seed, self.flip)
-                for index, seed in zip(indices.tolist(), seeds)
-            ]
-        )
-        return _normalise(images, self.mean, self.std), self.labels[indices]
+    def batch(self, indices: torch.Tensor, draws: torch.Tensor | None) -> Batch:
+        """The images at `indices` (n,), augmented with `draws`, int64 (n, 3), if there are any."""
+        images = (_read_image(self.paths[index]) for index in indices.tolist())
+        if draws is None:
+            views = [self.central_view(image) for image in images]
+        else:
+            views = []
+            with torch.random.fork_rng(devices=[]):  # puts the global generator back at the end
+                for image, seed in zip(images, draws[:, 0].tolist(), strict=True):
+                    torch.default_generator.manual_seed(seed)
+                    views.append(self.random_view(image))
+        return _normalise(torch.stack(views), self.mean, self.std), self.labels[indices]
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,8 @@ class Data:
     name: str
     classes: list[str]
     shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: Channels
+    std: Channels
     splits: dict[str, Pixels | Files]
 
     @property
@@ -193,50 +197,58 @@ class Loader:
     def __len__(self) -> int:
         return -(-self.num_samples // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        batches = _Batches(self.source, self._plan())
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = _Epoch(self.source, self.batch_size, *self._draw())
         if self.workers == 0:
-            return map(_checked, map(batches.__getitem__, range(len(batches))))
+            return map(_checked, map(epoch.__getitem__, range(len(self))))
         # A generator of its own keeps DataLoader from drawing a seed from the global one.
         processes = DataLoader(
-            batches, batch_size=None, num_workers=self.workers, generator=torch.Generator()
+            epoch, batch_size=None, num_workers=self.workers, generator=torch.Generator()
         )
         return map(_checked, processes)
 
-    def _plan(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """The samples of each batch, and three random integers for each sample if augmented."""
+    def _draw(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The order of the samples, and if augmented three random integers for each of them."""
         seed = np.random.SeedSequence([self.seed % 2**64, self.epoch]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(seed[0]))
         n = self.num_samples
         order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
-        indices = order.split(self.batch_size)
-        if not self.augment:
-            return [(batch, None) for batch in indices]
-        draws = torch.randint(2**62, (n, 3), generator=generator).split(self.batch_size)
-        return list(zip(indices, draws))
+        draws = torch.randint(2**62, (n, 3), generator=generator) if self.augment else None
+        return order, draws
 
 
-class _Batches:
+class _Epoch:
     """The batches of one epoch as a map-style data set, so that worker processes can make them."""
 
-    def __init__(self, source: Pixels | Files, plan: list) -> None:
+    def __init__(
+        self,
+        source: Pixels | Files,
+        batch_size: int,
+        order: torch.Tensor,
+        draws: torch.Tensor | None,
+    ) -> None:
         self.source = source
-        self.plan = plan
+        self.batch_size = batch_size
+        self.order = order
+        self.draws = draws
 
     def __len__(self) -> int:
-        return len(self.plan)
+        return -(-len(self.order) // self.batch_size)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | DataError:
+    def __getitem__(self, index: int) -> Batch | DataError:
+        batch = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        draws = None if self.draws is None else self.draws[batch]
         try:
-            return self.source.batch(*self.plan[index])
+            return self.source.batch(self.order[batch], draws)
         except DataError as error:  # returned, because a worker would add its traceback to it
             return error
 
 
-def _checked(batch: tuple[torch.Tensor, torch.Tensor] | DataError):
+def _checked(batch: Batch | DataError) -> Batch:
     """The batch itself; raises the error that came in its place."""
     if isinstance(batch, DataError):
-        raise batch
+        # As a new one: raising a local variable makes a cycle that would keep the workers alive.
+        raise DataError(str(batch))
     return batch
 
 
@@ -247,14 +259,26 @@ def load(dataset: str | Path = "digits") -> Data:
     """
     if str(dataset) == "digits":
         return _load_digits()
-    path = Path(dataset).expanduser().resolve()
+    path = Path(dataset).expanduser()
+    try:
+        return _load_path(path.resolve())
+    except OSError as error:  # no permission, a name too long, …
+        raise DataError(f"The data set {path} can't be read ({error}): check the path.") from error
+
+
+def _load_path(path: Path) -> Data:
     if (path / "train").is_dir():
         return _load_folders(path)
-    for kind, (_, folder) in ORIGINALS.items():
-        if path.name == folder and path.is_dir() and any(path.iterdir()):
-            return _load_original(kind, path.parent)
-        if (path / folder).is_dir() or (kind == _plain(path.name) and _awaits_download(path)):
-            return _load_original(kind, path)
+    originals = _find_originals(path)
+    if len(originals) > 1:
+        raise DataError(
+            f"The folder {path} holds the files of {' and of '.join(originals)}: give one of "
+            f"{', '.join(str(path / ORIGINALS[kind][1]) for kind in originals)}."
+        )
+    if originals:
+        return _load_original(*originals.popitem())
+    if _plain(path.name) in ORIGINALS and _awaits_download(path):
+        return _load_original(_plain(path.name), path)
     if not path.exists():
         raise DataError(f"There is no data set at {path}: check the path.")
     if not path.is_dir():
@@ -263,6 +287,16 @@ def load(dataset: str | Path = "digits") -> Data:
         f"The folder {path} holds no data set: it needs train/ and test/ (or val/) with a folder "
         f"of images a class, or the original files of CIFAR-10, CIFAR-100 or MNIST."
     )
+
+
+def _find_originals(path: Path) -> dict[str, Path]:
+    """The root of each set whose original files lie in `path` or in the folder below it."""
+    return {
+        kind: root
+        for kind, (_, folder) in ORIGINALS.items()
+        for root in (path, *path.parents[:2])
+        if (root / folder).is_dir() and (root / folder).is_relative_to(path)
+    }
 
 
 def _plain(name: str) -> str:
@@ -311,12 +345,10 @@ def _load_original(kind: str, root: Path) -> Data:
                 f"({_one_line(error)}): copy them there, or check the network and the path."
             ) from error
         images = torch.as_tensor(original.data)
-        # (N, H, W) of MNIST becomes three equal channels without taking three times the memory.
-        images = (
-            images.permute(0, 3, 1, 2)
-            if images.ndim == 4
-            else images[:, None].expand(-1, 3, -1, -1)
-        )
+        if images.ndim == 4:
+            images = images.permute(0, 3, 1, 2).contiguous()
+        else:  # MNIST's one channel serves as three, without taking three times the memory
+            images = images[:, None].expand(-1, 3, -1, -1)
         splits[split] = images, torch.as_tensor(original.targets)
     return _in_memory(kind, list(original.classes), splits)
 
@@ -348,7 +380,7 @@ def _load_folders(path: Path) -> Data:
             )
     files = {"train": _list_images(train, classes), "test": _list_images(test, classes)}
     firsts = [paths[0] for by_class in files.values() for paths in by_class]
-    sizes = {_read_image(first, header_only=True).size for first in firsts}
+    sizes = [_read_image(first, header_only=True).size for first in firsts]
     listed = {
         split: (
             [file for paths in by_class for file in paths],
@@ -358,8 +390,9 @@ def _load_folders(path: Path) -> Data:
     }
     if max(max(size) for size in sizes) > SMALL:
         return _on_disk(path.name, classes, listed)
-    size = _read_image(firsts[0], header_only=True).size
-    splits = {split: (_decode(paths, size), labels) for split, (paths, labels) in listed.items()}
+    splits = {
+        split: (_decode(paths, sizes[0]), labels) for split, (paths, labels) in listed.items()
+    }
     return _in_memory(path.name, classes, splits)
 
 
@@ -369,7 +402,7 @@ def _class_names(folder: Path) -> list[str]:
     return sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
 
 
-def _some(names: Sequence[str]) -> str:
+def _some(names: list[str]) -> str:
     """The first three names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(map(repr, names[:3])) + more
@@ -422,7 +455,8 @@ def _decode(paths: list[str], size: tuple[int, int]) -> torch.Tensor:
             if image.size != size:
                 raise DataError(
                     f"The image {paths[index]} is {image.width}x{image.height} where others are "
-                    f"{size[0]}x{size[1]}: images up to {SMALL}x{SMALL} must all have one size."
+                    f"{size[0]}x{size[1]}: images up to {SMALL}x{SMALL} must all "
+                    f"have one size, so resize it."
                 )
             images[index] = np.asarray(image).transpose(2, 0, 1)
 
@@ -439,10 +473,8 @@ def _in_memory(
     """Data from uint8 images (N, 3, H, W) and labels (N,) of each split."""
     shape = tuple(splits["train"][0].shape[1:])
     mean, std = _published(name, classes, shape) or _statistics(splits["train"][0])
-    # A mirrored digit is no digit, or another one: the mirror image of a 2 looks like a 5.
-    digits = any(word in _plain(name) for word in ("digit", "mnist", "svhn"))
     sources = {
-        split: Pixels(images, labels, mean, std, flip=not digits, padding=4)
+        split: Pixels(images, labels, mean, std, _mirrors(name))
         for split, (images, labels) in splits.items()
     }
     return Data(name, classes, shape, mean, std, sources)
@@ -452,24 +484,35 @@ def _on_disk(
     name: str, classes: list[str], splits: dict[str, tuple[list[str], torch.Tensor]]
 ) -> Data:
     """Data from the files and labels of each split."""
+    from torchvision import transforms  # here, because its import takes a second
+
+    to_tensor = transforms.PILToTensor()
+    central_view = transforms.Compose(
+        [transforms.Resize(256), transforms.CenterCrop(CROP), to_tensor]
+    )
+    mirror = [transforms.RandomHorizontalFlip()] if _mirrors(name) else []
+    random_view = transforms.Compose([transforms.RandomResizedCrop(CROP), *mirror, to_tensor])
     shape = (3, CROP, CROP)
     paths = splits["train"][0]
     constants = _published(name, classes, shape)
     if constants is None:
         sample = paths[:: -(-len(paths) // SAMPLE)]
-        constants = _statistics(
-            torch.stack([_large_view(_read_image(path), None, False) for path in sample])
-        )
+        constants = _statistics(torch.stack([central_view(_read_image(path)) for path in sample]))
     sources = {
-        split: Files(paths, labels, *constants, flip=True)
+        split: Files(paths, labels, *constants, central_view, random_view)
         for split, (paths, labels) in splits.items()
     }
     return Data(name, classes, shape, *constants, sources)
 
 
+def _mirrors(name: str) -> bool:
+    """Whether a mirrored image keeps its class: not for digits, where a 2 would look like a 5."""
+    return not any(word in _plain(name) for word in ("digit", "mnist", "svhn"))
+
+
 def _published(
     name: str, classes: list[str], shape: tuple[int, ...]
-) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+) -> tuple[Channels, Channels] | None:
     """The published mean and standard deviation, if the name or the classes tell the set."""
     name = _plain(name)
     if shape[1:] == (CROP, CROP):
@@ -478,15 +521,15 @@ def _published(
     if name == "mnist":
         return CONSTANTS["mnist"]
     if shape[1:] == (32, 32):
-        lower = {c.lower() for c in classes}
-        if lower == CIFAR10_CLASSES or ("cifar10" in name and len(classes) == 10):
+        classes = sorted(c.lower() for c in classes)
+        if " ".join(classes) == CIFAR10_CLASSES or (len(classes) == 10 and "cifar10" in name):
             return CONSTANTS["cifar10"]
-        if len(classes) == 100 and ("cifar100" in name or SOME_CIFAR100_CLASSES <= lower):
+        if len(classes) == 100 and ("cifar100" in name or SOME_CIFAR100_CLASSES <= {*classes}):
             return CONSTANTS["cifar100"]
     return None
 
 
-def _statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _statistics(images: torch.Tensor) -> tuple[Channels, Channels]:
     """Mean and standard deviation of each channel of uint8 images (N, 3, H, W), in units of 255.
 
     They come from the histogram, which is exact and takes little memory.
@@ -503,44 +546,25 @@ def _statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, .
     return tuple(means), tuple(stds)
 
 
-def _normalise(
-    images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]
-) -> torch.Tensor:
+def _normalise(images: torch.Tensor, mean: Channels, std: Channels) -> torch.Tensor:
     """uint8 (n, C, H, W) to float32 with mean 0 and standard deviation 1 of each channel."""
     mean, std = (255 * torch.tensor(figure)[:, None, None] for figure in (mean, std))
     return images.float().sub_(mean).div_(std)
 
 
-def _crop_and_flip(
-    images: torch.Tensor, draws: torch.Tensor, padding: int, flip: bool
-) -> torch.Tensor:
+def _crop_and_flip(images: torch.Tensor, draws: torch.Tensor, flip: bool) -> torch.Tensor:
     """A random HxW window of each image (n, C, H, W) padded with black, mirrored or not if `flip`.
 
     One gather moves each pixel to its place: `draws`, random integers (n, 3), give the window's top
     and left and whether to mirror.
     """
     n, channels, height, width = images.shape
-    top, left = (draws[:, :2] % (2 * padding + 1)).T
+    top, left = (draws[:, :2] % (2 * PADDING + 1)).T
     rows = top[:, None] + torch.arange(height)
     columns = torch.arange(width).expand(n, -1)
     if flip:
         columns = torch.where(draws[:, 2:] % 2 == 1, width - 1 - columns, columns)
     columns = columns + left[:, None]
-    places = rows[:, :, None] * (width + 2 * padding) + columns[:, None, :]
-    padded = F.pad(images, (padding,) * 4).flatten(2)
+    places = rows[:, :, None] * (width + 2 * PADDING) + columns[:, None, :]
+    padded = F.pad(images, (PADDING,) * 4).flatten(2)
     return padded.gather(2, places.flatten(1)[:, None].expand(-1, channels, -1)).view_as(images)
-
-
-def _large_view(image: Image.Image, seed: int | None, flip: bool) -> torch.Tensor:
-    """uint8 (3, 224, 224): a random crop, resized and mirrored, with `seed`; without, the centre."""
-    from torchvision import transforms  # here, because its import takes a second
-
-    steps = (
-        [transforms.Resize(256), transforms.CenterCrop(CROP)]
-        if seed is None
-        else [transforms.RandomResizedCrop(CROP), transforms.RandomHorizontalFlip(0.5 * flip)]
-    )
-    # The transforms draw from the global generator of the CPU, so it is seeded and put back.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed or 0)
-        return transforms.functional.pil_to_tensor(transforms.Compose(steps)(image))
