@@ -109,15 +109,15 @@ def save_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_saved(path: Path) -> Any:
-    """What torch.save wrote to `path`, on the CPU. Raises UserError if it is damaged."""
+def load_saved(path: Path, mmap: bool = False) -> Any:
+    """What torch.save wrote to `path`, on the CPU. With `mmap` it takes no memory, but must be
+    copied before the file may change. Raises UserError if the file is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
             damaged = archive.testzip()
         if damaged:
             raise ValueError(f"{damaged} has another checksum")
-        # Mapped, so that a large state is never in memory a second time.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # there is no end to what a damaged file can set off
         raise UserError(f"{path} is damaged, or was not saved by this script") from error
 
@@ -389,20 +389,21 @@ class Run:
         if state:
             self.restore(state)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(self.path.parent, os.W_OK):
-            raise UserError(f"cannot write into the folder {self.path.parent}")
 
     def check_files(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
         """The saved state, if there is one to go on with. Raises UserError if it is none, or if
         files would be lost."""
         if self.path.suffix not in (".pth", ".pt"):
             raise UserError(f"--save {self.path} must end in .pth or .pt")
+        folder = next(folder for folder in self.path.absolute().parents if folder.exists())
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise UserError(f"{folder} is no folder that can be written into: see --save")
         beside = [self.path.with_suffix(suffix) for suffix in (".csv", ".png")]
         exist = [path for path in (self.state_path, self.path, *beside) if path.exists()]
         if folders := [path for path in exist if path.is_dir()]:
             raise UserError(f"{folders[0]} is a folder: choose another --save")
         if resume and self.state_path.exists():
-            state = load_saved(self.state_path)
+            state = load_saved(self.state_path, mmap=True)  # a window must not be there twice
             wanted = {"settings", "classes", "history", *self.STATEFUL}
             if not isinstance(state, dict) or state.keys() != wanted:
                 raise UserError(f"{self.state_path} was not saved by this script")
@@ -424,7 +425,10 @@ class Run:
             for part in self.STATEFUL:
                 getattr(self, part).load_state_dict(state[part])
         except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(f"{self.state_path} does not fit this version: {error}") from error
+            first = str(error).splitlines()[0]
+            raise UserError(f"{self.state_path} does not fit the model: {first}") from error
+        for entries in self.optimizer.state.values():  # SGD and Adam take what they load uncopied
+            entries.update({name: tensor.clone() for name, tensor in entries.items()})
         self.history = state["history"]
         note(f"going on after epoch {len(self.history)} of {self.settings['epochs']}")
 

@@ -1,0 +1,592 @@
+"""Real, small trainings through the command line of main_optim.py.
+
+Most run on a folder of 8x8 images of handwritten digits, so that an epoch takes a second.
+"""
+
+import contextlib
+import csv
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import nn
+
+import datautils
+import main_optim
+import models
+from optim import window_bytes
+
+SCRIPT = Path(main_optim.__file__)
+COLUMNS = [
+    *("epoch", "lr", "train_loss", "train_accuracy", "seconds", "images_per_second"),
+    *("optimizer_seconds", "test_loss", "test_accuracy"),
+]
+TIMES = {"seconds", "images_per_second", "optimizer_seconds"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Bits depend on the number of threads, and the processes started here have one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    """Class folders with 80 training and 40 test images of four digits."""
+    folder = tmp_path_factory.mktemp("data") / "four"
+    images, labels = load_digits(n_class=4, return_X_y=True)
+    for index, (image, label) in enumerate(zip(images[:120], labels[:120], strict=True)):
+        path = folder / ("train" if index < 80 else "test") / f"digit{label}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image.reshape(8, 8) * 15).astype("uint8")).convert("RGB").save(path)
+    return folder
+
+
+@pytest.fixture
+def run(dataset, tmp_path, monkeypatch):
+    """A function that runs the script in an empty folder, and returns the status it ends with."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags) -> int:
+        command = [str(flag) for flag in flags]
+        if "--dataset" not in command:
+            command += ["--dataset", str(dataset)]
+        try:
+            main_optim.main(command)
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    return call
+
+
+def small(optim: str, save: str = "net.pth") -> list[str]:
+    """Flags of a run of three epochs of three steps, one of them with half a batch."""
+    flags = ["--optim", optim, "--epochs", "3", "--batchsize", "32", "--save", save]
+    return [*flags, "--ngrads", "5"] if optim == "mfac" else flags
+
+
+def start(*flags, **options) -> subprocess.Popen:
+    """The script in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), *map(str, flags)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes | options)
+
+
+def rows(path: str, without=frozenset()) -> list[dict[str, str]]:
+    """The rows of a CSV."""
+    with open(path, newline="") as file:
+        table = list(csv.DictReader(file))
+    return [{key: row[key] for key in row if key not in without} for row in table]
+
+
+def interrupt_after(monkeypatch, epochs: int) -> None:
+    """Ctrl-C comes while the epoch after the first `epochs` is tested."""
+    calls = iter(range(epochs))
+    evaluate = main_optim.evaluate
+
+    def interrupted(*args, **kwargs):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(main_optim, "evaluate", interrupted)
+
+
+def assert_same_run(one: str, other: str) -> None:
+    """Two runs ended with the same bits in every file, but for the times."""
+    assert Path(f"{one}.pth").read_bytes() == Path(f"{other}.pth").read_bytes()
+    assert rows(f"{one}.csv", TIMES) == rows(f"{other}.csv", TIMES)
+    states = [main_optim.load_saved(Path(f"{name}.state")) for name in (one, other)]
+    for state in states:
+        for row in state["history"]:
+            for name in TIMES:
+                del row[name]
+    assert_equal(*states)
+
+
+def assert_equal(one, other) -> None:
+    """Nested containers, equal down to the bits of their tensors."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_equal(a, b)
+    else:
+        assert one == other
+
+
+# --- what a run leaves ----------------------------------------------------------------------
+
+
+def test_the_published_command_and_ctrl_c(dataset, tmp_path):
+    """The command of the README, stopped after its first epoch."""
+    flags = "--model resnet20 --optim mfac --ngrads 512 --weightdecay .003 --batchsize 128"
+    process = start(*flags.split(), "--dataset", dataset, "--save", "rn20-mfac.pth", cwd=tmp_path)
+    settings, line = process.stdout.readline(), process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    (tmp_path / "rn20-mfac.state").unlink()  # half a gigabyte
+    assert process.returncode == 130
+    assert "Traceback" not in errors and "rn20-mfac.pth" in errors and "--resume" in errors
+    assert "512 gradients of 272,084 weights" in errors  # four classes
+    for setting in ("lr 0.001", "momentum 0.0", "damp 1e-05", "epochs 164", "drop_at [82, 123]"):
+        assert setting in settings
+    assert line.startswith("epoch 1/164  lr 0.001  loss ")
+    models.load_checkpoint(models.build("resnet20", 4), tmp_path / "rn20-mfac.pth")
+    assert len(rows(tmp_path / "rn20-mfac.csv")) >= 1
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_embedded_digits_by_default(run, capsys):
+    """One real epoch on the digits; files go to runs/ under a name that says what they are."""
+    assert run("--dataset", "digits", "--optim", "sgd", "--epochs", 1) == 0
+    names = {path.name for path in Path("runs").iterdir()}
+    assert names == {f"resnet20-digits-sgd.{end}" for end in ("pth", "state", "csv", "png")}
+    (row,) = rows("runs/resnet20-digits-sgd.csv")
+    assert float(row["train_accuracy"]) > 20  # ten classes
+    assert float(row["train_loss"]) < math.log(10)
+    assert "dataset digits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adam", "mfac"])
+def test_files_and_lines(run, dataset, optim, capsys):
+    assert run(*small(optim), "--schedule", "linear", "--lr", 0.01) == 0
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert lines[0].startswith("# ") and len(lines) == 1 + 3
+    assert "\r" not in printed.err and printed.err.count("\n") == (optim == "mfac")
+
+    table = rows("net.csv")
+    assert list(table[0]) == COLUMNS
+    assert [int(row["epoch"]) for row in table] == [1, 2, 3]
+    assert [float(row["lr"]) for row in table] == pytest.approx([0.01, 0.01 * 2 / 3, 0.01 / 3])
+    for line, row in zip(lines[1:], table, strict=True):
+        assert f"test {float(row['test_accuracy']):.2f} %" in line
+        assert f"loss {float(row['train_loss']):.4f}" in line
+        seconds = float(row["seconds"])
+        assert 0 < float(row["optimizer_seconds"]) < seconds
+        assert float(row["images_per_second"]) == pytest.approx(80 / seconds)
+
+    with Image.open("net.png") as curves:
+        assert curves.format == "PNG" and curves.width > 1000
+        assert len(curves.convert("RGB").getcolors(2**24)) > 50  # more than an empty sheet
+
+    saved = torch.load("net.pth", weights_only=True)
+    assert saved["model"] == "resnet20"
+    assert saved["classes"] == ["digit0", "digit1", "digit2", "digit3"]
+    assert all(weight.is_contiguous() for weight in saved["state_dict"].values())
+    model = models.build("resnet20", 4)
+    models.load_checkpoint(model, "net.pth")
+    loader = datautils.load(dataset).loader("test", 7)
+    loss, accuracy = main_optim.evaluate(model, loader, device=torch.device("cpu"))
+    assert accuracy == pytest.approx(saved["accuracy"]) == float(table[-1]["test_accuracy"])
+    assert loss == pytest.approx(float(table[-1]["test_loss"]), rel=1e-4)
+
+
+def test_the_seed_decides(run):
+    for save, seed in (("a.pth", 3), ("b.pth", 3), ("c.pth", 4)):
+        assert run(*small("sgd", save), "--seed", seed) == 0
+    assert_same_run("a", "b")
+    assert rows("a.csv", TIMES) != rows("c.csv", TIMES)
+
+
+def test_amp_trains_in_bfloat16_with_float32_weights(run):
+    for save, flags in (("full.pth", []), ("half.pth", ["--amp"])):
+        assert run(*small("mfac", save), *flags) == 0
+    full, half = (rows(name, TIMES) for name in ("full.csv", "half.csv"))
+    assert full != half
+    assert float(half[0]["train_loss"]) == pytest.approx(float(full[0]["train_loss"]), rel=0.05)
+    weights = torch.load("half.pth", weights_only=True)["state_dict"]
+    assert {weight.dtype for weight in weights.values()} == {torch.float32, torch.int64}
+
+
+# --- nothing is lost ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adam", "mfac"])
+@pytest.mark.parametrize("epochs_before", [1, 2])
+def test_resumed_is_uninterrupted(run, monkeypatch, optim, epochs_before, capsys):
+    flags = ["--momentum", 0.5] if optim == "mfac" else []
+    assert run(*small(optim, "whole.pth"), *flags) == 0
+    with monkeypatch.context() as context:
+        interrupt_after(context, epochs_before)
+        assert run(*small(optim, "parts.pth"), *flags) == 130
+    assert "parts.pth" in capsys.readouterr().err
+    assert len(rows("parts.csv")) == epochs_before
+    # Flags that were given before need not be given again.
+    assert run("--save", "parts.pth", "--resume") == 0
+    assert_same_run("whole", "parts")
+
+
+def test_ctrl_c_before_anything_is_saved(run, monkeypatch, capsys):
+    interrupt_after(monkeypatch, 0)
+    assert run(*small("sgd")) == 130
+    assert "before an epoch was saved" in capsys.readouterr().err
+    assert not list(Path().iterdir())
+
+
+def test_killed_at_any_moment(run, dataset, tmp_path):
+    """SIGKILL, twice, and --resume from the first call on, as in a batch queue."""
+    flags = [*small("mfac", "killed.pth"), "--epochs", "8", "--dataset", dataset, "--resume"]
+    chance = random.Random(time.time_ns())
+    for _ in range(2):
+        process = start(*flags, cwd=tmp_path)
+        process.stdout.readline()  # the settings: training begins
+        time.sleep(chance.uniform(0, 2))
+        process.kill()
+        process.communicate()
+        for path in (path for path in tmp_path.iterdir() if path.suffix != ".tmp"):
+            if path.suffix in (".pth", ".state"):
+                main_optim.load_saved(path)
+    assert run(*flags) == 0
+    assert run(*flags[:-1], "--save", "whole.pth") == 0
+    assert_same_run("whole", "killed")
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("optim", ["adam", "mfac"])
+def test_a_resumed_run_needs_the_file_no_more(run, monkeypatch, optim):
+    """Whatever another program writes into the state file does not change a run that goes on."""
+    assert run(*small(optim, "whole.pth")) == 0
+    with monkeypatch.context() as context:
+        interrupt_after(context, 1)
+        assert run(*small(optim, "parts.pth")) == 130
+    restore = main_optim.Run.restore
+
+    def spoil(self, state):
+        restore(self, state)
+        size = self.state_path.stat().st_size
+        with open(self.state_path, "r+b") as file:  # in place
+            file.write(bytes([0xFF]) * size)
+
+    monkeypatch.setattr(main_optim.Run, "restore", spoil)
+    assert run("--save", "parts.pth", "--resume") == 0
+    assert_same_run("whole", "parts")
+
+
+@pytest.mark.parametrize("lost", ["net.pth", "net.csv", "net.png"])
+def test_results_come_back_from_the_state(run, lost):
+    """As after a kill between the writing of the state and that of the results."""
+    assert run(*small("sgd")) == 0
+    before = Path(lost).read_bytes()
+    Path(lost).unlink()
+    assert run("--save", "net.pth", "--resume") == 0
+    if lost != "net.png":
+        assert Path(lost).read_bytes() == before
+    assert Path(lost).exists()
+
+
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def write(file):
+        file.write(b"new and longer")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if (child := os.fork()) == 0:
+        main_optim.save_atomically(path, write)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert path.read_bytes() == b"old"
+    main_optim.save_atomically(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    """Writing more than `size` bytes fails, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(run, monkeypatch, capsys):
+    assert run(*small("sgd", "whole.pth")) == 0
+    with monkeypatch.context() as context:
+        interrupt_after(context, 1)
+        assert run(*small("sgd")) == 130
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    capsys.readouterr()
+    with largest_file(500_000):
+        assert run("--save", "net.pth", "--resume") == 2
+    assert "cannot write net.state" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
+    assert run("--save", "net.pth", "--resume") == 0
+    assert_same_run("whole", "net")
+
+
+def test_a_diverged_run_ends_and_keeps_what_it_had(run, monkeypatch, capsys):
+    assert run(*small("sgd"), "--lr", 1e30) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "the loss became" in error and "--lr" in error
+
+
+def test_existing_files_are_kept_unless_told_otherwise(run, capsys):
+    flags = [*small("sgd"), "--epochs", "1"]
+    Path("net.csv").write_text("mine")
+    assert run(*flags) == 2
+    assert "net.csv exists" in (error := capsys.readouterr().err) and "--overwrite" in error
+    assert run(*flags, "--resume") == 2
+    assert "net.state" in capsys.readouterr().err
+    assert Path("net.csv").read_text() == "mine" and len(list(Path().iterdir())) == 1
+    assert run(*flags, "--overwrite") == 0
+    assert len(rows("net.csv")) == 1
+    assert run(*flags) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+# --- bad input: one sentence, exit status 2, nothing done -----------------------------------
+
+BAD_FLAGS = [
+    ("--model vgg", "vgg"),
+    ("--optim lion", "lion"),
+    ("--mod resnet20", "--mod"),
+    ("--epochs", "--epochs"),
+    ("--schedule exponential", "exponential"),
+    ("--dataset nowhere", "nowhere"),
+    *(
+        (f"--{flag} {value}", f"--{flag}: {value} is not")
+        for flag in ("lr", "damp", "drop_by")
+        for value in ("0", "-1", "nan", "inf", "x")
+    ),
+    *((f"--weightdecay {value}", "from 0") for value in ("-0.1", "nan", "inf", "x")),
+    *((f"--momentum {value}", "below 1") for value in ("-0.1", "1", "nan", "x")),
+    *(
+        (f"--{flag} {value}", f"--{flag}: {value} is not a whole number from 1")
+        for flag in ("epochs", "batchsize", "ngrads", "drop_at")
+        for value in ("0", "-3", "1.5", "x")
+    ),
+    *((f"--seed {value}", "--seed") for value in ("-1", str(2**32), "0.5")),
+    ("--drop_by 1.1", "at most 1"),
+    ("--epochs 5 --drop_at 2 5", "--drop_at 5 never comes"),
+    ("--schedule linear --drop_at 2", "not for --schedule linear"),
+    ("--schedule cosine --drop_by 0.5", "not for --schedule cosine"),
+    ("--optim sgd --ngrads 8", "--ngrads is no setting of --optim sgd"),
+    ("--optim adam --damp 1", "--damp is no setting of --optim adam"),
+    ("--optim adam --momentum 0.5", "--momentum is no setting of --optim adam"),
+    ("--resume --overwrite", "not allowed with"),
+    ("--device tpu9", "--device tpu9 is not one of cpu"),
+    ("--device meta", "--device meta is not one of cpu"),
+    ("--device cuda:99", "--device cuda:99 is not one of cpu"),
+    ("--save model.csv", "must end in .pth"),
+    ("--save model", "must end in .pth"),
+    ("--save /dev/null/model.pth", "/dev/null is no folder"),
+    (f"--save {'x' * 300}.pth", "too long"),
+    ("--batchsize 79 --optim sgd", "batch of one"),
+    ("--batchsize 1 --optim sgd", "batch of one"),
+    (f"--ngrads {10**9}", "use at most --ngrads"),
+    ("--epochs 3 extra", "extra"),
+]
+
+
+@pytest.mark.parametrize(("flags", "sentence"), BAD_FLAGS, ids=lambda text: text[:50])
+def test_bad_flags(run, flags, sentence, capsys):
+    assert run(*flags.split()) == 2
+    printed = capsys.readouterr()
+    assert sentence in printed.err
+    assert printed.err.count("\n") == 1 and printed.out == ""
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_can_not_be_written(run, tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    assert run(*small("sgd")) == 2
+    assert "no folder that can be written into" in capsys.readouterr().err
+
+
+def test_a_folder_in_the_way(run, capsys):
+    Path("net.csv").mkdir()
+    assert run(*small("sgd"), "--overwrite") == 2
+    assert "net.csv is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("free", [2**20, 10**7, 123_456_789])
+def test_a_window_that_can_not_fit(run, monkeypatch, free, capsys):
+    monkeypatch.setattr(main_optim, "available_memory", lambda device: free)
+    assert run("--optim", "mfac", "--ngrads", 1000) == 2
+    error = capsys.readouterr().err
+    assert "1,000 gradients of 272,084 weights" in error
+    fits = int(error.rsplit("--ngrads", 1)[1])
+    assert window_bytes(fits, 272_084) <= free < window_bytes(fits + 1, 272_084)
+    if fits:
+        assert run(*small("mfac"), "--ngrads", fits, "--epochs", 1) == 0
+
+
+def test_memory_is_measured(monkeypatch):
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 2**20 < main_optim.available_memory(torch.device("cpu")) <= total
+
+    def no_proc(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("builtins.open", no_proc)
+    assert main_optim.available_memory(torch.device("cpu")) == total
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "saved"),
+    [("lr", 0.2, 0.1), ("epochs", 4, 3), ("optim", "adam", "sgd"), ("damp", 1.0, None)],
+)
+def test_resume_refuses_other_settings(run, flag, value, saved, capsys):
+    assert run(*small("sgd")) == 0
+    capsys.readouterr()
+    assert run("--save", "net.pth", "--resume", f"--{flag}", value) == 2
+    assert f"--{flag} {value} differs from the saved run, which has {saved}" in (
+        capsys.readouterr().err
+    )
+
+
+def test_resume_refuses_other_data(run, dataset, tmp_path, capsys):
+    (tmp_path / "data").symlink_to(dataset)
+    flags = [*small("sgd"), "--dataset", "data"]
+    assert run(*flags) == 0
+    (tmp_path / "data").unlink()
+    for path in dataset.rglob("*.png"):
+        copy = tmp_path / "data" / path.relative_to(dataset)
+        copy = Path(str(copy).replace("digit", "number"))
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    capsys.readouterr()
+    assert run(*flags, "--resume") == 2
+    assert "other classes" in capsys.readouterr().err
+
+
+def test_damaged_state(run, capsys):
+    """Shortened, one bit turned over, or another file: a sentence, and no file is touched."""
+    assert run(*small("mfac")) == 0
+    path, good = Path("net.state"), Path("net.state").read_bytes()
+    chance = random.Random(time.time_ns())
+    place = chance.randrange(10_000, len(good) - 10_000)
+    weights = Path("net.pth").read_bytes()
+    flipped = bytearray(good)
+    flipped[place] ^= 1 << chance.randrange(8)
+    for bad in (b"", good[: chance.randrange(len(good))], bytes(flipped), b"text", weights):
+        path.write_bytes(bad)
+        capsys.readouterr()
+        assert run("--save", "net.pth", "--resume") == 2
+        error = capsys.readouterr().err
+        assert "net.state" in error and error.count("\n") == 1
+        assert path.read_bytes() == bad and Path("net.pth").read_bytes() == weights
+
+
+def test_state_of_another_model(run, capsys):
+    assert run(*small("sgd")) == 0
+    state = main_optim.load_saved(Path("net.state"))
+    state["settings"]["model"] = "resnet32"
+    torch.save(state, "net.state")
+    capsys.readouterr()
+    assert run("--save", "net.pth", "--resume") == 2
+    assert "does not fit" in capsys.readouterr().err
+
+
+# --- the parts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "epochs"), [("resnet32", 164), ("wideresnet-22-2", 200), ("mobilenet", 100)]
+)
+def test_defaults_are_the_papers(model, epochs):
+    choose = main_optim.choose_settings
+    settings = choose({"model": model, "dataset": "cifar"})
+    assert settings["optim"] == "mfac" and settings["lr"] == 1e-3 and settings["damp"] == 1e-5
+    assert settings["epochs"] == epochs
+    assert settings["drop_at"] == [epochs // 2, epochs * 3 // 4] and settings["drop_by"] == 0.1
+    settings = choose({"model": model, "dataset": "cifar", "optim": "sgd"})
+    assert (settings["lr"], settings["momentum"]) == (0.1, 0.9)
+    assert "damp" not in settings
+    assert choose({"dataset": "digits"})["epochs"] < 50
+
+
+@pytest.mark.parametrize("schedule", ["step", "linear", "cosine"])
+def test_schedules_are_those_of_torch(schedule):
+    epochs, steps = 8, 5
+    settings = main_optim.choose_settings({"schedule": schedule, "epochs": epochs})
+    factor = main_optim.learning_rate_factor(settings, steps)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    lr_scheduler = torch.optim.lr_scheduler
+    expected = {
+        "step": lr_scheduler.MultiStepLR(optimizer, [4 * steps, 6 * steps], 0.1),
+        "linear": lr_scheduler.PolynomialLR(optimizer, epochs * steps),
+        "cosine": lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps),
+    }[schedule]
+    for step in range(epochs * steps):
+        assert factor(step) == pytest.approx(expected.get_last_lr()[0])
+        optimizer.step()
+        expected.step()
+
+
+def test_drops_as_asked(run):
+    flags = ["--drop_at", 1, 2, "--drop_by", 0.5, "--lr", 0.08]
+    assert run(*small("sgd"), *flags) == 0
+    assert [float(row["lr"]) for row in rows("net.csv")] == pytest.approx([0.08, 0.04, 0.02])
+
+
+def test_figures_of_an_epoch(dataset):
+    """Loss and accuracy are means over images, whatever the batches, as for a fixed model."""
+    data = datautils.load(dataset)
+    loader = data.loader("train", 32, augment=False)
+    torch.manual_seed(time.time_ns() % 2**32)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    device = torch.device("cpu")
+    figures = main_optim.train_epoch(model, loader, optimizer, scheduler, device=device)
+    images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    with torch.no_grad():
+        logits = model(images).double()
+    loss = -logits.log_softmax(1)[range(80), labels].mean().item()
+    accuracy = 100 * (logits.argmax(1) == labels).double().mean().item()
+    assert figures["train_loss"] == pytest.approx(loss, rel=1e-5)
+    assert figures["train_accuracy"] == pytest.approx(accuracy)
+    assert scheduler.last_epoch == len(loader)
+    assert main_optim.evaluate(model, loader, device=device) == pytest.approx((loss, accuracy))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_changes_nothing(dataset, training):
+    model = models.build("resnet20", 4).train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loader = datautils.load(dataset).loader("test", 16)
+    main_optim.evaluate(model, loader, device=torch.device("cpu"))
+    assert model.training is training
+    assert all(weight.grad is None for weight in model.parameters())
+    assert_equal(before, dict(model.state_dict()))
+
+
+def test_a_refusal_of_the_optimizer_is_a_sentence(dataset):
+    class Refusing(torch.optim.SGD):
+        def step(self):
+            raise ValueError("damp is too small")
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+    optimizer = Refusing(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    loader = datautils.load(dataset).loader("train", 16)
+    with pytest.raises(main_optim.UserError, match="damp is too small"):
+        main_optim.train_epoch(model, loader, optimizer, scheduler, device=torch.device("cpu"))
