@@ -25,6 +25,7 @@ Source: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations 
 Information", NeurIPS 2021, arXiv 2107.03356, section 3.2 (dynamic algorithm).
 """
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -46,33 +47,50 @@ def window_bytes(ngrads: int, dim: int) -> int:
 
 # --- products with the window ---------------------------------------------------------------------
 
-PARTIAL_SUM = 2**16  # columns summed in float32 before float64 takes over
-TILE = 2**20  # numbers converted at a time: small enough to stay in the processor's cache
+CHUNK = 2**10  # columns that are summed in the type of the product; float64 sums the chunks
+TILE = 2**20  # numbers converted at a time: few enough to stay in the processor's cache
 
 
-def _tiles(G: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Cuts G into tiles in `dtype`: columns where G has that type already, else converted rows."""
-    m, d = G.shape
+@contextlib.contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast, TF32 or bfloat16 inside, whatever the process has set: K needs the bits."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def _converted(G: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of G in `dtype`, all at once if they have it already, otherwise in small tiles."""
     if G.dtype == dtype:
-        for c in range(0, d, PARTIAL_SUM):
-            yield slice(None), slice(c, c + PARTIAL_SUM), G[:, c : c + PARTIAL_SUM]
-    else:
-        rows = max(1, TILE // max(1, d))
-        buffer = torch.empty(min(rows, m), d, dtype=dtype, device=G.device)
-        for r in range(0, m, rows):
-            tile = buffer[: min(rows, m - r)].copy_(G[r : r + rows])
-            yield slice(r, r + rows), slice(None), tile
+        yield slice(None), G
+        return
+    m, d = G.shape
+    height = max(1, TILE // max(1, d))
+    buffer = torch.empty(min(height, m), d, dtype=dtype, device=G.device)
+    for row in range(0, m, height):
+        rows = slice(row, min(row + height, m))
+        yield rows, buffer[: rows.stop - row].copy_(G[rows])
 
 
 def _times(G: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """G (m, d) times x (d,), computed in `dtype` and summed in float64: (m,)."""
+    """G (m, d) times x (d,) in float64 (m,), summed over products of CHUNK columns in `dtype`."""
     x = x.to(dtype)
-    y = torch.zeros(G.shape[0], dtype=torch.float64, device=G.device)
-    # Autocast would round to bfloat16. TF32 is no concern: it is for matrix-matrix products, and
-    # those in this file are all in float64.
-    with torch.autocast(G.device.type, enabled=False):
-        for rows, columns, tile in _tiles(G, dtype):
-            y[rows] += tile @ x[columns]
+    y = torch.empty(G.shape[0], dtype=torch.float64, device=G.device)
+    whole = len(x) - len(x) % CHUNK
+    with _full_precision(G.device):
+        for rows, tile in _converted(G, dtype):
+            # One batch of products x_c (1, CHUNK) times G_cᵀ (CHUNK, m) reads G no slower than
+            # G @ x does, which would leave all d columns to a single float32 sum.
+            chunks = tile[:, :whole].unflatten(1, (-1, CHUNK)).permute(1, 2, 0)
+            products = torch.bmm(x[:whole].view(-1, 1, CHUNK), chunks)
+            y[rows] = products.sum((0, 1), dtype=torch.float64) + tile[:, whole:] @ x[whole:]
     return y
 
 
@@ -80,9 +98,9 @@ def _transposed_times(G: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     """Gᵀ (d, m) times y (m,), computed in `dtype`: (d,)."""
     y = y.to(dtype)
     x = torch.zeros(G.shape[1], dtype=dtype, device=G.device)
-    with torch.autocast(G.device.type, enabled=False):
-        for rows, columns, tile in _tiles(G, dtype):
-            x[columns] += y[rows] @ tile
+    with _full_precision(G.device):
+        for rows, tile in _converted(G, dtype):
+            x += y[rows] @ tile
     return x
 
 
