@@ -36,9 +36,8 @@ def main() -> None:
         seconds, optimizer = (
             sum(row[name] for row in rows) / len(rows) for name in ("seconds", "optimizer_seconds")
         )
-        print(
-            f"| {path.stem} | {len(rows)} | {accuracy[-1]:.2f} % | {seconds:.0f} | {optimizer:.0f} |"
-        )
+        name = path.stem
+        print(f"| {name} | {len(rows)} | {accuracy[-1]:.2f} % | {seconds:.0f} | {optimizer:.0f} |")
     loss.set(xlabel="Epoch", ylabel="Training loss")
     by_epoch.set(xlabel="Epoch", ylabel="Test accuracy (%)")
     by_time.set(xlabel="Training time (minutes)", ylabel="Test accuracy (%)")
