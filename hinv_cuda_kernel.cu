@@ -194,7 +194,8 @@ __global__ __launch_bounds__(SUBSTITUTE_THREADS, 1) void substitute(const T* D, 
                                                                     int rows, int n) {
   __shared__ T inverse[PANEL][TILE + 1];  // of the diagonal tiles of the panel to be solved next
   __shared__ T x[PANEL];                  // a panel of t
-  __shared__ T scaled[PANEL];             // t_k / q_k of what is to be subtracted
+  __shared__ T before[PANEL];             // t_k / q_k of the panel solved before
+  __shared__ T solved[TILE];              // t_k / q_k of the tile just solved
   __shared__ T partial[GROUPS][PANEL];
   const auto grid = cooperative_groups::this_grid();
   const int column = threadIdx.x % PANEL, group = threadIdx.x / PANEL;
@@ -211,8 +212,8 @@ __global__ __launch_bounds__(SUBSTITUTE_THREADS, 1) void substitute(const T* D, 
     __syncwarp();
     invert_unit_lower(tile, lane);
   };
-  // x -= the contribution of `count` rows of D from `first` on, in the columns from `from` on
-  const auto subtract = [&](int first, int count, int panel, int from) {
+  // x_i -= sum_k D_ki scaled_k for `count` rows of D from `first` on, in the columns from `from` on
+  const auto subtract = [&](int first, int count, const T* scaled, int panel, int from) {
     const int i = panel * PANEL + column;
     T sum = 0;
     if (column >= from && i < rows) {
@@ -235,11 +236,11 @@ __global__ __launch_bounds__(SUBSTITUTE_THREADS, 1) void substitute(const T* D, 
         for (int k = 0; k <= lane; k++) sum += inverse[a + lane][k] * x[a + k];
         __syncwarp();  // x has been read
         x[a + lane] = sum;
-        scaled[lane] = i < rows ? sum / q(i) : T(0);
+        solved[lane] = i < rows ? sum / q(i) : T(0);
       }
       __syncthreads();
       if (first + TILE >= rows) break;
-      if (a + TILE < PANEL) subtract(first, TILE, panel, a + TILE);
+      if (a + TILE < PANEL) subtract(first, TILE, solved, panel, a + TILE);
     }
   };
 
@@ -251,13 +252,13 @@ __global__ __launch_bounds__(SUBSTITUTE_THREADS, 1) void substitute(const T* D, 
       T* const values = t + size_t(rhs) * m;
       if (p > 0 && group == 0) {
         const int k = (p - 1) * PANEL + column;
-        scaled[column] = values[k] / q(k);
+        before[column] = values[k] / q(k);
       }
       for (int panel = mine; panel < panels; panel += gridDim.x) {
         const int i = panel * PANEL + column;
         if (group == 0) x[column] = i < rows ? values[i] : T(0);
         __syncthreads();
-        if (p > 0) subtract((p - 1) * PANEL, PANEL, panel, 0);
+        if (p > 0) subtract((p - 1) * PANEL, PANEL, before, panel, 0);
         if (panel == p) solve(panel);
         if (group == 0 && i < rows) values[i] = x[column];
       }
@@ -279,6 +280,7 @@ cudaError_t multiply_inverse(const T* D, T* t, int m, int rows, int n, cudaStrea
 // --- hinv_update ------------------------------------------------------------------------------
 
 constexpr int EXCHANGE_THREADS = 256;
+constexpr int AHEAD = 4;
 
 __device__ double sum_over_warp(double value) {
   for (int distance = WARP / 2; distance > 0; distance /= 2)
@@ -371,22 +373,25 @@ __global__ __launch_bounds__(EXCHANGE_THREADS) void exchange(
   const double inverse_s = usable ? 1 / s : NAN, inverse_p = 1 / p[j];
   for (int i = thread; i < m; i += threads) z[i] = usable ? -refined(i) / s : 0;
 
+  times(A, m, refined, [=](int i, double y) { image[i] = (i == j) + y * inverse_s; });
+
   const int lane = threadIdx.x % WARP, warps = EXCHANGE_THREADS / WARP;
   for (int i = blockIdx.x * warps + threadIdx.x / WARP; i < m; i += gridDim.x * warps) {
     double* const row = P + size_t(i) * m;
-    const double* const row_of_A = A + size_t(i) * m;
     const double p_i = p[i], u_i = refined(i);
-    double sum = 0;
-#pragma unroll 4
-    for (int c = lane; c < m; c += WARP) {
-      const double u_c = refined(c);
-      // Products of an entry of the row with one of the column first: P stays exactly symmetric.
-      const double without_j = i == j || c == j ? 0 : row[c] - (p_i * p[c]) * inverse_p;
-      row[c] = without_j + (u_i * u_c) * inverse_s;
-      sum += row_of_A[c] * u_c;
+    for (int first = lane; first < m; first += AHEAD * WARP) {
+      double old[AHEAD];  // all on their way before the first store
+#pragma unroll
+      for (int n = 0; n < AHEAD; n++) old[n] = first + n * WARP < m ? row[first + n * WARP] : 0;
+#pragma unroll
+      for (int n = 0; n < AHEAD; n++) {
+        const int c = first + n * WARP;
+        if (c >= m) break;
+        // Products of an entry of the row with one of the column first: P stays exactly symmetric.
+        const double without_j = i == j || c == j ? 0 : old[n] - (p_i * p[c]) * inverse_p;
+        row[c] = without_j + (u_i * refined(c)) * inverse_s;
+      }
     }
-    sum = sum_over_warp(sum);
-    if (lane == 0) image[i] = (i == j) + sum * inverse_s;
   }
   grid.sync();
 

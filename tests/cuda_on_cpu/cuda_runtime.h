@@ -282,6 +282,7 @@ CPUCUDA_NOSAN inline void run_block(Block& b, int block, uint32_t launch) {
 
 // The lanes of `mask` meet; memory is ordered by __syncwarp, not by a shuffle.
 CPUCUDA_NOSAN inline void meet(unsigned mask, int line, bool orders_memory) {
+  self.now.on = false;
   Block& b = *self.block;
   const int n = b.fibers.size(), me = b.current - b.fibers.data(), first = me & ~31;
   if (!(mask >> (me & 31) & 1)) die("a barrier of a warp by a lane outside its mask", line);
