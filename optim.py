@@ -121,20 +121,14 @@ def _gram(G: Tensor) -> Tensor:
 class IncrementalCoefficients:
     """P = A⁻¹ (m, m) in float64, exchanged in O(m²) when a row of the window changes.
 
-    `exchange` and `solve` polish their answer by one step of iterative refinement. P is computed
-    anew from A once every m exchanges, and whenever the refinement's residual asks for it.
+    P is computed anew from A once every m exchanges, and whenever a residual asks for it.
     """
 
     def __init__(self, m: int, damp: float, device: torch.device):
         self.damp = damp
         self.K = torch.zeros(m, m, dtype=torch.float64, device=device)
-        self.P = torch.eye(m, dtype=torch.float64, device=device) / self.shift
-        self.age = 0  # exchanges since P was computed from K
-
-    @property
-    def shift(self) -> float:
-        """mλ"""
-        return len(self.K) * self.damp
+        self.P = torch.eye(m, dtype=torch.float64, device=device) / (m * damp)
+        self.age = 0  # exchanges since P was computed from A
 
     def refactor(self, damp: float) -> None:
         """Computes P from K for damping λ = `damp`, O(m³); LinAlgError if A is not positive."""
@@ -147,54 +141,55 @@ class IncrementalCoefficients:
         """Makes k (m,) row and column j of K; returns z = A⁻¹e_j (m,)."""
         self.K[j] = self.K[:, j] = k
         self.age += 1
-        if self.age >= len(k) or not self._exchange_inverse(j, k):
-            self.refactor(self.damp)
-        z, residual = self._newest(j)
-        if not residual < 1e-6:  # also where it is NaN
-            self.refactor(self.damp)
-            z, _ = self._newest(j)
-        return z
+        if self.age < len(k):
+            z = self._exchange_inverse(j, k)
+            # In units of row and column, as small gradients count as much as large ones.
+            a = self._A_diagonal()
+            r = -self._A_times(z)
+            r[j] += 1
+            if (r.abs() * (a[j] / a).sqrt()).max() < 1e-6:  # not where it is NaN
+                return z
+        self.refactor(self.damp)
+        return self.solve(torch.eye(len(k), dtype=k.dtype, device=k.device)[j])
 
-    def _exchange_inverse(self, j: int, k: Tensor) -> bool:
-        """The rank-two update of P; False, and P as it was, where rounding makes it impossible."""
+    def _exchange_inverse(self, j: int, k: Tensor) -> Tensor:
+        """The rank-two update of P; returns its new column j. NaN where rounding prevents it."""
         p = self.P[:, j].clone()
-        kk = k.clone()
+
+        def solve_without_j(x: Tensor) -> Tensor:
+            """(A without j)⁻¹x, with entry j set to 0, for x_j = 0."""
+            y = self.P @ x - p * (p @ x / p[j])
+            y[j] = 0
+            return y
+
+        kk = k.clone()  # k'
         kk[j] = 0
-        u = self.P @ kk - p * (p @ kk / p[j])  # (A without j)⁻¹ k'
-        u[j] = 0
-        s = k[j] + self.shift - kk @ u  # Schur complement; in exact arithmetic s ≥ mλ
-        if not s > 0.5 * self.shift:
-            return False
+        u = solve_without_j(kk)
+        # A step of refinement: P k' cancels where gradients are nearly parallel, and P keeps that.
+        r = kk - self._A_times(u)
+        r[j] = 0
+        u += solve_without_j(r)
+        s = k[j] + len(k) * self.damp - kk @ u  # Schur complement; s ≥ mλ
         u[j] = -1
-        # P − p pᵀ/p_j + u uᵀ/s in one sweep: each half has the same factors on both sides, which
-        # keeps P symmetric.
+        # P − p pᵀ/p_j + u uᵀ/s in one sweep; equal factors on both sides keep P symmetric.
         U = torch.stack([p / p[j].sqrt(), u / s.sqrt()], dim=1)
         self.P.addmm_(U * U.new_tensor([-1.0, 1.0]), U.T)
-        return True
-
-    def _newest(self, j: int) -> tuple[Tensor, float]:
-        """z = A⁻¹e_j after one refinement, and the residual before it, in units of row and column.
-
-        Scaling by diag(A) makes the residual as meaningful for small gradients as for large ones.
-        """
-        z = self.P[:, j]
-        r = -self._times_A(z)
-        r[j] += 1
-        a = self.K.diagonal() + self.shift
-        residual = float((r.abs() * (a[j] / a).sqrt()).max())
-        return z + self.P @ r, residual
-
-    def _times_A(self, y: Tensor) -> Tensor:
-        return self.K @ y + self.shift * y
+        return -u / s
 
     def solve(self, y: Tensor) -> Tensor:
-        """A⁻¹y for y (m,) or (m, n)."""
+        """A⁻¹y (m,), with a step of refinement."""
         x = self.P @ y
-        return x + self.P @ (y - self._times_A(x))
+        return x + self.P @ (y - self._A_times(x))
+
+    def _A_times(self, y: Tensor) -> Tensor:
+        return self.K @ y + len(y) * self.damp * y
+
+    def _A_diagonal(self) -> Tensor:
+        return self.K.diagonal() + len(self.K) * self.damp
 
     def condition(self) -> float:
         """max_i P_ii A_ii: 1 for orthogonal gradients, large for nearly parallel ones."""
-        return float((self.P.diagonal() * (self.K.diagonal() + self.shift)).max())
+        return float((self.P.diagonal() * self._A_diagonal()).max())
 
     def state_dict(self) -> dict[str, Any]:
         return {"K": self.K, "damp": self.damp, "P": self.P, "age": self.age}
@@ -232,11 +227,11 @@ class PaperCoefficients:
         """Makes k (m,) row and column j of K; returns z = A⁻¹e_j (m,)."""
         self.K[j] = self.K[:, j] = k
         self.refactor(self.damp)
-        return self.damp * (self.B.T @ (self.B[:, j] / self.q))
+        return self.solve(torch.eye(len(k), dtype=k.dtype, device=k.device)[j])
 
     def solve(self, y: Tensor) -> Tensor:
-        """A⁻¹y for y (m,) or (m, n)."""
-        return self.damp * (self.B.T @ (self.B / self.q[:, None] @ y))
+        """A⁻¹y (m,)."""
+        return self.damp * (self.B.T @ (self.B @ y / self.q))
 
     def condition(self) -> float:
         """max_i (A⁻¹)_ii A_ii: 1 for orthogonal gradients, large for nearly parallel ones."""

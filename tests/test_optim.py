@@ -117,6 +117,23 @@ def test_nearly_parallel_gradients_of_norm_100(m, d):
     assert relative_error(result, woodbury_column(G, damp, t % m)) < 1e-3
 
 
+def test_exchanges_among_nearly_parallel_gradients_need_no_rebuilding():
+    """P stays a good inverse for a whole round, at m = 64, with a condition of about 1e6."""
+    m, d, damp = 64, 3000, 1e-5
+    coefficients = optim.IncrementalCoefficients(m, damp, torch.device("cpu"))
+    common = 100 * torch.nn.functional.normalize(torch.randn(d).double(), dim=0)
+    G = torch.zeros(m, d, dtype=torch.float64)
+    ages = []
+    for t in range(3 * m):
+        G[t % m] = common + 0.1 * torch.nn.functional.normalize(torch.randn(d).double(), dim=0)
+        z = coefficients.exchange(t % m, G @ G[t % m])
+        ages.append(coefficients.age)
+        if t % 20 == 19:
+            A = m * damp * torch.eye(m, dtype=torch.float64) + G @ G.T
+            torch.testing.assert_close(A @ z, torch.eye(m).double()[t % m], rtol=0, atol=1e-9)
+    assert ages == [(t + 1) % m for t in range(3 * m)]
+
+
 def test_damping_too_small_for_float64_is_refused_with_advice_that_works():
     fisher = DynamicInverseFisher(4, 30, 1e-12)
     g = 1e6 * torch.randn(30)
