@@ -130,7 +130,8 @@ def test_exchanges_among_nearly_parallel_gradients_need_no_rebuilding():
         ages.append(coefficients.age)
         if t % 20 == 19:
             A = m * damp * torch.eye(m, dtype=torch.float64) + G @ G.T
-            torch.testing.assert_close(A @ z, torch.eye(m).double()[t % m], rtol=0, atol=1e-9)
+            # Products of A (1e4) and z (1e2), over m = 64 terms, are rounded to about 1e-8.
+            torch.testing.assert_close(A @ z, torch.eye(m).double()[t % m], rtol=0, atol=1e-7)
     assert ages == [(t + 1) % m for t in range(3 * m)]
 
 
