@@ -1,0 +1,975 @@
+"""M-FAC, static algorithm: the inverse empirical Fisher of a fixed set of gradients, and pruning.
+
+With m gradients as the rows of G (m, d) and damping λ, the damped empirical Fisher is
+
+    F = λI + (1/m) GᵀG                                          (d, d), never formed.
+
+Let K = GGᵀ (m, m), A = mλI + K = LLᵀ (Cholesky) and W = L⁻¹G. Then, by Woodbury's identity,
+
+    F⁻¹x = (x − Gᵀ A⁻¹ G x) / λ                                                             (1)
+    diag(F⁻¹)ⱼ = (1 − cⱼ) / λ ,  cⱼ = Σᵢ Wᵢⱼ²                                               (2)
+
+Both need only some columns of G at a time: one Gram and one triangular product, O(dm²), and two
+reads of G. To remove the weights Q and adjust those that are kept, R, at the least cost ½ δᵀFδ is
+ridge regression of G_Q w_Q on G_R, the dual of which is (m, m):
+
+    δ_R = G_Rᵀ (mλI + G_R G_Rᵀ)⁻¹ G_Q w_Q ,   δ_Q = −w_Q                                    (4)
+
+Symbols: m gradients, d weights, b block size, G (m, d), K (m, m) Gram matrix, A = mλI + K, L its
+Cholesky factor, W (m, d), H (b, b) a block of F, V = H⁻¹, λ = `damp` (always λ itself).
+
+Differences from the paper's reference code:
+1. G is paged by columns and used in matrix-matrix products; any number of pages gives one result.
+2. Long sums are in float64, what is left by subtraction is compared with its error, and what cannot
+   be resolved is refused, so that no saliency consists of rounding errors.
+3. `joint_update` is exact for any number of weights; the paper's is `independent_update`.
+4. With blocks of at most m weights, gradients are added up as they come and never stored.
+5. Samples differ between recomputations; counts are exact; ties go by position.
+
+Source: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order
+Information", NeurIPS 2021, arXiv 2107.03356, sections 3.1 (static algorithm) and 4 (pruning).
+"""
+
+import mmap
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune as torch_prune
+from torch.utils.data import SequentialSampler
+
+__all__ = [
+    "BlockedInverseFisher",
+    "MFACPruner",
+    "MagnitudePruner",
+    "PagedInverseFisher",
+    "inverse_bytes",
+]
+
+STRIP = 256  # rows of a triangle that are computed at once
+TILE = 2**21  # numbers in a tile of G: small enough to stay in a processor's cache
+PARTIAL_SUM = 2**12  # columns, at most, that are summed in float32 before float64 takes over
+BATCH = 128  # gradients that are added to blocks at once, as each time goes through all blocks
+
+
+def inverse_bytes(ngrads: int, dim: int, blocksize: int | None = None) -> int:
+    """Bytes to invert F for `dim` weights: G (4md) or blocks (8db) with a batch, and (m, m)."""
+    if blocksize is None or blocksize > ngrads:
+        return 4 * ngrads * dim + 32 * ngrads**2
+    return 8 * blocksize * dim + 4 * min(BATCH, ngrads) * dim
+
+
+# --- precision ------------------------------------------------------------------------------------
+
+# Measured: A⁻¹ is off by at most 4 roundings (of the type that K was computed in) times the
+# condition, which is the largest Aᵢᵢ(A⁻¹)ᵢᵢ, and cⱼ of (2) by that fraction of itself.
+REFINABLE = 2.0**-12  # roundings x condition that a step of iterative refinement makes good
+RESOLVABLE = 2.0**-18  # roundings x condition that leave an error of about 1e-5
+
+
+def inverse_factor(A: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """L⁻¹ of A = LLᵀ (..., m, m), of which the lower triangles are read, and roundings x condition.
+
+    Aᵢᵢ was computed in `dtype` from numbers as large as scaleᵢ (..., m), so that the condition is
+    max scaleᵢ(A⁻¹)ᵢᵢ. It is infinite if A is not positive definite, or not finite.
+    """
+    L, failed = torch.linalg.cholesky_ex(A)
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    inverse_L = torch.linalg.solve_triangular(L, eye.expand_as(A), upper=False)
+    condition = float((scale * inverse_L.square().sum(-2)).max())
+    sound = not bool(failed.any()) and np.isfinite(condition)
+    return inverse_L, condition * torch.finfo(dtype).eps if sound else float("inf")
+
+
+def too_small(damp: float, trace: float) -> ValueError:
+    """The error for a λ that cannot be resolved beside (1/m) GᵀG, the trace of which is given."""
+    if not np.isfinite(trace):
+        return ValueError("The gradients have NaN, Inf or squares that overflow; check the loss")
+    enough = (torch.finfo(torch.float64).eps / RESOLVABLE) ** 0.5 * trace
+    return ValueError(
+        f"damp = {damp:g} is too small for gradients of mean squared norm {trace:.3g}, even in "
+        f"float64; damp = {enough:.0e} is large enough"
+    )
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Off in here: TF32, bfloat16 and autocast, which leave 3 digits of a float32 product."""
+    if hasattr(torch.backends, "fp32_precision"):
+        switches = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+        name, exact = "fp32_precision", "ieee"
+    else:  # torch before 2.9
+        switches, name, exact = [torch.backends.cuda.matmul], "allow_tf32", False
+    found = [getattr(switch, name) for switch in switches]
+    try:
+        for switch in switches:
+            setattr(switch, name, exact)
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for switch, value in zip(switches, found, strict=True):
+            setattr(switch, name, value)
+
+
+# --- products with a tile of G --------------------------------------------------------------------
+
+
+def add_gram_(K: Tensor, tile: Tensor) -> None:
+    """Adds GGᵀ for a tile (m, n) of G to the lower triangle of K (m, m)."""
+    for i in range(0, len(tile), STRIP):
+        stop = i + STRIP
+        K[i:stop, :stop] += tile[i:stop] @ tile[:stop].T
+
+
+def leverage(inverse_L: Tensor, tile: Tensor) -> Tensor:
+    """cⱼ = Σᵢ Wᵢⱼ² (n,) in float64, W = L⁻¹G, for a tile (m, n) of G."""
+    c = torch.zeros(tile.shape[1], dtype=torch.float64, device=tile.device)
+    for i in range(0, len(tile), STRIP):
+        stop = i + STRIP
+        c += (inverse_L[i:stop, :stop] @ tile[:stop]).square_().sum(0)
+    return c
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def as_matrix(grads: Any) -> tuple[Tensor, mmap.mmap | None]:
+    """The gradients (m, d) as a tensor on the same memory, and the file mapping if that is one."""
+    if isinstance(grads, (str, PathLike)):
+        try:
+            grads = np.load(grads, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"Cannot read gradients from {grads!s}: {error}") from error
+    shared = isinstance(grads, np.memmap) and grads.mode != "c"  # "c": changes are in memory only
+    mapping = grads._mmap if shared else None
+    if isinstance(grads, np.ndarray) and grads.dtype in (np.float16, np.float32, np.float64):
+        with warnings.catch_warnings():  # of arrays that are read-only; nothing here writes
+            warnings.simplefilter("ignore", UserWarning)
+            grads = torch.from_numpy(grads)
+    if not (isinstance(grads, Tensor) and grads.is_floating_point() and grads.ndim == 2):
+        kind = f"{grads.dtype} {tuple(grads.shape)}" if hasattr(grads, "dtype") else type(grads)
+        raise ValueError(f"Expected gradients (m, d) in floating point, got {kind}")
+    if 0 in grads.shape:
+        raise ValueError(f"Expected at least one gradient of one weight, got {tuple(grads.shape)}")
+    return grads.detach(), mapping
+
+
+def check_damp(damp: float) -> float:
+    if not 0.0 < damp < float("inf"):
+        raise ValueError(f"Invalid damp: {damp}; it must be positive and finite")
+    return damp
+
+
+def check_integer(name: str, value: int, largest: int | None = None) -> int:
+    if not (isinstance(value, int) and 1 <= value <= (largest or value)):
+        limit = f"from 1 to {largest}" if largest else "of at least 1"
+        raise ValueError(f"Invalid {name}: {value}; it must be an integer {limit}")
+    return value
+
+
+def check_vector(name: str, x: Tensor, d: int, device: torch.device) -> Tensor:
+    """x (d,) in float64 on the device."""
+    if x.shape != (d,):
+        raise ValueError(f"Expected {name} of shape ({d},), got {tuple(x.shape)}")
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"Expected finite numbers in {name}, got NaN or Inf")
+    return x.detach().to(device, torch.float64)
+
+
+def check_removal(drop: Any, w: Tensor, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which of d weights the indices `drop` name, (d,) bool, and the weights in float64."""
+    drop, dropped = torch.as_tensor(drop), torch.zeros(d, dtype=torch.bool)
+    if drop.numel():
+        integral = not drop.is_floating_point() and drop.dtype != torch.bool
+        if not (drop.ndim == 1 and integral and 0 <= int(drop.min()) and int(drop.max()) < d):
+            raise ValueError(f"Expected drop to be a list of indices below {d}, got {drop}")
+        dropped[drop.cpu().long()] = True
+    return dropped.to(device), check_vector("w", w, d, device)
+
+
+# --- the inverse Fisher ---------------------------------------------------------------------------
+
+
+def independent_update(self, drop: Any, w: Tensor) -> Tensor:
+    """The paper's update δ (d,) of the weights w (d,) when those at the indices `drop` are removed,
+    each as if it were alone: δ = −F⁻¹ Σᵢ eᵢwᵢ/[F⁻¹]ᵢᵢ, and then δ = −w at `drop`."""
+    dropped, weights = check_removal(drop, w, self.shape[0], self.device)
+    delta = -self.matvec(torch.where(dropped, weights / self.diagonal(), 0))
+    return torch.where(dropped, -weights, delta).to(w)
+
+
+class PagedInverseFisher:
+    """F⁻¹ for F = λI + (1/m) GᵀG and gradients G (m, d) that stay where they are.
+
+    G is read by pages of columns and never written: twice to build F⁻¹ and its diagonal, whatever
+    the number of pages. Matrix products are in float32 where that leaves an error of about 1e-5 in
+    the diagonal at most, else in float64.
+
+    Memory beside G: 32·m² bytes, 8·d for the diagonal, and if G is not on `device` two pages there
+    of 4·m·d/pages bytes. Of a `numpy.memmap` or file about one page is resident at a time.
+
+    Args:
+        grads: G (m, d) as a tensor or array, or the path of a .npy file. No copy is made.
+        damp: λ > 0, in units of squared gradients.
+        pages: from 1 to d; it need not divide anything.
+        device: where to compute, that of `grads` if None.
+
+    Raises:
+        ValueError: for arguments outside these ranges, gradients that are not finite, and where λ
+            is too small beside the gradients for float64. So do all methods.
+    """
+
+    def __init__(
+        self,
+        grads: Any,
+        damp: float = 1e-5,
+        *,
+        pages: int = 1,
+        device: torch.device | str | None = None,
+    ):
+        self.G, self._mapping = as_matrix(grads)
+        d = self.G.shape[1]
+        self.shape, self.damp = (d, d), check_damp(damp)
+        self.pages = check_integer("pages", pages, largest=d)
+        self.device = torch.device(device or self.G.device)
+        self._diagonal: Tensor | None = None
+        self._factorise(torch.promote_types(self.G.dtype, torch.float32))
+        if self._roundings > REFINABLE:
+            self._factorise(torch.float64)
+        if self._roundings > REFINABLE:
+            raise self._too_small()
+
+    def matvec(self, x: Tensor) -> Tensor:
+        """F⁻¹x (d,) for x (d,), by (1), in float64: it cancels where x resembles the gradients."""
+        x64 = check_vector("x", x, self.shape[0], self.device)
+        y = self._solve(self._inverse_L, self._times(x64), kept=torch.ones_like(x64))
+        return ((x64 - self._transposed_times(y)) / self.damp).to(x)
+
+    def diagonal(self) -> Tensor:
+        """diag(F⁻¹) (d,) in float64, each entry in (0, 1/λ], by (2)."""
+        if self._diagonal is None:
+            c = self._leverages()
+            if not self._resolved(c):
+                self._factorise(torch.float64)
+                c = self._leverages()
+            if not self._resolved(c):
+                raise self._too_small()
+            self._diagonal = (1 - c) / self.damp
+        return self._diagonal.clone()
+
+    def joint_update(self, drop: Any, w: Tensor) -> Tensor:
+        """The exact update δ (d,) of the weights w (d,) when those at the indices `drop` are
+        removed together, by (4): the least ½ δᵀFδ with δ = −w at `drop`."""
+        dropped, weights = check_removal(drop, w, self.shape[0], self.device)
+        b = self._times(torch.where(dropped, weights, 0))
+        z = self._solve(self._kept_factor(dropped), b, kept=~dropped)
+        return torch.where(dropped, -weights, self._transposed_times(z)).to(w)
+
+    independent_update = independent_update
+
+    # --- the (m, m) side
+
+    def _factorise(self, dtype: torch.dtype) -> None:
+        """Sets A, L⁻¹ and how far they are off, from products in `dtype`."""
+        self.dtype, self._A = dtype, self._gram(dtype)
+        self._A.diagonal().add_(self._shift)
+        self._inverse_L, self._roundings = inverse_factor(self._A, self._A.diagonal(), dtype)
+
+    def _kept_factor(self, dropped: Tensor) -> Tensor:
+        """L⁻¹ of mλI + G_R G_Rᵀ, R = those not dropped, from the smaller Gram if that will do."""
+        drop, keep = dropped.nonzero()[:, 0], (~dropped).nonzero()[:, 0]
+        scale = self._A.diagonal()
+        if len(drop) < len(keep):
+            A = self._A - self._gram(self.dtype, drop)
+        else:
+            A = self._gram(self.dtype, keep)
+            A.diagonal().add_(self._shift)
+        inverse_L, roundings = inverse_factor(A, scale, self.dtype)
+        if roundings > REFINABLE:
+            A = self._gram(torch.float64, keep)
+            A.diagonal().add_(self._shift)
+            inverse_L, roundings = inverse_factor(A, A.diagonal(), torch.float64)
+        if roundings > REFINABLE:
+            raise self._too_small()
+        return inverse_L
+
+    def _solve(self, inverse_L: Tensor, b: Tensor, kept: Tensor) -> Tensor:
+        """y (m,) of (mλI + G_R G_Rᵀ) y = b, R = `kept`, with a step of refinement by G itself."""
+        y = inverse_L.T @ (inverse_L @ b)
+        residual = b - self._shift * y - self._times(kept * self._transposed_times(y))
+        return y + inverse_L.T @ (inverse_L @ residual)
+
+    def _resolved(self, c: Tensor) -> bool:
+        """Whether every 1 − cⱼ is well beyond the error of cⱼ."""
+        return bool((self._roundings * c <= RESOLVABLE * (1 - c)).all())
+
+    @property
+    def _shift(self) -> float:
+        """mλ"""
+        return len(self.G) * self.damp
+
+    def _too_small(self) -> ValueError:
+        return too_small(self.damp, float(self._A.diagonal().mean()) - self._shift)
+
+    # --- passes over G
+
+    def _gram(self, dtype: torch.dtype, index: Tensor | None = None) -> Tensor:
+        """The lower triangle of GGᵀ (m, m) in float64, from all columns or those of `index`."""
+        m = len(self.G)
+        K = torch.zeros(m, m, dtype=torch.float64, device=self.device)
+        with full_float32(self.device):
+            for _, tile in self._tiles(dtype, index):
+                add_gram_(K, tile)
+        return K
+
+    def _leverages(self) -> Tensor:
+        """c (d,) in float64."""
+        inverse_L = self._inverse_L.to(self.dtype)
+        with full_float32(self.device):
+            return torch.cat([leverage(inverse_L, tile) for _, tile in self._tiles(self.dtype)])
+
+    def _times(self, x: Tensor) -> Tensor:
+        """Gx (m,) in float64."""
+        return sum(tile @ x[columns] for columns, tile in self._tiles(torch.float64))
+
+    def _transposed_times(self, y: Tensor) -> Tensor:
+        """Gᵀy (d,) in float64."""
+        return torch.cat([y @ tile for _, tile in self._tiles(torch.float64)])
+
+    def _tiles(
+        self, dtype: torch.dtype, index: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """(positions, columns) for all columns of G in their order, or those of `index`."""
+        width = max(1, min(PARTIAL_SUM, TILE // len(self.G)))
+        for start, page in self._pages(index):
+            for i in range(0, page.shape[1], width):
+                tile = page[:, i : i + width].to(dtype)
+                yield slice(start + i, start + i + tile.shape[1]), tile
+
+    def _pages(self, index: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+        """(position of its first column, page on the device), `pages` times.
+
+        To a CUDA device a page travels through pinned memory, on a stream of its own. As kernels
+        are asynchronous, this goes on while the device still works on the page before.
+        """
+        n = self.G.shape[1] if index is None else len(index)
+        staged = self.device.type == "cuda" and self.G.device.type == "cpu"
+        copying = torch.cuda.Stream(self.device) if staged else None
+        for i in range(self.pages):
+            start, stop = n * i // self.pages, n * (i + 1) // self.pages
+            columns = slice(start, stop) if index is None else index[start:stop].to(self.G.device)
+            page = self.G[:, columns]
+            if copying is None:
+                page = page.to(self.device)
+            else:
+                pinned = torch.empty(page.shape, dtype=page.dtype, pin_memory=True).copy_(page)
+                with torch.cuda.stream(copying):
+                    page = pinned.to(self.device, non_blocking=True)
+                working = torch.cuda.current_stream(self.device)
+                working.wait_stream(copying)
+                page.record_stream(working)
+            yield start, page
+            if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+                self._mapping.madvise(mmap.MADV_DONTNEED)  # what was read would stay resident
+
+
+class DenseBlocks:
+    """V = H⁻¹ (k, b, b) in float64 for k blocks H of F, made in place of the sums GᵀG."""
+
+    def __init__(self, sums: Tensor, num_grads: int, damp: float):
+        H = sums.div_(num_grads)
+        diagonal = H.diagonal(dim1=1, dim2=2)
+        trace = float(diagonal.sum(1).max())
+        diagonal.add_(damp)
+        inverse_L, roundings = inverse_factor(H, diagonal, H.dtype)
+        if roundings > RESOLVABLE:
+            raise too_small(damp, trace)
+        self.V = torch.matmul(inverse_L.mT, inverse_L, out=H)
+
+    def matvec(self, x: Tensor) -> Tensor:
+        return (self.V @ x.view(*self.V.shape[:2], 1)).flatten()
+
+    def diagonal(self) -> Tensor:
+        return self.V.diagonal(dim1=1, dim2=2).flatten()
+
+    def joint_update(self, drop: Tensor, w: Tensor) -> Tensor:
+        """δ = −V_{:Q} V_QQ⁻¹ w_Q in each block; rows and columns not in Q become those of I."""
+        Q = torch.zeros_like(w).index_fill_(0, drop, 1).view(self.V.shape[:2])
+        V_QQ = self.V * Q[:, :, None] * Q[:, None, :] + torch.diag_embed(1 - Q)
+        removed = (Q * w.view_as(Q))[:, :, None]
+        return -(self.V @ torch.cholesky_solve(removed, torch.linalg.cholesky(V_QQ))).flatten()
+
+
+class BlockedInverseFisher:
+    """F⁻¹ for F = λI + (1/m) GᵀG, of which only blocks of b x b on the diagonal are kept.
+
+    With b ≤ m each block of F is formed and inverted, O(b²m + b³), else it is a PagedInverseFisher
+    of its own, O(m²b + m³). The former needs no G: gradients are added up as they come, to 8·d·b
+    bytes on `device` in all.
+
+    Args:
+        grads: G (m, d) as a tensor or array, or the path of a .npy file; or anything else that can
+            be iterated over and yields gradients (d,) or, faster, many at a time (n, d). It may
+            use its memory again for the next ones. In this case blocks are always formed.
+        blocksize: b ≥ 1. The last block is smaller where b does not divide d.
+        damp: λ > 0, in units of squared gradients.
+        perbatch: blocks worked on at once; by default as many as make up 8 MiB.
+        device: where to compute, that of `grads` if None (the CPU if that is no tensor).
+
+    Raises:
+        ValueError: for arguments outside these ranges, gradients that are not finite, and where λ
+            is too small beside the gradients for float64. So do all methods.
+    """
+
+    def __init__(
+        self,
+        grads: Any,
+        blocksize: int,
+        damp: float = 1e-5,
+        *,
+        perbatch: int | None = None,
+        device: torch.device | str | None = None,
+    ):
+        b = self.blocksize = check_integer("blocksize", blocksize)
+        perbatch = max(1, 2**20 // b**2) if perbatch is None else perbatch
+        self.perbatch = check_integer("perbatch", perbatch)
+        self.damp = check_damp(damp)
+        stored = isinstance(grads, (Tensor, np.ndarray, str, PathLike))
+        if stored:
+            grads, _ = as_matrix(grads)
+        self.device = torch.device(device or getattr(grads, "device", "cpu"))
+        if stored and b > len(grads):
+            self.shape = (grads.shape[1], grads.shape[1])
+            self._parts = [
+                (columns, PagedInverseFisher(grads[:, columns], damp, device=device))
+                for columns in self._layout(perbatch=1)
+            ]
+        else:
+            sums, m = self._sum(grads.split(BATCH) if stored else grads)
+            self._parts = [(columns, DenseBlocks(H, m, damp)) for columns, H in sums]
+
+    def matvec(self, x: Tensor) -> Tensor:
+        """F⁻¹x (d,) for x (d,)."""
+        x64 = check_vector("x", x, self.shape[0], self.device)
+        return torch.cat([part.matvec(x64[columns]) for columns, part in self._parts]).to(x)
+
+    def diagonal(self) -> Tensor:
+        """diag(F⁻¹) (d,) in float64, each entry in (0, 1/λ]."""
+        return torch.cat([part.diagonal() for _, part in self._parts])
+
+    def joint_update(self, drop: Any, w: Tensor) -> Tensor:
+        """The exact update δ (d,) of the weights w (d,) when those at the indices `drop` are
+        removed together: the least ½ δᵀFδ with δ = −w at `drop`."""
+        dropped, weights = check_removal(drop, w, self.shape[0], self.device)
+        delta = [
+            part.joint_update(dropped[columns].nonzero()[:, 0], weights[columns])
+            for columns, part in self._parts
+        ]
+        return torch.where(dropped, -weights, torch.cat(delta)).to(w)
+
+    independent_update = independent_update
+
+    def _layout(self, perbatch: int) -> list[slice]:
+        """The columns of each batch of blocks; a smaller last block is a batch of its own."""
+        d, b = self.shape[0], self.blocksize
+        starts = sorted({*range(0, d - d % b, perbatch * b), d - d % b, d})
+        return [slice(*ends) for ends in pairwise(starts)]
+
+    def _sum(self, gradients: Iterable[Tensor]) -> tuple[list[tuple[slice, Tensor]], int]:
+        """[(columns, GᵀG for each of their k blocks (k, b, b) in float64)], and m."""
+        sums, m = [], 0
+        for rows in gradients:
+            rows, _ = as_matrix(rows[None] if rows.ndim == 1 else rows)
+            n, d = rows.shape
+            if m == 0:
+                self.shape = (d, d)
+                for columns in self._layout(self.perbatch):
+                    width = columns.stop - columns.start
+                    b = min(self.blocksize, width)
+                    H = torch.zeros(width // b, b, b, dtype=torch.float64, device=self.device)
+                    sums.append((columns, H))
+            if d != self.shape[0]:
+                raise ValueError(f"Expected gradients of {self.shape[0]} weights, got {d}")
+            m, rows = m + n, rows.to(self.device)
+            for columns, H in sums:
+                X = rows[:, columns].double().unflatten(1, H.shape[:2]).transpose(0, 1)  # (k, n, b)
+                H.baddbmm_(X.mT, X)
+        if m == 0:
+            raise ValueError("Expected at least one gradient, got none")
+        return sums, m
+
+
+# --- which weights go -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Of every `group` weights along the input at least `kept` stay; they go `block` at a time."""
+
+    block: int = 1
+    kept: int = 0
+    group: int = 1
+
+    @staticmethod
+    def parse(name: str) -> "Pattern":
+        """From "unstructured", "N:M" (at most N nonzeros of M) or "Bx1" (all B zero or none)."""
+        numbers = [int(n) for n in re.findall(r"\d+", name)]
+        if name == "unstructured":
+            return Pattern()
+        if re.fullmatch(r"\d+:\d+", name) and 0 < numbers[0] < numbers[1]:
+            return Pattern(kept=numbers[0], group=numbers[1])
+        if re.fullmatch(r"\d+x1", name) and numbers[0] > 1:
+            return Pattern(block=numbers[0], group=numbers[0])
+        raise ValueError(
+            f"Invalid pattern: {name!r}; it must be 'unstructured', 'N:M' with 0 < N < M such as "
+            "'2:4', or 'Bx1' such as '4x1'"
+        )
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether the groups divide the input of the weight (out, in, ...)."""
+        return self.group == 1 or (weight.ndim > 1 and weight.shape[1] % self.group == 0)
+
+    def split(self, weight: Tensor) -> Tensor:
+        """(out, in, ...) to (groups, blocks of a group, block), neighbours along the input."""
+        rows = weight if self.group == 1 else weight.movedim(1, -1)
+        return rows.reshape(-1, self.group // self.block, self.block)
+
+    def join(self, blocks: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of `split`, with one entry for each block."""
+        rows = blocks[:, :, None].expand(-1, -1, self.block)
+        if self.group == 1:
+            return rows.reshape(shape)
+        return rows.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+    def choose(self, saliencies: list[Tensor], alive: list[Tensor], count: int) -> list[Tensor]:
+        """Masks (True stays) once `count` of the weights alive are gone, or one block less.
+
+        The lowest saliency, summed over a block, goes first; of equal ones the first.
+        """
+        scores, sizes = [], []
+        for saliency, mask in zip(saliencies, alive, strict=True):
+            size = self.split(mask).sum(2)
+            score = self.split(saliency * mask).sum(2).where(size > 0, -1)
+            rank = score.argsort(dim=1, stable=True).argsort(dim=1)
+            scores.append(score.where(rank < (self.group - self.kept) // self.block, torch.inf))
+            sizes.append(size)
+        order = torch.cat([score.flatten() for score in scores]).argsort(stable=True)
+        taken = torch.cat([size.flatten() for size in sizes])[order].cumsum(0) <= count
+        stays = torch.ones_like(taken).index_put_((order,), ~taken)
+        parts = stays.split([score.numel() for score in scores])
+        return [
+            mask & self.join(part.view_as(score), mask.shape)
+            for part, score, mask in zip(parts, scores, alive, strict=True)
+        ]
+
+
+# --- pruners --------------------------------------------------------------------------------------
+
+
+class MagnitudePruner:
+    """Zeroes the smallest weights of a model and keeps them zero.
+
+    Which weights are pruned is in `masks`, by parameter name, True for those that stay. Weights
+    that are exactly zero at construction count as pruned, and what is pruned stays so.
+
+    Args:
+        model: any module. It is pruned in place.
+        params: names of the parameters to prune, as in `model.named_parameters()`; by default the
+            weights of Conv1d, Conv2d, Conv3d and Linear layers that fit the pattern.
+        scope: "global", weights of all layers compete, or "layer", each has a sparsity of its own.
+        pattern: "unstructured"; "N:M" such as "2:4", at most N of every M weights along the input
+            stay; "Bx1" such as "4x1", every B weights along the input go or stay together.
+
+    Raises:
+        ValueError: for arguments outside these ranges. So do all methods.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Sequence[str] | None = None,
+        *,
+        scope: str = "global",
+        pattern: str = "unstructured",
+    ):
+        if scope not in ("global", "layer"):
+            raise ValueError(f"Invalid scope: {scope!r}; it must be 'global' or 'layer'")
+        if torch_prune.is_pruned(model):
+            raise ValueError(
+                "The model carries masks of torch.nn.utils.prune; make them permanent with its "
+                "remove function first"
+            )
+        self.model, self.scope, self.pattern = model, scope, Pattern.parse(pattern)
+        self.params = self._select(params)
+        self.masks = {name: p.detach() != 0 for name, p in self.params.items()}
+        self.seconds = {"gradients": 0.0, "inverse": 0.0}  # spent so far
+        for name, mask in self.masks.items():
+            if bool((self.pattern.split(mask).sum((1, 2)) < self.pattern.kept).any()):
+                raise ValueError(f"{name} already has more zeros than pattern {pattern!r} allows")
+
+    @property
+    def sparsity(self) -> float:
+        """Pruned fraction of all prunable weights."""
+        return self._zeros(self.masks) / sum(mask.numel() for mask in self.masks.values())
+
+    @torch.no_grad()
+    def prune(self, target: float | Sequence[float]) -> dict[str, Tensor]:
+        """Prunes to the sparsity `target` in [0, 1] and returns the masks.
+
+        Exactly round(target·n) of n weights are zero then, of all or of each layer by `scope`; in
+        blocks as many as fit in. With scope "layer", `target` may be a list in the order of
+        `masks`. A target below the present sparsity is refused.
+        """
+        wanted = self._count(target)
+        self._prepare()
+        self.apply_masks()
+        saliency = self._saliency()
+        if not all(bool(values.isfinite().all()) for values in saliency.values()):
+            raise ValueError("The weights or their saliencies have NaN or Inf; nothing was pruned")
+        masks = {}
+        for names, zeros in wanted:
+            # On the CPU, so that any device leads to the same choice.
+            alive = [self.masks[name].cpu() for name in names]
+            more = zeros - self._zeros(names)
+            chosen = self.pattern.choose([saliency[name] for name in names], alive, more)
+            masks.update(zip(names, chosen, strict=True))
+        self._adjust(masks)
+        self.masks = {name: mask.to(self.params[name].device) for name, mask in masks.items()}
+        self.apply_masks()
+        return self.masks
+
+    @torch.no_grad()
+    def apply_masks(self) -> None:
+        """Sets pruned weights to zero again."""
+        for name, p in self.params.items():
+            p.masked_fill_(~self.masks[name].to(p.device), 0)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Has the masks applied after each step of any optimizer; the handle's remove() ends it."""
+        return optimizer.register_step_post_hook(self._after_step)
+
+    def register(self) -> None:
+        """Shows the masks to other tools as those of torch.nn.utils.prune, until `remove`."""
+        for name in self.params:
+            torch_prune.custom_from_mask(*self._owner(name), self.masks[name])
+
+    def remove(self) -> None:
+        """Makes it a plain model again, with the same weights, after `register`."""
+        for name in self.params:
+            torch_prune.remove(*self._owner(name))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the model's own state."""
+        return {"masks": {name: mask.clone() for name, mask in self.masks.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a state; load the model's own state before."""
+        shapes = {name: mask.shape for name, mask in state["masks"].items()}
+        if shapes != {name: p.shape for name, p in self.params.items()}:
+            raise ValueError("The saved masks belong to other parameters than this pruner's")
+        self.masks = {name: state["masks"][name].to(p.device) for name, p in self.params.items()}
+        self.apply_masks()
+
+    # --- what MFACPruner does differently
+
+    def _prepare(self) -> None:
+        pass
+
+    def _saliency(self) -> dict[str, Tensor]:
+        return {name: p.cpu().double().square() for name, p in self.params.items()}
+
+    def _adjust(self, masks: dict[str, Tensor]) -> None:
+        pass
+
+    # --- internals
+
+    def _select(self, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
+        """The parameters to prune."""
+        known = dict(self.model.named_parameters())
+        if names is None:
+            layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+            weights = {id(m.weight) for m in self.model.modules() if isinstance(m, layers)}
+            names = [n for n, p in known.items() if id(p) in weights and self.pattern.fits(p)]
+        for name in names:
+            if name not in known:
+                raise ValueError(f"The model has no parameter {name!r}; it has {list(known)}")
+            if not self.pattern.fits(known[name]):
+                shape, group = tuple(known[name].shape), self.pattern.group
+                raise ValueError(f"Groups of {group} do not divide the input of {name}, {shape}")
+        if not names:
+            raise ValueError("There are no weights to prune; name them in params")
+        return {name: known[name] for name in names}
+
+    def _count(self, target: float | Sequence[float]) -> list[tuple[list[str], int]]:
+        """[(names, number of zeros wanted among them)]"""
+        names = list(self.params)
+        groups = [names] if self.scope == "global" else [[name] for name in names]
+        targets = list(target) if isinstance(target, Sequence) else [target] * len(groups)
+        if len(targets) != len(groups):
+            raise ValueError(f"Expected {len(groups)} target sparsities, got {len(targets)}")
+        wanted, highest = [], 1 - self.pattern.kept / self.pattern.group
+        for group, sparsity in zip(groups, targets, strict=True):
+            if not 0.0 <= sparsity <= highest:
+                raise ValueError(f"Invalid sparsity: {sparsity}; it must be from 0 to {highest:g}")
+            n, present = sum(self.masks[name].numel() for name in group), self._zeros(group)
+            zeros = round(sparsity * n)
+            if zeros < present:
+                raise ValueError(
+                    f"Target sparsity {sparsity:g} ({zeros} of {n} weights) is below the present "
+                    f"{present / n:g} ({present}); pruned weights do not come back"
+                )
+            wanted.append((group, zeros))
+        return wanted
+
+    def _zeros(self, names: Iterable[str]) -> int:
+        """How many weights of these parameters are pruned."""
+        return sum(self.masks[name].numel() - int(self.masks[name].sum()) for name in names)
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        """The module that has a parameter, and its name there."""
+        module, _, attribute = name.rpartition(".")
+        return self.model.get_submodule(module), attribute
+
+    def _after_step(self, *_: Any) -> None:
+        self.apply_masks()
+
+
+def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The mean cross entropy of a batch (inputs, targets)."""
+    device = next(model.parameters()).device
+    inputs, targets = (part.to(device) for part in batch)
+    return nn.functional.cross_entropy(model(inputs), targets)
+
+
+class MFACPruner(MagnitudePruner):
+    """Prunes by saliency ρᵢ = wᵢ² / 2[F⁻¹]ᵢᵢ and adjusts the weights that stay.
+
+    F⁻¹ is of the weights alive, at the last recomputation: done before the first pruning, by
+    `recompute`, and whenever the weights have changed since the pruner last wrote them. Until the
+    next one, every level is pruned from the weights of that recomputation, not from the level
+    before. Memory: 4·ngrads bytes a weight alive, or 8·blocksize if that is at most ngrads, in
+    which case gradients are never stored.
+
+    Args:
+        model, params, scope, pattern: as for `MagnitudePruner`.
+        loader: yields batches of equal size, each of which makes one gradient, and is iterated over
+            anew for each recomputation. A list of batches is shuffled. Anything else is expected
+            to draw other samples each time: by `set_epoch`, on itself or its `sampler`, which is
+            called with the number of the recomputation, or by torch's global generator, which is
+            seeded in the meantime. A smaller last batch is left out.
+        loss: the mean loss of a batch, loss(model, batch), by default the cross entropy of
+            (inputs, targets).
+        ngrads: m, the number of gradients.
+        damp: λ > 0.
+        blocksize: of a block-diagonal F; None for the full one.
+        perbatch, pages: see `BlockedInverseFisher` and `PagedInverseFisher`.
+        update: of the weights that stay: "joint", "independent" or "none".
+        seed: of the samples, together with the number of the recomputation.
+        device: for the inverse Fisher; that of the first parameter if None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        params: Sequence[str] | None = None,
+        *,
+        scope: str = "global",
+        pattern: str = "unstructured",
+        loss: Callable[[nn.Module, Any], Tensor] = cross_entropy,
+        ngrads: int = 1024,
+        damp: float = 1e-5,
+        blocksize: int | None = None,
+        perbatch: int | None = None,
+        pages: int = 1,
+        update: str = "joint",
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__(model, params, scope=scope, pattern=pattern)
+        if update not in ("joint", "independent", "none"):
+            raise ValueError(
+                f"Invalid update: {update!r}; it must be 'joint', 'independent' or 'none'"
+            )
+        if isinstance(getattr(loader, "sampler", None), SequentialSampler):
+            raise ValueError("The loader yields the same samples each time; it must shuffle")
+        self.loader, self.loss, self.update, self.seed = loader, loss, update, seed
+        self.ngrads, self.damp = check_integer("ngrads", ngrads), check_damp(damp)
+        for name, value in {"blocksize": blocksize, "perbatch": perbatch}.items():
+            if value is not None:
+                check_integer(name, value)
+        self.blocksize, self.perbatch = blocksize, perbatch
+        self.pages = check_integer("pages", pages)
+        self.device = torch.device(device or next(iter(self.params.values())).device)
+        self.recomputations = 0
+        self._base: dict[str, Tensor] | None = None  # weights at the last recomputation
+        self._written: dict[str, Tensor] = {}  # weights as the pruner left them
+        self._index: dict[str, Tensor] = {}  # of the weights alive in each parameter, flattened
+        self._inverse: PagedInverseFisher | BlockedInverseFisher | None = None
+
+    def prune(self, target: float | Sequence[float]) -> dict[str, Tensor]:
+        masks = super().prune(target)
+        self._written = self._weights()
+        return masks
+
+    def recompute(self) -> None:
+        """Collects gradients at the present weights, other samples each time, and inverts F."""
+        self.apply_masks()
+        self._invert(self.recomputations)
+        self.recomputations += 1
+        self._base = self._written = self._weights()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the model's own state. F⁻¹ is computed again from it."""
+        base = None if self._base is None else dict(self._base)
+        return {**super().state_dict(), "recomputations": self.recomputations, "base": base}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a state; load the model's own state before."""
+        super().load_state_dict(state)
+        self.recomputations, self._base = state["recomputations"], state["base"]
+        self._written, self._inverse = self._weights(), None
+
+    def _prepare(self) -> None:
+        """Goes back to the last recomputation, or makes one."""
+        unchanged = self._base and all(
+            torch.equal(p, self._written[name].to(p.device)) for name, p in self.params.items()
+        )
+        if not unchanged:
+            self.recompute()
+            return
+        for name, p in self.params.items():
+            p.copy_(self._base[name])
+        self.masks = {name: p != 0 for name, p in self.params.items()}
+        if self._inverse is None:
+            self._invert(self.recomputations - 1)
+
+    def _saliency(self) -> dict[str, Tensor]:
+        """ρ by parameter, 0 where a weight is pruned already."""
+        rho = self._alive(self.params).double().square() / (2 * self._inverse.diagonal().cpu())
+        saliency = {n: torch.zeros(p.shape, dtype=rho.dtype) for n, p in self.params.items()}
+        self._set_alive(saliency, rho)
+        return saliency
+
+    def _adjust(self, masks: dict[str, Tensor]) -> None:
+        """Updates the weights that stay."""
+        w, drop = self._alive(self.params).double(), (~self._alive(masks)).nonzero()[:, 0]
+        if self.update == "joint":
+            self._set_alive(self.params, w + self._inverse.joint_update(drop, w))
+        elif self.update == "independent":
+            self._set_alive(self.params, w + self._inverse.independent_update(drop, w))
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.params.items()}
+
+    def _alive(self, tensors: dict[str, Tensor]) -> Tensor:
+        """The entries of the weights alive, in one vector on the CPU."""
+        return torch.cat([tensors[n].detach().cpu().flatten()[i] for n, i in self._index.items()])
+
+    def _set_alive(self, tensors: dict[str, Tensor], values: Tensor) -> None:
+        """Writes such a vector back."""
+        parts = values.split([len(index) for index in self._index.values()])
+        for (name, index), part in zip(self._index.items(), parts, strict=True):
+            flat = tensors[name].detach().cpu().flatten()
+            flat[index] = part.to(flat.dtype)
+            tensors[name].copy_(flat.view(tensors[name].shape))
+
+    def _invert(self, number: int) -> None:
+        """Collects the gradients of recomputation `number` and inverts F for the weights alive."""
+        self._inverse = None  # not two sets of gradients at once
+        self._index = {
+            n: p.detach().cpu().flatten().nonzero()[:, 0] for n, p in self.params.items()
+        }
+        began, before = time.perf_counter(), self.seconds["gradients"]
+        if self.blocksize is None or self.blocksize > self.ngrads:
+            (grads,) = self._gradients(number, self.ngrads)
+        else:
+            grads = self._gradients(number, min(BATCH, self.ngrads))
+        if self.blocksize is None:
+            inverse = PagedInverseFisher(grads, self.damp, pages=self.pages, device=self.device)
+        else:
+            inverse = BlockedInverseFisher(
+                grads, self.blocksize, self.damp, perbatch=self.perbatch, device=self.device
+            )
+        inverse.diagonal()
+        self._inverse = inverse
+        collecting = self.seconds["gradients"] - before
+        self.seconds["inverse"] += time.perf_counter() - began - collecting
+
+    def _gradients(self, number: int, rows: int) -> Iterator[Tensor]:
+        """`ngrads` gradients (·, d) of the d weights alive, `rows` at a time in the same memory."""
+        count, began = 0, time.perf_counter()
+        buffer = torch.empty(rows, sum(len(index) for index in self._index.values()))
+        params = list(self.params.values())
+        with self._as_found():
+            for batch in islice(self._batches(number), self.ngrads):
+                with torch.enable_grad():
+                    loss = self.loss(self.model, batch)
+                    grads = torch.autograd.grad(loss, params, materialize_grads=True)
+                buffer[count % rows] = self._alive(dict(zip(self.params, grads, strict=True)))
+                count += 1
+                if count % rows == 0 or count == self.ngrads:
+                    self.seconds["gradients"] += time.perf_counter() - began
+                    yield buffer[: (count - 1) % rows + 1]
+                    began = time.perf_counter()
+        if count < self.ngrads:
+            raise ValueError(
+                f"Wanted {self.ngrads} gradients, but the loader had only {count} full batches; "
+                "ask for fewer gradients or smaller batches, or give more data"
+            )
+
+    def _batches(self, number: int) -> Iterator[Any]:
+        """The full batches of the loader for recomputation `number`."""
+        seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
+        torch.default_generator.manual_seed(seed)
+        for shuffled in (self.loader, getattr(self.loader, "sampler", None)):
+            if hasattr(shuffled, "set_epoch"):
+                shuffled.set_epoch(number)
+        batches = self.loader
+        if isinstance(batches, Sequence):
+            batches = (batches[i] for i in torch.randperm(len(batches)).tolist())
+        full = None
+        for batch in batches:
+            full = full or batch_size(batch)
+            if batch_size(batch) == full:
+                yield batch
+
+    @contextmanager
+    def _as_found(self) -> Iterator[None]:
+        """The model is in eval mode in here; mode, buffers and random numbers are restored."""
+        modes = {module: module.training for module in self.model.modules()}
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        frozen = [p for p in self.params.values() if not p.requires_grad]
+        devices = {p.device for p in self.model.parameters() if p.is_cuda}
+        try:
+            with torch.random.fork_rng(devices):
+                self.model.eval()
+                for p in frozen:
+                    p.requires_grad_(True)
+                yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+            for p in frozen:
+                p.requires_grad_(False)
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def batch_size(batch: Any) -> int | None:
+    """The length of the first tensor in a batch: of nested lists, tuples and dicts."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.ndim else None
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    sizes = map(batch_size, batch if isinstance(batch, (list, tuple)) else ())
+    return next((size for size in sizes if size is not None), None)
