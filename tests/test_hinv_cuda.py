@@ -4,6 +4,7 @@ Arrays are numpy's, so that the same cases run in a process without torch: the s
 """
 
 import ctypes
+import json
 import os
 import re
 import shutil
@@ -652,6 +653,35 @@ def test_architectures(toolkit, torch_with_cuda, monkeypatch):
     monkeypatch.setattr(torch_with_cuda.cuda, "get_device_capability", lambda i: (6, 1))
     with pytest.raises(setup_cuda.CannotBuildError, match=r"Old GPU has .* 6\.1, below 7\.5"):
         setup_cuda.nvcc_flags()
+
+
+def test_the_gpu_benchmark_runs_without_a_gpu_too(tmp_path):
+    pytest.importorskip("torch")
+    figures = tmp_path / "figures.json"
+    table = run(
+        *[sys.executable, ROOT / "benchmarks" / "gpu_step.py", "--device", "cpu", "--rounds", "1"],
+        *["--m", "8", "--d", "100", "--json", figures],
+    )
+    assert "| 8 | 100 | " in table
+    times = json.loads(figures.read_text())["m = 8, d = 100"]
+    assert len(times) == 5
+    assert all(t > 0 for t in times.values())
+
+
+def test_gpu_check_says_what_is_missing():
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    done = subprocess.run(
+        ["bash", ROOT / "benchmarks" / "gpu_check.sh"],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "gpu_check.sh: torch sees no CUDA device; run this on a machine with a GPU\n"
+    )
 
 
 # --- on a GPU only --------------------------------------------------------------------------------
