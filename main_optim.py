@@ -49,7 +49,7 @@ DEFAULTS = {
     ("digits", "sgd"): dict(epochs=10, lr=0.1, momentum=0.9, weightdecay=5e-4, batchsize=64),
     ("digits", "adam"): dict(epochs=10, lr=3e-3, weightdecay=5e-4, batchsize=64),
     ("digits", "mfac"): dict(
-        epochs=10, lr=3e-3, momentum=0.9, weightdecay=5e-4, batchsize=64, ngrads=128, damp=1e-5
+        epochs=10, lr=1e-2, momentum=0.9, weightdecay=5e-4, batchsize=64, ngrads=128, damp=1e-3
     ),
 }
 PAPER_EPOCHS = {"resnet": 164, "wideresnet": 200, "mobilenet": 100}  # by the start of the name
