@@ -72,8 +72,9 @@ def inverse_bytes(ngrads: int, dim: int, blocksize: int | None = None) -> int:
 
 # Measured: A⁻¹ is off by at most 4 roundings (of the type that K was computed in) times the
 # condition, which is the largest Aᵢᵢ(A⁻¹)ᵢᵢ, and cⱼ of (2) by that fraction of itself.
-REFINABLE = 2.0**-12  # roundings x condition that a step of iterative refinement makes good
 RESOLVABLE = 2.0**-18  # roundings x condition that leave an error of about 1e-5
+# What is computed in float32 is refined in float64 once, which squares the error.
+LIMIT = {torch.float32: 2.0**-12, torch.float64: RESOLVABLE}
 
 
 def inverse_factor(A: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
@@ -211,8 +212,9 @@ class PagedInverseFisher:
     """F⁻¹ for F = λI + (1/m) GᵀG and gradients G (m, d) that stay where they are.
 
     G is read by pages of columns and never written: twice to build F⁻¹ and its diagonal, whatever
-    the number of pages. Matrix products are in float32 where that leaves an error of about 1e-5 in
-    the diagonal at most, else in float64.
+    the number of pages. Matrix products are in float32 if that leaves an error of about 1e-5 in any
+    result, else in float64; where that does not do either, damping is called too small. For d ≤ m,
+    `BlockedInverseFisher` with one block is faster and resolves more.
 
     Memory beside G: 32·m² bytes, 8·d for the diagonal, and if G is not on `device` two pages there
     of 4·m·d/pages bytes. Of a `numpy.memmap` or file about one page is resident at a time.
@@ -243,26 +245,29 @@ class PagedInverseFisher:
         self.device = torch.device(device or self.G.device)
         self._diagonal: Tensor | None = None
         self._factorise(torch.promote_types(self.G.dtype, torch.float32))
-        if self._roundings > REFINABLE:
-            self._factorise(torch.float64)
-        if self._roundings > REFINABLE:
-            raise self._too_small()
+        if self._roundings > LIMIT[self.dtype]:
+            self._to_float64()
 
     def matvec(self, x: Tensor) -> Tensor:
         """F⁻¹x (d,) for x (d,), by (1), in float64: it cancels where x resembles the gradients."""
         x64 = check_vector("x", x, self.shape[0], self.device)
         y = self._solve(self._inverse_L, self._times(x64), kept=torch.ones_like(x64))
-        return ((x64 - self._transposed_times(y)) / self.damp).to(x)
+        left = x64 - self._transposed_times(y)
+        # The refinement squares the error of y, but not beyond what float64 allows.
+        finest = self._roundings * torch.finfo(torch.float64).eps / torch.finfo(self.dtype).eps
+        error = max((4 * self._roundings) ** 2, finest)
+        if not error * x64.norm() <= RESOLVABLE * left.norm():
+            self._to_float64()
+            return self.matvec(x)
+        return (left / self.damp).to(x)
 
     def diagonal(self) -> Tensor:
         """diag(F⁻¹) (d,) in float64, each entry in (0, 1/λ], by (2)."""
         if self._diagonal is None:
             c = self._leverages()
-            if not self._resolved(c):
-                self._factorise(torch.float64)
-                c = self._leverages()
-            if not self._resolved(c):
-                raise self._too_small()
+            if not bool((self._roundings * c <= RESOLVABLE * (1 - c)).all()):
+                self._to_float64()
+                return self.diagonal()
             self._diagonal = (1 - c) / self.damp
         return self._diagonal.clone()
 
@@ -284,6 +289,14 @@ class PagedInverseFisher:
         self._A.diagonal().add_(self._shift)
         self._inverse_L, self._roundings = inverse_factor(self._A, self._A.diagonal(), dtype)
 
+    def _to_float64(self) -> None:
+        """The way out when float32 does not resolve something, or the error if nothing does."""
+        if self.dtype == torch.float64:
+            raise self._too_small()
+        self._factorise(torch.float64)
+        if self._roundings > LIMIT[torch.float64]:
+            raise self._too_small()
+
     def _kept_factor(self, dropped: Tensor) -> Tensor:
         """L⁻¹ of mλI + G_R G_Rᵀ, R = those not dropped, from the smaller Gram if that will do."""
         drop, keep = dropped.nonzero()[:, 0], (~dropped).nonzero()[:, 0]
@@ -294,12 +307,12 @@ class PagedInverseFisher:
             A = self._gram(self.dtype, keep)
             A.diagonal().add_(self._shift)
         inverse_L, roundings = inverse_factor(A, scale, self.dtype)
-        if roundings > REFINABLE:
+        if roundings > LIMIT[self.dtype]:
             A = self._gram(torch.float64, keep)
             A.diagonal().add_(self._shift)
             inverse_L, roundings = inverse_factor(A, A.diagonal(), torch.float64)
-        if roundings > REFINABLE:
-            raise self._too_small()
+            if roundings > LIMIT[torch.float64]:
+                raise self._too_small()
         return inverse_L
 
     def _solve(self, inverse_L: Tensor, b: Tensor, kept: Tensor) -> Tensor:
@@ -307,10 +320,6 @@ class PagedInverseFisher:
         y = inverse_L.T @ (inverse_L @ b)
         residual = b - self._shift * y - self._times(kept * self._transposed_times(y))
         return y + inverse_L.T @ (inverse_L @ residual)
-
-    def _resolved(self, c: Tensor) -> bool:
-        """Whether every 1 − cⱼ is well beyond the error of cⱼ."""
-        return bool((self._roundings * c <= RESOLVABLE * (1 - c)).all())
 
     @property
     def _shift(self) -> float:
@@ -630,6 +639,8 @@ class MagnitudePruner:
         `masks`. A target below the present sparsity is refused.
         """
         wanted = self._count(target)
+        if all(zeros == self._zeros(names) for names, zeros in wanted):
+            return self.masks
         self._prepare()
         self.apply_masks()
         saliency = self._saliency()
@@ -642,9 +653,9 @@ class MagnitudePruner:
             more = zeros - self._zeros(names)
             chosen = self.pattern.choose([saliency[name] for name in names], alive, more)
             masks.update(zip(names, chosen, strict=True))
-        self._adjust(masks)
         self.masks = {name: mask.to(self.params[name].device) for name, mask in masks.items()}
         self.apply_masks()
+        self._adjust()
         return self.masks
 
     @torch.no_grad()
@@ -687,7 +698,7 @@ class MagnitudePruner:
     def _saliency(self) -> dict[str, Tensor]:
         return {name: p.cpu().double().square() for name, p in self.params.items()}
 
-    def _adjust(self, masks: dict[str, Tensor]) -> None:
+    def _adjust(self) -> None:
         pass
 
     # --- internals
@@ -816,11 +827,6 @@ class MFACPruner(MagnitudePruner):
         self._index: dict[str, Tensor] = {}  # of the weights alive in each parameter, flattened
         self._inverse: PagedInverseFisher | BlockedInverseFisher | None = None
 
-    def prune(self, target: float | Sequence[float]) -> dict[str, Tensor]:
-        masks = super().prune(target)
-        self._written = self._weights()
-        return masks
-
     def recompute(self) -> None:
         """Collects gradients at the present weights, other samples each time, and inverts F."""
         self.apply_masks()
@@ -860,13 +866,14 @@ class MFACPruner(MagnitudePruner):
         self._set_alive(saliency, rho)
         return saliency
 
-    def _adjust(self, masks: dict[str, Tensor]) -> None:
+    def _adjust(self) -> None:
         """Updates the weights that stay."""
-        w, drop = self._alive(self.params).double(), (~self._alive(masks)).nonzero()[:, 0]
+        w, drop = self._alive(self._base).double(), (~self._alive(self.masks)).nonzero()[:, 0]
         if self.update == "joint":
             self._set_alive(self.params, w + self._inverse.joint_update(drop, w))
         elif self.update == "independent":
             self._set_alive(self.params, w + self._inverse.independent_update(drop, w))
+        self._written = self._weights()
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.params.items()}
@@ -890,25 +897,27 @@ class MFACPruner(MagnitudePruner):
             n: p.detach().cpu().flatten().nonzero()[:, 0] for n, p in self.params.items()
         }
         began, before = time.perf_counter(), self.seconds["gradients"]
-        if self.blocksize is None or self.blocksize > self.ngrads:
-            (grads,) = self._gradients(number, self.ngrads)
-        else:
-            grads = self._gradients(number, min(BATCH, self.ngrads))
-        if self.blocksize is None:
+        d = sum(map(len, self._index.values()))
+        b = min(self.blocksize or d, d)
+        stored = b > self.ngrads
+        grads = self._gradients(number, d, self.ngrads if stored else min(BATCH, self.ngrads))
+        if stored:
+            (grads,) = grads
+        if stored and b == d:
             inverse = PagedInverseFisher(grads, self.damp, pages=self.pages, device=self.device)
         else:
             inverse = BlockedInverseFisher(
-                grads, self.blocksize, self.damp, perbatch=self.perbatch, device=self.device
+                grads, b, self.damp, perbatch=self.perbatch, device=self.device
             )
         inverse.diagonal()
         self._inverse = inverse
         collecting = self.seconds["gradients"] - before
         self.seconds["inverse"] += time.perf_counter() - began - collecting
 
-    def _gradients(self, number: int, rows: int) -> Iterator[Tensor]:
+    def _gradients(self, number: int, d: int, rows: int) -> Iterator[Tensor]:
         """`ngrads` gradients (·, d) of the d weights alive, `rows` at a time in the same memory."""
         count, began = 0, time.perf_counter()
-        buffer = torch.empty(rows, sum(len(index) for index in self._index.values()))
+        buffer = torch.empty(rows, d)
         params = list(self.params.values())
         with self._as_found():
             for batch in islice(self._batches(number), self.ngrads):
