@@ -653,9 +653,9 @@ class MagnitudePruner:
             more = zeros - self._zeros(names)
             chosen = self.pattern.choose([saliency[name] for name in names], alive, more)
             masks.update(zip(names, chosen, strict=True))
+        self._adjust(masks)
         self.masks = {name: mask.to(self.params[name].device) for name, mask in masks.items()}
         self.apply_masks()
-        self._adjust()
         return self.masks
 
     @torch.no_grad()
@@ -698,7 +698,7 @@ class MagnitudePruner:
     def _saliency(self) -> dict[str, Tensor]:
         return {name: p.cpu().double().square() for name, p in self.params.items()}
 
-    def _adjust(self) -> None:
+    def _adjust(self, masks: dict[str, Tensor]) -> None:
         pass
 
     # --- internals
@@ -866,13 +866,15 @@ class MFACPruner(MagnitudePruner):
         self._set_alive(saliency, rho)
         return saliency
 
-    def _adjust(self) -> None:
+    def _adjust(self, masks: dict[str, Tensor]) -> None:
         """Updates the weights that stay."""
-        w, drop = self._alive(self._base).double(), (~self._alive(self.masks)).nonzero()[:, 0]
+        w, stays = self._alive(self._base).double(), self._alive(masks)
+        drop = (~stays).nonzero()[:, 0]
         if self.update == "joint":
-            self._set_alive(self.params, w + self._inverse.joint_update(drop, w))
+            w = w + self._inverse.joint_update(drop, w)
         elif self.update == "independent":
-            self._set_alive(self.params, w + self._inverse.independent_update(drop, w))
+            w = w + self._inverse.independent_update(drop, w)
+        self._set_alive(self.params, w * stays)
         self._written = self._weights()
 
     def _weights(self) -> dict[str, Tensor]:

@@ -1,0 +1,437 @@
+"""The static inverse Fisher, paged and blocked: what the common contract does not cover."""
+
+import gc
+import re
+import weakref
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import dense_fisher, independent_removal, joint_removal
+
+import prun
+from prun import BlockedInverseFisher, PagedInverseFisher, inverse_bytes
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    """Fresh but reproducible random numbers: each test has its own."""
+    torch.manual_seed(sum(map(ord, request.node.name)))
+
+
+def relative_error(x, reference):
+    return float((x.double() - reference).norm() / reference.norm())
+
+
+def diagonal_by_woodbury(G, damp):
+    """diag(F⁻¹) all in float64, where a (d, d) matrix is too large."""
+    G = G.double()
+    L = torch.linalg.cholesky(len(G) * damp * torch.eye(len(G), dtype=torch.float64) + G @ G.T)
+    W = torch.linalg.solve_triangular(L, G, upper=False)
+    return (1 - W.square().sum(0)) / damp
+
+
+def block_diagonal(F, size):
+    block = torch.arange(len(F)) // size
+    return F * (block[:, None] == block)
+
+
+# --- precision ------------------------------------------------------------------------------------
+
+
+def test_ordinary_gradients_take_the_fast_way_within_1e_5():
+    G = 0.05 * torch.randn(1, 30_000) + torch.randn(300, 30_000) * torch.randn(30_000).exp()
+    fisher = PagedInverseFisher(G, 1e-4, pages=3)
+    error = fisher.diagonal() / diagonal_by_woodbury(G, 1e-4) - 1
+    assert error.abs().max() < 1e-5
+    assert fisher.dtype == torch.float32
+
+
+@pytest.mark.parametrize("m", [8, 64])
+@pytest.mark.parametrize("norm", [1.0, 100.0])
+def test_nearly_parallel_gradients_are_resolved_in_float64(m, norm):
+    d = 30_000
+    G = torch.randn(1, d) + 1e-3 * torch.randn(m, d)
+    G *= norm / d**0.5
+    fisher = PagedInverseFisher(G, 1e-5)
+    error = fisher.diagonal() / diagonal_by_woodbury(G, 1e-5) - 1
+    assert error.abs().max() < 1e-5
+    x = torch.randn(d, dtype=torch.float64)
+    A = m * 1e-5 * torch.eye(m, dtype=torch.float64) + G.double() @ G.double().T
+    reference = (x - G.double().T @ torch.linalg.solve(A, G.double() @ x)) / 1e-5
+    assert relative_error(fisher.matvec(x), reference) < 1e-5
+
+
+def test_a_weight_whose_inverse_diagonal_cancels_is_resolved_in_float64():
+    """One weight gets nearly all of the gradients: 1 − c is about 1e-4."""
+    G = torch.randn(20, 5_000)
+    G[:, 7] *= 1e3
+    fisher = PagedInverseFisher(G, 1.0)
+    error = fisher.diagonal() / diagonal_by_woodbury(G, 1.0) - 1
+    assert fisher.dtype == torch.float64
+    assert error.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_gradients_of_any_precision_are_taken_as_they_are(dtype):
+    G = torch.randn(10, 60, dtype=torch.float64).to(dtype)
+    reference = torch.linalg.inv(dense_fisher(G, 1e-3))
+    for fisher in (PagedInverseFisher(G, 1e-3), BlockedInverseFisher(G, 60, 1e-3)):
+        assert relative_error(fisher.diagonal(), reference.diagonal()) < 1e-6
+    whole = BlockedInverseFisher(iter(G), 60, 1e-3)
+    assert relative_error(whole.diagonal(), reference.diagonal()) < 1e-9
+
+
+def test_the_precision_of_float32_products_is_the_callers_affair():
+    """The caller's switches for TF32, bfloat16 and autocast neither matter nor change."""
+    G = torch.randn(256, 2048)
+    plain = PagedInverseFisher(G, 1e-2).diagonal()
+    found = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            fast = PagedInverseFisher(G, 1e-2).diagonal()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(found)
+    torch.testing.assert_close(fast, plain, rtol=1e-12, atol=0)
+
+
+def test_damping_that_cannot_be_resolved_is_refused_with_a_value_that_can():
+    G = 1e6 * torch.randn(1, 300).expand(5, 300)
+    for make in (PagedInverseFisher, lambda G, damp: BlockedInverseFisher(iter(G), 4, damp)):
+        with pytest.raises(ValueError, match="too small") as refusal:
+            make(G, 1e-8).diagonal()
+        damp = float(re.search(r"damp = (\S+) is large enough", str(refusal.value))[1])
+        error = make(G, damp).diagonal() - 1 / damp  # nearly all directions are not in G
+        assert (error <= 0).all()
+
+
+def exact(G, damp, size):
+    """λI + GᵀG/m by blocks, and its inverse, in numbers of 80 digits."""
+    M = mpmath.matrix(G.double().tolist())
+    F = mpmath.eye(G.shape[1]) * mpmath.mpf(damp) + M.T * M / len(G)
+    for i in range(F.rows):
+        for j in range(F.cols):
+            if i // size != j // size:
+                F[i, j] = 0
+    return F**-1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(1, 6),
+    d=st.integers(1, 8),
+    size=st.integers(1, 8),
+    seed=st.integers(0, 2**32),
+    log_damp=st.floats(-10, 3),
+    log_scale=st.floats(-20, 18) | st.floats(-3, 3),
+    kind=st.sampled_from(["plain", "equal", "zero", "rank one", "one huge", "nearly parallel"]),
+)
+def test_right_to_1e_5_or_refused(m, d, size, seed, log_damp, log_scale, kind):
+    generator = torch.Generator().manual_seed(seed)
+    G = torch.randn(m, d, generator=generator)
+    if kind == "equal":
+        G[-1] = G[0]
+    elif kind == "zero":
+        G[0] = 0
+    elif kind == "rank one":
+        G = torch.randn(m, 1, generator=generator) * G[:1]
+    elif kind == "one huge":
+        G[0] *= 1e6
+    elif kind == "nearly parallel":
+        G = G[:1] + 1e-3 * torch.randn(m, d, generator=generator)
+    G, damp = G * 10**log_scale, 10**log_damp
+    random = torch.randn(d, generator=generator, dtype=torch.float64)
+    with mpmath.workdps(80):
+        for whole, make in (
+            (True, lambda: PagedInverseFisher(G, damp, pages=d)),
+            (False, lambda: BlockedInverseFisher(G, size, damp)),
+            (False, lambda: BlockedInverseFisher(iter(G), size, damp, perbatch=2)),
+        ):
+            inverse = exact(G, damp, d if whole else size)
+            try:
+                fisher = make()
+                diagonal = fisher.diagonal()
+            except ValueError as refusal:
+                assert "is too small" in str(refusal)
+                assert damp < 1e-5 * float(G.double().square().sum()) / m
+                continue
+            assert (diagonal > 0).all()
+            assert (diagonal * damp <= 1 + 1e-12).all()
+            reference = torch.tensor([float(inverse[i, i]) for i in range(d)])
+            assert ((diagonal / reference - 1).abs() < 2e-5).all()
+            for x in (random, G[0].double()):
+                try:
+                    y = fisher.matvec(x)
+                except ValueError as refusal:
+                    assert "is too small" in str(refusal)
+                    continue
+                reference = inverse * mpmath.matrix(x.tolist())
+                reference = torch.tensor([float(v) for v in reference], dtype=torch.float64)
+                assert (y - reference).norm() <= 2e-5 * reference.norm()
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pages", [1, 2, 3, 16, 17, 100, 101])
+def test_any_number_of_pages_gives_the_same_numbers(pages):
+    """m = 10 and d = 101 are divisible by none of them."""
+    G, w = torch.randn(10, 101), torch.randn(101, dtype=torch.float64)
+    drop = torch.randperm(101)[:60]
+    one, many = PagedInverseFisher(G, 1e-3), PagedInverseFisher(G, 1e-3, pages=pages)
+    assert len(list(many._pages(None))) == pages
+    torch.testing.assert_close(many.diagonal(), one.diagonal(), rtol=1e-6, atol=0)
+    for method in ("joint_update", "independent_update"):
+        expected = getattr(one, method)(drop, w)
+        assert relative_error(getattr(many, method)(drop, w), expected) < 1e-6
+
+
+@pytest.mark.parametrize("pages", [0, -1, 10, 2.0, None])
+def test_page_counts_out_of_range_are_refused(pages):
+    with pytest.raises(ValueError, match=r"Invalid pages.*from 1 to 9"):
+        PagedInverseFisher(torch.randn(4, 9), pages=pages)
+
+
+@pytest.mark.parametrize("mode", ["r", "r+", "c"])
+def test_a_mapped_file_is_read_where_it_is_and_never_written(tmp_path, mode):
+    G = torch.randn(6, 50)
+    path = tmp_path / "gradients.bin"
+    G.numpy().tofile(path)
+    before = path.read_bytes()
+    mapped = np.memmap(path, np.float32, mode, shape=(6, 50))
+    if mode == "c":
+        mapped[2] += 1  # in memory only: must not be lost when read pages are let go
+        G[2] += 1
+    fisher = PagedInverseFisher(mapped, 1e-3, pages=4)
+    assert fisher.G.data_ptr() == mapped.ctypes.data
+    expected = PagedInverseFisher(G, 1e-3)
+    torch.testing.assert_close(fisher.diagonal(), expected.diagonal(), rtol=1e-6, atol=0)
+    assert np.array_equal(mapped, G.numpy())
+    assert path.read_bytes() == before
+
+
+def resident_file_bytes():
+    with open("/proc/self/status") as status:
+        return int(re.search(r"RssFile:\s+(\d+) kB", status.read())[1]) * 1024
+
+
+def test_of_a_mapped_file_one_page_is_resident(tmp_path):
+    try:
+        resident_file_bytes()
+    except OSError:
+        pytest.skip("needs /proc")
+    m, d = 16, 2**20
+    G = np.lib.format.open_memmap(tmp_path / "g.npy", "w+", np.float32, (m, d))
+    for row in G:
+        row[:] = np.random.default_rng(0).standard_normal(d, dtype=np.float32)
+    G.flush()
+    del G, row
+    gc.collect()
+    before = resident_file_bytes()
+    fisher = PagedInverseFisher(tmp_path / "g.npy", 1e-2, pages=16)
+    fisher.diagonal()
+    assert resident_file_bytes() - before < 4 * m * d / 4
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("pages", [1, 5])
+def test_pages_travel_to_the_device_and_back(pages):
+    G, w = torch.randn(300, 40_001), torch.randn(40_001)
+    drop = torch.randperm(40_001)[:9_000]
+    here = PagedInverseFisher(G, 1e-3)
+    there = PagedInverseFisher(G, 1e-3, pages=pages, device="cuda")
+    torch.testing.assert_close(there.diagonal().cpu(), here.diagonal(), rtol=1e-5, atol=0)
+    expected = here.joint_update(drop, w).double()
+    assert relative_error(there.joint_update(drop, w), expected) < 1e-5
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("perbatch", [None, 1, 3, 100])
+@pytest.mark.parametrize(("d", "size"), [(60, 8), (64, 8), (7, 20), (30, 30), (5, 1)])
+def test_blocks_are_those_of_the_dense_matrix_with_a_smaller_last_one(d, size, perbatch):
+    G = torch.randn(24, d)
+    inverse = torch.linalg.inv(block_diagonal(dense_fisher(G, 1e-3), size))
+    fisher = BlockedInverseFisher(G, size, 1e-3, perbatch=perbatch)
+    eye = torch.eye(d, dtype=torch.float64)
+    assert relative_error(torch.stack([fisher.matvec(e) for e in eye]), inverse) < 1e-9
+
+
+def test_gradients_may_come_in_any_portions_in_memory_that_is_used_again():
+    G = torch.randn(50, 33)
+    reference = BlockedInverseFisher(G, 8, 1e-3).diagonal()
+
+    def portions(sizes):
+        buffer, start = torch.empty(max(sizes), 33), 0
+        for n in sizes:
+            yield buffer[:n].copy_(G[start : start + n])
+            buffer.fill_(float("nan"))
+            start += n
+
+    for sizes in ([50], [1] * 50, [20, 5, 25]):
+        fisher = BlockedInverseFisher(portions(sizes), 8, 1e-3)
+        torch.testing.assert_close(fisher.diagonal(), reference, rtol=1e-9, atol=0)
+    one_by_one = BlockedInverseFisher(list(G), 8, 1e-3)
+    torch.testing.assert_close(one_by_one.diagonal(), reference, rtol=1e-9, atol=0)
+
+
+def test_the_form_with_fewer_operations_is_taken():
+    G = torch.randn(10, 64)
+    assert isinstance(BlockedInverseFisher(G, 10)._parts[0][1], prun.DenseBlocks)
+    assert isinstance(BlockedInverseFisher(G, 11)._parts[0][1], PagedInverseFisher)
+
+
+def test_no_gradient_matrix_is_ever_held():
+    """Of gradients that come one by one, at most the present one is kept."""
+    memory = []
+
+    def gradients():
+        for _ in range(50):
+            array = np.random.default_rng(len(memory)).standard_normal(40)
+            memory.append(weakref.ref(array))  # alive as long as a tensor on it is
+            yield torch.from_numpy(array)
+            del array
+            kept.append(sum(ref() is not None for ref in memory))
+
+    kept = []
+    BlockedInverseFisher(gradients(), 4, 1e-3)
+    assert len(kept) == 50
+    assert max(kept) <= 1
+
+
+@pytest.mark.parametrize(
+    ("gradients", "message"),
+    [
+        ([], "at least one gradient"),
+        ([torch.randn(4), torch.randn(5)], "Expected gradients of 4 weights, got 5"),
+        ([torch.ones(4, dtype=torch.int64)], "floating point"),
+        ([torch.randn(2, 3, 4)], r"Expected gradients \(m, d\)"),
+    ],
+)
+def test_what_cannot_be_added_up_is_refused(gradients, message):
+    with pytest.raises(ValueError, match=message):
+        BlockedInverseFisher(gradients, 2)
+
+
+# --- removing weights -----------------------------------------------------------------------------
+
+FISHERS = {
+    "paged": (lambda G, damp: PagedInverseFisher(G, damp, pages=3), 60),
+    "blocks of a few": (lambda G, damp: BlockedInverseFisher(G, 8, damp), 8),
+    "blocks of many": (lambda G, damp: BlockedInverseFisher(G, 25, damp), 25),
+}
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+@pytest.mark.parametrize("drop", ["few", "most", "one block", "all but one", "all"])
+def test_updates_are_those_of_the_dense_formulas(fisher, drop):
+    make, size = FISHERS[fisher]
+    d, damp = 60, 1e-3
+    drop = {
+        "few": torch.randperm(d)[:5],
+        "most": torch.randperm(d)[:50],
+        "one block": torch.arange(8, 25),
+        "all but one": torch.arange(d)[torch.arange(d) != 30],
+        "all": torch.randperm(d),
+    }[drop]
+    G, w = torch.randn(1, d) + torch.randn(20, d), torch.randn(d, dtype=torch.float64)
+    F = block_diagonal(dense_fisher(G, damp), size)
+    fisher = make(G, damp)
+    joint = fisher.joint_update(drop, w)
+    assert torch.equal(joint[drop], -w[drop])
+    assert relative_error(joint, joint_removal(F, drop, w)) < 1e-5
+    independent = fisher.independent_update(drop, w)
+    assert torch.equal(independent[drop], -w[drop])
+    assert relative_error(independent, independent_removal(F, drop, w)) < 1e-5
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_removing_nothing_changes_nothing(fisher):
+    fisher = FISHERS[fisher][0](torch.randn(20, 60), 1e-3)
+    w = torch.randn(60)
+    assert not fisher.joint_update([], w).any()
+    assert not fisher.independent_update([], w).any()
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.4, 0.6])
+def test_what_is_kept_may_be_tiny_beside_what_goes(fraction):
+    """The Gram matrix of the kept columns is then lost in the difference of two large ones."""
+    d, damp = 3_000, 1e-6
+    G = 1e-3 * torch.randn(30, d)
+    drop = torch.randperm(d)[: int(fraction * d)]
+    G[:, drop] *= 1e5
+    w = torch.randn(d, dtype=torch.float64)
+    keep = torch.ones(d, dtype=torch.bool).index_fill_(0, drop, False)
+    K = G[:, keep].double() @ G[:, keep].double().T
+    A = 30 * damp * torch.eye(30, dtype=torch.float64) + K
+    b = G[:, drop].double() @ w[drop]
+    reference = G[:, keep].double().T @ torch.linalg.solve(A, b)
+    update = PagedInverseFisher(G, damp).joint_update(drop, w)
+    assert relative_error(update[keep], reference) < 1e-5
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+@pytest.mark.parametrize(
+    ("drop", "w", "message"),
+    [
+        ([0, 60], torch.ones(60), "indices below 60"),
+        ([-1], torch.ones(60), "indices below 60"),
+        ([0.5], torch.ones(60), "indices below 60"),
+        (torch.ones(60, dtype=torch.bool), torch.ones(60), "indices below 60"),
+        ([[0, 1]], torch.ones(60), "indices below 60"),
+        ([0], torch.ones(59), r"w of shape \(60,\), got \(59,\)"),
+        ([0], torch.full((60,), float("nan")), "finite numbers in w"),
+    ],
+)
+def test_indices_and_weights_that_do_not_fit_are_refused(fisher, drop, w, message):
+    fisher = FISHERS[fisher][0](torch.randn(20, 60), 1e-3)
+    for update in (fisher.joint_update, fisher.independent_update):
+        with pytest.raises(ValueError, match=message):
+            update(drop, w)
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [PagedInverseFisher, lambda G: BlockedInverseFisher(G, 2)])
+@pytest.mark.parametrize(
+    ("grads", "message"),
+    [
+        (torch.randn(5), r"Expected gradients \(m, d\)"),
+        (torch.randn(0, 5), "at least one gradient"),
+        (torch.randn(5, 0), "at least one gradient"),
+        (torch.ones(5, 5, dtype=torch.int32), "floating point"),
+        (np.ones((5, 5), dtype=complex), "floating point"),
+        ("no/such/file.npy", "Cannot read gradients from no/such/file.npy"),
+    ],
+)
+def test_gradients_that_are_no_matrix_are_refused(make, grads, message):
+    with pytest.raises(ValueError, match=message):
+        make(grads)
+
+
+@pytest.mark.parametrize("content", [b"", b"no gradients", b"\x93NUMPY\x01\x00"])
+def test_a_file_that_holds_no_array_is_refused(tmp_path, content):
+    path = tmp_path / "broken.npy"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="Cannot read gradients from"):
+        PagedInverseFisher(path)
+
+
+@pytest.mark.parametrize(("size", "perbatch"), [(0, 1), (2.5, 1), (2, 0), (2, -1), (None, 1)])
+def test_block_sizes_out_of_range_are_refused(size, perbatch):
+    with pytest.raises(ValueError, match=r"Invalid (blocksize|perbatch).*at least 1"):
+        BlockedInverseFisher(torch.randn(4, 9), size, perbatch=perbatch)
+
+
+def test_memory_is_known_in_advance():
+    assert inverse_bytes(1024, 270_896) == 4 * 1024 * 270_896 + 32 * 1024**2
+    assert inverse_bytes(1024, 270_896, 128) == (8 * 128 + 4 * prun.BATCH) * 270_896
+    assert inverse_bytes(64, 1000, 128) == inverse_bytes(64, 1000)
