@@ -1,5 +1,5 @@
-// The Python module hinv_cuda: checks arguments, then runs the kernels of hinv_cuda_kernel.cu on the
-// device of the tensors and the current stream. Nothing here waits for the device.
+// The Python module hinv_cuda: checks arguments, then runs the kernels of hinv_cuda_kernel.cu on
+// the device of the tensors and the current stream. Nothing here waits for the device.
 //
 // m gradients; all tensors contiguous and on one CUDA device. N is strictly lower triangular,
 // N_ik = D_ki / q_k, with q = diag(D) + m.
@@ -126,7 +126,8 @@ void hinv_update(const Tensor& P, const Tensor& A, const Tensor& k, int64_t j, d
   const Tensor tensors[] = {P, A, k, z, health};
   for (const Tensor& a : tensors) {
     for (const Tensor& b : tensors)
-      TORCH_CHECK(&a == &b || !a.is_alias_of(b), "Two of P, A, k, z, health share memory; copy one");
+      TORCH_CHECK(&a == &b || !a.is_alias_of(b),
+                  "Two of P, A, k, z, health share memory; they must not");
   }
   const c10::cuda::CUDAGuard guard(P.device());
   const Tensor scratch = at::empty({4 * m}, P.options());

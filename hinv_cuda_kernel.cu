@@ -187,8 +187,8 @@ constexpr int SUBSTITUTE_THREADS = GROUPS * PANEL;
 
 // Block (x, y) owns panels x, x + gridDim.x, ... of the right-hand sides y, y + gridDim.y, ... In
 // step p each owner subtracts the solved panel p - 1 from what it owns from p on; the owner of p
-// then solves it. The diagonal tiles of p are inverted before the grid meets, while others are still
-// at step p - 1, so that what has to be done one after the other is products only.
+// then solves it. The diagonal tiles of p are inverted before the grid meets, while others are
+// still at step p - 1, so that what has to be done one after the other is products only.
 template <class T>
 __global__ __launch_bounds__(SUBSTITUTE_THREADS, 1) void substitute(const T* D, T* t, int m,
                                                                     int rows, int n) {
@@ -321,8 +321,8 @@ __device__ double reduce(int m, F f) {
   return part[0];
 }
 
-// k, with k_j = k[j], is the new row and column j of A - m damp I; k' is k with entry j set to 0 and
-// p the old column j of P. With the matrices without row and column j written A_ and P_,
+// k is the new row and column j of A - m damp I, k' is k with entry j set to 0, p the old column j
+// of P. With A_ and P_ for the matrices without row and column j,
 //
 //   P_ = P - p p^T / p_j
 //   u  = P_ k',  u~ = u with entry j set to -1          A_^-1 k'
@@ -335,7 +335,8 @@ __device__ double reduce(int m, F f) {
 // A_ u - k' are the entries of A u~ but for j.
 __global__ __launch_bounds__(EXCHANGE_THREADS) void exchange(
     double* __restrict__ P, double* __restrict__ A, const double* __restrict__ k, int m, int j,
-    double damp, double* __restrict__ z, double* __restrict__ health, double* __restrict__ scratch) {
+    double damp, double* __restrict__ z, double* __restrict__ health,
+    double* __restrict__ scratch) {
   const auto grid = cooperative_groups::this_grid();
   const int thread = blockIdx.x * EXCHANGE_THREADS + threadIdx.x;
   const int threads = gridDim.x * EXCHANGE_THREADS;
@@ -349,7 +350,8 @@ __global__ __launch_bounds__(EXCHANGE_THREADS) void exchange(
     p[i] = P[size_t(j) * m + i];
     A[size_t(i) * m + j] = A[size_t(j) * m + i] = i == j ? a : k[i];
   }
-  times(P, m, [=](int c) { return c == j ? 0 : k[c]; }, [=](int i, double y) { product[i] = y; });
+  const auto store_product = [=](int i, double y) { product[i] = y; };
+  times(P, m, [=](int c) { return c == j ? 0 : k[c]; }, store_product);
   grid.sync();
 
   // p^T k' is entry j of P k': P is symmetric.
@@ -359,7 +361,7 @@ __global__ __launch_bounds__(EXCHANGE_THREADS) void exchange(
   times(A, m, rough, [=](int i, double y) { image[i] = y; });
   grid.sync();
 
-  times(P, m, [=](int c) { return c == j ? 0 : image[c]; }, [=](int i, double y) { product[i] = y; });
+  times(P, m, [=](int c) { return c == j ? 0 : image[c]; }, store_product);
   grid.sync();
 
   const double correction = product[j] / p[j];
@@ -367,8 +369,8 @@ __global__ __launch_bounds__(EXCHANGE_THREADS) void exchange(
     return i == j ? -1 : u[i] - (product[i] - p[i] * correction);
   };
   const double s = a - reduce<false>(m, [=](int i) { return i == j ? 0 : k[i] * refined(i); });
-  // A Schur complement that is no positive number leaves nothing to go on with: P becomes NaN, which
-  // every later exchange reports too, and z zero, so that a step made from it moves nothing.
+  // A Schur complement that is no positive number leaves nothing to go on with: P becomes NaN,
+  // which every later exchange reports too, and z zero, so that a step made from it moves nothing.
   const bool usable = s > 0 && s < INFINITY;
   const double inverse_s = usable ? 1 / s : NAN, inverse_p = 1 / p[j];
   for (int i = thread; i < m; i += threads) z[i] = usable ? -refined(i) / s : 0;

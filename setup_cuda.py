@@ -29,8 +29,8 @@ class CannotBuildError(RuntimeError):
     """Something that the build needs is missing; the message says what, and what to do."""
 
 
-def nvcc_flags() -> list[str]:
-    """Checks that everything the build needs is there; returns the flags for nvcc.
+def architecture_flags() -> list[str]:
+    """Checks that everything the build needs is there; returns the architectures, as nvcc's flags.
 
     Raises:
         CannotBuildError: what is missing, in one sentence.
@@ -73,11 +73,10 @@ def nvcc_flags() -> list[str]:
                 f"{min(known) / 10}, the least that CUDA {version} builds for; use an older CUDA"
             )
     if torch.cuda.device_count() > 0 or os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return ["-O3"]  # torch adds the architectures
+        return []  # torch sees to the architectures
     binaries = [number for number in DEFAULT_ARCHITECTURES if number in known]
     newest = max(binaries)
     return [
-        "-O3",
         *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in binaries),
         f"-gencode=arch=compute_{newest},code=compute_{newest}",
     ]
@@ -110,8 +109,8 @@ def _output(*command: str | Path) -> str:
 
 
 def extension() -> dict[str, Any]:
-    """Arguments of `setuptools.setup` that make it build hinv_cuda. Raises as `nvcc_flags`."""
-    flags = {"cxx": ["-O3"], "nvcc": nvcc_flags()}
+    """Arguments with which `setuptools.setup` builds hinv_cuda. Raises as `architecture_flags`."""
+    flags = {"cxx": [], "nvcc": architecture_flags()}
     torch_build = _cpp_extension()
     module = torch_build.CUDAExtension("hinv_cuda", SOURCES, extra_compile_args=flags)
     return {"ext_modules": [module], "cmdclass": {"build_ext": torch_build.BuildExtension}}
@@ -128,14 +127,13 @@ def load() -> ModuleType:
     try:
         import hinv_cuda
     except ModuleNotFoundError:
-        flags = nvcc_flags()
+        flags = architecture_flags()
         torch_build = _cpp_extension()
         if not torch_build.is_ninja_available():
             raise CannotBuildError("ninja is not installed; pip install ninja") from None
         hinv_cuda = torch_build.load(
             "hinv_cuda",
             [str(HERE / source) for source in SOURCES],
-            extra_cflags=["-O3"],
             extra_cuda_cflags=flags,
         )
         sys.modules["hinv_cuda"] = hinv_cuda

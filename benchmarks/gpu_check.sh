@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: builds the CUDA extension, runs the tests marked `cuda`,
-# runs the kernels under compute-sanitizer where that is installed, and prints a table of times.
+# Everything that needs a GPU, in one command: builds the CUDA extension, runs the tests marked
+# `cuda`, runs the kernels under compute-sanitizer where that is installed, prints a table of times.
 #
 #     PYTHON=.venv/bin/python benchmarks/gpu_check.sh
 set -euo pipefail

@@ -2,10 +2,8 @@
 
     python benchmarks/gpu_step.py [--m 256 1024 4096] [--d 300000 25000000] [--json FILE]
 
-Medians, in a process of its own for each figure, of
-
-- both `coefficients`, with the CUDA extension and with torch operations only, and
-- the floor: two reads of the window (4md bytes each) at the bandwidth that a copy reaches.
+Medians for both `coefficients`, with the kernels of hinv_cuda and with torch operations alone, also
+as multiples of the floor: two reads of the window (4md bytes each) at the bandwidth of a copy.
 """
 
 import argparse
@@ -23,8 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from optim_step import environment, medians
-
-WAYS = list(itertools.product(["incremental", "paper"], [True, False]))
 
 
 def seconds(device: str, rounds: int, run: Callable[[], object]) -> float:
@@ -45,13 +41,9 @@ def copy_bandwidth(device: str, rounds: int) -> float:
     return 2 * 4 * source.numel() / seconds(device, rounds, lambda: target.copy_(source))
 
 
-def exchange(
-    device: str, rounds: int, m: int, d: int, coefficients: str, extension: bool
-) -> float | None:
+def exchange(device: str, rounds: int, m: int, d: int, coefficients: str) -> float | None:
     """Median seconds of `update_matvec` with a full window; None if that does not fit."""
-    if not extension:
-        sys.modules["hinv_cuda"] = None  # importing it fails now
-    from optim import DynamicInverseFisher
+    from optim import DynamicInverseFisher  # not before `without_extension`
 
     try:
         fisher = DynamicInverseFisher(m, d, device=device, coefficients=coefficients)
@@ -60,6 +52,11 @@ def exchange(
         return seconds(device, rounds, lambda: fisher.update_matvec(g))
     except torch.OutOfMemoryError:
         return None
+
+
+def without_extension() -> None:
+    """Makes the import of hinv_cuda fail in this process."""
+    sys.modules["hinv_cuda"] = None
 
 
 def main() -> None:
@@ -74,26 +71,30 @@ def main() -> None:
         parser.error("torch sees no CUDA device")
     if args.device == "cuda" and importlib.util.find_spec("hinv_cuda") is None:
         parser.error("hinv_cuda is not installed; python setup_cuda.py build_ext --inplace first")
-    # A process a figure, so that none inherits another's memory, or its choice about the extension.
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        bandwidth = pool.apply(copy_bandwidth, (args.device, args.rounds))
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as kernels, context.Pool(1, without_extension) as torch_alone:
+        pools = {"kernels": kernels, "torch": torch_alone}
+        bandwidth = kernels.apply(copy_bandwidth, (args.device, args.rounds))
         result = {"environment": environment(), "rounds": args.rounds, "bandwidth": bandwidth}
         if args.device == "cuda":
             result["environment"]["gpu"] = torch.cuda.get_device_name()
         print("  ".join(f"{k}: {v}" for k, v in result["environment"].items()))
         print(f"copy bandwidth: {bandwidth / 1e9:.0f} GB/s\n")
-        names = [f"{way}, {'kernels' if kernels else 'torch'}" for way, kernels in WAYS]
-        print(f"| m | d | floor, ms | {' | '.join(names)} |")
-        print("|---|---|---|" + "---|" * len(names))
+        ways = list(itertools.product(["incremental", "paper"], pools))
+        print(f"| m | d | floor, ms | {' | '.join(', '.join(way) for way in ways)} |")
+        print("|---|---|---|" + "---|" * len(ways))
         for d, m in itertools.product(args.d, args.m):
             floor = 2 * 4 * m * d / bandwidth
-            times = [pool.apply(exchange, (args.device, args.rounds, m, d, *way)) for way in WAYS]
-            result[f"m = {m}, d = {d}"] = dict(zip(["floor", *names], [floor, *times], strict=True))
-            shown = [
-                "does not fit" if t is None else f"{1e3 * t:.2f} ({t / floor:.2f} × floor)"
-                for t in times
-            ]
-            print(f"| {m} | {d} | {1e3 * floor:.2f} | {' | '.join(shown)} |", flush=True)
+            times = {"floor": floor}
+            cells = []
+            for coefficients, pool in ways:
+                arguments = (args.device, args.rounds, m, d, coefficients)
+                time = times[f"{coefficients}, {pool}"] = pools[pool].apply(exchange, arguments)
+                cells.append(
+                    "does not fit" if time is None else f"{1e3 * time:.2f} ({time / floor:.2f} ×)"
+                )
+            result[f"m = {m}, d = {d}"] = times
+            print(f"| {m} | {d} | {1e3 * floor:.2f} | {' | '.join(cells)} |", flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,9 +1,9 @@
-// Runs CUDA kernels on the CPU: put this directory first on the include path, and g++ compiles a .cu
-// file as it is. A CUDA thread is a fiber. See README.md for what that shows and what it can't.
+// Runs CUDA kernels on the CPU: put this directory first on the include path, and g++ compiles a
+// .cu file as it is. A CUDA thread is a fiber. See README.md for what that shows and what it can't.
 //
 //  * Between barriers the threads of a block run in random order (cpucuda_seed), and so do blocks.
 //  * __shared__ is thread_local storage, NaN at the start of every block. The blocks of an ordinary
-//    launch run one after another; those of a cooperative one each have an operating system's thread.
+//    launch run one after another; those of a cooperative one each have a thread of the CPU's.
 //  * A barrier that only some threads reach aborts, with its line.
 //  * With the kernels compiled by -fsanitize=thread and linked to racecheck.cpp, every access is
 //    checked against the barriers, whatever the order was.
@@ -66,7 +66,7 @@ struct cudaLaunchConfig_t {
 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 
-// --- fibers and barriers ---------------------------------------------------------------------------
+// --- fibers and barriers ------------------------------------------------------------------------
 
 namespace cpucuda {
 
@@ -404,7 +404,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
 #define __syncwarp() cpucuda::sync_warp(__LINE__)
 #define __shfl_xor_sync(mask, value, lanes) cpucuda::shuffle_xor(mask, value, lanes, __LINE__)
 
-// --- for the tests ---------------------------------------------------------------------------------
+// --- for the tests ------------------------------------------------------------------------------
 
 #define CPUCUDA_EXPORT extern "C" __attribute__((used)) inline
 CPUCUDA_EXPORT void cpucuda_seed(unsigned seed) { cpucuda::rng().seed(seed); }

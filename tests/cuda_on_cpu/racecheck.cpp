@@ -1,6 +1,6 @@
 // A race detector for kernels that cuda_runtime.h runs. Compile the kernels with -fsanitize=thread
-// and this file without, and link without -fsanitize=thread: the calls that the compiler put at each
-// access then arrive here, not in its own runtime, which knows nothing of fibers.
+// and this file without, and link without -fsanitize=thread: the calls that the compiler put at
+// each access then arrive here, not in its own runtime, which knows nothing of fibers.
 //
 // Two accesses to one cell of 4 bytes by different CUDA threads of one launch, one of them a write,
 // are a race unless a barrier lies between them: __syncwarp within a warp, __syncthreads within a
@@ -40,8 +40,8 @@ bool ordered(const Access& old, const Now& now) {
 void report(const char* what, const void* address, const Access& old, const Now& now, void* pc) {
   races++;
   if ((*reported)[{old.pc, pc}]++) return;
-  std::fprintf(stderr, "%s at %p: block %d thread %d (pc %p) and block %d thread %d (pc %p)\n", what,
-               address, old.block, old.thread, old.pc, now.block, now.thread, pc);
+  std::fprintf(stderr, "%s at %p: block %d thread %d (pc %p) and block %d thread %d (pc %p)\n",
+               what, address, old.block, old.thread, old.pc, now.block, now.thread, pc);
 }
 
 void check(const void* address, unsigned size, bool write, void* pc) {
@@ -75,7 +75,8 @@ void check(const void* address, unsigned size, bool write, void* pc) {
     if (!ordered(cell.write, now))
       report(write ? "two writes" : "a write, then a read", address, cell.write, now, pc);
     if (write) {
-      for (const Access* read : {&cell.read, &cell.read_by_other_thread, &cell.read_by_other_block}) {
+      for (const Access* read :
+           {&cell.read, &cell.read_by_other_thread, &cell.read_by_other_block}) {
         if (ordered(*read, now)) continue;
         report("a read, then a write", address, *read, now, pc);
         break;
@@ -100,11 +101,13 @@ void check(const void* address, unsigned size, bool write, void* pc) {
 extern "C" {
 long cpucuda_races() { return races; }
 
-#define CHECK(size)                                                                             \
-  void __tsan_read##size(void* p) { check(p, size, false, __builtin_return_address(0)); }       \
-  void __tsan_write##size(void* p) { check(p, size, true, __builtin_return_address(0)); }       \
-  void __tsan_unaligned_read##size(void* p) { check(p, size, false, __builtin_return_address(0)); } \
-  void __tsan_unaligned_write##size(void* p) { check(p, size, true, __builtin_return_address(0)); }
+#define CHECK_AS(name, size, write) \
+  void __tsan_##name##size(void* p) { check(p, size, write, __builtin_return_address(0)); }
+#define CHECK(size)                       \
+  CHECK_AS(read, size, false)             \
+  CHECK_AS(write, size, true)             \
+  CHECK_AS(unaligned_read, size, false)   \
+  CHECK_AS(unaligned_write, size, true)
 CHECK(1)
 CHECK(2)
 CHECK(4)
@@ -125,7 +128,9 @@ void __tsan_func_exit() {}
 int __tsan_atomic32_fetch_add(volatile int* p, int v, int) {
   return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
 }
-int __tsan_atomic32_load(const volatile int* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+int __tsan_atomic32_load(const volatile int* p, int) {
+  return __atomic_load_n(p, __ATOMIC_SEQ_CST);
+}
 long __tsan_atomic64_fetch_add(volatile long* p, long v, int) {
   return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
 }
