@@ -947,7 +947,7 @@ class MFACPruner(MagnitudePruner):
                 shuffled.set_epoch(number)
         batches = self.loader
         if isinstance(batches, Sequence):
-            batches = (batches[i] for i in torch.randperm(len(batches)).tolist())
+            batches = map(batches.__getitem__, torch.randperm(len(batches)).tolist())
         full = None
         for batch in batches:
             full = full or batch_size(batch)

@@ -1,0 +1,715 @@
+"""The pruners, against counts, orders and updates worked out from the definitions."""
+
+import copy
+import io
+import itertools
+
+import pytest
+import torch
+from reference import dense_fisher, independent_removal, joint_removal
+from torch import nn
+from torch.nn.utils import prune as torch_prune
+from torch.utils.data import DataLoader, TensorDataset
+
+from optim import MFAC
+from prun import MagnitudePruner, MFACPruner, cross_entropy
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    """Fresh but reproducible random numbers: each test has its own."""
+    torch.manual_seed(sum(map(ord, request.node.name)))
+
+
+def network():
+    """Convolutions and a linear layer, 8·4·9 + 4·8·9 + 5·64 = 896 prunable weights."""
+    return nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Conv2d(8, 4, 3, padding=1),
+        nn.Flatten(),
+        nn.Linear(64, 5),
+    )
+
+
+def samples(n=200):
+    return TensorDataset(torch.randn(n, 4, 4, 4), torch.randint(5, (n,)))
+
+
+def loader(n=200, batch_size=4):
+    return DataLoader(samples(n), batch_size=batch_size, shuffle=True)
+
+
+def mfac(model, data=None, **options):
+    options = {"ngrads": 20, "damp": 1e-3, **options}
+    return MFACPruner(model, loader() if data is None else data, **options)
+
+
+PRUNERS = {
+    "magnitude": lambda model, **options: MagnitudePruner(model, **options),
+    "mfac": mfac,
+    "mfac, blocked": lambda model, **options: mfac(model, blocksize=16, **options),
+}
+
+
+@pytest.fixture(params=PRUNERS)
+def make(request):
+    return PRUNERS[request.param]
+
+
+def zeros(pruner):
+    return sum(int((p == 0).sum()) for p in pruner.params.values())
+
+
+def flat(tensors):
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+# --- counts and order -----------------------------------------------------------------------------
+
+
+def test_exactly_the_rounded_number_of_weights_is_zero(make):
+    pruner = make(network())
+    assert list(pruner.params) == ["0.weight", "4.weight", "6.weight"]
+    for target in (0.0, 0.07, 0.29, 0.333, 0.5, 0.501, 0.9, 0.999, 1.0):
+        masks = pruner.prune(target)
+        assert zeros(pruner) == round(target * 896)
+        assert pruner.sparsity == round(target * 896) / 896
+        for name, mask in masks.items():
+            assert mask.dtype == torch.bool
+            assert torch.equal(mask, pruner.params[name] != 0)
+
+
+@pytest.mark.parametrize(("n", "target"), [(100, 0.29), (100, 0.57), (50, 0.58), (7, 0.5)])
+def test_products_just_below_an_integer_are_rounded(n, target):
+    model = nn.Linear(n, 1)
+    pruner = MagnitudePruner(model)
+    pruner.prune(target)
+    assert zeros(pruner) == round(target * n)
+
+
+def test_counts_stay_exact_beyond_the_integers_of_float32():
+    pruner = MagnitudePruner(nn.Linear(4200, 4200, bias=False))
+    mask = torch.ones(4200, 4200, dtype=torch.bool)
+    mask.view(-1)[: 2**24 + 1] = False
+    pruner.load_state_dict({"masks": {"weight": mask}})
+    assert pruner.sparsity == (2**24 + 1) / 4200**2
+    with pytest.raises(ValueError, match=rf"\({2**24 + 1}\)"):
+        pruner.prune(2**24 / 4200**2)
+
+
+def test_a_target_below_the_present_sparsity_is_refused_with_both_figures(make):
+    pruner = make(network())
+    pruner.prune(0.5)
+    before = flat(pruner.params.values())
+    with pytest.raises(ValueError, match=r"0\.4 \(358 of 896 weights\) is below .* 0\.5 \(448\)"):
+        pruner.prune(0.4)
+    assert torch.equal(flat(pruner.params.values()), before)
+    pruner.prune(0.5)
+    assert torch.equal(flat(pruner.params.values()), before)
+
+
+@pytest.mark.parametrize("target", [-0.1, 1.1, float("nan"), [0.5], [0.1, 0.2, 0.3]])
+def test_targets_out_of_range_are_refused(make, target):
+    pruner = make(network())
+    if target == [0.5]:
+        pruner.prune(target)  # one target for the one scope there is
+    else:
+        with pytest.raises(ValueError, match="sparsit"):
+            pruner.prune(target)
+        assert zeros(pruner) == 0
+
+
+def test_the_smallest_weights_of_all_layers_go_first():
+    model = network()
+    pruner = MagnitudePruner(model)
+    threshold = flat(pruner.params.values()).abs().sort()[0][300]
+    before = copy.deepcopy(model)
+    pruner.prune(300 / 896)
+    for name, p in before.named_parameters():
+        kept = model.get_parameter(name)
+        assert torch.equal(kept, p * (p.abs() >= threshold) if name in pruner.masks else p)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4x1"])
+def test_ties_go_by_position(pattern):
+    def pruned():
+        model = nn.Sequential(nn.Linear(8, 6), nn.Linear(8, 2))
+        for p in model.parameters():
+            nn.init.constant_(p, 0.5)
+        pruner = MagnitudePruner(model, pattern=pattern)
+        pruner.prune(0.25)
+        return flat(pruner.params.values())
+
+    gone = (pruned() == 0).nonzero()[:, 0]
+    expected = {"2:4": torch.arange(32)[torch.arange(32) % 4 < 2]}.get(pattern, torch.arange(16))
+    assert torch.equal(gone, expected)
+    assert torch.equal(pruned(), pruned())
+
+
+def test_scope_layer_gives_each_layer_its_own_sparsity(make):
+    pruner = make(network(), scope="layer")
+    pruner.prune(0.35)
+    counts = [int((p == 0).sum()) for p in pruner.params.values()]
+    assert counts == [round(0.35 * 288), round(0.35 * 288), round(0.35 * 320)]
+    pruner.prune([0.35, 0.5, 0.9])
+    counts = [int((p == 0).sum()) for p in pruner.params.values()]
+    assert counts == [round(0.35 * 288), 144, 288]
+    with pytest.raises(ValueError, match=r"0\.8 \(256 of 320 weights\) is below .* 0\.9 \(288\)"):
+        pruner.prune([0.4, 0.5, 0.8])
+    with pytest.raises(ValueError, match="Expected 3 target sparsities, got 2"):
+        pruner.prune([0.9, 0.9])
+
+
+# --- patterns -------------------------------------------------------------------------------------
+
+
+def along_input(weight):
+    """(out, in, ...) with every four neighbours along the input in a row."""
+    return weight.movedim(1, -1).reshape(-1, 4)
+
+
+@pytest.mark.parametrize("target", [0.1, 0.3, 0.5])
+def test_two_of_four_is_exact_at_every_level(make, target):
+    pruner = make(network(), pattern="2:4")
+    pruner.prune(0.05)
+    pruner.prune(target)
+    assert zeros(pruner) == round(target * 896)
+    for p in pruner.params.values():
+        per_group = (along_input(p) == 0).sum(1)
+        assert (per_group <= 2).all()
+        assert target < 0.5 or (per_group == 2).all()
+
+
+def test_of_every_group_the_smallest_go():
+    model = nn.Conv2d(8, 3, 2)
+    before = along_input(model.weight).detach().abs()
+    MagnitudePruner(model, pattern="1:4").prune(0.75)
+    largest = before == before.max(1, keepdim=True)[0]
+    assert torch.equal(along_input(model.weight) != 0, largest)
+
+
+def test_blocks_of_four_go_or_stay_together(make):
+    pruner = make(network(), pattern="4x1")
+    for target in (0.1, 0.501, 0.9):
+        pruner.prune(target)
+        assert zeros(pruner) == round(target * 896) // 4 * 4
+        for p in pruner.params.values():
+            per_block = (along_input(p) == 0).sum(1)
+            assert ((per_block == 0) | (per_block == 4)).all()
+
+
+def test_the_block_with_the_lowest_sum_goes_first():
+    model = nn.Linear(8, 5)
+    lowest = along_input(model.weight).detach().square().sum(1).argsort()[:3]
+    MagnitudePruner(model, pattern="4x1").prune(12 / 40)
+    gone = (along_input(model.weight) == 0).all(1).nonzero()[:, 0]
+    assert set(gone.tolist()) == set(lowest.tolist())
+
+
+def test_layers_that_the_pattern_does_not_divide_are_left_out_or_refused():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Linear(12, 2))
+    assert list(MagnitudePruner(model, pattern="2:4").params) == ["2.weight"]
+    assert len(MagnitudePruner(model).params) == 3
+    for name in ("0.weight", "0.bias"):
+        with pytest.raises(ValueError, match=rf"do not divide the input of {name}"):
+            MagnitudePruner(model, [name], pattern="2:4")
+    with pytest.raises(ValueError, match="no weights to prune"):
+        MagnitudePruner(nn.Linear(3, 3), pattern="2:4")
+
+
+def test_more_sparsity_than_the_pattern_has_is_refused():
+    pruner = MagnitudePruner(network(), pattern="2:4")
+    with pytest.raises(ValueError, match=r"from 0 to 0\.5"):
+        pruner.prune(0.51)
+    model = network()
+    with torch.no_grad():
+        model[0].weight[0, :3, 0, 0] = 0
+    with pytest.raises(ValueError, match=r"0\.weight already has more zeros"):
+        MagnitudePruner(model, pattern="2:4")
+
+
+@pytest.mark.parametrize("pattern", ["2:2", "0:4", "4:2", "1x1", "0x1", "2-4", "x1", "1x4", ""])
+def test_patterns_that_are_none_are_refused(pattern):
+    with pytest.raises(ValueError, match="Invalid pattern"):
+        MagnitudePruner(network(), pattern=pattern)
+
+
+# --- the second-order step ------------------------------------------------------------------------
+
+
+def recording(batches):
+    """A loss that remembers which batches it saw."""
+
+    def loss(net, batch):
+        batches.append(batch)
+        return cross_entropy(net, batch)
+
+    return loss
+
+
+def gradients_by_backward(model, names, batches):
+    """One row a batch, each from a backward pass of its own in eval mode."""
+    model = copy.deepcopy(model).eval()
+    rows = []
+    for batch in batches:
+        model.zero_grad()
+        cross_entropy(model, batch).backward()
+        rows.append(flat(model.get_parameter(name).grad for name in names))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("update", ["joint", "independent", "none"])
+@pytest.mark.parametrize("blocksize", [None, 16, 100])
+@pytest.mark.parametrize("presparse", [False, True])
+def test_saliency_and_update_are_those_of_the_dense_fisher(update, blocksize, presparse):
+    model, batches, damp = network(), [], 1e-3
+    if presparse:
+        MagnitudePruner(model).prune(0.4)
+    before = copy.deepcopy(model)
+    pruner = mfac(model, update=update, blocksize=blocksize, loss=recording(batches), damp=damp)
+    names = list(pruner.params)
+    w = flat(before.get_parameter(name) for name in names).double()
+    alive = (w != 0).nonzero()[:, 0]
+    pruner.prune(0.6)
+
+    assert len(batches) == 20
+    G = gradients_by_backward(before, names, batches)[:, alive]
+    F = dense_fisher(G, damp)
+    if blocksize is not None:
+        block = torch.arange(len(alive)) // blocksize
+        F = F * (block[:, None] == block)
+    saliency = w[alive].square() / (2 * torch.linalg.inv(F).diagonal())
+    count = round(0.6 * 896) - (896 - len(alive))
+    drop = saliency.argsort()[:count]
+    removal = {"joint": joint_removal, "independent": independent_removal}.get(update)
+    expected = w.clone()
+    expected[alive] += removal(F, drop, w[alive]) if removal else 0
+    expected[alive[drop]] = 0
+    result = flat(pruner.params.values()).double()
+    assert torch.equal(result == 0, expected == 0)
+    assert (result - expected).norm() < 1e-5 * expected.norm()
+    for name, p in before.named_parameters():
+        assert name in names or torch.equal(p, model.get_parameter(name))
+
+
+def test_only_weights_alive_cost_anything():
+    model = network()
+    MagnitudePruner(model).prune(0.9)
+    pruner = mfac(model, ngrads=8)
+    pruner.prune(0.95)
+    assert pruner._inverse.shape == (90, 90)
+    assert pruner._inverse.G.shape == (8, 90)
+
+
+def test_levels_start_from_the_last_recomputation():
+    model = network()
+    once, stepwise, anew = (copy.deepcopy(model) for _ in range(3))
+    data = loader()
+    mfac(once, data).prune(0.7)
+    pruner = mfac(stepwise, data)
+    for target in (0.2, 0.5, 0.7):
+        pruner.prune(target)
+    assert pruner.recomputations == 1
+    assert torch.equal(flat(once.parameters()), flat(stepwise.parameters()))
+
+    pruner = mfac(anew, data)
+    for target in (0.2, 0.5, 0.7):
+        pruner.recompute()
+        pruner.prune(target)
+    assert pruner.recomputations == 3
+    assert not torch.equal(flat(once.parameters()), flat(anew.parameters()))
+
+
+def test_weights_that_were_trained_in_between_are_not_thrown_away():
+    model = network()
+    pruner = mfac(model)
+    pruner.prune(0.3)
+    with torch.no_grad():
+        for p in pruner.params.values():
+            p += 100.0 * (p != 0)
+    pruner.prune(0.5)
+    assert pruner.recomputations == 2
+    assert flat(pruner.params.values()).max() > 50
+
+
+def test_a_weight_that_came_back_is_pruned_again(make):
+    pruner = make(network())
+    pruner.prune(0.5)
+    gone = {name: ~mask for name, mask in pruner.masks.items()}
+    with torch.no_grad():
+        for p in pruner.params.values():
+            p += 1
+    pruner.prune(0.6)
+    assert all((p[gone[name]] == 0).all() for name, p in pruner.params.items())
+    assert zeros(pruner) == round(0.6 * 896)
+
+
+def test_fewer_weights_than_gradients_are_no_problem():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+    MagnitudePruner(model).prune(0.95)
+    pruner = mfac(model, damp=1e-7, ngrads=40)
+    pruner.prune(0.975)
+    assert zeros(pruner) == 312
+    pruner.prune(1.0)
+    assert zeros(pruner) == 320
+    pruner.prune(1.0)
+
+
+# --- samples --------------------------------------------------------------------------------------
+
+
+def rows(batches):
+    """The samples of some batches, by their first numbers."""
+    return [float(x) for inputs, _ in batches for x in inputs.flatten(1)[:, 0]]
+
+
+class Epochs:
+    """A loader in the manner of datautils: order as a function of seed and epoch alone."""
+
+    def __init__(self, data):
+        self.data, self.epoch = data, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.epoch))
+        for indices in order.split(4):
+            yield self.data[indices]
+
+
+SOURCES = {
+    "DataLoader": lambda data: DataLoader(data, batch_size=4, shuffle=True),
+    "set_epoch": Epochs,
+    "list": lambda data: list(DataLoader(data, batch_size=4)),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_samples_are_seeded_without_replacement_and_others_each_time(source):
+    data, drawn = samples(), []
+    for _ in range(2):
+        batches = []
+        pruner = mfac(network(), SOURCES[source](data), loss=recording(batches))
+        for _ in range(2):
+            pruner.recompute()
+        assert len(batches) == 40
+        drawn.append(rows(batches))
+    first, second = drawn[0][:80], drawn[0][80:]
+    assert len(set(first)) == len(set(second)) == 80
+    assert set(first) != set(second)
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("source", ["DataLoader", "list"])
+def test_another_seed_draws_other_samples(source):
+    data, drawn = samples(), []
+    for seed in (0, 1):
+        batches = []
+        mfac(network(), SOURCES[source](data), loss=recording(batches), seed=seed).recompute()
+        drawn.append(set(rows(batches)))
+    assert drawn[0] != drawn[1]
+
+
+def test_a_loader_that_would_repeat_itself_is_refused():
+    with pytest.raises(ValueError, match="must shuffle"):
+        mfac(network(), DataLoader(samples(), batch_size=4))
+
+
+def test_a_sampler_that_goes_by_epochs_is_told():
+    data = samples()
+    sampler = torch.utils.data.DistributedSampler(data, num_replicas=1, rank=0)
+    batches = []
+    pruner = mfac(
+        network(), DataLoader(data, batch_size=4, sampler=sampler), loss=recording(batches)
+    )
+    pruner.recompute()
+    pruner.recompute()
+    drawn = rows(batches)
+    assert drawn[:80] != drawn[80:]
+
+
+@pytest.mark.parametrize("n", [79, 80])
+@pytest.mark.parametrize("blocksize", [None, 16])
+def test_a_loader_that_is_too_short_is_refused_and_a_smaller_last_batch_does_not_count(
+    n, blocksize
+):
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    pruner = mfac(model, loader(n), blocksize=blocksize)
+    if n == 80:
+        pruner.prune(0.5)
+    else:
+        with pytest.raises(ValueError, match="Wanted 20 gradients, but the loader had only 19"):
+            pruner.prune(0.5)
+        after = model.state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert model.training
+
+
+def test_any_structure_of_batches_and_any_loss():
+    data = [{"text": {"a": torch.randn(3, 6)}, "y": torch.randn(3)} for _ in range(20)]
+    data.append({"text": {"a": torch.randn(2, 6)}, "y": torch.randn(2)})
+    seen = []
+
+    def loss(model, batch):
+        seen.append(len(batch["y"]))
+        return (model(batch["text"]["a"]).squeeze(1) - batch["y"]).square().mean()
+
+    pruner = mfac(nn.Linear(6, 1), data, loss=loss)
+    pruner.prune(0.5)
+    assert zeros(pruner) == 3
+    assert seen == [3] * 20
+
+
+# --- the model is left as found -------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """Changes a buffer and draws random numbers in each forward pass, in eval mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls += 1
+        return x + 0 * torch.rand_like(x)
+
+
+def test_mode_gradients_buffers_and_random_numbers_are_as_before():
+    model = nn.Sequential(Counting(), network())
+    model.train()
+    model[1][1].eval()  # one layer frozen by its owner
+    cross_entropy(model, samples(8)[:]).backward()
+    model[1][4].weight.requires_grad_(False)
+    before = copy.deepcopy(model)
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    model[1][6].bias.grad = grads[-1] = None
+    pruner = mfac(model, [samples(4)[:] for _ in range(20)])
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        pruner.recompute()
+    pruner.recompute()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
+    for p, q, grad in zip(model.parameters(), before.parameters(), grads, strict=True):
+        assert torch.equal(p, q)
+        assert p.requires_grad == q.requires_grad
+        assert p.grad is None if grad is None else torch.equal(p.grad, grad)
+    for buffer, other in zip(model.buffers(), before.buffers(), strict=True):
+        assert torch.equal(buffer, other)
+
+
+@pytest.mark.parametrize("bad", ["weight", "loss"])
+def test_numbers_that_are_not_finite_are_refused_and_nothing_is_pruned(bad):
+    model = network()
+    if bad == "weight":
+        with torch.no_grad():
+            model[6].weight[0, 0] = float("nan")
+
+    def loss(net, batch):
+        return cross_entropy(net, batch) * (float("inf") if bad == "loss" else 1)
+
+    before = flat(model.parameters())
+    for pruner in (mfac(model, loss=loss), MagnitudePruner(model)):
+        if bad == "weight" or isinstance(pruner, MFACPruner):
+            with pytest.raises(ValueError, match="NaN"):
+                pruner.prune(0.5)
+            torch.testing.assert_close(
+                flat(model.parameters()), before, rtol=0, atol=0, equal_nan=True
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_any_precision(dtype):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)).to(dtype)
+    data = [(x.to(dtype), y) for x, y in DataLoader(samples(), batch_size=4)]
+    pruner = mfac(model, data)
+    pruner.prune(0.6)
+    assert zeros(pruner) == 192
+    assert model[1].weight.dtype == dtype
+
+
+def test_weights_in_channels_last_order_are_the_same_weights():
+    model = network()
+    twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    data = [samples(4)[:] for _ in range(20)]
+    for net in (model, twin):
+        mfac(net, data).prune(0.5)
+    assert torch.equal(model[0].weight != 0, twin[0].weight != 0)
+    torch.testing.assert_close(model[0].weight, twin[0].weight, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_of_all_dimensions_tied_weights_and_named_parameters():
+    model = nn.ModuleList(
+        [nn.Conv1d(2, 2, 3), nn.Conv3d(2, 2, 1), nn.Linear(4, 4), nn.Linear(4, 4)]
+    )
+    model[3].weight = model[2].weight
+    pruner = MagnitudePruner(model)
+    assert list(pruner.params) == ["0.weight", "1.weight", "2.weight"]
+    pruner = MagnitudePruner(model, ["3.bias"])
+    pruner.prune(0.5)
+    assert int((model[3].bias == 0).sum()) == 2
+    with pytest.raises(ValueError, match=r"no parameter 'x\.weight'"):
+        MagnitudePruner(model, ["x.weight"])
+    with pytest.raises(ValueError, match="no weights to prune"):
+        MagnitudePruner(nn.BatchNorm1d(3))
+
+
+# --- masks stay in force --------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "adam": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "mfac": lambda p: MFAC(p, lr=0.01, momentum=0.9, ngrads=4),
+    "mfac, sparse": lambda p: MFAC(p, lr=0.01, momentum=0.9, ngrads=4, sparse=True),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_pruned_weights_stay_zero_under_any_optimizer(optimizer):
+    model, data = network(), loader()
+    before_pruning = OPTIMIZERS[optimizer](model.parameters())  # momentum of what will go
+    for batch in itertools.islice(data, 3):
+        before_pruning.zero_grad()
+        cross_entropy(model, batch).backward()
+        before_pruning.step()
+    pruner = MagnitudePruner(model)
+    pruner.prune(0.5)
+    zero = {name: p == 0 for name, p in pruner.params.items()}
+    kept = flat(pruner.params.values())
+    optimizers = [before_pruning, OPTIMIZERS[optimizer](model.parameters())]
+    handles = [pruner.attach(o) for o in optimizers]
+    for o, batch in zip(optimizers * 5, data, strict=False):
+        o.zero_grad()
+        cross_entropy(model, batch).backward()
+        o.step()
+        assert all((p[zero[name]] == 0).all() for name, p in pruner.params.items())
+    assert not torch.equal(flat(pruner.params.values()), kept)
+    for handle in handles:
+        handle.remove()
+    before_pruning.step()
+    if "sparse" not in optimizer:
+        assert zeros(pruner) < 448
+
+
+def test_a_sparse_model_is_taken_as_it_is(make):
+    model = network()
+    MagnitudePruner(model).prune(0.3)
+    gone = {name: p == 0 for name, p in model.named_parameters() if p.ndim > 1}
+    pruner = make(model)
+    assert pruner.sparsity == round(0.3 * 896) / 896
+    with pytest.raises(ValueError, match="below the present"):
+        pruner.prune(0.2)
+    pruner.prune(0.6)
+    assert zeros(pruner) == round(0.6 * 896)
+    assert all((p[gone[name]] == 0).all() for name, p in pruner.params.items())
+
+
+# --- resuming -------------------------------------------------------------------------------------
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2])
+def test_a_resumed_run_is_the_uninterrupted_one(make, stop):
+    model, data = network(), loader()
+    steps = [(True, 0.3), (False, 0.5), (True, 0.6), (False, 0.7)]
+
+    def run(pruner, steps):
+        for recompute, target in steps:
+            if recompute and isinstance(pruner, MFACPruner):
+                pruner.recompute()
+            pruner.prune(target)
+
+    options = {} if make is PRUNERS["magnitude"] else {"data": data}
+    whole = copy.deepcopy(model)
+    run(make(whole, **options), steps)
+
+    first = make(model, **options)
+    run(first, steps[: stop + 1])
+    state = through_a_file({"model": model.state_dict(), "pruner": first.state_dict()})
+    first.prune(0.99)  # what is saved is not to change with it
+    fresh = network()
+    fresh.load_state_dict(state["model"])
+    second = make(fresh, **options)
+    second.load_state_dict(state["pruner"])
+    run(second, steps[stop + 1 :])
+    assert torch.equal(flat(fresh.parameters()), flat(whole.parameters()))
+
+
+def test_a_state_of_another_model_is_refused(make):
+    state = make(network()).state_dict()
+    pruner = make(nn.Sequential(nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match="belong to other parameters"):
+        pruner.load_state_dict(state)
+
+
+# --- other tools ----------------------------------------------------------------------------------
+
+
+def test_masks_are_shown_as_those_of_torch_and_removed_again(make):
+    model = network()
+    pruner = make(model)
+    pruner.prune(0.5)
+    names = [name for name, _ in model.named_parameters()]
+    x = torch.randn(3, 4, 4, 4)
+    model.eval()
+    expected = model(x)
+    pruner.register()
+    assert torch_prune.is_pruned(model)
+    for name, mask in pruner.masks.items():
+        assert torch.equal(model.get_buffer(f"{name}_mask").bool(), mask)
+    assert torch.equal(model(x), expected)
+    with pytest.raises(ValueError, match=r"torch\.nn\.utils\.prune"):
+        MagnitudePruner(model)
+    pruner.prune(0.7)
+    assert zeros(pruner) == round(0.7 * 896)
+    pruner.remove()
+    assert not torch_prune.is_pruned(model)
+    assert sorted(name for name, _ in model.named_parameters()) == sorted(names)
+    assert MagnitudePruner(model).sparsity == round(0.7 * 896) / 896
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scope": "block"}, "Invalid scope: 'block'"),
+        ({"update": "exact"}, "Invalid update: 'exact'"),
+        ({"ngrads": 0}, "Invalid ngrads: 0"),
+        ({"ngrads": 2.0}, "Invalid ngrads: 2.0"),
+        ({"damp": 0.0}, "Invalid damp: 0.0"),
+        ({"damp": float("nan")}, "Invalid damp: nan"),
+        ({"blocksize": 0}, "Invalid blocksize: 0"),
+        ({"blocksize": -1}, "Invalid blocksize: -1"),
+        ({"perbatch": 0}, "Invalid perbatch: 0"),
+        ({"pages": 0}, "Invalid pages: 0"),
+    ],
+)
+def test_options_out_of_range_are_refused_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        mfac(network(), **options)
+
+
+def test_the_time_spent_is_known():
+    pruner = mfac(network())
+    assert pruner.seconds == {"gradients": 0, "inverse": 0}
+    pruner.prune(0.5)
+    first = dict(pruner.seconds)
+    assert min(first.values()) > 0
+    pruner.prune(0.6)
+    assert pruner.seconds == first
+    pruner.recompute()
+    assert all(pruner.seconds[key] > first[key] for key in first)
