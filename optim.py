@@ -47,7 +47,7 @@ def window_bytes(ngrads: int, dim: int) -> int:
 
 # --- products with the window ---------------------------------------------------------------------
 
-CHUNK = 2**10  # columns that are summed in the type of the product; float64 sums the chunks
+CHUNK = 2**12  # columns, at most, summed in the type of the product; float64 sums the chunks
 TILE = 2**20  # numbers converted at a time: few enough to stay in the processor's cache
 
 
@@ -80,16 +80,17 @@ def _converted(G: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _times(G: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """G (m, d) times x (d,) in float64 (m,), summed over products of CHUNK columns in `dtype`."""
+    """G (m, d) times x (d,) in float64 (m,), summed over products of a few columns in `dtype`."""
     x = x.to(dtype)
+    chunk = min(CHUNK, 1 + len(x) // 16)
     y = torch.empty(G.shape[0], dtype=torch.float64, device=G.device)
-    whole = len(x) - len(x) % CHUNK
+    whole = len(x) - len(x) % chunk
     with _full_precision(G.device):
         for rows, tile in _converted(G, dtype):
-            # One batch of products x_c (1, CHUNK) times G_cᵀ (CHUNK, m) reads G no slower than
+            # One batch of products x_c (1, chunk) times G_cᵀ (chunk, m) reads G no slower than
             # G @ x does, which would leave all d columns to a single float32 sum.
-            chunks = tile[:, :whole].unflatten(1, (-1, CHUNK)).permute(1, 2, 0)
-            products = torch.bmm(x[:whole].view(-1, 1, CHUNK), chunks)
+            chunks = tile[:, :whole].unflatten(1, (-1, chunk)).permute(1, 2, 0)
+            products = torch.bmm(x[:whole].view(-1, 1, chunk), chunks)
             y[rows] = products.sum((0, 1), dtype=torch.float64) + tile[:, whole:] @ x[whole:]
     return y
 

@@ -2,7 +2,7 @@
 
     python benchmarks/optim_step.py [--json FILE]
 
-Three questions, each answered by ratios within one run, medians over `--rounds` rounds in which the
+Three questions, each answered by the median of the ratios in `--rounds` rounds, in which the
 contestants take turns:
 
 1. How far from the floor, one `G @ x` and one `z @ G` on the same window? And the paper's way?
@@ -43,15 +43,26 @@ def environment() -> dict[str, str | int]:
     }
 
 
-def medians(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each over rounds in which they take turns; the first is not counted."""
+def timed(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each in every round; they take turns, and the first round is not counted."""
     seconds = {name: [] for name in contestants}
-    for _ in range(rounds + 1):
+    for i in range(rounds + 1):
         for name, run in contestants.items():
             start = time.perf_counter()
             run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+            if i > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def medians(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each."""
+    return {name: statistics.median(x) for name, x in timed(contestants, rounds).items()}
+
+
+def median_ratio(a: list[float], b: list[float]) -> float:
+    """Median over the rounds of a / b: steadier than a ratio of medians on a noisy machine."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 def filled(m: int, d: int, coefficients: str) -> DynamicInverseFisher:
@@ -63,7 +74,7 @@ def filled(m: int, d: int, coefficients: str) -> DynamicInverseFisher:
     return fisher
 
 
-def floor_and_steps(rounds: int) -> dict[str, float]:
+def floor_and_steps(rounds: int) -> dict[str, list[float]]:
     m = 1024
     model = models.build("resnet20", 10)
     d = sum(p.numel() for p in model.parameters())
@@ -82,7 +93,7 @@ def floor_and_steps(rounds: int) -> dict[str, float]:
 
     G, z = fisher.G[0], torch.randn(m)
     x = torch.randn(d)
-    return medians(
+    return timed(
         {
             "floor": lambda: (G @ x, z @ G),
             "incremental": lambda: fisher.update_matvec(next(gradients)),
@@ -93,7 +104,7 @@ def floor_and_steps(rounds: int) -> dict[str, float]:
     )
 
 
-def growth(rounds: int) -> dict[str, float]:
+def growth(rounds: int) -> dict[str, list[float]]:
     d = 20_000
     gradients = iter(torch.randn(4 * (rounds + 1), d))
 
@@ -103,7 +114,7 @@ def growth(rounds: int) -> dict[str, float]:
     times = {}
     for way, repetitions in (("incremental", rounds), ("paper", min(rounds, 3))):
         contestants = {f"{way}, m = {m}": exchange(filled(m, d, way)) for m in (1024, 4096)}
-        times |= medians(contestants, repetitions)
+        times |= timed(contestants, repetitions)
     return times
 
 
@@ -118,16 +129,18 @@ def main() -> None:
     result["m = 1024, d = 272474"] = times = floor_and_steps(args.rounds)
     print("\nm = 1024, d = 272,474, float32        median ms   of the floor")
     for name, seconds in times.items():
-        print(f"  {name:34s} {1e3 * seconds:10.1f}   {seconds / times['floor']:.2f}")
-    ratio = times["MFAC.step"] / times["incremental"]
+        ratio = median_ratio(seconds, times["floor"])
+        print(f"  {name:34s} {1e3 * statistics.median(seconds):10.1f}   {ratio:.2f}")
+    ratio = median_ratio(times["MFAC.step"], times["incremental"])
     print(f"  MFAC.step is {ratio:.3f} of update_matvec")
 
     result["d = 20000"] = times = growth(args.rounds)
     print("\nd = 20,000                            median ms   m = 4096 / m = 1024")
     for way in ("incremental", "paper"):
         small, large = times[f"{way}, m = 1024"], times[f"{way}, m = 4096"]
-        print(f"  {way + ', m = 1024':34s} {1e3 * small:10.1f}")
-        print(f"  {way + ', m = 4096':34s} {1e3 * large:10.1f}   {large / small:.1f}")
+        print(f"  {way + ', m = 1024':34s} {1e3 * statistics.median(small):10.1f}")
+        ratio = median_ratio(large, small)
+        print(f"  {way + ', m = 4096':34s} {1e3 * statistics.median(large):10.1f}   {ratio:.1f}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
