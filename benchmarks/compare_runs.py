@@ -19,29 +19,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     args = parser.parse_args()
 
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    loss, by_epoch, by_time = figure.subplots(1, 3)
-    print("| run | epochs | test accuracy | seconds an epoch | of these in the optimizer |")
-    print("|---|---|---|---|---|")
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    print("| run | epochs | training loss | test accuracy |")
+    print("|---|---|---|---|")
     for path, (color, marker) in zip(args.runs, STYLES, strict=False):
         with open(path) as file:
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
         style = {"color": color, "marker": marker, "markersize": 3, "label": path.stem}
         epochs = [row["epoch"] for row in rows]
-        minutes = [sum(r["seconds"] for r in rows[: i + 1]) / 60 for i in range(len(rows))]
-        accuracy = [row["test_accuracy"] for row in rows]
         loss.plot(epochs, [row["train_loss"] for row in rows], **style)
-        by_epoch.plot(epochs, accuracy, **style)
-        by_time.plot(minutes, accuracy, **style)
-        seconds, optimizer = (
-            sum(row[name] for row in rows) / len(rows) for name in ("seconds", "optimizer_seconds")
+        accuracy.plot(epochs, [row["test_accuracy"] for row in rows], **style)
+        last = rows[-1]
+        print(
+            f"| {path.stem} | {len(rows)} | {last['train_loss']:.4f} "
+            f"| {last['test_accuracy']:.2f} % |"
         )
-        name = path.stem
-        print(f"| {name} | {len(rows)} | {accuracy[-1]:.2f} % | {seconds:.0f} | {optimizer:.0f} |")
     loss.set(xlabel="Epoch", ylabel="Training loss")
-    by_epoch.set(xlabel="Epoch", ylabel="Test accuracy (%)")
-    by_time.set(xlabel="Training time (minutes)", ylabel="Test accuracy (%)")
-    for axes in (loss, by_epoch, by_time):
+    accuracy.set(xlabel="Epoch", ylabel="Test accuracy (%)")
+    for axes in (loss, accuracy):
         axes.grid(alpha=0.3)
         axes.legend()
     args.out.parent.mkdir(parents=True, exist_ok=True)
