@@ -46,8 +46,8 @@ DEFAULTS = {
     ("paper", "mfac"): dict(
         lr=1e-3, momentum=0.0, weightdecay=3e-3, batchsize=128, ngrads=1024, damp=1e-5
     ),
-    ("digits", "sgd"): dict(epochs=10, lr=0.1, momentum=0.9, weightdecay=5e-4, batchsize=64),
-    ("digits", "adam"): dict(epochs=10, lr=3e-3, weightdecay=5e-4, batchsize=64),
+    ("digits", "sgd"): dict(epochs=10, lr=0.03, momentum=0.9, weightdecay=5e-4, batchsize=64),
+    ("digits", "adam"): dict(epochs=10, lr=1e-2, weightdecay=5e-4, batchsize=64),
     ("digits", "mfac"): dict(
         epochs=10, lr=1e-2, momentum=0.9, weightdecay=5e-4, batchsize=64, ngrads=128, damp=1e-3
     ),
@@ -304,7 +304,7 @@ def check_same(given: dict[str, Any], saved: dict[str, Any]) -> None:
         if saved.get(name) != value:
             raise UserError(
                 f"--{name} {value} differs from the saved run, which has {saved.get(name)}: leave "
-                "it out, or choose another --save"
+                "it out, or begin another run"
             )
 
 
