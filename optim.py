@@ -26,6 +26,7 @@ Information", NeurIPS 2021, arXiv 2107.03356, section 3.2 (dynamic algorithm).
 """
 
 import contextlib
+import numbers
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -135,6 +136,7 @@ class IncrementalCoefficients:
         """Computes P from K for damping λ = `damp`, O(m³); LinAlgError if A is not positive."""
         A = self.K.clone()
         A.diagonal().add_(len(A) * damp)
+        self.P.fill_(torch.nan)  # so that nobody takes the old one if there is no new one
         self.P = torch.cholesky_inverse(torch.linalg.cholesky(A))
         self.damp, self.age = damp, 0
 
@@ -175,7 +177,9 @@ class IncrementalCoefficients:
         # P − p pᵀ/p_j + u uᵀ/s in one sweep; equal factors on both sides keep P symmetric.
         U = torch.stack([p / p[j].sqrt(), u / s.sqrt()], dim=1)
         self.P.addmm_(U * U.new_tensor([-1.0, 1.0]), U.T)
-        return -u / s
+        z = -u / s
+        self.P[j] = self.P[:, j] = z  # rounding leaves as much as p_j, which may be far larger
+        return z
 
     def solve(self, y: Tensor) -> Tensor:
         """A⁻¹y (m,), with a step of refinement."""
@@ -217,6 +221,7 @@ class PaperCoefficients:
         """Computes B and q from K for damping λ = `damp`; LinAlgError if A is not positive."""
         C = self.K / damp
         C.diagonal().add_(len(C))
+        self.q = torch.full_like(C[0], torch.nan)  # in case there is no new one
         L = torch.linalg.cholesky(C)
         self.q = L.diagonal().square()
         identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
@@ -262,9 +267,16 @@ def _zero_shards(m: int, d: int, devices: list[torch.device], dtype: torch.dtype
     ]
 
 
-def _check_damp(damp: float) -> None:
-    if not 0.0 < damp < float("inf"):
-        raise ValueError(f"Invalid damp: {damp}; it must be positive and finite")
+def _checked_damp(damp: float) -> float:
+    if not (isinstance(damp, numbers.Real) and 0.0 < damp < float("inf")):
+        raise ValueError(f"Invalid damp: {damp!r}; it must be a positive, finite number")
+    return float(damp)
+
+
+def _checked_size(name: str, size: int, least: int) -> int:
+    if not (isinstance(size, numbers.Integral) and size >= least) or isinstance(size, bool):
+        raise ValueError(f"Invalid {name}: {size!r}; it must be an integer of at least {least}")
+    return int(size)
 
 
 # The entries of K are off by about 1e-8 of the squared gradient norms when summed over float32
@@ -307,17 +319,14 @@ class DynamicInverseFisher:
         dtype: torch.dtype = torch.float32,
         coefficients: str = "incremental",
     ):
-        if not (isinstance(num_grads, int) and num_grads >= 1):
-            raise ValueError(f"Invalid num_grads: {num_grads}; it must be an integer of at least 1")
-        if not (isinstance(dim, int) and dim >= 0):
-            raise ValueError(f"Invalid dim: {dim}; it must be an integer of at least 0")
+        num_grads = _checked_size("num_grads", num_grads, 1)
+        dim, damp = _checked_size("dim", dim, 0), _checked_damp(damp)
         if not dtype.is_floating_point:
             raise ValueError(f"Invalid dtype: {dtype}; it must be a floating-point type")
         if coefficients not in COEFFICIENTS:
             raise ValueError(
                 f"Invalid coefficients: {coefficients!r}; they must be one of {list(COEFFICIENTS)}"
             )
-        _check_damp(damp)
         devices = [torch.device(s) for s in shards] if shards else [torch.device(device or "cpu")]
         self.device = torch.device(device) if device is not None else devices[0]
         self.count = 0  # gradients seen; the next one becomes row count mod m
@@ -347,7 +356,7 @@ class DynamicInverseFisher:
 
     @damp.setter
     def damp(self, damp: float) -> None:
-        _check_damp(damp)
+        damp = _checked_damp(damp)
         try:
             self.coefficients.refactor(damp)
             if self._sound():
@@ -370,8 +379,14 @@ class DynamicInverseFisher:
 
         Two reads of the window. Raises as `update`.
         """
-        z = self._exchange(g)
-        result = self._transposed_window_times(self.num_grads * z, self.compute_dtype)
+        z, K = self._exchange(g), self.coefficients.K
+        # How far the terms of Gᵀz, of norms zᵢ²Kᵢᵢ, exceed their sum, of norm zᵀKz: parallel
+        # gradients cancel, and float32 has few digits to lose.
+        terms = z.square() @ K.diagonal()
+        dtype = self.compute_dtype if terms < 1e3 * (z @ (K @ z)) else torch.float64
+        result = self._transposed_window_times(self.num_grads * z, dtype)
+        if not self.num_grads * terms.sqrt() <= 1e11 * result.norm(dtype=torch.float64):
+            raise ValueError(self._advice(self.damp))
         return result.to(self._cheap_dtype)
 
     def matvec(self, x: Tensor) -> Tensor:
@@ -381,11 +396,15 @@ class DynamicInverseFisher:
         refinement with G itself, as K may be of float32 precision only.
         """
         x = self._checked(x).to(self.device, torch.float64)
+        if not self._sound():  # the last exchange was refused
+            raise ValueError(self._advice(self.damp))
         b = self._window_times(x, torch.float64)
         y = self.coefficients.solve(b)
         r = b - self._window_times(self._transposed_window_times(y, torch.float64), torch.float64)
         y += self.coefficients.solve(r - self.num_grads * self.damp * y)
         result = (x - self._transposed_window_times(y, torch.float64)) / self.damp
+        if self.damp * result.norm() < 1e-11 * x.norm():
+            raise ValueError(self._advice(self.damp))
         return result.to(self._cheap_dtype)
 
     def diagonal(self) -> Tensor:
@@ -393,16 +412,16 @@ class DynamicInverseFisher:
         A = LLᵀ in float64."""
         A = self._gram()
         A.diagonal().add_(self.num_grads * self.damp)
-        L = torch.linalg.cholesky(A)
-        diagonal = []
+        L, failed = torch.linalg.cholesky_ex(A)
+        left = []
         for shard in self.G:
             for tile in shard.split(max(1, 8 * TILE // self.num_grads), dim=1):
                 W = torch.linalg.solve_triangular(L, tile.to(self.device).double(), upper=False)
-                diagonal.append((1 - W.square().sum(0)) / self.damp)
-        result = torch.cat(diagonal)
-        if not bool((result > 0).all()):
+                left.append(1 - W.square().sum(0))
+        result = torch.cat(left)
+        if bool(failed) or not bool((result > 1e-11).all()):  # fewer than five digits are left
             raise ValueError(self._advice(self.damp))
-        return result.to(self._cheap_dtype)
+        return (result / self.damp).to(self._cheap_dtype)
 
     def grow(self, columns: int) -> None:
         """Appends `columns` weights with past gradients of zero; K and P stay as they are."""
@@ -411,7 +430,7 @@ class DynamicInverseFisher:
 
     def columns(self, start: int, stop: int) -> Tensor:
         """Columns start to stop of the window (m, stop − start); a view if one shard has them."""
-        views = self._views(start, stop)
+        views = self._views(start, stop) or [self.G[0][:, :0]]
         return views[0] if len(views) == 1 else torch.cat([v.to(self.device) for v in views], 1)
 
     def state_dict(self) -> dict[str, Any]:
@@ -629,6 +648,8 @@ class MFAC(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; the window gets columns for it whose history is zero."""
         group = {**self.defaults, **param_group}
+        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
         if not 0.0 <= group["lr"]:
             raise ValueError(f"Invalid learning rate: {group['lr']}; it must be at least 0")
         if not 0.0 <= group["momentum"] < 1.0:
@@ -647,7 +668,7 @@ class MFAC(torch.optim.Optimizer):
         group["sparse"] = bool(group["sparse"])
         for p, mask in zip(group["params"], masks, strict=True):
             if mask is not None:
-                self.state[p]["mask"] = mask.to(p.device)
+                self.state[p]["mask"] = mask.to(p.device, copy=True)
         if self.fisher is not None:
             self.fisher.grow(sum(self._sizes()) - self.fisher.shape[0])
 
@@ -705,7 +726,7 @@ class MFAC(torch.optim.Optimizer):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(u)
             u = state["momentum_buffer"].lerp_(u, 1 - momentum)
-        p.sub_(lr * u)
+        p.sub_((lr * u).view(p.shape))
 
     def _parameters(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Every parameter with its group, in the order of the window's columns."""
@@ -773,15 +794,20 @@ def _masks(params: list[Tensor], sparse: bool | Sequence[Tensor | None]) -> list
     """One mask a parameter, True where it is trained, or None for all of it."""
     if isinstance(sparse, bool):
         return [p.detach() != 0 if sparse and p.dim() >= 2 else None for p in params]
+    if not isinstance(sparse, (list, tuple)):
+        raise ValueError(f"Invalid sparse: {sparse!r}; it must be True, False or a list of masks")
     if len(sparse) != len(params):
         raise ValueError(
             f"Invalid sparse: {len(sparse)} masks for {len(params)} parameters; give one mask (or "
             "None) a parameter, for each group its own list"
         )
     for p, mask in zip(params, sparse, strict=True):
-        if mask is not None and (mask.shape != p.shape or mask.dtype != torch.bool):
+        if mask is None:
+            continue
+        if not (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == p.shape):
+            kind = f"{mask.dtype}, {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask)
             raise ValueError(
-                f"Invalid sparse: a {mask.dtype} mask of shape {tuple(mask.shape)} for a parameter "
-                f"of shape {tuple(p.shape)}; give a bool mask of the same shape"
+                f"Invalid sparse: a mask ({kind}) for a parameter of shape {tuple(p.shape)}; give "
+                "a bool tensor of the same shape"
             )
     return list(sparse)

@@ -117,6 +117,28 @@ def test_nearly_parallel_gradients_of_norm_100(m, d):
     assert relative_error(result, woodbury_column(G, damp, t % m)) < 1e-3
 
 
+def test_gradients_far_larger_than_the_damping():
+    """P falls from 1/mλ by 18 orders of magnitude; the rest of the old column must not stay."""
+    m, d, damp = 6, 40, 1e-10
+    fisher = DynamicInverseFisher(m, d, damp)
+    gradients = []
+    for _ in range(2 * m):
+        gradients.append(1e4 * torch.randn(d))
+        result = fisher.update_matvec(gradients[-1])
+        G = ring(gradients, m).double()
+        A = m * damp * torch.eye(m, dtype=torch.float64) + G @ G.T
+        filled = A.diagonal() > 1
+        expected = torch.linalg.inv(A[filled][:, filled])
+        torch.testing.assert_close(
+            fisher.coefficients.P[filled][:, filled],
+            expected,
+            rtol=1e-5,
+            atol=1e-5 * expected.max(),
+        )
+        j = (len(gradients) - 1) % m
+        assert relative_error(result, woodbury_column(G, damp, j)) < 1e-5
+
+
 def test_exchanges_among_nearly_parallel_gradients_need_no_rebuilding():
     """P stays a good inverse for a whole round, at m = 64, with a condition of about 1e6."""
     m, d, damp = 64, 3000, 1e-5
@@ -181,6 +203,41 @@ def test_float64_is_left_when_the_gradients_allow():
     for _ in range(2 * m + 1):
         fisher.update(torch.randn(d))
     assert fisher.compute_dtype == torch.float32
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 0.1])
+@pytest.mark.parametrize("strength", [0.3, 8.0])
+def test_parallel_gradients_about_as_large_as_the_damping(strength, noise):
+    """A is well conditioned then, but the terms of Gᵀz cancel to one part in m."""
+    m, d, damp = 256, 2000, 1e-5
+    fisher = DynamicInverseFisher(m, d, damp)
+    mean = torch.nn.functional.normalize(torch.randn(d), dim=0) * (strength * m * damp) ** 0.5
+    gradients = [mean + noise * mean.norm() / d**0.5 * torch.randn(d) for _ in range(m + 2)]
+    for g in gradients:
+        result = fisher.update_matvec(g)
+    expected = woodbury_column(ring(gradients, m), damp, (m + 1) % m)
+    assert relative_error(result, expected) < 1e-5
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_after_a_refused_gradient_every_answer_is_refused(way):
+    fisher = DynamicInverseFisher(4, 30, 1e-12, coefficients=way)
+    g = 1e6 * torch.randn(30)
+    fisher.update(g)
+    for method in (fisher.update, fisher.update_matvec, fisher.matvec):
+        with pytest.raises(ValueError, match="too small"):
+            method(g)
+    with pytest.raises(ValueError, match="too small"):
+        fisher.diagonal()
+
+
+def test_a_product_that_cancels_altogether_is_refused():
+    fisher = DynamicInverseFisher(4, 30, 1e-10)
+    g = 1e4 * torch.randn(30)
+    expected = 4 * g / (4e-10 + g.double() @ g.double())
+    assert relative_error(fisher.update_matvec(g), expected) < 1e-5
+    with pytest.raises(ValueError, match="too small"):
+        fisher.matvec(g)
 
 
 def test_order_of_the_gradients_is_irrelevant():
@@ -638,6 +695,39 @@ def test_sparse_may_be_masks_and_differ_by_group():
     assert bool((a[0] != 0).all())
 
 
+def test_parameters_with_nothing_in_the_window():
+    a, b, c = (
+        nn.Parameter(torch.zeros(2, 2)),
+        nn.Parameter(torch.randn(3)),
+        nn.Parameter(torch.ones(0)),
+    )
+    optimizer = MFAC([a, b, c], sparse=True, ngrads=2, lr=torch.tensor([0.1]))
+    for p in (a, b, c):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    other = MFAC([a, b, c], sparse=True, ngrads=2)
+    other.load_state_dict(optimizer.state_dict())
+    assert_same_state(other.state_dict(), optimizer.state_dict())
+    assert bool((a == 0).all())
+
+
+def test_masks_are_copied():
+    p, mask = nn.Parameter(torch.randn(4)), torch.tensor([True, False, True, True])
+    optimizer = MFAC([p], sparse=[mask], ngrads=2)
+    mask.zero_()
+    p.grad = torch.ones(4)
+    optimizer.step()
+
+
+def test_numbers_of_numpy_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    optimizer = MFAC([nn.Parameter(torch.randn(4))], ngrads=numpy.int64(3), damp=numpy.float64(0.1))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    torch.load(file, weights_only=True)
+
+
 def test_masks_in_the_constructor_do_not_concern_groups_added_later():
     a, b = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(2))
     optimizer = MFAC([a], sparse=[torch.tensor([True, False, True, False])], ngrads=2)
@@ -709,8 +799,13 @@ def test_a_gradient_scaler_decides_about_its_steps():
         ({"on_nonfinite": "ignore"}, "Invalid on_nonfinite: 'ignore'"),
         ({"coefficients": "none"}, "Invalid coefficients: 'none'"),
         ({"sparse": [None, None]}, "2 masks for 1 parameters"),
-        ({"sparse": [torch.ones(3, dtype=torch.bool)]}, r"mask of shape \(3,\)"),
-        ({"sparse": [torch.ones(4)]}, "torch.float32 mask"),
+        ({"sparse": [torch.ones(3, dtype=torch.bool)]}, r"mask \(torch.bool, \(3,\)\)"),
+        ({"sparse": [torch.ones(4)]}, r"mask \(torch.float32"),
+        ({"sparse": [[True] * 4]}, "mask .*list"),
+        ({"sparse": None}, "Invalid sparse: None"),
+        ({"damp": "small"}, "Invalid damp: 'small'"),
+        ({"ngrads": True}, "Invalid num_grads: True"),
+        ({"lr": torch.ones(2)}, "1-element"),
     ],
 )
 def test_wrong_arguments_of_the_optimizer(arguments, message):
