@@ -53,7 +53,7 @@ TILE = 2**20  # numbers converted at a time: few enough to stay in the processor
 
 
 @contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """No autocast, TF32 or bfloat16 inside, whatever the process has set: K needs the bits."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = [backend.fp32_precision for backend in backends]
@@ -86,7 +86,7 @@ def _times(G: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     chunk = min(CHUNK, 1 + len(x) // 16)
     y = torch.empty(G.shape[0], dtype=torch.float64, device=G.device)
     whole = len(x) - len(x) % chunk
-    with _full_precision(G.device):
+    with full_precision(G.device):
         for rows, tile in _converted(G, dtype):
             # One batch of products x_c (1, chunk) times G_cᵀ (chunk, m) reads G no slower than
             # G @ x does, which would leave all d columns to a single float32 sum.
@@ -100,7 +100,7 @@ def _transposed_times(G: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     """Gᵀ (d, m) times y (m,), computed in `dtype`: (d,)."""
     y = y.to(dtype)
     x = torch.zeros(G.shape[1], dtype=dtype, device=G.device)
-    with _full_precision(G.device):
+    with full_precision(G.device):
         for rows, tile in _converted(G, dtype):
             x += y[rows] @ tile
     return x

@@ -47,6 +47,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 from torch.utils.data import SequentialSampler
 
+from optim import full_precision
+
 __all__ = [
     "BlockedInverseFisher",
     "MFACPruner",
@@ -100,25 +102,6 @@ def too_small(damp: float, trace: float) -> ValueError:
         f"damp = {damp:g} is too small for gradients of mean squared norm {trace:.3g}, even in "
         f"float64; damp = {enough:.0e} is large enough"
     )
-
-
-@contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
-    """Off in here: TF32, bfloat16 and autocast, which leave 3 digits of a float32 product."""
-    if hasattr(torch.backends, "fp32_precision"):
-        switches = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-        name, exact = "fp32_precision", "ieee"
-    else:  # torch before 2.9
-        switches, name, exact = [torch.backends.cuda.matmul], "allow_tf32", False
-    found = [getattr(switch, name) for switch in switches]
-    try:
-        for switch in switches:
-            setattr(switch, name, exact)
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for switch, value in zip(switches, found, strict=True):
-            setattr(switch, name, value)
 
 
 # --- products with a tile of G --------------------------------------------------------------------
@@ -335,7 +318,7 @@ class PagedInverseFisher:
         """The lower triangle of GGᵀ (m, m) in float64, from all columns or those of `index`."""
         m = len(self.G)
         K = torch.zeros(m, m, dtype=torch.float64, device=self.device)
-        with full_float32(self.device):
+        with full_precision(self.device):
             for _, tile in self._tiles(dtype, index):
                 add_gram_(K, tile)
         return K
@@ -343,7 +326,7 @@ class PagedInverseFisher:
     def _leverages(self) -> Tensor:
         """c (d,) in float64."""
         inverse_L = self._inverse_L.to(self.dtype)
-        with full_float32(self.device):
+        with full_precision(self.device):
             return torch.cat([leverage(inverse_L, tile) for _, tile in self._tiles(self.dtype)])
 
     def _times(self, x: Tensor) -> Tensor:
@@ -431,7 +414,7 @@ class BlockedInverseFisher:
             use its memory again for the next ones. In this case blocks are always formed.
         blocksize: b ≥ 1. The last block is smaller where b does not divide d.
         damp: λ > 0, in units of squared gradients.
-        perbatch: blocks worked on at once; by default as many as make up 8 MiB.
+        perbatch: blocks worked on at once; by default as many as make up 2 MiB.
         device: where to compute, that of `grads` if None (the CPU if that is no tensor).
 
     Raises:
@@ -449,7 +432,7 @@ class BlockedInverseFisher:
         device: torch.device | str | None = None,
     ):
         b = self.blocksize = check_integer("blocksize", blocksize)
-        perbatch = max(1, 2**20 // b**2) if perbatch is None else perbatch
+        perbatch = max(1, 2**18 // b**2) if perbatch is None else perbatch
         self.perbatch = check_integer("perbatch", perbatch)
         self.damp = check_damp(damp)
         stored = isinstance(grads, (Tensor, np.ndarray, str, PathLike))
