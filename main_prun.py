@@ -1,0 +1,715 @@
+"""Prune a trained image classifier with M-FAC or by magnitude, at once or with fine-tuning.
+
+    python3 main_prun.py --model resnet20 --dataset DATASET --pruner mfac --ngrads 1024 \\
+        --sparsities 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 --recomps 0 1 2 3 4 5 6 7 8 \\
+        --tests 0 1 2 3 4 5 6 7 8
+
+One line for the model as it is, then one a pruning step and one an epoch of fine-tuning go to
+standard output. Beside each other lie, all with names that begin as --out says, the model pruned
+to each level with its masks (-step0.pth, ...), the figures of every line (.csv), accuracy against
+sparsity (.png, at the end), and the state of the run (.state). The state is written first and all
+else is derived from it: a run killed at any moment goes on with --resume to the same bits as an
+uninterrupted one (on the CPU, with as many threads).
+
+Gradients for the inverse Fisher F⁻¹ are those of training images as a model is trained on them,
+augmented, like in the paper's code.
+"""
+
+import argparse
+import copy
+import csv
+import glob
+import io
+import os
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import update_bn
+from tqdm import tqdm
+
+import datautils
+import models
+from main_optim import (
+    COUNT,
+    FACTOR,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    Parser,
+    UserError,
+    available_memory,
+    check_same,
+    evaluate,
+    find_device,
+    load_saved,
+    note,
+    number,
+    save_atomically,
+    train_epoch,
+)
+from optim import MFAC, window_bytes
+from prun import MagnitudePruner, MFACPruner, inverse_bytes
+
+# What a flag is when it is not given, for all runs, for --pruner mfac, and for fine-tuning.
+COMMON = dict(model="resnet20", dataset="digits", pruner="mfac", pattern="unstructured")
+COMMON |= dict(scope="global", nepochs=0, batchsize=128, reset_bn=False, seed=0)
+LEVELS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+MFAC_PRUNER = dict(ngrads=1024, damp=1e-5, blocksize=-1, update="joint", nrecomps=1)
+NPERGRAD = 32
+FINE_TUNING = {
+    "sgd": dict(lr=0.01, momentum=0.9, weightdecay=5e-4),
+    "mfac": dict(lr=1e-3, momentum=0.9, weightdecay=5e-4, ngrads=1024, damp=1e-5),
+}
+
+# The columns of the CSV, and how each is shown in a line where it is not empty.
+COLUMNS = {
+    "step": "step {}",
+    "epoch": "epoch {}",
+    "sparsity": "sparsity {:.4f}",
+    "sparsity_all": "of all {:.4f}",
+    "lr": "lr {:.4g}",
+    "train_loss": "loss {:.4f}",
+    "train_accuracy": "train {:.2f} %",
+    "test_loss": "test loss {:.4f}",
+    "test_accuracy": "test {:.2f} %",
+    "gradients_seconds": "gradients {:.1f} s",
+    "inverse_seconds": "inverse {:.1f} s",
+    "update_seconds": "update {:.1f} s",
+    "training_seconds": "training {:.1f} s",
+    "evaluation_seconds": "evaluation {:.1f} s",
+}
+
+STEP = number(int, "a whole number from 0", lambda value: value >= 0)
+BLOCK = number(int, "-1 or a whole number from 1", lambda value: value == -1 or value >= 1)
+
+
+# --- the command line -----------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags. One that is not given is None, so that defaults and --resume can tell."""
+    parser = Parser(
+        prog="main_prun.py",
+        description="Prune an image classifier, at once (--nepochs 0) or with fine-tuning.",
+        epilog="Steps count from 0: step K prunes to level K of --sparsities or --cubic.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("model and data").add_argument
+    text = f"default: resnet20; others: {', '.join(models.MODELS)}"
+    add("--model", choices=models.MODELS, metavar="MODEL", help=text)
+    add("--dataset", help="a folder, or 'digits', the default: handwritten digits, embedded")
+    text = "the trained model; default: the one in checkpoints/ for this model and data, if any"
+    add("--checkpoint", metavar="FILE", help=text)
+    text = "estimate the statistics of batch norm anew before pruning, on the training images"
+    add("--reset_bn", action="store_true", default=None, help=text)
+
+    group = parser.add_argument_group("levels")
+    levels = group.add_mutually_exclusive_group().add_argument
+    text = "fractions of the prunable weights that are zero after each step; default: 0.1 to 0.9"
+    levels("--sparsities", type=FRACTION, nargs="+", metavar="LEVEL", help=text)
+    text = "instead: STEPS levels, from the first to the last, that rise by a falling cubic"
+    names = ("FROM", "TO", "STEPS")
+    levels("--cubic", type=NOT_NEGATIVE, nargs=3, metavar=names, help=text)
+    add, text = group.add_argument, "levels are fractions of all parameters, not the prunable ones"
+    add("--adjust_sparsities", action="store_true", default=None, help=text)
+    text = "what competes: the weights of all layers, or of each; default: global"
+    add("--scope", choices=("global", "layer"), help=text)
+    text = "unstructured (default), N:M such as 2:4, or Bx1 such as 4x1: blocks along the input"
+    add("--pattern", help=text)
+    text = "steps after which accuracy is measured, which changes nothing; default: all"
+    add("--tests", type=STEP, nargs="*", metavar="STEP", help=text)
+
+    add = parser.add_argument_group("pruner").add_argument
+    names, text = ("mfac", "magnitude"), "mfac (default), or magnitude, formerly called gmp"
+    add("--pruner", type=current_name, choices=names, metavar="PRUNER", help=text)
+    text = "mfac: gradients for F⁻¹, and in the window of --optim mfac; default: 1024"
+    add("--ngrads", type=COUNT, help=text)
+    text = "instead of --ngrads: gradients for F⁻¹ at each step, one number a step"
+    add("--ngrads_schedule", type=COUNT, nargs="+", metavar="NGRADS", help=text)
+    text = "images a gradient; default: 32, or as many as the training images allow"
+    add("--npergrad", type=COUNT, help=text)
+    add("--damp", type=POSITIVE, help="damping of the Fisher matrix; default: 1e-5")
+    text = "steps before which F⁻¹ is computed anew, of the weights of the step before; always "
+    text += "before step 0. The others prune from the weights of the last such step"
+    add("--recomps", type=STEP, nargs="*", metavar="STEP", help=text)
+    text = "do each such step in this many parts, the fraction of weights that stay falling by "
+    text += "the same factor in each, with F⁻¹ computed anew before each; default: 1"
+    add("--nrecomps", type=COUNT, help=text)
+    text = "of the weights that stay: for all that go at once, for each as if alone, or none"
+    add("--update", choices=("joint", "independent", "none"), help=text)
+    text = "keep blocks of this size on the diagonal of F only; default: -1, all of F"
+    add("--blocksize", type=BLOCK, help=text)
+    add("--perbatch", type=COUNT, help="with --blocksize: blocks worked on at once")
+    add("--pages", type=COUNT, help="without --blocksize: work on gradients in this many pages")
+
+    add = parser.add_argument_group(
+        "fine-tuning (step K comes before epoch K x EVERY)"
+    ).add_argument
+    add("--nepochs", type=STEP, help="epochs in all; default: 0, one-shot pruning")
+    add("--prun_every", type=COUNT, metavar="EVERY", help="epochs from step to step; default: 1")
+    add("--optim", choices=("sgd", "mfac"), help="begun anew after each step; default: sgd")
+    rates = parser.add_mutually_exclusive_group().add_argument
+    rates("--lr", type=POSITIVE, help="learning rate; default: 0.01 for sgd, 0.001 for mfac")
+    text = "instead: those of the epochs after a step; the last one goes on"
+    rates("--prun_lrs", type=POSITIVE, nargs="+", metavar="LR", help=text)
+    add("--momentum", type=FRACTION, help="default: 0.9")
+    add("--weightdecay", type=NOT_NEGATIVE, help="L2 decay; default: 5e-4")
+    text = "epochs after which the learning rate drops; default: none"
+    add("--drop_at", type=COUNT, nargs="+", metavar="EPOCH", help=text)
+    add("--drop_by", type=FACTOR, help="the factor of a drop; default: 0.1")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--batchsize", type=COUNT, help="images in training and testing; default: 128")
+    add("--seed", type=SEED, help="of the choice and the order of the images; default: 0")
+    add("--device", help="default: cuda if there is one, otherwise cpu")
+
+    group = parser.add_argument_group("output")
+    text = "how all files begin; default: runs/MODEL-DATASET-pruned-PRUNER"
+    group.add_argument("--out", type=Path, metavar="STEM", help=text)
+    text = "go on with the run of --out, if there is one, after the last line that it saved"
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--resume", action="store_true", help=text)
+    add("--overwrite", action="store_true", help="begin anew, whatever is at --out")
+    text = "CSV files of other runs, to be drawn into the same picture"
+    group.add_argument("--compare", type=Path, nargs="+", metavar="CSV", default=[], help=text)
+    group.add_argument("--verbose", action="store_true", help="print the sparsity of each layer")
+    return parser
+
+
+def current_name(pruner: str) -> str:
+    """The name of a pruner, of which one had another."""
+    return {"gmp": "magnitude"}.get(pruner.lower(), pruner)
+
+
+def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """All settings of a new run, where `given` are those of the command line. Raises UserError."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = {**COMMON, "device": device, **given}
+    mfac, gradual = settings["pruner"] == "mfac", settings["nepochs"] > 0
+    optim = settings.get("optim", "sgd") if gradual else None
+    full, scheduled = settings.get("blocksize", -1) == -1, "ngrads_schedule" in given
+    pruner_flags = ("ngrads_schedule", "npergrad", "nrecomps", "update", "blocksize")
+    epoch_flags = ("optim", "prun_every", "lr", "prun_lrs", "momentum", "weightdecay", "drop_at")
+    conditions = [
+        ("--pruner mfac", mfac, pruner_flags),
+        ("--pruner mfac or --optim mfac", mfac or optim == "mfac", ("ngrads", "damp")),
+        ("--optim mfac beside --ngrads_schedule", not scheduled or optim == "mfac", ("ngrads",)),
+        ("--pruner mfac with --nepochs 0", mfac and not gradual, ("recomps",)),
+        ("--pruner mfac with --blocksize", mfac and not full, ("perbatch",)),
+        ("--pruner mfac without --blocksize", mfac and full, ("pages",)),
+        ("--nepochs above 0", gradual, epoch_flags),
+        ("--drop_at", "drop_at" in given, ("drop_by",)),
+    ]
+    for condition, met, names in conditions:
+        if not met and (wrong := [name for name in names if name in given]):
+            raise UserError(f"--{wrong[0]} is for {condition} only: leave it out")
+    if gradual:
+        settings = {"optim": optim, "prun_every": 1, **FINE_TUNING[optim], **settings}
+    if "prun_lrs" in given:
+        del settings["lr"]
+    if mfac:
+        settings = {**MFAC_PRUNER, **settings}
+    check_steps(settings, len(choose_levels(settings)))
+    return settings
+
+
+def choose_levels(settings: dict[str, Any]) -> list[float]:
+    """The sparsities to prune to, one a step. Raises UserError if they don't rise."""
+    levels = settings.get("sparsities", LEVELS)
+    if "cubic" in settings:  # Zhu and Gupta, 2017
+        start, end, steps = settings["cubic"]
+        if not (start < end < 1 and steps >= 2 and steps == int(steps)):
+            raise UserError(
+                f"--cubic {start:g} {end:g} {steps:g} is not FROM TO STEPS with FROM < TO < 1 and "
+                "at least 2 STEPS"
+            )
+        steps = int(steps)
+        levels = [end + (start - end) * (1 - k / (steps - 1)) ** 3 for k in range(steps)]
+    for lower, higher in pairwise(levels):
+        if higher <= lower:
+            raise UserError(
+                f"--sparsities {higher:g} after {lower:g} does not rise, but pruned weights do not "
+                "come back: give the levels in order"
+            )
+    return levels
+
+
+def check_steps(settings: dict[str, Any], steps: int) -> None:
+    """Raises UserError if a flag names a step or an epoch that never comes."""
+    for name in ("recomps", "tests"):
+        if beyond := [step for step in settings.get(name, []) if step >= steps]:
+            raise UserError(f"--{name} {beyond[0]} is no step: they go from 0 to {steps - 1}")
+    schedule = settings.get("ngrads_schedule")
+    if schedule and len(schedule) != steps:
+        raise UserError(f"--ngrads_schedule has {len(schedule)} numbers for {steps} steps")
+    if not settings["nepochs"]:
+        return
+    last = (steps - 1) * settings["prun_every"]
+    if last >= settings["nepochs"]:
+        raise UserError(
+            f"--nepochs {settings['nepochs']} ends before step {steps - 1}, which comes after "
+            f"{last} epochs: give at least {last + 1}"
+        )
+    if max(settings.get("drop_at", [0])) >= settings["nepochs"]:
+        raise UserError(
+            f"--drop_at {max(settings['drop_at'])} never comes: choose epochs below --nepochs "
+            f"{settings['nepochs']}"
+        )
+
+
+# --- a run ----------------------------------------------------------------------------------
+
+
+def make_plan(settings: dict[str, Any], steps: int) -> list[tuple[str, int]]:
+    """What a run does, one line of output each: ("measure", 0) for the model as it is, then
+    ("prune", step) and ("tune", epoch)."""
+    plan, every = [("measure", 0)], settings.get("prun_every")
+    if not settings["nepochs"]:
+        return plan + [("prune", step) for step in range(steps)]
+    for epoch in range(settings["nepochs"]):
+        if epoch % every == 0 and epoch // every < steps:
+            plan.append(("prune", epoch // every))
+        plan.append(("tune", epoch))
+    return plan
+
+
+class Gradients:
+    """The batches that the pruner takes its gradients from, with a progress bar on a terminal."""
+
+    def __init__(self, loader: datautils.Loader):
+        self.loader, self.total = loader, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.loader.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        yield from tqdm(self.loader, "gradients", self.total, leave=False, disable=None)
+
+
+class Run:
+    """A pruning run: all that a step needs, and the files that keep it."""
+
+    def __init__(self, args: argparse.Namespace):
+        """Begins a run or goes on with a saved one. Whatever can be checked is checked here, and
+        nothing is written but the folder. Raises UserError, and OSError or ValueError from what it
+        uses."""
+        output = ("out", "resume", "overwrite", "compare", "verbose")
+        given = {k: v for k, v in vars(args).items() if v is not None and k not in output}
+        names = {**COMMON, **given}
+        data = Path(names["dataset"]).resolve().name
+        self.out = args.out or Path("runs", f"{names['model']}-{data}-pruned-{names['pruner']}")
+        self.verbose = args.verbose
+        self.curves = [(str(path.with_suffix("")), read_curve(path)) for path in args.compare]
+        state = self.check_files(args.resume, args.overwrite)
+        if state:
+            check_same(given, state["settings"])
+        self.settings = settings = state["settings"] if state else choose_settings(given)
+        self.levels = choose_levels(settings)
+        self.plan = make_plan(settings, len(self.levels))
+        every_step = list(range(len(self.levels)))
+        self.recomps = every_step if settings["nepochs"] else [0, *settings.get("recomps", [])]
+        self.tests = settings.get("tests", every_step)
+
+        self.device = find_device(settings["device"])
+        self.data = datautils.load(settings["dataset"])
+        self.make_loaders()
+        model = models.build(settings["model"], self.data.num_classes)
+        if state:
+            load_state(model, state["model"], self.beside(".state"))
+        else:
+            models.load_checkpoint(model, find_checkpoint(settings, self.data.name))
+        self.model = model.to(self.device)
+        self.pruner = self.build_pruner()
+        self.total = sum(weight.numel() for weight in model.parameters())
+        self.prunable = sum(mask.numel() for mask in self.pruner.masks.values())
+        if settings.get("adjust_sparsities"):
+            self.levels = [level * self.total / self.prunable for level in self.levels]
+        self.optimizer = self.scheduler = None  # between a pruning step and the next epoch
+        self.history = []  # a dict a line, the rows of the CSV
+        if state:
+            self.restore(state)
+        else:
+            self.rehearse()
+        self.check_memory()
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+
+    # --- before it starts
+
+    def beside(self, ending: str) -> Path:
+        """The file of this run whose name ends so."""
+        return self.out.with_name(self.out.name + ending)
+
+    def files(self) -> list[Path]:
+        """The files of this run, or another at the same place, that exist. The state is first."""
+        names = [self.beside(ending) for ending in (".state", ".csv", ".png")]
+        models = sorted(self.out.parent.glob(glob.escape(self.out.name) + "-step*.pth"))
+        return [path for path in names + models if path.exists()]
+
+    def check_files(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+        """The saved state, if there is one to go on with. Raises UserError if it is none, or if
+        files would be lost."""
+        if self.out.is_dir() or self.out.name in ("", ".."):
+            raise UserError(f"--out {self.out} is a folder: add how the files in it shall begin")
+        folder = next(folder for folder in self.out.absolute().parents if folder.exists())
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise UserError(f"{folder} is no folder that can be written into: see --out")
+        exist, state_path = self.files(), self.beside(".state")
+        if folders := [path for path in exist if path.is_dir()]:
+            raise UserError(f"{folders[0]} is a folder: choose another --out")
+        if resume and state_path in exist:
+            state = load_saved(state_path)
+            wanted = {"settings", "classes", "history", "model", "pruner", "optimizer", "scheduler"}
+            if not isinstance(state, dict) or state.keys() != wanted:
+                raise UserError(f"{state_path} was not saved by this script")
+            return state
+        if resume and exist:
+            raise UserError(f"{exist[0]} is there but {state_path}, to go on from, is not")
+        if exist and not overwrite:
+            raise UserError(
+                f"{exist[0]} exists: go on with --resume, replace it with --overwrite, or choose "
+                "another --out"
+            )
+        return None
+
+    def make_loaders(self) -> None:
+        """Sets the loaders, and the images a gradient if that is left open."""
+        settings, seed = self.settings, self.settings["seed"]
+        self.test_loader = self.data.loader("test", settings["batchsize"])
+        self.train_loader = self.data.loader("train", settings["batchsize"], seed=seed)
+        images = self.train_loader.num_samples
+        trains = settings["nepochs"] or settings["reset_bn"]
+        if trains and (images - 1) % settings["batchsize"] == 0:
+            raise UserError(
+                f"--batchsize {settings['batchsize']} leaves a batch of one of the {images:,} "
+                "images, too few for batch norm: choose another"
+            )
+        if settings["pruner"] == "magnitude":
+            return
+        most = max(settings.get("ngrads_schedule", [settings["ngrads"]]))
+        settings.setdefault("npergrad", max(1, min(NPERGRAD, images // most)))
+        if most * settings["npergrad"] > images:
+            raise UserError(
+                f"{most:,} gradients of {settings['npergrad']} images each are more than the "
+                f"{images:,} training images allow: use a lower --ngrads or --npergrad"
+            )
+        self.gradients = Gradients(self.data.loader("train", settings["npergrad"], seed=seed))
+
+    def build_pruner(self) -> MagnitudePruner:
+        """The pruner of `settings`. Raises ValueError."""
+        settings = self.settings
+        what = {"scope": settings["scope"], "pattern": settings["pattern"]}
+        if settings["pruner"] == "magnitude":
+            return MagnitudePruner(self.model, **what)
+        same = ("ngrads", "damp", "update", "seed")
+        return MFACPruner(
+            self.model,
+            self.gradients,
+            blocksize=None if settings["blocksize"] == -1 else settings["blocksize"],
+            perbatch=settings.get("perbatch"),
+            pages=settings.get("pages", 1),
+            device=self.device,
+            **what,
+            **{name: settings[name] for name in same},
+        )
+
+    def rehearse(self) -> None:
+        """Raises ValueError if a level can't be reached: prunes a copy by magnitude."""
+        model, what = copy.deepcopy(self.model), ("scope", "pattern")
+        pruner = MagnitudePruner(model, **{name: self.settings[name] for name in what})
+        for level in (self.levels[0], self.levels[-1]):
+            if level >= 1:
+                raise UserError(
+                    f"only {self.prunable:,} of {self.total:,} weights can be pruned: use lower "
+                    "levels with --adjust_sparsities"
+                )
+            pruner.prune(level)
+
+    def bytes_needed(self, blocksize: int, pages: int) -> dict[torch.device, int]:
+        """The memory that gradients, F⁻¹ and window take, on each device."""
+        settings, cuda = self.settings, self.device.type == "cuda"
+        main = torch.device("cpu") if cuda else self.device
+        needed = {main: 0, self.device: 0}
+        if settings.get("optim") == "mfac":
+            needed[self.device] += window_bytes(settings["ngrads"], self.total)
+        if settings["pruner"] == "magnitude":
+            return needed
+        m = max(settings.get("ngrads_schedule", [settings["ngrads"]]))
+        d = sum(int(mask.sum()) for mask in self.pruner.masks.values())
+        inverse = inverse_bytes(m, d, None if blocksize == -1 else blocksize)
+        if 1 <= blocksize <= m:
+            needed[self.device] += inverse
+        else:  # G stays in main memory, with a copy of a page: a pinned one, or of some columns
+            page = 4 * m * (-(-d // pages) if blocksize == -1 else blocksize)
+            needed[main] += 4 * m * d + page
+            needed[self.device] += inverse - 4 * m * d + cuda * 2 * page
+        return needed
+
+    def check_memory(self) -> None:
+        """Says how much memory the run takes. Raises UserError with advice if it can't fit."""
+        blocksize, pages = self.settings.get("blocksize", -1), self.settings.get("pages", 1)
+        needed = self.bytes_needed(blocksize, pages)
+        if not any(needed.values()):
+            return
+        free = {device: available_memory(device) for device in needed}
+        gib = {device: f"{size / 2**30:.2f} GiB on {device}" for device, size in needed.items()}
+        size = f"gradients and inverse take {' and '.join(gib.values())}"
+        others = [(f"--pages {n}", -1, n) for n in (4, 16, 64) if blocksize == -1 and n > pages]
+        others += [(f"--blocksize {b}", b, 1) for b in (128, 16) if not 1 <= blocksize <= b]
+        for device in needed:
+            if needed[device] > free[device]:
+                fitting = [
+                    advice
+                    for advice, *other in others
+                    if all(n <= free[place] for place, n in self.bytes_needed(*other).items())
+                ]
+                raise UserError(
+                    f"{size}, but {device} has {free[device] / 2**30:.2f} GiB free: use "
+                    f"{[*fitting, 'fewer --ngrads'][0]}"
+                )
+        note(size)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was saved. Raises UserError if it does not fit."""
+        if state["classes"] != self.data.classes:
+            raise UserError(f"{self.settings['dataset']} has other classes than the saved run")
+        try:
+            self.pruner.load_state_dict(state["pruner"])
+            if state["optimizer"]:
+                self.start_optimizer(state["history"][-1]["step"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.scheduler.load_state_dict(state["scheduler"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            first = str(error).splitlines()[0]
+            raise UserError(f"{self.beside('.state')} does not fit the model: {first}") from error
+        self.history = state["history"]
+        note(f"going on after line {len(self.history)} of {len(self.plan)}")
+
+    # --- while it runs
+
+    def go(self) -> None:
+        """All that is left of the plan, then the picture."""
+        shown = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        print(f"# {shown}", flush=True)
+        if self.history:  # again: the run may have been killed before it came to it
+            self.save_results()
+        else:
+            for path in self.files():
+                path.unlink()
+        for task, index in self.plan[len(self.history) :]:
+            row = dict.fromkeys(COLUMNS) | getattr(self, task)(index)
+            row["sparsity"] = self.pruner.sparsity
+            row["sparsity_all"] = row["sparsity"] * self.prunable / self.total
+            if task != "prune" or index in self.tests:
+                began = time.perf_counter()
+                loss, accuracy = evaluate(self.model, self.test_loader, device=self.device)
+                row |= {"test_loss": loss, "test_accuracy": accuracy}
+                row["evaluation_seconds"] = time.perf_counter() - began
+            self.save_state([*self.history, row])
+            self.history.append(row)
+            self.save_results()
+            line = [COLUMNS[name].format(row[name]) for name in row if row[name] is not None]
+            print("  ".join(line), flush=True)
+            if self.verbose and task != "tune":
+                print(self.layers(), flush=True)
+        save_plot([(self.out.name, curve(self.history)), *self.curves], self.beside(".png"))
+
+    def measure(self, _: int) -> dict[str, Any]:
+        """The model as it is, with statistics of batch norm as asked for."""
+        if self.settings["reset_bn"]:
+            loader = tqdm(self.train_loader, "reset_bn", leave=False, disable=None)
+            update_bn(loader, self.model, self.device)
+        return {}
+
+    def prune(self, step: int) -> dict[str, Any]:
+        """One pruning step."""
+        self.optimizer = self.scheduler = None
+        pruner, recomputed = self.pruner, step in self.recomps
+        before, began = dict(pruner.seconds), time.perf_counter()
+        if mfac := isinstance(pruner, MFACPruner):
+            last = max(done for done in self.recomps if done <= step)
+            schedule = self.settings.get("ngrads_schedule")
+            pruner.ngrads = schedule[last] if schedule else self.settings["ngrads"]
+            self.gradients.total = pruner.ngrads
+        parts = self.settings["nrecomps"] if mfac and recomputed else 1
+        dense, target = 1 - pruner.sparsity, self.levels[step]
+        try:
+            for part in range(1, parts + 1):
+                if mfac and recomputed:
+                    pruner.recompute()
+                kept = dense * ((1 - target) / dense) ** (part / parts) if part < parts else None
+                pruner.prune(target if kept is None else 1 - kept)
+        except ValueError as error:  # too little damping for these gradients, ...
+            raise UserError(str(error)) from error
+        seconds = {name: pruner.seconds[name] - before[name] for name in before}
+        rest = time.perf_counter() - began - sum(seconds.values())
+        figures = {f"{name}_seconds": value for name, value in seconds.items()}
+        epoch = step * self.settings["prun_every"] if self.settings["nepochs"] else None
+        return {"step": step, "epoch": epoch, **figures, "update_seconds": rest}
+
+    def step_before(self, epoch: int) -> int:
+        """The last pruning step before an epoch."""
+        return min(epoch // self.settings["prun_every"], len(self.levels) - 1)
+
+    def learning_rate(self, epoch: int) -> float:
+        settings = self.settings
+        rates = settings.get("prun_lrs") or [settings["lr"]]
+        since = epoch - self.step_before(epoch) * settings["prun_every"]
+        drops = sum(epoch >= drop for drop in settings.get("drop_at", []))
+        return rates[min(since, len(rates) - 1)] * settings.get("drop_by", 0.1) ** drops
+
+    def start_optimizer(self, step: int) -> None:
+        """A new optimizer after a pruning step, and a scheduler whose factors are the rates."""
+        settings = self.settings
+        options = {"momentum": settings["momentum"], "weight_decay": settings["weightdecay"]}
+        if settings["optim"] == "mfac":
+            masks = [self.pruner.masks.get(name) for name, _ in self.model.named_parameters()]
+            options |= {"ngrads": settings["ngrads"], "damp": settings["damp"], "sparse": masks}
+        optimizer = {"sgd": torch.optim.SGD, "mfac": MFAC}[settings["optim"]]
+        self.optimizer = optimizer(self.model.parameters(), lr=1.0, **options)
+        self.pruner.attach(self.optimizer)
+        first, batches = step * settings["prun_every"], len(self.train_loader)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda batch: self.learning_rate(first + batch // batches)
+        )
+
+    def tune(self, epoch: int) -> dict[str, Any]:
+        """One epoch of fine-tuning, in which pruned weights stay zero."""
+        # Like the order of the images a function of seed and epoch, so there is none to save.
+        torch.manual_seed(self.settings["seed"] + epoch)
+        self.train_loader.set_epoch(epoch)
+        step = self.step_before(epoch)
+        if self.optimizer is None:
+            self.start_optimizer(step)
+        parts = self.model, self.train_loader, self.optimizer, self.scheduler
+        title = f"epoch {epoch + 1}/{self.settings['nepochs']}"
+        figures = train_epoch(*parts, device=self.device, title=title)
+        row = {name: figures[name] for name in ("train_loss", "train_accuracy")}
+        row |= {"lr": self.learning_rate(epoch), "training_seconds": figures["seconds"]}
+        return {"step": step, "epoch": epoch + 1, **row}
+
+    # --- what it leaves
+
+    def layers(self) -> str:
+        """The table of layers."""
+        lines = []
+        for name, mask in self.pruner.masks.items():
+            zeros = mask.numel() - int(mask.sum())
+            share = f"{zeros:>11,} of {mask.numel():>11,}  sparsity {zeros / mask.numel():.4f}"
+            lines.append(f"    {name:<36} {share}")
+        return "\n".join(lines)
+
+    def save_state(self, history: list[dict[str, Any]]) -> None:
+        """Writes what --resume needs, from which the other files can be made again."""
+        state = {"settings": self.settings, "classes": self.data.classes, "history": history}
+        for part in ("model", "pruner", "optimizer", "scheduler"):
+            found = getattr(self, part)
+            state[part] = found and found.state_dict()
+        save_atomically(self.beside(".state"), lambda file: torch.save(state, file))
+
+    def save_results(self) -> None:
+        """Writes the model of the last step, on the CPU and in plain memory order, and the CSV."""
+        row = self.history[-1]
+        if row["step"] is not None:
+            weights, masks = self.model.state_dict(), self.pruner.masks
+            model = {
+                "state_dict": {name: weight.cpu().contiguous() for name, weight in weights.items()},
+                "masks": {name: mask.cpu().contiguous() for name, mask in masks.items()},
+                "model": self.settings["model"],
+                "classes": self.data.classes,
+                "sparsity": row["sparsity"],
+                "accuracy": row["test_accuracy"],
+            }
+            path = self.beside(f"-step{row['step']}.pth")
+            save_atomically(path, lambda file: torch.save(model, file))
+        text = io.StringIO()
+        table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(self.history)
+        save_atomically(self.beside(".csv"), lambda file: file.write(text.getvalue().encode()))
+
+
+def find_checkpoint(settings: dict[str, Any], data: str) -> Path:
+    """The checkpoint of `settings`, or the one that comes along. Raises UserError."""
+    if "checkpoint" in settings:
+        return Path(settings["checkpoint"])
+    path = Path(__file__).with_name("checkpoints") / f"{settings['model']}_{data}.pth"
+    if not path.exists():
+        raise UserError(
+            f"there is no trained {settings['model']} for {data} at {path}: give one as "
+            "--checkpoint, or train one with main_optim.py"
+        )
+    return path
+
+
+def load_state(model: torch.nn.Module, state: Any, path: Path) -> None:
+    """Loads the model's part of the state file at `path`. Raises UserError if it doesn't fit."""
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{path} does not fit the model: {first}") from error
+
+
+def curve(history: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """(sparsity, accuracy) in order of sparsity: at each the last that was measured."""
+    tested = [row for row in history if row["test_accuracy"] not in (None, "")]
+    return sorted({float(r["sparsity"]): float(r["test_accuracy"]) for r in tested}.items())
+
+
+def read_curve(path: Path) -> list[tuple[float, float]]:
+    """The curve of the CSV of another run. Raises UserError if it is none."""
+    try:
+        with open(path, newline="") as file:
+            points = curve(list(csv.DictReader(file)))
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"--compare {path} is no CSV of this script: {error!r}") from error
+    if not points or not all(0 <= s <= 1 and 0 <= accuracy <= 100 for s, accuracy in points):
+        raise UserError(f"--compare {path} holds no sparsities with accuracies in percent")
+    return points
+
+
+def save_plot(curves: list[tuple[str, list[tuple[float, float]]]], path: Path) -> None:
+    """Draws accuracy against sparsity, a line a run, that differ in colour, also for the
+    colour-blind, and in markers, for print."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    colors = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+    for index, (name, points) in enumerate(curves):
+        style = {"color": colors[index % len(colors)], "marker": "os^Dvx"[index % 6]}
+        axes.plot(*zip(*points, strict=True), label=name, markersize=4, **style)
+    axes.set(xlabel="Sparsity (fraction of prunable weights)", ylabel="Test accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_atomically(path, lambda file: figure.savefig(file, format="png", dpi=200))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prunes as the command line, or `argv`, says."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    run = None
+    try:
+        try:
+            run = Run(args)
+        except (OSError, ValueError) as error:
+            raise UserError(str(error)) from error
+        run.go()
+    except (UserError, datautils.DataError) as error:
+        parser.error(str(error))
+    except torch.OutOfMemoryError:
+        parser.error("the GPU's memory is full: use more --pages, a --blocksize or fewer --ngrads")
+    except KeyboardInterrupt:
+        if run and run.history:
+            parser.exit(130, f"\ninterrupted; go on with --resume --out {run.out}\n")
+        parser.exit(130, "\ninterrupted before anything was saved\n")
+
+
+if __name__ == "__main__":
+    main()
