@@ -453,25 +453,22 @@ class Run:
         """Says how much memory the run takes. Raises UserError with advice if it can't fit."""
         blocksize, pages = self.settings.get("blocksize", -1), self.settings.get("pages", 1)
         needed = self.bytes_needed(blocksize, pages)
-        if not any(needed.values()):
-            return
         free = {device: available_memory(device) for device in needed}
-        gib = {device: f"{size / 2**30:.2f} GiB on {device}" for device, size in needed.items()}
-        size = f"gradients and inverse take {' and '.join(gib.values())}"
-        others = [(f"--pages {n}", -1, n) for n in (4, 16, 64) if blocksize == -1 and n > pages]
-        others += [(f"--blocksize {b}", b, 1) for b in (128, 16) if not 1 <= blocksize <= b]
-        for device in needed:
-            if needed[device] > free[device]:
-                fitting = [
-                    advice
-                    for advice, *other in others
-                    if all(n <= free[place] for place, n in self.bytes_needed(*other).items())
-                ]
-                raise UserError(
-                    f"{size}, but {device} has {free[device] / 2**30:.2f} GiB free: use "
-                    f"{[*fitting, 'fewer --ngrads'][0]}"
-                )
-        note(size)
+
+        def fits(*choice: int) -> bool:
+            return all(size <= free[device] for device, size in self.bytes_needed(*choice).items())
+
+        shown = [f"{size / 2**30:.2f} GiB on {device}" for device, size in needed.items()]
+        size = f"gradients and inverse take {' and '.join(shown)}"
+        if not fits(blocksize, pages):
+            others = {f"--pages {n}": (-1, n) for n in (4, 16, 64) if blocksize == -1 and n > pages}
+            others |= {f"--blocksize {b}": (b, 1) for b in (128, 16)}
+            advice = next((flag for flag, choice in others.items() if fits(*choice)), "--ngrads")
+            left = [f"{size / 2**30:.2f} GiB on {device}" for device, size in free.items()]
+            use = "fewer --ngrads" if advice == "--ngrads" else advice
+            raise UserError(f"{size}, but free are {' and '.join(left)}: use {use}")
+        if any(needed.values()):
+            note(size)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was saved. Raises UserError if it does not fit."""
