@@ -60,6 +60,7 @@ __all__ = [
 STRIP = 256  # rows of a triangle that are computed at once
 TILE = 2**21  # numbers in a tile of G: small enough to stay in a processor's cache
 PARTIAL_SUM = 2**12  # columns, at most, that are summed in float32 before float64 takes over
+FILE_ROWS = 64  # rows read from a mapped file at once: each may map 2 MiB, however short it is
 BATCH = 128  # gradients that are added to blocks at once, as each time goes through all blocks
 
 
@@ -200,7 +201,7 @@ class PagedInverseFisher:
     `BlockedInverseFisher` with one block is faster and resolves more.
 
     Memory beside G: 32·m² bytes, 8·d for the diagonal, and if G is not on `device` two pages there
-    of 4·m·d/pages bytes. Of a `numpy.memmap` or file about one page is resident at a time.
+    of 4·m·d/pages bytes. Of a `numpy.memmap` or file about one page is in memory at a time.
 
     Args:
         grads: G (m, d) as a tensor or array, or the path of a .npy file. No copy is made.
@@ -354,24 +355,32 @@ class PagedInverseFisher:
         are asynchronous, this goes on while the device still works on the page before.
         """
         n = self.G.shape[1] if index is None else len(index)
-        staged = self.device.type == "cuda" and self.G.device.type == "cpu"
-        copying = torch.cuda.Stream(self.device) if staged else None
+        to_cuda = self.device.type == "cuda" and self.G.device.type == "cpu"
+        copying = torch.cuda.Stream(self.device) if to_cuda else None
         for i in range(self.pages):
             start, stop = n * i // self.pages, n * (i + 1) // self.pages
             columns = slice(start, stop) if index is None else index[start:stop].to(self.G.device)
-            page = self.G[:, columns]
-            if copying is None:
-                page = page.to(self.device)
+            if to_cuda or self._mapping is not None:
+                page = torch.empty(
+                    len(self.G), stop - start, dtype=self.G.dtype, pin_memory=to_cuda
+                )
+                self._fill(page, columns)
             else:
-                pinned = torch.empty(page.shape, dtype=page.dtype, pin_memory=True).copy_(page)
+                page = self.G[:, columns].to(self.device)
+            if to_cuda:
                 with torch.cuda.stream(copying):
-                    page = pinned.to(self.device, non_blocking=True)
+                    page = page.to(self.device, non_blocking=True)
                 working = torch.cuda.current_stream(self.device)
                 working.wait_stream(copying)
                 page.record_stream(working)
             yield start, page
+
+    def _fill(self, page: Tensor, columns: slice | Tensor) -> None:
+        """Copies columns of G; what a file mapping has read for it does not stay resident."""
+        for i in range(0, len(page), FILE_ROWS):
+            page[i : i + FILE_ROWS] = self.G[i : i + FILE_ROWS, columns]
             if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
-                self._mapping.madvise(mmap.MADV_DONTNEED)  # what was read would stay resident
+                self._mapping.madvise(mmap.MADV_DONTNEED)
 
 
 class DenseBlocks:
