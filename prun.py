@@ -676,10 +676,9 @@ class MagnitudePruner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state; load the model's own state before."""
-        shapes = {name: mask.shape for name, mask in state["masks"].items()}
-        if shapes != {name: p.shape for name, p in self.params.items()}:
-            raise ValueError("The saved masks belong to other parameters than this pruner's")
-        self.masks = {name: state["masks"][name].to(p.device) for name, p in self.params.items()}
+        self._check_fit("masks", state["masks"])
+        masks = state["masks"]
+        self.masks = {n: masks[n].to(p.device, torch.bool) for n, p in self.params.items()}
         self.apply_masks()
 
     # --- what MFACPruner does differently
@@ -732,6 +731,11 @@ class MagnitudePruner:
                 )
             wanted.append((group, zeros))
         return wanted
+
+    def _check_fit(self, what: str, tensors: dict[str, Tensor]) -> None:
+        """Raises ValueError if these are not for the parameters of this pruner."""
+        if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in self.params.items()}:
+            raise ValueError(f"The saved {what} belong to other parameters than this pruner's")
 
     def _zeros(self, names: Iterable[str]) -> int:
         """How many weights of these parameters are pruned."""
@@ -833,6 +837,8 @@ class MFACPruner(MagnitudePruner):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state; load the model's own state before."""
+        if state["base"] is not None:
+            self._check_fit("weights", state["base"])
         super().load_state_dict(state)
         self.recomputations, self._base = state["recomputations"], state["base"]
         self._written, self._inverse = self._weights(), None
@@ -898,7 +904,8 @@ class MFACPruner(MagnitudePruner):
         if stored:
             (grads,) = grads
         if stored and b == d:
-            inverse = PagedInverseFisher(grads, self.damp, pages=self.pages, device=self.device)
+            pages = min(self.pages, d)
+            inverse = PagedInverseFisher(grads, self.damp, pages=pages, device=self.device)
         else:
             inverse = BlockedInverseFisher(
                 grads, b, self.damp, perbatch=self.perbatch, device=self.device

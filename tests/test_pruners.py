@@ -347,6 +347,14 @@ def test_a_weight_that_came_back_is_pruned_again(make):
     assert zeros(pruner) == round(0.6 * 896)
 
 
+def test_more_pages_than_weights_left_are_no_problem():
+    pruner = mfac(network(), ngrads=5, pages=800)
+    pruner.prune(0.5)
+    pruner.recompute()
+    pruner.prune(0.6)
+    assert zeros(pruner) == round(0.6 * 896)
+
+
 def test_fewer_weights_than_gradients_are_no_problem():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
     MagnitudePruner(model).prune(0.95)
@@ -650,8 +658,19 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, stop):
 def test_a_state_of_another_model_is_refused(make):
     state = make(network()).state_dict()
     pruner = make(nn.Sequential(nn.Linear(3, 3)))
-    with pytest.raises(ValueError, match="belong to other parameters"):
+    with pytest.raises(ValueError, match="saved masks belong to other parameters"):
         pruner.load_state_dict(state)
+
+
+def test_saved_weights_of_another_model_are_refused():
+    first = mfac(network())
+    first.prune(0.5)
+    state = first.state_dict()
+    state["base"] = {name: w[:1] for name, w in state["base"].items()}
+    pruner = mfac(network())
+    with pytest.raises(ValueError, match="saved weights belong to other parameters"):
+        pruner.load_state_dict(state)
+    assert zeros(pruner) == 0
 
 
 # --- other tools ----------------------------------------------------------------------------------
