@@ -633,16 +633,14 @@ class MagnitudePruner:
         wanted = self._count(target)
         if all(zeros == self._zeros(names) for names, zeros in wanted):
             return self.masks
-        self._prepare()
-        self.apply_masks()
-        saliency = self._saliency()
+        start, saliency = self._prepare()
         if not all(bool(values.isfinite().all()) for values in saliency.values()):
             raise ValueError("The weights or their saliencies have NaN or Inf; nothing was pruned")
         masks = {}
         for names, zeros in wanted:
             # On the CPU, so that any device leads to the same choice.
-            alive = [self.masks[name].cpu() for name in names]
-            more = zeros - self._zeros(names)
+            alive = [start[name].cpu() for name in names]
+            more = zeros - sum(int((~mask).sum()) for mask in alive)
             chosen = self.pattern.choose([saliency[name] for name in names], alive, more)
             masks.update(zip(names, chosen, strict=True))
         self._adjust(masks)
@@ -683,11 +681,10 @@ class MagnitudePruner:
 
     # --- what MFACPruner does differently
 
-    def _prepare(self) -> None:
-        pass
-
-    def _saliency(self) -> dict[str, Tensor]:
-        return {name: p.cpu().double().square() for name, p in self.params.items()}
+    def _prepare(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The masks that pruning starts from, and saliencies."""
+        self.apply_masks()
+        return self.masks, {name: p.cpu().double().square() for name, p in self.params.items()}
 
     def _adjust(self, masks: dict[str, Tensor]) -> None:
         pass
@@ -843,26 +840,21 @@ class MFACPruner(MagnitudePruner):
         self.recomputations, self._base = state["recomputations"], state["base"]
         self._written, self._inverse = self._weights(), None
 
-    def _prepare(self) -> None:
-        """Goes back to the last recomputation, or makes one."""
+    def _prepare(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Masks and saliencies ρ (0 where a weight is pruned) at the last recomputation."""
         unchanged = self._base and all(
             torch.equal(p, self._written[name].to(p.device)) for name, p in self.params.items()
         )
         if not unchanged:
             self.recompute()
-            return
-        for name, p in self.params.items():
-            p.copy_(self._base[name])
-        self.masks = {name: p != 0 for name, p in self.params.items()}
-        if self._inverse is None:
+        elif self._inverse is None:  # resumed
+            for name, p in self.params.items():
+                p.copy_(self._base[name])
             self._invert(self.recomputations - 1)
-
-    def _saliency(self) -> dict[str, Tensor]:
-        """ρ by parameter, 0 where a weight is pruned already."""
-        rho = self._alive(self.params).double().square() / (2 * self._inverse.diagonal().cpu())
+        rho = self._alive(self._base).double().square() / (2 * self._inverse.diagonal().cpu())
         saliency = {n: torch.zeros(p.shape, dtype=rho.dtype) for n, p in self.params.items()}
         self._set_alive(saliency, rho)
-        return saliency
+        return {name: w != 0 for name, w in self._base.items()}, saliency
 
     def _adjust(self, masks: dict[str, Tensor]) -> None:
         """Updates the weights that stay."""

@@ -323,6 +323,21 @@ def test_levels_start_from_the_last_recomputation():
     assert not torch.equal(flat(once.parameters()), flat(anew.parameters()))
 
 
+def test_a_level_that_fails_leaves_the_one_before(monkeypatch):
+    pruner = mfac(network())
+    pruner.prune(0.3)
+    before = flat(pruner.params.values())
+
+    def fails(*_):
+        raise ValueError("damp is too small")
+
+    monkeypatch.setattr(pruner._inverse, "joint_update", fails)
+    with pytest.raises(ValueError, match="too small"):
+        pruner.prune(0.6)
+    assert torch.equal(flat(pruner.params.values()), before)
+    assert pruner.sparsity == round(0.3 * 896) / 896
+
+
 def test_weights_that_were_trained_in_between_are_not_thrown_away():
     model = network()
     pruner = mfac(model)
