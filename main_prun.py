@@ -127,33 +127,32 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("pruner").add_argument
     names, text = ("mfac", "magnitude"), "mfac (default), or magnitude, formerly called gmp"
     add("--pruner", type=current_name, choices=names, metavar="PRUNER", help=text)
-    text = "mfac: gradients for F⁻¹, and in the window of --optim mfac; default: 1024"
+    text = "gradients for the inverse Fisher, and in the window of --optim mfac; default: 1024"
     add("--ngrads", type=COUNT, help=text)
-    text = "instead of --ngrads: gradients for F⁻¹ at each step, one number a step"
+    text = "instead of --ngrads: gradients for the inverse Fisher, one number a step"
     add("--ngrads_schedule", type=COUNT, nargs="+", metavar="NGRADS", help=text)
     text = "images a gradient; default: 32, or as many as the training images allow"
     add("--npergrad", type=COUNT, help=text)
     add("--damp", type=POSITIVE, help="damping of the Fisher matrix; default: 1e-5")
-    text = "steps before which F⁻¹ is computed anew, of the weights of the step before; always "
+    text = "steps before which the inverse Fisher is computed anew, of the weights then; always "
     text += "before step 0. The others prune from the weights of the last such step"
     add("--recomps", type=STEP, nargs="*", metavar="STEP", help=text)
     text = "do each such step in this many parts, the fraction of weights that stay falling by "
-    text += "the same factor in each, with F⁻¹ computed anew before each; default: 1"
+    text += "the same factor in each, with the inverse Fisher anew before each; default: 1"
     add("--nrecomps", type=COUNT, help=text)
-    text = "of the weights that stay: for all that go at once, for each as if alone, or none"
+    text = "of the weights that stay: for all that go together (default), for each as if alone "
+    text += "as in the paper, or none"
     add("--update", choices=("joint", "independent", "none"), help=text)
     text = "keep blocks of this size on the diagonal of F only; default: -1, all of F"
     add("--blocksize", type=BLOCK, help=text)
     add("--perbatch", type=COUNT, help="with --blocksize: blocks worked on at once")
     add("--pages", type=COUNT, help="without --blocksize: work on gradients in this many pages")
 
-    add = parser.add_argument_group(
-        "fine-tuning (step K comes before epoch K x EVERY)"
-    ).add_argument
+    group = parser.add_argument_group("fine-tuning (step K comes before epoch K x EVERY)")
+    add, rates = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--nepochs", type=STEP, help="epochs in all; default: 0, one-shot pruning")
     add("--prun_every", type=COUNT, metavar="EVERY", help="epochs from step to step; default: 1")
     add("--optim", choices=("sgd", "mfac"), help="begun anew after each step; default: sgd")
-    rates = parser.add_mutually_exclusive_group().add_argument
     rates("--lr", type=POSITIVE, help="learning rate; default: 0.01 for sgd, 0.001 for mfac")
     text = "instead: those of the epochs after a step; the last one goes on"
     rates("--prun_lrs", type=POSITIVE, nargs="+", metavar="LR", help=text)
@@ -319,9 +318,7 @@ class Run:
         self.data = datautils.load(settings["dataset"])
         self.make_loaders()
         model = models.build(settings["model"], self.data.num_classes)
-        if state:
-            load_state(model, state["model"], self.beside(".state"))
-        else:
+        if not state:
             models.load_checkpoint(model, find_checkpoint(settings, self.data.name))
         self.model = model.to(self.device)
         self.pruner = self.build_pruner()
@@ -401,26 +398,19 @@ class Run:
 
     def build_pruner(self) -> MagnitudePruner:
         """The pruner of `settings`. Raises ValueError."""
-        settings = self.settings
-        what = {"scope": settings["scope"], "pattern": settings["pattern"]}
-        if settings["pruner"] == "magnitude":
+        if self.settings["pruner"] == "magnitude":
+            what = {name: self.settings[name] for name in ("scope", "pattern")}
             return MagnitudePruner(self.model, **what)
-        same = ("ngrads", "damp", "update", "seed")
-        return MFACPruner(
-            self.model,
-            self.gradients,
-            blocksize=None if settings["blocksize"] == -1 else settings["blocksize"],
-            perbatch=settings.get("perbatch"),
-            pages=settings.get("pages", 1),
-            device=self.device,
-            **what,
-            **{name: settings[name] for name in same},
-        )
+        names = ("scope", "pattern", "ngrads", "damp", "update", "perbatch", "pages", "seed")
+        options = {name: self.settings[name] for name in names if name in self.settings}
+        if self.settings["blocksize"] != -1:
+            options["blocksize"] = self.settings["blocksize"]
+        return MFACPruner(self.model, self.gradients, device=self.device, **options)
 
     def rehearse(self) -> None:
         """Raises ValueError if a level can't be reached: prunes a copy by magnitude."""
-        model, what = copy.deepcopy(self.model), ("scope", "pattern")
-        pruner = MagnitudePruner(model, **{name: self.settings[name] for name in what})
+        what = {name: self.settings[name] for name in ("scope", "pattern")}
+        pruner = MagnitudePruner(copy.deepcopy(self.model), **what)
         for level in (self.levels[0], self.levels[-1]):
             if level >= 1:
                 raise UserError(
@@ -428,6 +418,8 @@ class Run:
                     "levels with --adjust_sparsities"
                 )
             pruner.prune(level)
+        if self.settings.get("pages", 1) > self.prunable:
+            raise UserError(f"--pages {self.settings['pages']} is more than a page a weight")
 
     def bytes_needed(self, blocksize: int, pages: int) -> dict[torch.device, int]:
         """The memory that gradients, F⁻¹ and window take, on each device."""
@@ -463,10 +455,11 @@ class Run:
         if not fits(blocksize, pages):
             others = {f"--pages {n}": (-1, n) for n in (4, 16, 64) if blocksize == -1 and n > pages}
             others |= {f"--blocksize {b}": (b, 1) for b in (128, 16)}
-            advice = next((flag for flag, choice in others.items() if fits(*choice)), "--ngrads")
+            advice = [flag for flag, choice in others.items() if fits(*choice)]
             left = [f"{size / 2**30:.2f} GiB on {device}" for device, size in free.items()]
-            use = "fewer --ngrads" if advice == "--ngrads" else advice
-            raise UserError(f"{size}, but free are {' and '.join(left)}: use {use}")
+            raise UserError(
+                f"{size}, but free are {' and '.join(left)}: use {[*advice, 'fewer --ngrads'][0]}"
+            )
         if any(needed.values()):
             note(size)
 
@@ -475,12 +468,13 @@ class Run:
         if state["classes"] != self.data.classes:
             raise UserError(f"{self.settings['dataset']} has other classes than the saved run")
         try:
+            self.model.load_state_dict(state["model"])
             self.pruner.load_state_dict(state["pruner"])
             if state["optimizer"]:
                 self.start_optimizer(state["history"][-1]["step"])
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.scheduler.load_state_dict(state["scheduler"])
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
             first = str(error).splitlines()[0]
             raise UserError(f"{self.beside('.state')} does not fit the model: {first}") from error
         self.history = state["history"]
@@ -538,8 +532,8 @@ class Run:
             for part in range(1, parts + 1):
                 if mfac and recomputed:
                     pruner.recompute()
-                kept = dense * ((1 - target) / dense) ** (part / parts) if part < parts else None
-                pruner.prune(target if kept is None else 1 - kept)
+                kept = dense * ((1 - target) / dense) ** (part / parts)
+                pruner.prune(target if part == parts else 1 - kept)  # the last one exactly
         except ValueError as error:  # too little damping for these gradients, ...
             raise UserError(str(error)) from error
         seconds = {name: pruner.seconds[name] - before[name] for name in before}
@@ -553,6 +547,7 @@ class Run:
         return min(epoch // self.settings["prun_every"], len(self.levels) - 1)
 
     def learning_rate(self, epoch: int) -> float:
+        """Of --lr or --prun_lrs, with the drops."""
         settings = self.settings
         rates = settings.get("prun_lrs") or [settings["lr"]]
         since = epoch - self.step_before(epoch) * settings["prun_every"]
@@ -641,15 +636,6 @@ def find_checkpoint(settings: dict[str, Any], data: str) -> Path:
             "--checkpoint, or train one with main_optim.py"
         )
     return path
-
-
-def load_state(model: torch.nn.Module, state: Any, path: Path) -> None:
-    """Loads the model's part of the state file at `path`. Raises UserError if it doesn't fit."""
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"{path} does not fit the model: {first}") from error
 
 
 def curve(history: list[dict[str, Any]]) -> list[tuple[float, float]]:
