@@ -1,99 +1,735 @@
-"""The pruning script on the digits, with few gradients."""
+"""Real, small pruning runs through the command line of main_prun.py.
 
+Most prune an untrained ResNet-20 on a folder of 8x8 images of handwritten digits.
+"""
+
+import contextlib
 import csv
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 
+import datautils
 import main_optim
 import main_prun
+import models
+from prun import MFACPruner
 
-SMALL = [
-    "--ngrads",
-    "8",
-    "--npergrad",
-    "8",
-    "--pruner",
-    "mfac",
-    "--sparsities",
-    "0.3",
-    "0.6",
-    "0.7",
-]
+SCRIPT = Path(main_prun.__file__)
+TIMES = {name for name in main_prun.COLUMNS if name.endswith("_seconds")}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Bits depend on the number of threads, and the processes started here have one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """ResNet-20 after an epoch of the digits."""
-    path = tmp_path_factory.mktemp("dense") / "dense.pth"
-    main_optim.main(["--optim", "sgd", "--epochs", "1", "--save", str(path)])
+def dataset(tmp_path_factory) -> Path:
+    """Class folders with 80 training and 40 test images of four digits."""
+    folder = tmp_path_factory.mktemp("data") / "four"
+    images, labels = load_digits(n_class=4, return_X_y=True)
+    for index, (image, label) in enumerate(zip(images[:120], labels[:120], strict=True)):
+        path = folder / ("train" if index < 80 else "test") / f"digit{label}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image.reshape(8, 8) * 15).astype("uint8")).convert("RGB").save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A ResNet-20 for four classes."""
+    torch.manual_seed(time.time_ns() % 2**32)
+    path = tmp_path_factory.mktemp("checkpoint") / "resnet20.pth"
+    torch.save(models.build("resnet20", 4).state_dict(), path)
     return path
 
 
-def prune(checkpoint, out, *flags):
-    main_prun.main(["--checkpoint", str(checkpoint), "--out", str(out), *SMALL, *flags])
+@pytest.fixture
+def run(dataset, checkpoint, tmp_path, monkeypatch):
+    """A function that runs the script in an empty folder, and returns the status it ends with."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags) -> int:
+        command = [str(flag) for flag in flags]
+        for flag, value in (("--dataset", dataset), ("--checkpoint", checkpoint)):
+            if flag not in command:
+                command += [flag, str(value)]
+        try:
+            main_prun.main(command)
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    return call
 
 
-def rows(out):
-    with open(out.with_suffix(".csv")) as file:
-        return list(csv.DictReader(file))
+FEW = ["--ngrads", "8", "--npergrad", "4"]  # gradients
+RUNS = {  # flags of a run of each kind; --batchsize 32 makes three batches an epoch
+    "magnitude": "--pruner magnitude --sparsities 0.3 0.6 0.9",
+    "one base": "--sparsities 0.3 0.6 0.9 --ngrads_schedule 6 7 8 --npergrad 4",
+    "recomputed": "--sparsities 0.3 0.6 0.9 --recomps 1 2 --nrecomps 2 --ngrads 8 --npergrad 4",
+    "blocked": "--sparsities 0.5 0.9 --recomps 1 --blocksize 6 --ngrads 8 --npergrad 4",
+    "gradual sgd": "--sparsities 0.5 0.9 --nepochs 4 --prun_every 2 --batchsize 32 --ngrads 8 "
+    "--npergrad 4",
+    "gradual mfac": "--cubic 0.5 0.9 2 --nepochs 3 --optim mfac --batchsize 32 --ngrads 8 "
+    "--npergrad 4",
+}
 
 
-def saved(out, step):
-    return torch.load(out.with_name(f"{out.name}-step{step}.pth"), weights_only=True)["state_dict"]
+def start(*flags, **options) -> subprocess.Popen:
+    """The script in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), *map(str, flags)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes | options)
 
 
-def test_levels_are_exact_and_measuring_changes_nothing(checkpoint, tmp_path, capsys):
-    prune(checkpoint, tmp_path / "a", "--recomps", "2", "--tests", "0", "1", "2")
-    prune(checkpoint, tmp_path / "b", "--recomps", "2")
-    for step, sparsity in enumerate((0.3, 0.6, 0.7)):
-        a, b = saved(tmp_path / "a", step), saved(tmp_path / "b", step)
-        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-        weights = [w for name, w in a.items() if name.endswith("weight") and w.ndim > 1]
-        total = sum(w.numel() for w in weights)
-        assert sum(int((w == 0).sum()) for w in weights) == round(sparsity * total)
-    assert (tmp_path / "a.png").stat().st_size > 0
-    assert "0.7000" in capsys.readouterr().out
-    assert [row["test_accuracy"] != "" for row in rows(tmp_path / "a")][-3:] == [True] * 3
+def rows(path: str, without=frozenset()) -> list[dict[str, str]]:
+    """The rows of a CSV."""
+    with open(path, newline="") as file:
+        table = list(csv.DictReader(file))
+    return [{key: row[key] for key in row if key not in without} for row in table]
 
 
-def test_a_run_that_is_resumed_is_the_uninterrupted_one(checkpoint, tmp_path, monkeypatch):
-    prune(checkpoint, tmp_path / "whole", "--recomps", "1", "2")
-    keep = main_prun.MFACPruner.prune
-    calls = []
+def pruned(path: str) -> dict[str, torch.Tensor]:
+    """The parameters with masks in the model file `path`, after a check that both agree."""
+    saved = torch.load(path, weights_only=True)
+    weights = {name: saved["state_dict"][name] for name in saved["masks"]}
+    for name, weight in weights.items():
+        assert torch.equal(weight != 0, saved["masks"][name])
+    return weights
 
-    def interrupted(self, target):
-        calls.append(target)
-        if len(calls) == 3:
+
+def zeros(path: str) -> tuple[int, int]:
+    """How many of how many prunable weights are zero."""
+    weights = pruned(path).values()
+    return sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)
+
+
+def same_weights(one: str, other: str) -> bool:
+    states = [torch.load(path, weights_only=True)["state_dict"] for path in (one, other)]
+    return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def assert_same_run(one: str, other: str) -> None:
+    """Two runs ended with the same bits in every model, and the same figures but for times."""
+    ends = sorted(path.name.removeprefix(one) for path in Path().glob(f"{one}-step*"))
+    assert ends == sorted(path.name.removeprefix(other) for path in Path().glob(f"{other}-step*"))
+    for end in ends:
+        assert Path(one + end).read_bytes() == Path(other + end).read_bytes()
+    assert rows(f"{one}.csv", TIMES) == rows(f"{other}.csv", TIMES)
+
+
+def interrupt_after(monkeypatch, lines: int) -> None:
+    """Ctrl-C comes while the accuracy is measured that would make the next line."""
+    calls = iter(range(lines))
+    evaluate = main_prun.evaluate
+
+    def interrupted(*args, **kwargs):
+        if next(calls, None) is None:
             raise KeyboardInterrupt
-        return keep(self, target)
+        return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(main_prun.MFACPruner, "prune", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        prune(checkpoint, tmp_path / "parts", "--recomps", "1", "2")
-    assert stop.value.code == 130
-    monkeypatch.undo()
-    prune(checkpoint, tmp_path / "parts", "--recomps", "1", "2", "--resume")
+    monkeypatch.setattr(main_prun, "evaluate", interrupted)
+
+
+def spy(monkeypatch, method: str, record) -> list:
+    """The list of what `record(pruner, *arguments)` gave for each call of a pruner's method."""
+    records, original = [], getattr(MFACPruner, method)
+
+    def recording(self, *args):
+        records.append(record(self, *args))
+        return original(self, *args)
+
+    monkeypatch.setattr(MFACPruner, method, recording)
+    return records
+
+
+# --- what a run leaves ----------------------------------------------------------------------
+
+
+def test_the_published_command(tmp_path):
+    """The command of the README but for the data and the number of gradients, on a model that
+    main_optim.py has saved."""
+    torch.manual_seed(0)
+    model = models.build("resnet20", 10)
+    torch.save({"state_dict": model.state_dict(), "classes": []}, tmp_path / "net.pth")
+    steps = " ".join(map(str, range(9)))
+    flags = "--model resnet20 --dataset digits --pruner mfac --ngrads 4 --npergrad 4 "
+    flags += f"--sparsities 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 --recomps {steps} --tests {steps}"
+    process = start(*flags.split(), "--checkpoint", "net.pth", "--verbose", cwd=tmp_path)
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    lines = out.splitlines()
+    assert lines[0].startswith("# ") and "damp 1e-05" in lines[0] and "update joint" in lines[0]
+    figures = [line for line in lines[1:] if not line.startswith("    ")]
+    assert len(figures) == 1 + 9
+    for step, line in enumerate(figures[1:]):
+        assert line.startswith(f"step {step}  sparsity 0.{step + 1}000  of all 0.{step}9")
+        for part in (" test ", "gradients ", "inverse ", "evaluation "):
+            assert part in line
+    assert len(lines) - 1 - len(figures) == (1 + 9) * 22  # layers
+    assert "GiB on cpu" in errors and errors.count("\n") == 1
+    stem = tmp_path / "runs" / "resnet20-digits-pruned-mfac"
+    names = {f"{stem.name}{end}" for end in (".state", ".csv", ".png")}
+    names |= {f"{stem.name}-step{step}.pth" for step in range(9)}
+    assert {path.name for path in stem.parent.iterdir()} == names
+    for step in range(9):
+        count, n = zeros(f"{stem}-step{step}.pth")
+        assert count == round((step + 1) / 10 * n)
+
+
+@pytest.mark.parametrize("pruner", ["magnitude", "gmp", "GMP", "mfac"])
+def test_models_figures_and_lines(run, dataset, pruner, capsys):
+    flags = FEW if pruner == "mfac" else []
+    levels = [0.123, 0.5, 0.87654]
+    assert run("--pruner", pruner, *flags, "--sparsities", *levels, "--out", "net") == 0
+    table = rows("net.csv")
+    assert list(table[0]) == list(main_prun.COLUMNS)
+    assert [row["step"] for row in table] == ["", "0", "1", "2"]
+    total = sum(weight.numel() for weight in models.build("resnet20", 4).parameters())
+    lines = capsys.readouterr().out.splitlines()[1:]
+    test = datautils.load(dataset).loader("test", 128)
+    for step, level in enumerate(levels):
+        count, n = zeros(f"net-step{step}.pth")
+        assert count == round(level * n)
+        row = table[1 + step]
+        assert float(row["sparsity"]) == pytest.approx(count / n)
+        assert float(row["sparsity_all"]) == pytest.approx(count / total)
+        assert f"test {float(row['test_accuracy']):.2f} %" in lines[1 + step]
+        model = models.build("resnet20", 4)
+        models.load_checkpoint(model, f"net-step{step}.pth")
+        loss, accuracy = main_optim.evaluate(model, test, device=torch.device("cpu"))
+        assert accuracy == pytest.approx(float(row["test_accuracy"]))
+        assert loss == pytest.approx(float(row["test_loss"]), rel=1e-4)
+        recomputed = pruner == "mfac" and step == 0
+        assert (float(row["gradients_seconds"]) > 0) == recomputed
+    with Image.open("net.png") as picture:
+        assert picture.format == "PNG" and picture.width > 1000
+        assert len(picture.convert("RGB").getcolors(2**24)) > 50  # more than an empty sheet
+
+
+def test_magnitude_is_magnitude(run, checkpoint):
+    assert run("--pruner", "magnitude", "--sparsities", 0.5, "--out", "net") == 0
+    before, after = torch.load(checkpoint, weights_only=True), pruned("net-step0.pth")
+    gone = torch.cat([before[name][w == 0].abs() for name, w in after.items()])
+    left = torch.cat([before[name][w != 0].abs() for name, w in after.items()])
+    assert gone.max() <= left.min()
+    assert all(torch.equal(w[w != 0], before[name][w != 0]) for name, w in after.items())
+
+
+def test_between_recomputations_levels_come_from_the_last_one(run):
+    """And so a level does not depend on those before it."""
+    assert run(*FEW, "--sparsities", 0.2, 0.5, 0.8, "--out", "all") == 0
+    assert run(*FEW, "--sparsities", 0.8, "--out", "one") == 0
+    assert same_weights("all-step2.pth", "one-step0.pth")
+    assert run(*FEW, "--sparsities", 0.2, 0.5, 0.8, "--recomps", 1, "--out", "anew") == 0
+    assert same_weights("all-step0.pth", "anew-step0.pth")
+    assert not same_weights("all-step1.pth", "anew-step1.pth")
+    assert not same_weights("all-step2.pth", "anew-step2.pth")
+    # From the recomputation on it is a run that begins with the pruned model, but for the samples.
+    flags = [*FEW, "--sparsities", 0.2, 0.8, "--recomps", 1, "--out", "skip"]
+    assert run(*flags) == 0
+    assert same_weights("anew-step2.pth", "skip-step1.pth")
+
+
+def test_recomputations_in_parts(run, monkeypatch):
+    """Densities fall by one factor, with as many gradients as are wanted at each step."""
+    targets = spy(monkeypatch, "prune", lambda pruner, target: target)
+    ngrads = spy(monkeypatch, "recompute", lambda pruner: pruner.ngrads)
+    flags = ["--sparsities", 0.4, 0.6, 0.9, "--recomps", 2, "--nrecomps", 3, "--npergrad", 4]
+    assert run(*flags, "--ngrads_schedule", 5, 6, 7, "--out", "net") == 0
+    kept = [0.6 ** (1 / 3), 0.6 ** (2 / 3), 0.6, 0.4]
+    kept += [0.4 ** (2 / 3) * 0.1 ** (1 / 3), 0.4 ** (1 / 3) * 0.1 ** (2 / 3), 0.1]
+    assert [1 - target for target in targets] == pytest.approx(kept, abs=1e-5)
+    assert ngrads == [5] * 3 + [7] * 3
+    count, n = zeros("net-step2.pth")
+    assert count == round(0.9 * n)
+
+
+def test_measuring_changes_nothing(run):
+    for name, tests in (("all", [0, 1, 2]), ("none", []), ("last", [2])):
+        assert run(*RUNS["recomputed"].split(), "--tests", *tests, "--out", name) == 0
+        measured = [row["step"] for row in rows(f"{name}.csv") if row["test_accuracy"]]
+        assert measured == ["", *map(str, tests)]
     for step in range(3):
-        a, b = saved(tmp_path / "whole", step), saved(tmp_path / "parts", step)
-        assert all(torch.equal(a[name], b[name]) for name in a)
+        assert same_weights(f"all-step{step}.pth", f"none-step{step}.pth")
+        assert same_weights(f"all-step{step}.pth", f"last-step{step}.pth")
+
+
+def test_the_seed_decides(run):
+    for out, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert run(*FEW, "--sparsities", 0.5, "--seed", seed, "--out", out) == 0
+    assert_same_run("a", "b")
+    assert not same_weights("a-step0.pth", "c-step0.pth")
+
+
+def test_pages_and_updates(run):
+    for out, flags in (
+        ("joint", []),
+        ("pages", ["--pages", 7]),
+        ("paper", ["--update", "independent"]),
+        ("none", ["--update", "none"]),
+    ):
+        assert run(*FEW, *flags, "--sparsities", 0.5, "--out", out) == 0
+    joint, pages, paper, none = (
+        pruned(f"{out}-step0.pth") for out in ("joint", "pages", "paper", "none")
+    )
+    for name, weight in joint.items():
+        assert torch.equal(weight != 0, pages[name] != 0)
+        torch.testing.assert_close(weight, pages[name], rtol=1e-4, atol=1e-6)
+        assert torch.equal(weight != 0, paper[name] != 0)
+        assert torch.equal(weight != 0, none[name] != 0)
+    assert not same_weights("joint-step0.pth", "paper-step0.pth")
+    assert not same_weights("joint-step0.pth", "none-step0.pth")
+
+
+def test_levels_over_all_parameters(run):
+    flags = ["--pruner", "magnitude", "--adjust_sparsities", "--sparsities", 0.5, 0.9]
+    assert run(*flags, "--out", "net") == 0
+    total = sum(weight.numel() for weight in models.build("resnet20", 4).parameters())
+    for step, level in enumerate((0.5, 0.9)):
+        assert abs(zeros(f"net-step{step}.pth")[0] - level * total) <= 0.5
+    assert float(rows("net.csv")[2]["sparsity_all"]) == pytest.approx(0.9, abs=1e-5)
+
+
+def test_scope_and_pattern(run):
+    assert run("--pruner", "magnitude", "--scope", "layer", "--sparsities", 0.3, "--out", "a") == 0
+    for weight in pruned("a-step0.pth").values():
+        assert int((weight == 0).sum()) == round(0.3 * weight.numel())
+    assert run(*FEW, "--pattern", "2:4", "--sparsities", 0.5, "--out", "b") == 0
+    weights = pruned("b-step0.pth")
+    assert "conv1.weight" not in weights  # three inputs
+    for weight in weights.values():
+        groups = weight.movedim(1, -1).reshape(-1, 4)
+        assert bool(((groups == 0).sum(1) == 2).all())
+
+
+def test_cubic_levels():
+    """Zhu and Gupta 2017, (1): sᵢ + (…) with t₀ = 0, and n Δt = STEPS − 1."""
+    chance = random.Random(time.time_ns())
+    start, end, steps = chance.uniform(0, 0.5), chance.uniform(0.6, 0.99), chance.randint(2, 9)
+    levels = main_prun.choose_levels({"cubic": [start, end, steps]})
+    assert len(levels) == steps
+    assert levels[0] == pytest.approx(start) and levels[-1] == end
+    for t, level in enumerate(levels):
+        expected = end + (start - end) * (1 - t / (steps - 1)) ** 3
+        assert level == pytest.approx(expected)
+
+
+def test_as_many_images_a_gradient_as_there_are(run, capsys):
+    assert run("--ngrads", 30, "--sparsities", 0.5, "--out", "net") == 0
+    assert "npergrad 2" in capsys.readouterr().out  # of 80 images
+    assert run("--ngrads", 2, "--sparsities", 0.5, "--out", "few") == 0
+    assert "npergrad 32" in capsys.readouterr().out
+
+
+def test_batch_norm_anew(run, checkpoint, dataset):
+    """Against the mean of the statistics of each batch, computed from the images."""
+    flags = ["--pruner", "magnitude", "--sparsities", 0.5, "--batchsize", 40, "--out", "net"]
+    assert run(*flags, "--reset_bn") == 0
+    before = torch.load(checkpoint, weights_only=True)
+    after = torch.load("net-step0.pth", weights_only=True)["state_dict"]
+    loader = datautils.load(dataset).loader("train", 40, seed=0)
+    conv = torch.nn.functional.conv2d
+    outputs = [conv(images, before["conv1.weight"], padding=1) for images, _ in loader]
+    mean = torch.stack([output.mean((0, 2, 3)) for output in outputs]).mean(0)
+    torch.testing.assert_close(after["bn1.running_mean"], mean, rtol=1e-4, atol=1e-5)
+    kept = after["fc.weight"] != 0
+    assert torch.equal(after["fc.weight"][kept], before["fc.weight"][kept])
+
+
+# --- gradual --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optim", ["sgd", "mfac"])
+def test_fine_tuning_keeps_the_masks(run, optim):
+    flags = ["--sparsities", 0.4, 0.8, "--nepochs", 5, "--prun_every", 2, "--optim", optim]
+    flags += ["--prun_lrs", 0.01, 0.004, "--drop_at", 4, "--drop_by", 0.5, "--batchsize", 32]
+    assert run(*FEW, *flags, "--weightdecay", 0.01, "--momentum", 0.5, "--out", "net") == 0
+    table = rows("net.csv")
+    order = [(row["step"], row["epoch"]) for row in table]
+    assert order == [
+        *[("", ""), ("0", "0"), ("0", "1"), ("0", "2")],
+        *[("1", "2"), ("1", "3"), ("1", "4"), ("1", "5")],
+    ]
+    rates = [float(row["lr"]) for row in table if row["lr"]]
+    assert rates == pytest.approx([0.01, 0.004, 0.01, 0.004, 0.002])
+    for lines in (table[1:4], table[4:]):
+        assert len({row["sparsity"] for row in lines}) == 1
+    for step, level in enumerate((0.4, 0.8)):
+        count, n = zeros(f"net-step{step}.pth")  # after the last epoch of this step
+        assert count == round(level * n)
+    untuned = [*FEW, *flags[:3], "--recomps", 1, "--out", "untuned"]
+    assert run(*untuned) == 0
+    assert not same_weights("net-step0.pth", "untuned-step0.pth")
+    # The curve has the accuracy after the last epoch at each sparsity.
+    curve = main_prun.read_curve(Path("net.csv"))
+    assert [accuracy for _, accuracy in curve] == [
+        float(table[i]["test_accuracy"]) for i in (0, 3, 7)
+    ]
+
+
+def test_magnitude_with_mfac_for_fine_tuning(run):
+    flags = ["--pruner", "magnitude", "--sparsities", 0.6, "--nepochs", 1, "--optim", "mfac"]
+    assert run(*flags, "--ngrads", 4, "--batchsize", 32, "--out", "net") == 0
+    count, n = zeros("net-step0.pth")
+    assert count == round(0.6 * n)
+
+
+# --- nothing is lost ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_resumed_is_uninterrupted(run, monkeypatch, kind, capsys):
+    flags = RUNS[kind].split()
+    assert run(*flags, "--out", "whole") == 0
+    lines = len(rows("whole.csv"))
+    with monkeypatch.context() as context:
+        interrupt_after(context, 0)
+        assert run(*flags, "--out", "parts") == 130
+    assert "before anything was saved" in capsys.readouterr().err and not Path("parts.csv").exists()
+    for line in range(1, lines):  # one line at a time
+        with monkeypatch.context() as context:
+            interrupt_after(context, 1)
+            assert run(*(flags if line == 1 else []), "--resume", "--out", "parts") == 130
+        assert len(rows("parts.csv")) == line
+    assert run("--out", "parts", "--resume") == 0
+    assert_same_run("whole", "parts")
+
+
+def test_killed_at_any_moment(run, dataset, checkpoint, tmp_path):
+    """SIGKILL, twice, and --resume from the first call on, as in a batch queue."""
+    flags = [*RUNS["gradual mfac"].split(), "--dataset", dataset, "--checkpoint", checkpoint]
+    chance = random.Random(time.time_ns())
+    for _ in range(2):
+        process = start(*flags, "--out", "killed", "--resume", cwd=tmp_path)
+        process.stdout.readline()  # the settings: pruning begins
+        time.sleep(chance.uniform(0, 2))
+        process.kill()
+        process.communicate()
+        for path in tmp_path.glob("*[eh]"):  # .state, .pth
+            main_optim.load_saved(path)
+    assert run(*flags, "--out", "killed", "--resume") == 0
+    assert run(*flags, "--out", "whole") == 0
+    assert_same_run("whole", "killed")
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("lost", ["net-step1.pth", "net.csv", "net.png"])
+def test_results_come_back_from_the_state(run, lost):
+    """As after a kill between the writing of the state and that of the results."""
+    assert run("--pruner", "magnitude", "--sparsities", 0.3, 0.6, "--out", "net") == 0
+    before = Path(lost).read_bytes()
+    Path(lost).unlink()
+    assert run("--out", "net", "--resume") == 0
+    if lost != "net.png":
+        assert Path(lost).read_bytes() == before
+    assert Path(lost).exists()
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    """Writing more than `size` bytes fails, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_keeps_what_was_saved(run, monkeypatch, capsys):
+    flags = RUNS["one base"].split()
+    assert run(*flags, "--out", "whole") == 0
+    with monkeypatch.context() as context:
+        interrupt_after(context, 2)
+        assert run(*flags, "--out", "net") == 130
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    with largest_file(1_500_000):
+        assert run("--out", "net", "--resume") == 2
+    assert "cannot write net.state" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
+    assert run("--out", "net", "--resume") == 0
+    assert_same_run("whole", "net")
+
+
+def test_existing_files_are_kept_unless_told_otherwise(run, capsys):
+    flags = ["--pruner", "magnitude", "--out", "net"]
+    Path("net-step7.pth").write_text("mine")
+    Path("net.pth").write_text("of another script")
+    assert run(*flags) == 2
+    assert "net-step7.pth exists" in (error := capsys.readouterr().err) and "--overwrite" in error
+    assert run(*flags, "--resume") == 2
+    assert "net.state" in capsys.readouterr().err
+    assert Path("net-step7.pth").read_text() == "mine" and len(list(Path().iterdir())) == 2
+    assert run(*flags, "--sparsities", 0.5, "--overwrite") == 0
+    assert not Path("net-step7.pth").exists() and Path("net.pth").read_text() != ""
+    assert run(*flags) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+# --- checkpoints ----------------------------------------------------------------------------
+
+
+def test_public_checkpoints_and_those_of_main_optim(run, checkpoint, dataset):
+    flags = ["--pruner", "magnitude", "--sparsities", 0.5]
+    weights = torch.load(checkpoint, weights_only=True)
+    public = {"epoch": 3, "state_dict": {f"module.{name}": w for name, w in weights.items()}}
+    torch.save(public, "public.pth.tar")
+    assert run(*flags, "--out", "plain") == 0
+    assert run(*flags, "--out", "public", "--checkpoint", "public.pth.tar") == 0
+    assert_same_run("plain", "public")
+    command = ["--optim", "sgd", "--epochs", "1", "--batchsize", "32", "--save", "trained.pth"]
+    main_optim.main([*command, "--dataset", str(dataset)])
+    assert run(*flags, "--out", "again", "--checkpoint", "trained.pth") == 0
+    trained = torch.load("trained.pth", weights_only=True)["accuracy"]
+    assert float(rows("again.csv")[0]["test_accuracy"]) == pytest.approx(trained)
+
+
+def test_a_model_that_is_sparse_already(run, capsys):
+    assert run("--pruner", "magnitude", "--sparsities", 0.5, "--out", "first") == 0
+    flags = [*FEW, "--checkpoint", "first-step0.pth", "--out", "second", "--sparsities"]
+    capsys.readouterr()
+    assert run(*flags, 0.4, 0.8) == 2
+    error = capsys.readouterr().err
+    assert "0.4" in error and "0.5" in error and error.count("\n") == 1
+    assert not Path("second.state").exists()
+    assert run(*flags, 0.5, 0.8) == 0
+    first, second = pruned("first-step0.pth"), pruned("second-step1.pth")
+    assert not any(bool((second[name][w == 0] != 0).any()) for name, w in first.items())
+
+
+def test_the_default_checkpoint(run, checkpoint, dataset, monkeypatch, tmp_path):
+    settings = {"model": "resnet20"}
+    with pytest.raises(main_prun.UserError, match=r"resnet20_none.pth.*main_optim.py"):
+        main_prun.find_checkpoint(settings, "none")
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / "checkpoints" / "resnet20_four.pth"
+    path.write_bytes(checkpoint.read_bytes())
+    monkeypatch.setattr(main_prun, "__file__", str(tmp_path / "main_prun.py"))
+    assert main_prun.find_checkpoint(settings, "four") == path
+
+
+def test_bad_checkpoints(run, checkpoint, capsys):
+    good = checkpoint.read_bytes()
+    torch.save(models.build("resnet32", 4).state_dict(), "resnet32.pth")
+    torch.save(models.build("resnet20", 7).state_dict(), "seven.pth")
+    broken = torch.load(checkpoint, weights_only=True)
+    broken["fc.weight"][0, 0] = torch.nan
+    torch.save(broken, "nan.pth")
+    for name, content in (("empty.pth", b""), ("cut.pth", good[:5000]), ("text.pth", b"text")):
+        Path(name).write_bytes(content)
+    for path in [*Path().iterdir(), "missing.pth", "."]:
+        assert run("--pruner", "magnitude", "--checkpoint", path, "--out", "out/net") == 2
+        printed = capsys.readouterr()
+        assert printed.err.count("\n") == 1 and printed.out == ""
+        assert not Path("out").exists()
+
+
+# --- bad input: one sentence, exit status 2, nothing done -----------------------------------
+
+BAD_FLAGS = [
+    ("--model vgg", "vgg"),
+    ("--pruner snip", "snip"),
+    ("--dataset nowhere", "nowhere"),
+    ("--sparsity 0.5", "--sparsity"),
+    ("--sparsities", "--sparsities"),
+    *((f"--sparsities {value}", "from 0 and below 1") for value in ("-0.1", "1", "90", "nan", "x")),
+    ("--sparsities 0.5 0.5", "does not rise"),
+    ("--sparsities 0.5 0.9 0.7", "0.7 after 0.9 does not rise"),
+    ("--sparsities 0.5 --cubic 0 0.9 3", "not allowed with"),
+    ("--cubic 0 0.9", "--cubic"),
+    *(
+        (f"--cubic {values}", "is not FROM TO STEPS")
+        for values in ("0.9 0.5 3", "0 1 3", "0 0.9 1", "0 0.9 2.5", "0.5 0.5 3")
+    ),
+    ("--cubic -1 0.9 3", "from 0"),
+    ("--sparsities 0.999 --adjust_sparsities --ngrads 8", "can be pruned"),
+    ("--tests 9", "--tests 9 is no step: they go from 0 to 8"),
+    ("--recomps 0 4 --sparsities 0.1 0.2", "--recomps 4 is no step"),
+    ("--recomps -1", "--recomps: -1 is not"),
+    *(
+        (f"--{flag} {value}", f"--{flag}: {value} is not a whole number from 1")
+        for flag in ("ngrads", "npergrad", "perbatch", "pages", "nrecomps", "batchsize")
+        for value in ("0", "-3", "1.5", "x")
+    ),
+    *(
+        (f"--nepochs 9 --{flag} {value}", f"--{flag}: {value} is not a whole number from 1")
+        for flag in ("prun_every", "drop_at", "ngrads_schedule")
+        for value in ("0", "1.5")
+    ),
+    *((f"--blocksize {value}", "-1 or a whole number") for value in ("0", "-2", "1.5", "x")),
+    *((f"--damp {value}", "--damp") for value in ("0", "-1", "nan", "inf", "x")),
+    *((f"--seed {value}", "--seed") for value in ("-1", str(2**32), "0.5")),
+    ("--nepochs -1", "--nepochs"),
+    ("--scope block", "block"),
+    ("--pattern 4:2 --ngrads 8", "4:2"),
+    ("--pattern 2:4 --ngrads 8", "0.5"),
+    ("--pattern random --ngrads 8", "random"),
+    ("--update all", "all"),
+    ("--ngrads_schedule 4 5", "2 numbers for 9 steps"),
+    ("--ngrads 4 --ngrads_schedule 1 2 3 4 5 6 7 8 9", "--ngrads is for"),
+    ("--ngrads 81", "81 gradients of 1 images each are more than the 80"),
+    ("--ngrads 8 --npergrad 11", "8 gradients of 11 images"),
+    ("--blocksize 8 --pages 2", "--pages is for"),
+    ("--perbatch 2", "--perbatch is for"),
+    (f"--pages {10**9} --ngrads 8", "page"),
+    *(
+        (f"--pruner magnitude --{flag}", "is for --pruner mfac")
+        for flag in ("ngrads 8", "npergrad 8", "damp 1", "recomps 0", "update none", "pages 2")
+    ),
+    *(
+        (f"--{flag}", "is for --nepochs above 0 only")
+        for flag in ("lr 1", "optim sgd", "momentum 0", "weightdecay 0", "prun_every 2")
+    ),
+    ("--drop_by 0.5", "is for --drop_at only"),
+    ("--nepochs 9 --recomps 0", "with --nepochs 0 only"),
+    ("--nepochs 9 --lr 0.1 --prun_lrs 0.1", "not allowed with"),
+    ("--nepochs 8", "--nepochs 8 ends before step 8, which comes after 8 epochs: give at least 9"),
+    ("--nepochs 16 --prun_every 2", "give at least 17"),
+    ("--nepochs 9 --drop_at 9", "never comes"),
+    ("--nepochs 9 --drop_at 3 --drop_by 2", "at most 1"),
+    *((f"--nepochs 9 --lr {value}", "--lr") for value in ("0", "-1", "nan", "inf")),
+    ("--nepochs 9 --optim adam", "adam"),
+    ("--nepochs 9 --momentum 1", "below 1"),
+    ("--nepochs 9 --weightdecay -1", "from 0"),
+    ("--nepochs 9 --batchsize 79", "batch of one"),
+    ("--reset_bn --batchsize 79", "batch of one"),
+    ("--resume --overwrite", "not allowed with"),
+    ("--device tpu9", "--device tpu9 is not one of cpu"),
+    ("--device cuda:99", "--device cuda:99 is not one of cpu"),
+    ("--out .", "is a folder"),
+    ("--out /dev/null/net", "/dev/null is no folder"),
+    (f"--out {'x' * 300}", "too long"),
+    ("--checkpoint missing.pth --ngrads 8", "missing.pth"),
+    ("--compare missing.csv", "missing.csv"),
+    ("--sparsities 0.5 --tests 0 x", "x"),
+    ("extra", "extra"),
+]
+
+
+@pytest.mark.parametrize(("flags", "sentence"), BAD_FLAGS, ids=lambda text: text[:50])
+def test_bad_flags(run, flags, sentence, capsys):
+    assert run(*flags.split()) == 2
+    printed = capsys.readouterr()
+    assert sentence in printed.err
+    assert printed.err.count("\n") == 1 and printed.out == ""
+    assert not list(Path().iterdir())
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    "text",
     [
-        (["--sparsities", "0.5", "0.4"], "0.4"),
-        (["--sparsities", "1.5"], "1.5"),
-        (["--pruner", "best"], "best"),
-        (["--ngrads", "0"], "0"),
-        (["--damp", "nan"], "nan"),
-        (["--ngrads", "100000"], "100,000"),
-        (["--checkpoint", "nowhere.pth"], "nowhere.pth"),
-        (["--pattern", "4:2"], "4:2"),
+        *("", "\xff\x00", "sparsity\n0.5\n"),
+        *(f"sparsity,test_accuracy\n{row}\n" for row in ("", "x,50", "0.5,nan", "50,50")),
     ],
 )
-def test_mistakes_are_one_sentence(checkpoint, tmp_path, capsys, flags, words):
-    with pytest.raises(SystemExit) as stop:
-        prune(checkpoint, tmp_path / "x", *flags)
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and words in error and "Traceback" not in error
+def test_bad_files_to_compare(run, text, capsys):
+    Path("other.csv").write_bytes(text.encode("latin-1"))
+    assert run("--compare", "other.csv", "--out", "net") == 2
+    printed = capsys.readouterr()
+    assert "--compare other.csv" in printed.err and printed.err.count("\n") == 1
+    assert printed.out == "" and len(list(Path().iterdir())) == 1
+
+
+def test_runs_to_compare_are_drawn(run):
+    flags = ["--sparsities", 0.3, 0.6, "--pruner", "magnitude"]
+    assert run(*flags, "--out", "one") == 0
+    assert run(*flags, "--out", "two", "--compare", "one.csv") == 0
+    assert Path("one.png").read_bytes() != Path("two.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [("", "--pages"), ("--pages 64", "--blocksize 128"), ("--pages 64 --ngrads 80", "--blocksize")],
+)
+def test_gradients_that_can_not_fit(run, monkeypatch, flags, advice, capsys):
+    """With the advice it fits, or no advice but fewer gradients is given."""
+    prunable, m = 270_704, 80 if "80" in flags else 40
+    free = 4 * m * prunable * (1.3 if advice == "--pages" else 0.5)
+    monkeypatch.setattr(main_prun, "available_memory", lambda device: free)
+    call = [*(flags or "--ngrads 40").split(), "--npergrad", "1", "--sparsities", "0.5"]
+    call = call if "--ngrads" in call else [*call, "--ngrads", "40"]
+    assert run(*call, "--out", "net") == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and "GiB on cpu" in printed.err
+    advised = printed.err.split(": use ")[1].split()
+    if advised[0] == "fewer":
+        assert advised == ["fewer", "--ngrads"]
+        return
+    assert advised[0] == advice.split()[0]
+    if "--pages" in call:
+        del call[call.index("--pages") : call.index("--pages") + 2]
+    assert run(*call, *advised, "--out", "net") == 0
+
+
+def test_a_refusal_of_the_pruner_is_a_sentence(run, checkpoint, capsys):
+    weights = torch.load(checkpoint, weights_only=True)
+    weights["fc.weight"] *= 1e38
+    torch.save(weights, "large.pth")
+    flags = [*FEW, "--sparsities", 0.5, "--checkpoint", "large.pth", "--out", "net"]
+    assert run(*flags) == 2
+    error = capsys.readouterr().err
+    assert "The gradients have NaN, Inf" in error and "Traceback" not in error
+
+
+# --- states ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("seed", 1), ("sparsities", 0.5), ("nepochs", 1), ("pruner", "mfac")]
+)
+def test_resume_refuses_other_settings(run, flag, value, capsys):
+    assert run("--pruner", "magnitude", "--sparsities", 0.3, "--out", "net") == 0
+    capsys.readouterr()
+    assert run("--out", "net", "--resume", f"--{flag}", value) == 2
+    assert f"--{flag} " in (error := capsys.readouterr().err) and "differs from" in error
+
+
+def test_damaged_state(run, capsys):
+    """Shortened, one bit turned over, or another file: a sentence, and no file is touched."""
+    assert run("--sparsities", 0.5, *FEW, "--out", "net") == 0
+    path, good = Path("net.state"), Path("net.state").read_bytes()
+    chance = random.Random(time.time_ns())
+    flipped = bytearray(good)
+    flipped[chance.randrange(10_000, len(good) - 10_000)] ^= 1 << chance.randrange(8)
+    model = Path("net-step0.pth").read_bytes()
+    for bad in (b"", good[: chance.randrange(len(good))], bytes(flipped), b"text", model):
+        path.write_bytes(bad)
+        capsys.readouterr()
+        assert run("--out", "net", "--resume") == 2
+        error = capsys.readouterr().err
+        assert "net.state" in error and error.count("\n") == 1
+        assert path.read_bytes() == bad and Path("net-step0.pth").read_bytes() == model
+
+
+@pytest.mark.parametrize("change", ["model", "classes", "masks"])
+def test_state_that_does_not_fit(run, change, capsys):
+    assert run("--sparsities", 0.5, *FEW, "--out", "net") == 0
+    state = main_optim.load_saved(Path("net.state"))
+    if change == "model":
+        state["settings"]["model"] = "resnet32"
+    elif change == "classes":
+        state["classes"] = ["a", "b", "c", "d"]
+    else:
+        del state["pruner"]["masks"]["fc.weight"]
+    torch.save(state, "net.state")
+    capsys.readouterr()
+    assert run("--out", "net", "--resume") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and ("does not fit" in error or "other classes" in error)
