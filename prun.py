@@ -852,9 +852,7 @@ class MFACPruner(MagnitudePruner):
                 p.copy_(self._base[name])
             self._invert(self.recomputations - 1)
         rho = self._alive(self._base).double().square() / (2 * self._inverse.diagonal().cpu())
-        saliency = {n: torch.zeros(p.shape, dtype=rho.dtype) for n, p in self.params.items()}
-        self._set_alive(saliency, rho)
-        return {name: w != 0 for name, w in self._base.items()}, saliency
+        return {name: w != 0 for name, w in self._base.items()}, self._full(rho)
 
     def _adjust(self, masks: dict[str, Tensor]) -> None:
         """Updates the weights that stay."""
@@ -864,7 +862,8 @@ class MFACPruner(MagnitudePruner):
             w = w + self._inverse.joint_update(drop, w)
         elif self.update == "independent":
             w = w + self._inverse.independent_update(drop, w)
-        self._set_alive(self.params, w * stays)
+        for name, full in self._full(w * stays).items():
+            self.params[name].copy_(full)
         self._written = self._weights()
 
     def _weights(self) -> dict[str, Tensor]:
@@ -874,13 +873,15 @@ class MFACPruner(MagnitudePruner):
         """The entries of the weights alive, in one vector on the CPU."""
         return torch.cat([tensors[n].detach().cpu().flatten()[i] for n, i in self._index.items()])
 
-    def _set_alive(self, tensors: dict[str, Tensor], values: Tensor) -> None:
-        """Writes such a vector back."""
+    def _full(self, values: Tensor) -> dict[str, Tensor]:
+        """Such a vector in the shapes of the parameters, with 0 for the weights not alive."""
         parts = values.split([len(index) for index in self._index.values()])
-        for (name, index), part in zip(self._index.items(), parts, strict=True):
-            flat = tensors[name].detach().cpu().flatten()
-            flat[index] = part.to(flat.dtype)
-            tensors[name].copy_(flat.view(tensors[name].shape))
+        return {
+            name: values.new_zeros(p.numel()).index_put_((index,), part).view(p.shape)
+            for (name, p), index, part in zip(
+                self.params.items(), self._index.values(), parts, strict=True
+            )
+        }
 
     def _invert(self, number: int) -> None:
         """Collects the gradients of recomputation `number` and inverts F for the weights alive."""

@@ -54,6 +54,9 @@ PRUNERS = {
 }
 
 
+MFAC_PRUNERS = [make for name, make in PRUNERS.items() if name != "magnitude"]
+
+
 @pytest.fixture(params=PRUNERS)
 def make(request):
     return PRUNERS[request.param]
@@ -557,14 +560,37 @@ def test_models_of_any_precision(dtype):
     assert model[1].weight.dtype == dtype
 
 
-def test_weights_in_channels_last_order_are_the_same_weights():
+def channels_last(model):
+    return model.to(memory_format=torch.channels_last)
+
+
+def transposed(model):
+    """Every weight lies in memory in the reverse order of its dimensions."""
+    for p in model.parameters():
+        p.data = (
+            p.data.permute(*reversed(range(p.ndim))).contiguous().permute(*reversed(range(p.ndim)))
+        )
+    return model
+
+
+@pytest.mark.parametrize("order", [channels_last, transposed])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_weights_in_any_memory_order_are_the_same_weights(make, order, pattern):
     model = network()
-    twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    data = [samples(4)[:] for _ in range(20)]
-    for net in (model, twin):
-        mfac(net, data).prune(0.5)
-    assert torch.equal(model[0].weight != 0, twin[0].weight != 0)
-    torch.testing.assert_close(model[0].weight, twin[0].weight, rtol=1e-4, atol=1e-5)
+    model.insert(3, nn.Conv2d(8, 8, 1))  # which is in both orders at once
+    twin = order(copy.deepcopy(model))
+    assert not all(p.is_contiguous() for p in twin.parameters())
+    options = {"data": [samples(4)[:] for _ in range(20)]} if make in MFAC_PRUNERS else {}
+    pruners = [make(net, pattern=pattern, **options) for net in (model, twin)]
+    for target in (0.3, 0.45):
+        for pruner in pruners:
+            pruner.prune(target)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(p == 0, q == 0)
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    assert [p.stride() for p in twin.parameters()] == [
+        p.stride() for p in order(copy.deepcopy(model)).parameters()
+    ]
 
 
 def test_layers_of_all_dimensions_tied_weights_and_named_parameters():
@@ -654,7 +680,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, stop):
                 pruner.recompute()
             pruner.prune(target)
 
-    options = {} if make is PRUNERS["magnitude"] else {"data": data}
+    options = {"data": data} if make in MFAC_PRUNERS else {}
     whole = copy.deepcopy(model)
     run(make(whole, **options), steps)
 
