@@ -632,6 +632,7 @@ class MagnitudePruner:
         """
         wanted = self._count(target)
         if all(zeros == self._zeros(names) for names, zeros in wanted):
+            self.apply_masks()
             return self.masks
         start, saliency = self._prepare()
         if not all(bool(values.isfinite().all()) for values in saliency.values()):
@@ -656,7 +657,7 @@ class MagnitudePruner:
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Any:
         """Has the masks applied after each step of any optimizer; the handle's remove() ends it."""
-        return optimizer.register_step_post_hook(self._after_step)
+        return optimizer.register_step_post_hook(lambda *_: self.apply_masks())
 
     def register(self) -> None:
         """Shows the masks to other tools as those of torch.nn.utils.prune, until `remove`."""
@@ -743,9 +744,6 @@ class MagnitudePruner:
         module, _, attribute = name.rpartition(".")
         return self.model.get_submodule(module), attribute
 
-    def _after_step(self, *_: Any) -> None:
-        self.apply_masks()
-
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """The mean cross entropy of a batch (inputs, targets)."""
@@ -760,8 +758,7 @@ class MFACPruner(MagnitudePruner):
     F⁻¹ is of the weights alive, at the last recomputation: done before the first pruning, by
     `recompute`, and whenever the weights have changed since the pruner last wrote them. Until the
     next one, every level is pruned from the weights of that recomputation, not from the level
-    before. Memory: 4·ngrads bytes a weight alive, or 8·blocksize if that is at most ngrads, in
-    which case gradients are never stored.
+    before. Memory: see `inverse_bytes`; F⁻¹ is kept between levels, until `release`.
 
     Args:
         model, params, scope, pattern: as for `MagnitudePruner`.
@@ -815,26 +812,33 @@ class MFACPruner(MagnitudePruner):
         self.pages = check_integer("pages", pages)
         self.device = torch.device(device or next(iter(self.params.values())).device)
         self.recomputations = 0
-        self._base: dict[str, Tensor] | None = None  # weights at the last recomputation
+        self.release()
+
+    @torch.no_grad()
+    def recompute(self) -> None:
+        """Collects gradients at the present weights, other samples each time, and inverts F."""
+        self.apply_masks()
+        base = self._weights()
+        self._invert(base, self.recomputations)
+        self.recomputations += 1
+        self._base = self._written = base
+
+    def release(self) -> None:
+        """Forgets F⁻¹ and frees its memory, as before fine-tuning; the next pruning recomputes."""
+        self._base: dict[str, Tensor] = {}  # weights at the last recomputation
         self._written: dict[str, Tensor] = {}  # weights as the pruner left them
         self._index: dict[str, Tensor] = {}  # of the weights alive in each parameter, flattened
         self._inverse: PagedInverseFisher | BlockedInverseFisher | None = None
 
-    def recompute(self) -> None:
-        """Collects gradients at the present weights, other samples each time, and inverts F."""
-        self.apply_masks()
-        self._invert(self.recomputations)
-        self.recomputations += 1
-        self._base = self._written = self._weights()
-
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the model's own state. F⁻¹ is computed again from it."""
-        base = None if self._base is None else dict(self._base)
+        """What a resumed run needs beside the model's own state, saved at the same time. F⁻¹ is
+        computed again from it, at the weights of the last recomputation if they still count."""
+        base = dict(self._base) if self._unchanged() else {}
         return {**super().state_dict(), "recomputations": self.recomputations, "base": base}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state; load the model's own state before."""
-        if state["base"] is not None:
+        if state["base"]:
             self._check_fit("weights", state["base"])
         super().load_state_dict(state)
         self.recomputations, self._base = state["recomputations"], state["base"]
@@ -842,15 +846,10 @@ class MFACPruner(MagnitudePruner):
 
     def _prepare(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Masks and saliencies ρ (0 where a weight is pruned) at the last recomputation."""
-        unchanged = self._base and all(
-            torch.equal(p, self._written[name].to(p.device)) for name, p in self.params.items()
-        )
-        if not unchanged:
+        if not self._unchanged():
             self.recompute()
         elif self._inverse is None:  # resumed
-            for name, p in self.params.items():
-                p.copy_(self._base[name])
-            self._invert(self.recomputations - 1)
+            self._invert(self._base, self.recomputations - 1)
         rho = self._alive(self._base).double().square() / (2 * self._inverse.diagonal().cpu())
         return {name: w != 0 for name, w in self._base.items()}, self._full(rho)
 
@@ -865,6 +864,12 @@ class MFACPruner(MagnitudePruner):
         for name, full in self._full(w * stays).items():
             self.params[name].copy_(full)
         self._written = self._weights()
+
+    def _unchanged(self) -> bool:
+        """Whether F⁻¹ still counts: the weights are as the pruner left them."""
+        return bool(self._base) and all(
+            torch.equal(p, self._written[name].to(p.device)) for name, p in self.params.items()
+        )
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.params.items()}
@@ -883,47 +888,50 @@ class MFACPruner(MagnitudePruner):
             )
         }
 
-    def _invert(self, number: int) -> None:
-        """Collects the gradients of recomputation `number` and inverts F for the weights alive."""
+    def _invert(self, base: dict[str, Tensor], number: int) -> None:
+        """Collects the gradients of recomputation `number` at the weights `base`, and inverts F
+        for those alive."""
         self._inverse = None  # not two sets of gradients at once
-        self._index = {
-            n: p.detach().cpu().flatten().nonzero()[:, 0] for n, p in self.params.items()
-        }
-        began, before = time.perf_counter(), self.seconds["gradients"]
+        self._index = {name: w.cpu().flatten().nonzero()[:, 0] for name, w in base.items()}
         d = sum(map(len, self._index.values()))
+        if d == 0:
+            raise ValueError("All weights are pruned; there is no Fisher matrix to invert")
         b = min(self.blocksize or d, d)
-        stored = b > self.ngrads
-        grads = self._gradients(number, d, self.ngrads if stored else min(BATCH, self.ngrads))
-        if stored:
-            (grads,) = grads
-        if stored and b == d:
-            pages = min(self.pages, d)
-            inverse = PagedInverseFisher(grads, self.damp, pages=pages, device=self.device)
-        else:
-            inverse = BlockedInverseFisher(
-                grads, b, self.damp, perbatch=self.perbatch, device=self.device
-            )
-        inverse.diagonal()
+        began, before = time.perf_counter(), self.seconds["gradients"]
+        with self._as_found():
+            for name, p in self.params.items():
+                p.copy_(base[name])
+            if b <= self.ngrads:
+                grads = self._gradients(number, torch.empty(min(BATCH, self.ngrads), d))
+            else:
+                (grads,) = self._gradients(number, torch.empty(self.ngrads, d))
+            if b == d > self.ngrads:
+                pages = min(self.pages, d)
+                inverse = PagedInverseFisher(grads, self.damp, pages=pages, device=self.device)
+            else:
+                inverse = BlockedInverseFisher(
+                    grads, b, self.damp, perbatch=self.perbatch, device=self.device
+                )
+            inverse.diagonal()
         self._inverse = inverse
         collecting = self.seconds["gradients"] - before
         self.seconds["inverse"] += time.perf_counter() - began - collecting
 
-    def _gradients(self, number: int, d: int, rows: int) -> Iterator[Tensor]:
-        """`ngrads` gradients (·, d) of the d weights alive, `rows` at a time in the same memory."""
+    def _gradients(self, number: int, buffer: Tensor) -> Iterator[Tensor]:
+        """`ngrads` gradients (·, d) of the d weights alive, as many at a time as `buffer` holds."""
         count, began = 0, time.perf_counter()
-        buffer = torch.empty(rows, d)
         params = list(self.params.values())
-        with self._as_found():
-            for batch in islice(self._batches(number), self.ngrads):
-                with torch.enable_grad():
-                    loss = self.loss(self.model, batch)
-                    grads = torch.autograd.grad(loss, params, materialize_grads=True)
-                buffer[count % rows] = self._alive(dict(zip(self.params, grads, strict=True)))
-                count += 1
-                if count % rows == 0 or count == self.ngrads:
-                    self.seconds["gradients"] += time.perf_counter() - began
-                    yield buffer[: (count - 1) % rows + 1]
-                    began = time.perf_counter()
+        for batch in islice(self._batches(number), self.ngrads):
+            with torch.enable_grad():
+                loss = self.loss(self.model, batch)
+                grads = torch.autograd.grad(loss, params, materialize_grads=True)
+            row = count % len(buffer)
+            buffer[row] = self._alive(dict(zip(self.params, grads, strict=True)))
+            count += 1
+            if row == len(buffer) - 1 or count == self.ngrads:
+                self.seconds["gradients"] += time.perf_counter() - began
+                yield buffer[: row + 1]
+                began = time.perf_counter()
         if count < self.ngrads:
             raise ValueError(
                 f"Wanted {self.ngrads} gradients, but the loader had only {count} full batches; "
@@ -948,9 +956,10 @@ class MFACPruner(MagnitudePruner):
 
     @contextmanager
     def _as_found(self) -> Iterator[None]:
-        """The model is in eval mode in here; mode, buffers and random numbers are restored."""
+        """The model is in eval mode in here. Mode, weights, buffers and random numbers are as
+        before afterwards."""
         modes = {module: module.training for module in self.model.modules()}
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        values = [(t, t.clone()) for t in (*self.params.values(), *self.model.buffers())]
         frozen = [p for p in self.params.values() if not p.requires_grad]
         devices = {p.device for p in self.model.parameters() if p.is_cuda}
         try:
@@ -964,8 +973,8 @@ class MFACPruner(MagnitudePruner):
                 module.training = training
             for p in frozen:
                 p.requires_grad_(False)
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            for tensor, value in values:
+                tensor.copy_(value)
 
 
 def batch_size(batch: Any) -> int | None:

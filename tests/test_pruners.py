@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -360,6 +361,11 @@ def test_a_weight_that_came_back_is_pruned_again(make):
     with torch.no_grad():
         for p in pruner.params.values():
             p += 1
+    pruner.prune(0.5)  # the level it is at
+    assert zeros(pruner) == 448
+    with torch.no_grad():
+        for p in pruner.params.values():
+            p += 1
     pruner.prune(0.6)
     assert all((p[gone[name]] == 0).all() for name, p in pruner.params.items())
     assert zeros(pruner) == round(0.6 * 896)
@@ -382,6 +388,8 @@ def test_fewer_weights_than_gradients_are_no_problem():
     pruner.prune(1.0)
     assert zeros(pruner) == 320
     pruner.prune(1.0)
+    with pytest.raises(ValueError, match="All weights are pruned"):
+        pruner.recompute()
 
 
 # --- samples --------------------------------------------------------------------------------------
@@ -694,6 +702,61 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, stop):
     second.load_state_dict(state["pruner"])
     run(second, steps[stop + 1 :])
     assert torch.equal(flat(fresh.parameters()), flat(whole.parameters()))
+
+
+def tune(model):
+    """A few steps on other samples each time."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for batch in itertools.islice(loader(), 5):
+        optimizer.zero_grad()
+        cross_entropy(model, batch).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_weights_that_were_trained_before_saving_are_not_thrown_away(released):
+    """The uninterrupted run goes on from them, and so does the resumed one."""
+    whole, data = network(), loader()
+    first = mfac(whole, data)
+    first.prune(0.3)
+    if released:
+        first.release()
+    tune(whole)
+    first.apply_masks()
+    state = through_a_file({"model": whole.state_dict(), "pruner": first.state_dict()})
+    resumed = network()
+    resumed.load_state_dict(state["model"])
+    second = mfac(resumed, data)
+    second.load_state_dict(state["pruner"])
+    for pruner in (first, second):
+        pruner.prune(0.5)
+        assert pruner.recomputations == 2
+    assert torch.equal(flat(resumed.parameters()), flat(whole.parameters()))
+
+
+def test_a_resumed_run_that_fails_leaves_the_model_as_loaded():
+    model = network()
+    first = mfac(model)
+    first.prune(0.5)
+    second = mfac(model, [samples(4)[:]])
+    second.load_state_dict(first.state_dict())
+    before = flat(model.parameters())
+    with pytest.raises(ValueError, match="Wanted 20 gradients"):
+        second.prune(0.7)
+    assert torch.equal(flat(model.parameters()), before)
+    assert zeros(second) == 448
+
+
+@pytest.mark.parametrize("blocksize", [None, 16])
+def test_released_memory_is_free_and_pruning_goes_on(blocksize):
+    pruner = mfac(network(), blocksize=blocksize)
+    pruner.prune(0.3)
+    held = weakref.ref(pruner._inverse)
+    pruner.release()
+    assert held() is None
+    pruner.prune(0.5)
+    assert pruner.recomputations == 2
+    assert zeros(pruner) == 448
 
 
 def test_a_state_of_another_model_is_refused(make):
