@@ -422,23 +422,18 @@ class Run:
             raise UserError(f"--pages {self.settings['pages']} is more than a page a weight")
 
     def bytes_needed(self, blocksize: int, pages: int) -> dict[torch.device, int]:
-        """The memory that gradients, F⁻¹ and window take, on each device."""
-        settings, cuda = self.settings, self.device.type == "cuda"
-        main = torch.device("cpu") if cuda else self.device
-        needed = {main: 0, self.device: 0}
+        """The memory that gradients and F⁻¹ take, or the window, as F⁻¹ is released before."""
+        settings, needed = self.settings, {self.device: 0}
+        if settings["pruner"] == "mfac":
+            m = max(settings.get("ngrads_schedule", [settings["ngrads"]]))
+            d = sum(int(mask.sum()) for mask in self.pruner.masks.values())
+            options = {"pages": pages, "perbatch": settings.get("perbatch"), "device": self.device}
+            needed = inverse_bytes(
+                m, d, blocksize=None if blocksize == -1 else blocksize, **options
+            )
         if settings.get("optim") == "mfac":
-            needed[self.device] += window_bytes(settings["ngrads"], self.total)
-        if settings["pruner"] == "magnitude":
-            return needed
-        m = max(settings.get("ngrads_schedule", [settings["ngrads"]]))
-        d = sum(int(mask.sum()) for mask in self.pruner.masks.values())
-        inverse = inverse_bytes(m, d, None if blocksize == -1 else blocksize)
-        if 1 <= blocksize <= m:
-            needed[self.device] += inverse
-        else:  # G stays in main memory, with a copy of a page: a pinned one, or of some columns
-            page = 4 * m * (-(-d // pages) if blocksize == -1 else blocksize)
-            needed[main] += 4 * m * d + page
-            needed[self.device] += inverse - 4 * m * d + cuda * 2 * page
+            window = window_bytes(settings["ngrads"], self.total)
+            needed[self.device] = max(needed[self.device], window)
         return needed
 
     def check_memory(self) -> None:
@@ -451,7 +446,7 @@ class Run:
             return all(size <= free[device] for device, size in self.bytes_needed(*choice).items())
 
         shown = [f"{size / 2**30:.2f} GiB on {device}" for device, size in needed.items()]
-        size = f"gradients and inverse take {' and '.join(shown)}"
+        size = f"M-FAC takes {' and '.join(shown)}"
         if not fits(blocksize, pages):
             others = {f"--pages {n}": (-1, n) for n in (4, 16, 64) if blocksize == -1 and n > pages}
             others |= {f"--blocksize {b}": (b, 1) for b in (128, 16)}
@@ -536,6 +531,8 @@ class Run:
                 pruner.prune(target if part == parts else 1 - kept)  # the last one exactly
         except ValueError as error:  # too little damping for these gradients, ...
             raise UserError(str(error)) from error
+        if mfac and self.settings["nepochs"]:
+            pruner.release()  # every step recomputes, and fine-tuning needs the memory
         seconds = {name: pruner.seconds[name] - before[name] for name in before}
         rest = time.perf_counter() - began - sum(seconds.values())
         figures = {f"{name}_seconds": value for name, value in seconds.items()}

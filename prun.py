@@ -64,11 +64,33 @@ FILE_ROWS = 64  # rows read from a mapped file at once: each may map 2 MiB, howe
 BATCH = 128  # gradients that are added to blocks at once, as each time goes through all blocks
 
 
-def inverse_bytes(ngrads: int, dim: int, blocksize: int | None = None) -> int:
-    """Bytes to invert F for `dim` weights: G (4md) or blocks (8db) with a batch, and (m, m)."""
-    if blocksize is None or blocksize > ngrads:
-        return 4 * ngrads * dim + 32 * ngrads**2
-    return 8 * blocksize * dim + 4 * min(BATCH, ngrads) * dim
+def inverse_bytes(
+    ngrads: int,
+    dim: int,
+    *,
+    blocksize: int | None = None,
+    perbatch: int | None = None,
+    pages: int = 1,
+    device: torch.device | str = "cpu",
+) -> dict[torch.device, int]:
+    """Bytes that `MFACPruner` takes for `dim` weights alive, in main memory and on `device`.
+
+    The model and a backward pass come on top. The factors are for the most that a recomputation
+    and the prunings after it hold at any time: gradients, matrices, vectors, and tiles.
+    """
+    m, d, device = ngrads, dim, torch.device(device)
+    main = device if device.type == "cpu" else torch.device("cpu")
+    b = min(blocksize or d, d)
+    if b <= m:  # the blocks of F, and the parts of a batch of them while it is inverted
+        rows, page, blocks = min(BATCH, m), d, 8 * b * d + 32 * b * min((perbatch or 1) * b, d)
+    else:  # a factor a block
+        rows, page, blocks = m, -(-b // pages), 24 * m**2 * -(-d // b) + 56 * m**2
+    rest = 130 * d + 24 * TILE
+    needed = {main: 4 * rows * d + rest}
+    if device != main:  # pages are in pinned memory, and on the device, while others are copied
+        needed = {main: needed[main] + 8 * rows * page, device: 12 * rows * page + rest}
+    needed[device] += blocks
+    return needed
 
 
 # --- precision ------------------------------------------------------------------------------------
@@ -184,6 +206,15 @@ def check_removal(drop: Any, w: Tensor, d: int, device: torch.device) -> tuple[T
 # --- the inverse Fisher ---------------------------------------------------------------------------
 
 
+def assemble(fisher: Any, parts: Iterable[tuple[slice, Tensor]]) -> Tensor:
+    """A vector (d,) in float64 from [(columns, values)]. Each is copied before the next is made,
+    as small tensors that stay between large ones that go would fragment the memory."""
+    x = torch.empty(fisher.shape[0], dtype=torch.float64, device=fisher.device)
+    for columns, values in parts:
+        x[columns] = values
+    return x
+
+
 def independent_update(self, drop: Any, w: Tensor) -> Tensor:
     """The paper's update δ (d,) of the weights w (d,) when those at the indices `drop` are removed,
     each as if it were alone: δ = −F⁻¹ Σᵢ eᵢwᵢ/[F⁻¹]ᵢᵢ, and then δ = −w at `drop`."""
@@ -200,8 +231,9 @@ class PagedInverseFisher:
     result, else in float64; where that does not do either, damping is called too small. For d ≤ m,
     `BlockedInverseFisher` with one block is faster and resolves more.
 
-    Memory beside G: 32·m² bytes, 8·d for the diagonal, and if G is not on `device` two pages there
-    of 4·m·d/pages bytes. Of a `numpy.memmap` or file about one page is in memory at a time.
+    Memory beside G: 16·m² bytes and 8·d for the diagonal; for a moment 80·m² and a few vectors; and
+    if G is not on `device` up to three pages there of 4·m·d/pages bytes. Of a `numpy.memmap` or
+    file about one page is in memory at a time.
 
     Args:
         grads: G (m, d) as a tensor or array, or the path of a .npy file. No copy is made.
@@ -310,6 +342,11 @@ class PagedInverseFisher:
         """mλ"""
         return len(self.G) * self.damp
 
+    @property
+    def _width(self) -> int:
+        """Columns of a tile."""
+        return max(1, min(PARTIAL_SUM, TILE // len(self.G)))
+
     def _too_small(self) -> ValueError:
         return too_small(self.damp, float(self._A.diagonal().mean()) - self._shift)
 
@@ -328,7 +365,8 @@ class PagedInverseFisher:
         """c (d,) in float64."""
         inverse_L = self._inverse_L.to(self.dtype)
         with full_precision(self.device):
-            return torch.cat([leverage(inverse_L, tile) for _, tile in self._tiles(self.dtype)])
+            tiles = self._tiles(self.dtype)
+            return assemble(self, ((columns, leverage(inverse_L, tile)) for columns, tile in tiles))
 
     def _times(self, x: Tensor) -> Tensor:
         """Gx (m,) in float64."""
@@ -336,31 +374,37 @@ class PagedInverseFisher:
 
     def _transposed_times(self, y: Tensor) -> Tensor:
         """Gᵀy (d,) in float64."""
-        return torch.cat([y @ tile for _, tile in self._tiles(torch.float64)])
+        tiles = self._tiles(torch.float64)
+        return assemble(self, ((columns, y @ tile) for columns, tile in tiles))
 
     def _tiles(
         self, dtype: torch.dtype, index: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
         """(positions, columns) for all columns of G in their order, or those of `index`."""
-        width = max(1, min(PARTIAL_SUM, TILE // len(self.G)))
+        buffer = torch.empty(len(self.G), self._width, dtype=dtype, device=self.device)
         for start, page in self._pages(index):
-            for i in range(0, page.shape[1], width):
-                tile = page[:, i : i + width].to(dtype)
+            for i in range(0, page.shape[1], self._width):
+                tile = page[:, i : i + self._width]
+                if tile.dtype != dtype:  # in the same memory, as new tiles would fragment it
+                    tile = buffer[:, : tile.shape[1]].copy_(tile)
                 yield slice(start + i, start + i + tile.shape[1]), tile
 
     def _pages(self, index: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-        """(position of its first column, page on the device), `pages` times.
+        """(position of its first column, page on the device) for each page.
 
         To a CUDA device a page travels through pinned memory, on a stream of its own. As kernels
         are asynchronous, this goes on while the device still works on the page before.
         """
-        n = self.G.shape[1] if index is None else len(index)
+        n, pages = self.G.shape[1] if index is None else len(index), self.pages
         to_cuda = self.device.type == "cuda" and self.G.device.type == "cpu"
+        copied = to_cuda or self._mapping is not None
+        if index is not None and not copied:
+            pages = max(pages, -(-n // self._width))  # what is gathered is a copy as well
         copying = torch.cuda.Stream(self.device) if to_cuda else None
-        for i in range(self.pages):
-            start, stop = n * i // self.pages, n * (i + 1) // self.pages
+        for i in range(pages):
+            start, stop = n * i // pages, n * (i + 1) // pages
             columns = slice(start, stop) if index is None else index[start:stop].to(self.G.device)
-            if to_cuda or self._mapping is not None:
+            if copied:
                 page = torch.empty(
                     len(self.G), stop - start, dtype=self.G.dtype, pin_memory=to_cuda
                 )
@@ -461,21 +505,22 @@ class BlockedInverseFisher:
     def matvec(self, x: Tensor) -> Tensor:
         """F⁻¹x (d,) for x (d,)."""
         x64 = check_vector("x", x, self.shape[0], self.device)
-        return torch.cat([part.matvec(x64[columns]) for columns, part in self._parts]).to(x)
+        parts = ((columns, part.matvec(x64[columns])) for columns, part in self._parts)
+        return assemble(self, parts).to(x)
 
     def diagonal(self) -> Tensor:
         """diag(F⁻¹) (d,) in float64, each entry in (0, 1/λ]."""
-        return torch.cat([part.diagonal() for _, part in self._parts])
+        return assemble(self, ((columns, part.diagonal()) for columns, part in self._parts))
 
     def joint_update(self, drop: Any, w: Tensor) -> Tensor:
         """The exact update δ (d,) of the weights w (d,) when those at the indices `drop` are
         removed together: the least ½ δᵀFδ with δ = −w at `drop`."""
         dropped, weights = check_removal(drop, w, self.shape[0], self.device)
-        delta = [
-            part.joint_update(dropped[columns].nonzero()[:, 0], weights[columns])
+        parts = (
+            (columns, part.joint_update(dropped[columns].nonzero()[:, 0], weights[columns]))
             for columns, part in self._parts
-        ]
-        return torch.where(dropped, -weights, torch.cat(delta)).to(w)
+        )
+        return torch.where(dropped, -weights, assemble(self, parts)).to(w)
 
     independent_update = independent_update
 

@@ -22,7 +22,8 @@ import datautils
 import main_optim
 import main_prun
 import models
-from prun import MFACPruner
+import prun
+from prun import MFACPruner, inverse_bytes
 
 SCRIPT = Path(main_prun.__file__)
 TIMES = {name for name in main_prun.COLUMNS if name.endswith("_seconds")}
@@ -654,28 +655,52 @@ def test_runs_to_compare_are_drawn(run):
     assert Path("one.png").read_bytes() != Path("two.png").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("flags", "advice"),
-    [("", "--pages"), ("--pages 64", "--blocksize 128"), ("--pages 64 --ngrads 80", "--blocksize")],
-)
-def test_gradients_that_can_not_fit(run, monkeypatch, flags, advice, capsys):
-    """With the advice it fits, or no advice but fewer gradients is given."""
-    prunable, m = 270_704, 80 if "80" in flags else 40
-    free = 4 * m * prunable * (1.3 if advice == "--pages" else 0.5)
-    monkeypatch.setattr(main_prun, "available_memory", lambda device: free)
-    call = [*(flags or "--ngrads 40").split(), "--npergrad", "1", "--sparsities", "0.5"]
-    call = call if "--ngrads" in call else [*call, "--ngrads", "40"]
-    assert run(*call, "--out", "net") == 2
+def test_gradients_that_can_not_fit(run, monkeypatch, capsys):
+    """With the advice it fits; where none helps, fewer gradients are advised."""
+    monkeypatch.setattr(prun, "BATCH", 8)  # so that blocks take less for so few gradients
+    flags = ["--ngrads", 80, "--sparsities", 0.5, "--out", "net"]
+    d = sum(
+        weight.numel() for weight in models.build("resnet20", 4).parameters() if weight.ndim > 1
+    )
+    full, blocked = (
+        inverse_bytes(80, d, blocksize=size)[torch.device("cpu")] for size in (None, 16)
+    )
+    monkeypatch.setattr(main_prun, "available_memory", lambda device: blocked - 1)
+    assert run(*flags) == 2
+    assert "use fewer --ngrads" in capsys.readouterr().err
+    monkeypatch.setattr(main_prun, "available_memory", lambda device: full - 1)
+    assert run(*flags, "--pages", 64) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1 and "GiB on cpu" in printed.err
     advised = printed.err.split(": use ")[1].split()
-    if advised[0] == "fewer":
-        assert advised == ["fewer", "--ngrads"]
-        return
-    assert advised[0] == advice.split()[0]
-    if "--pages" in call:
-        del call[call.index("--pages") : call.index("--pages") + 2]
-    assert run(*call, *advised, "--out", "net") == 0
+    assert advised == ["--blocksize", "16"]
+    assert run(*flags, *advised) == 0
+
+
+def test_on_a_gpu_pages_are_advised(run, monkeypatch, dataset, checkpoint):
+    args = ["--dataset", dataset, "--checkpoint", checkpoint, "--ngrads", 40, "--out", "net"]
+    parsed = main_prun.build_parser().parse_args(list(map(str, args)))
+    started = main_prun.Run(parsed)
+    started.device = torch.device("cuda")
+    needed = started.bytes_needed(-1, 4)[started.device]
+    free = {"cuda": needed, "cpu": 2**40}
+    monkeypatch.setattr(main_prun, "available_memory", lambda device: free[device.type])
+    with pytest.raises(main_prun.UserError, match="use --pages 4"):
+        started.check_memory()
+
+
+def test_fine_tuning_has_the_memory_of_the_inverse(run, monkeypatch):
+    """And none is needed for the window and the inverse at once."""
+    pruners, tuned = spy(monkeypatch, "recompute", lambda pruner: pruner), []
+    train_epoch = main_prun.train_epoch
+
+    def watched(*args, **options):
+        tuned.append(pruners[-1]._inverse)
+        return train_epoch(*args, **options)
+
+    monkeypatch.setattr(main_prun, "train_epoch", watched)
+    assert run(*RUNS["gradual mfac"].split(), "--out", "net") == 0
+    assert tuned == [None] * 3
 
 
 def test_a_refusal_of_the_pruner_is_a_sentence(run, checkpoint, capsys):

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 import weakref
 
 import mpmath
@@ -178,17 +180,28 @@ def test_right_to_1e_5_or_refused(m, d, size, seed, log_damp, log_scale, kind):
 # --- pages ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("pages", [1, 2, 3, 16, 17, 100, 101])
-def test_any_number_of_pages_gives_the_same_numbers(pages):
+def test_any_number_of_pages_gives_the_same_numbers(tmp_path, pages, copied):
     """m = 10 and d = 101 are divisible by none of them."""
     G, w = torch.randn(10, 101), torch.randn(101, dtype=torch.float64)
     drop = torch.randperm(101)[:60]
-    one, many = PagedInverseFisher(G, 1e-3), PagedInverseFisher(G, 1e-3, pages=pages)
+    np.save(tmp_path / "gradients.npy", G.numpy())
+    source = tmp_path / "gradients.npy" if copied else G
+    one, many = PagedInverseFisher(G, 1e-3), PagedInverseFisher(source, 1e-3, pages=pages)
     assert len(list(many._pages(None))) == pages
     torch.testing.assert_close(many.diagonal(), one.diagonal(), rtol=1e-6, atol=0)
     for method in ("joint_update", "independent_update"):
         expected = getattr(one, method)(drop, w)
         assert relative_error(getattr(many, method)(drop, w), expected) < 1e-6
+
+
+def test_gathered_columns_are_copied_a_tile_at_a_time():
+    G = torch.randn(300, 20_000)
+    fisher, index = PagedInverseFisher(G, 1e-2), torch.arange(0, 20_000, 2)
+    pages = [page for _, page in fisher._pages(index)]
+    assert torch.equal(torch.cat(pages, 1), G[:, ::2])
+    assert max(page.numel() for page in pages) <= prun.TILE
 
 
 @pytest.mark.parametrize("pages", [0, -1, 10, 2.0, None])
@@ -433,7 +446,66 @@ def test_block_sizes_out_of_range_are_refused(size, perbatch):
         BlockedInverseFisher(torch.randn(4, 9), size, perbatch=perbatch)
 
 
-def test_memory_is_known_in_advance():
-    assert inverse_bytes(1024, 270_896) == 4 * 1024 * 270_896 + 32 * 1024**2
-    assert inverse_bytes(1024, 270_896, 128) == (8 * 128 + 4 * prun.BATCH) * 270_896
-    assert inverse_bytes(64, 1000, 128) == inverse_bytes(64, 1000)
+MEASURE = """
+import ctypes, sys, torch
+from prun import MFACPruner, inverse_bytes
+
+def resident(line):
+    with open("/proc/self/status") as status:
+        return next(int(text.split()[1]) * 1024 for text in status if text.startswith(line))
+
+def pruned(d, **options):
+    model = torch.nn.Linear(d, 1, bias=False)
+    loss = lambda model, batch: model.weight @ (batch * torch.randn(d))
+    pruner = MFACPruner(model, [torch.ones(1)] * options["ngrads"], loss=loss, damp=1.0, **options)
+    for target in (0.2, 0.5, 0.9):
+        pruner.prune(target)
+
+d, options = int(sys.argv[1]), eval(sys.argv[2])
+pruned(100, ngrads=10)
+pruned(100, ngrads=10, blocksize=4)
+ctypes.CDLL(None).malloc_trim(0)
+before = resident("VmRSS")
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak begins anew
+pruned(d, **options)
+print(resident("VmHWM") - before, *inverse_bytes(options.pop("ngrads"), d, **options).values())
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs /proc")
+@pytest.mark.parametrize(
+    ("d", "options"),
+    [
+        (150_000, {"ngrads": 256}),
+        (3_000, {"ngrads": 800}),
+        (500_000, {"ngrads": 40, "blocksize": 32}),
+        (100_000, {"ngrads": 128, "blocksize": 64, "perbatch": 2000}),
+        (150_000, {"ngrads": 64, "blocksize": 100}),
+    ],
+)
+def test_memory_is_known_in_advance(d, options):
+    """In a process of its own, from the gradients to the last of several levels."""
+    command = [sys.executable, "-c", MEASURE, str(d), repr(options)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.path.dirname(prun.__file__),
+    }
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    measured, known = map(int, output.stdout.split())
+    assert measured <= known <= 2 * measured + 2**26
+
+
+def test_memory_goes_to_the_device_but_for_the_gradients():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    m, d = 1024, 10**6
+    here = inverse_bytes(m, d)
+    assert here.keys() == {cpu}
+    there = {pages: inverse_bytes(m, d, pages=pages, device="cuda") for pages in (1, 16)}
+    for needed in there.values():
+        assert needed.keys() == {cpu, cuda}
+        assert needed[cpu] > 4 * m * d
+    assert there[1][cuda] > 4 * m * d > there[16][cuda]
+    assert inverse_bytes(m, d, pages=16) == here  # nothing is copied
+    assert inverse_bytes(m, d, blocksize=16)[cpu] < 4 * m * d
