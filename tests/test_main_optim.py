@@ -211,6 +211,17 @@ def test_amp_trains_in_bfloat16_with_float32_weights(run):
 # --- nothing is lost ------------------------------------------------------------------------
 
 
+def test_training_goes_on_from_a_checkpoint(run):
+    """An epoch that changes next to nothing begins and ends where the other run ended."""
+    assert run(*small("sgd")) == 0
+    flags = ["--optim", "sgd", "--lr", "1e-9", "--epochs", "1", "--save", "more.pth"]
+    assert run(*flags, "--checkpoint", "net.pth") == 0
+    one, other = (torch.load(path, weights_only=True) for path in ("net.pth", "more.pth"))
+    for name, weight in one["state_dict"].items():
+        if "running" not in name and "tracked" not in name:  # statistics of batch norm move on
+            torch.testing.assert_close(weight, other["state_dict"][name])
+
+
 @pytest.mark.parametrize("optim", ["sgd", "adam", "mfac"])
 @pytest.mark.parametrize("epochs_before", [1, 2])
 def test_resumed_is_uninterrupted(run, monkeypatch, optim, epochs_before, capsys):
@@ -356,6 +367,7 @@ BAD_FLAGS = [
     ("--epochs", "--epochs"),
     ("--schedule exponential", "exponential"),
     ("--dataset nowhere", "nowhere"),
+    ("--checkpoint nowhere.pth", "There is no checkpoint file nowhere.pth"),
     *(
         (f"--{flag} {value}", f"--{flag}: {value} is not")
         for flag in ("lr", "damp", "drop_by")
