@@ -61,13 +61,15 @@ class OnCpu:
         self._call(name, pointer(D), pointer(t), len(D), rows, t.size // len(D))
         return t
 
-    def update(self, P, A, k, j, damp):
-        P, A, m = P.copy(), A.copy(), len(k)
-        z, health, scratch = np.full(m, np.nan), np.full(2, np.nan), np.full(4 * m, np.nan)
-        matrices = pointer(P), pointer(A), pointer(k)
-        outputs = pointer(z), pointer(health), pointer(scratch)
+    def update(self, P, K, k, j, damp):
+        P, K, z, health = P.copy(), K.copy(), np.full(len(k), np.nan), np.full(3, np.nan)
+        self.update_in_place(P, K, k, j, damp, z, health)
+        return P, K, z, health
+
+    def update_in_place(self, P, K, k, j, damp, z, health):
+        m, scratch = len(k), np.full(4 * len(k), np.nan)
+        matrices, outputs = map(pointer, (P, K, k)), map(pointer, (z, health, scratch))
         self._call("hinv_update_double", *matrices, m, j, ctypes.c_double(damp), *outputs)
-        return P, A, z, health
 
 
 class OnGpu:
@@ -91,11 +93,11 @@ class OnGpu:
         assert self.extension.hinv_mul(rows, D, t) is t
         return t.cpu().numpy()
 
-    def update(self, P, A, k, j, damp):
-        z, health = np.full(len(k), np.nan), np.full(2, np.nan)
-        P, A, k, z, health = self._tensors(P, A, k, z, health)
-        self.extension.hinv_update(P, A, k, j, damp, z, health)
-        return tuple(x.cpu().numpy() for x in (P, A, z, health))
+    def update(self, P, K, k, j, damp):
+        z, health = np.full(len(k), np.nan), np.full(3, np.nan)
+        P, K, k, z, health = self._tensors(P, K, k, z, health)
+        self.extension.hinv_update(P, K, k, j, damp, z, health)
+        return tuple(x.cpu().numpy() for x in (P, K, z, health))
 
 
 FLAGS = {
@@ -200,13 +202,19 @@ def assert_close(actual, expected, tolerance):
 
 
 def window(rng, m, kind):
-    """A and P = A⁻¹ of a window, and the exchange of one of its gradients: k, j."""
+    """K and P = A⁻¹ of a window, and the exchange of one of its gradients: k, j."""
     G = gradients(rng, m + 1, kind)
     new, G = G[m], G[:m]
     j = int(rng.integers(m))
-    A = G @ G.T + m * DAMP[kind] * np.eye(m)
+    K = G @ G.T
+    P = inverse(damped(K, kind))
     G[j] = new
-    return A, inverse(A), G @ new, j
+    return K, P, G @ new, j
+
+
+def damped(K, kind):
+    """A = K + mλI."""
+    return K + len(K) * DAMP[kind] * np.eye(len(K))
 
 
 def inverse(A):
@@ -273,62 +281,81 @@ TOLERANCE = {"ordinary": 1e-13, "parallel": 1e-7}
 @pytest.mark.parametrize("kind", DAMP)
 @pytest.mark.parametrize("m", SIZES)
 def test_update(kernels, m, kind):
-    A_old, P_old, k, j = window(np.random.default_rng(m), m, kind)
-    P, A, z, health = kernels.update(P_old, A_old, k, j, DAMP[kind])
-    expected = A_old.copy()
+    K_old, P_old, k, j = window(np.random.default_rng(m), m, kind)
+    P, K, z, (s, residual, condition) = kernels.update(P_old, K_old, k, j, DAMP[kind])
+    expected = K_old.copy()
     expected[j] = expected[:, j] = k
-    expected[j, j] += m * DAMP[kind]
-    assert (A == expected).all()
+    assert (K == expected).all()
     assert (P == P.T).all()
+    A = damped(K, kind)
     truth = column(A, j)
     assert_close(z, truth, TOLERANCE[kind])
     assert_close(P, inverse(A), TOLERANCE[kind])
     assert_close(P[j], z, 1e-15)
-    assert_close(health[0], 1 / truth[j], TOLERANCE[kind])
-    assert 0 <= health[1] <= TOLERANCE[kind]
+    assert_close(s, 1 / truth[j], TOLERANCE[kind])
+    assert 0 <= residual <= TOLERANCE[kind]
+    assert_close(condition, (np.diag(P) * np.diag(A)).max(), 1e-14)
 
 
 @pytest.mark.parametrize("m", [1, 40, 255])
 def test_update_reports_the_residual_of_what_it_returns(kernels, m):
     rng = np.random.default_rng(m)
-    A, P, k, j = window(rng, m, "ordinary")
+    K, P, k, j = window(rng, m, "ordinary")
     noise = 1 + 1e-3 * rng.normal(size=P.shape)
-    _, A, z, health = kernels.update(P * noise * noise.T, A, k, j, DAMP["ordinary"])
-    residual = np.abs(np.eye(m)[j] - A @ z).max()
-    assert m == 1 or residual > 1e-9  # at m = 1 the old P does not matter
-    assert abs(health[1] - residual) <= 1e-14
+    _, K, z, health = kernels.update(P * noise * noise.T, K, k, j, DAMP["ordinary"])
+    A = damped(K, "ordinary")
+    residual = np.abs(np.eye(m)[j] - A @ z) * np.sqrt(A[j, j] / np.diag(A))
+    assert m == 1 or residual.max() > 1e-9  # at m = 1 the old P does not matter
+    assert abs(health[1] - residual.max()) <= 1e-14
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_small_gradients_count_as_much_as_large_ones(kernels, scale):
+    """A gradient among others of another size is exchanged with the same relative precision."""
+    m, rng = 40, np.random.default_rng(0)
+    K, _, k, j = window(rng, m, "ordinary")
+    sizes = np.where(np.arange(m) % 2, scale, 1.0)
+    K, k = K * sizes * sizes[:, None], k * sizes * sizes[j]
+    damp = 1e-3 * min(1, scale) ** 2
+    shift = m * damp * np.eye(m)
+    P, K, z, (_, residual, _) = kernels.update(inverse(K + shift), K, k, j, damp)
+    A = K + shift
+    units = np.sqrt(np.diag(A))
+    assert 0 <= residual <= 1e-13
+    assert_close(z * units, column(A, j) * units, 1e-13)
+    assert_close(P * units * units[:, None], inverse(A) * units * units[:, None], 1e-13)
 
 
 @pytest.mark.parametrize(("kind", "m"), [("ordinary", 33), ("ordinary", 96), ("parallel", 48)])
 def test_exchanges_in_a_row_stay_as_good_as_a_fresh_inverse(kernels, kind, m):
     rng = np.random.default_rng(m)
     G = gradients(rng, m, kind)
-    A = G @ G.T + m * DAMP[kind] * np.eye(m)
-    P = inverse(A)
+    K = G @ G.T
+    P = inverse(damped(K, kind))
     for step, g in enumerate(gradients(rng, 3 * m, kind)[:, : G.shape[1]]):
         j = step % m
         G[j] = g
-        P, A, z, health = kernels.update(P, A, G @ g, j, DAMP[kind])
-        assert health[1] <= {"ordinary": 1e-14, "parallel": 1e-7}[kind]
+        P, K, z, health = kernels.update(P, K, G @ g, j, DAMP[kind])
+        assert health[1] <= {"ordinary": 1e-13, "parallel": 1e-7}[kind]
     tolerance = {"ordinary": 1e-9, "parallel": 1e-6}[kind]
-    assert_close(A, G @ G.T + m * DAMP[kind] * np.eye(m), 1e-14)
-    assert_close(P, inverse(A), tolerance)
-    assert_close(z, column(A, j), tolerance)
+    assert_close(K, G @ G.T, 1e-14)
+    assert_close(P, inverse(damped(K, kind)), tolerance)
+    assert_close(z, column(damped(K, kind), j), tolerance)
 
 
 @pytest.mark.parametrize("bad", [-1e6, np.nan, np.inf])
 def test_update_without_a_positive_schur_complement_cannot_go_unnoticed(kernels, bad):
-    A, P, k, j = window(np.random.default_rng(0), 40, "ordinary")
+    K, P, k, j = window(np.random.default_rng(0), 40, "ordinary")
     k_bad = k.copy()
     k_bad[j] = bad
-    P, A, z, health = kernels.update(P, A, k_bad, j, DAMP["ordinary"])
+    P, K, z, health = kernels.update(P, K, k_bad, j, DAMP["ordinary"])
     assert not 0 < health[0] < np.inf
     for step in range(2):
         assert np.isnan(P).all()
         assert (z == 0).all()
-        assert np.isnan(health[1])
+        assert np.isnan(health[1:]).all()
         # A good gradient afterwards changes nothing of that: P has to be computed anew.
-        P, A, z, health = kernels.update(P, A, k, (j + step) % 40, DAMP["ordinary"])
+        P, K, z, health = kernels.update(P, K, k, (j + step) % 40, DAMP["ordinary"])
         assert np.isnan(health[0])
 
 
@@ -340,8 +367,9 @@ def everything(kernels, m, dtypes=tuple(PRECISION)):
     for dtype in dtypes:
         yield kernels.setup(N.astype(dtype), np.eye(m, dtype=dtype)).tobytes()
         yield kernels.mul(m, D.astype(dtype), t.astype(dtype)).tobytes()
-    A, P, k, j = window(rng, m, "ordinary")
-    yield [result.tobytes() for result in kernels.update(P, A, k, j, DAMP["ordinary"])]
+    for kind in DAMP:  # with refinement and without
+        K, P, k, j = window(rng, m, kind)
+        yield [result.tobytes() for result in kernels.update(P, K, k, j, DAMP[kind])]
 
 
 @pytest.mark.parametrize("m", [33, 300])
@@ -727,21 +755,21 @@ def test_graph_capture(gpu):
     import torch
 
     m, rng = 300, np.random.default_rng(0)
-    A, P, k, j = (torch.tensor(a, device="cuda") for a in window(rng, m, "ordinary"))
-    start = P.clone(), A.clone()
-    z, health = torch.empty(m, device="cuda", dtype=torch.float64), torch.empty_like(k[:2])
-    gpu.hinv_update(P, A, k, int(j), DAMP["ordinary"], z, health)
-    expected = [x.clone() for x in (P, A, z, health)]
+    K, P, k, j = (torch.tensor(a, device="cuda") for a in window(rng, m, "ordinary"))
+    start = P.clone(), K.clone()
+    z, health = torch.empty(m, device="cuda", dtype=torch.float64), torch.empty_like(k[:3])
+    gpu.hinv_update(P, K, k, int(j), DAMP["ordinary"], z, health)
+    expected = [x.clone() for x in (P, K, z, health)]
     row = int(j)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         P.copy_(start[0])
-        A.copy_(start[1])
-        gpu.hinv_update(P, A, k, row, DAMP["ordinary"], z, health)
-    for x in (P, A, z, health):
+        K.copy_(start[1])
+        gpu.hinv_update(P, K, k, row, DAMP["ordinary"], z, health)
+    for x in (P, K, z, health):
         x.zero_()
     graph.replay()
-    assert all(torch.equal(x, y) for x, y in zip((P, A, z, health), expected, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip((P, K, z, health), expected, strict=True))
 
 
 @pytest.mark.cuda
@@ -753,7 +781,7 @@ def test_arguments_are_checked(gpu):
 
     def update(j=0, damp=1e-3, z=None, health=None):
         z = vector.clone() if z is None else z
-        health = vector[:2].clone() if health is None else health
+        health = vector[:3].clone() if health is None else health
         gpu.hinv_update(big, big.clone(), vector, j, damp, z, health)
 
     for message, call in [
@@ -770,7 +798,7 @@ def test_arguments_are_checked(gpu):
         ("rows is 5", lambda: gpu.hinv_mul(5, matrix, t)),
         ("t has shape", lambda: gpu.hinv_mul(4, matrix, t[:3])),
         ("t has shape", lambda: gpu.hinv_mul(4, matrix, t[None, None])),
-        ("P is Float", lambda: gpu.hinv_update(matrix, matrix, t, 0, 1e-3, t, t[:2])),
+        ("P is Float", lambda: gpu.hinv_update(matrix, matrix, t, 0, 1e-3, t, t[:3])),
         ("j is 4", lambda: update(j=4)),
         ("damp is 0", lambda: update(damp=0.0)),
         ("health has shape", lambda: update(health=vector.clone())),
