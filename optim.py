@@ -215,8 +215,8 @@ class IncrementalCoefficients:
         s = k[j] + len(k) * self.damp - kk @ u  # Schur complement; s ≥ mλ
         u[j] = -1
         # P − p pᵀ/p_j + u uᵀ/s in one sweep; equal factors on both sides keep P symmetric.
-        U = torch.stack([p / p[j].sqrt(), u / s.sqrt()], dim=1)
-        self.P.addmm_(U * U.new_tensor([-1.0, 1.0]), U.T)
+        down, up = p / p[j].sqrt(), u / s.sqrt()
+        self.P.addmm_(torch.stack([-down, up], dim=1), torch.stack([down, up]))
         z = -u / s
         self.P[j] = self.P[:, j] = z  # rounding leaves as much as p_j, which may be far larger
         return z

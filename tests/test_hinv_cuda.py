@@ -3,6 +3,7 @@
 Arrays are numpy's, so that the same cases run in a process without torch: the sanitizers need one.
 """
 
+import copy
 import ctypes
 import json
 import os
@@ -10,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from functools import cache
 from pathlib import Path
 
@@ -143,9 +145,12 @@ def gpu():
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    import optim
     import setup_cuda
 
-    return setup_cuda.load()
+    extension = setup_cuda.load()
+    optim._extension.cache_clear()  # it may have looked before
+    return extension
 
 
 @pytest.fixture(
@@ -357,6 +362,82 @@ def test_update_without_a_positive_schur_complement_cannot_go_unnoticed(kernels,
         # A good gradient afterwards changes nothing of that: P has to be computed anew.
         P, K, z, health = kernels.update(P, K, k, (j + step) % 40, DAMP["ordinary"])
         assert np.isnan(health[0])
+
+
+class Extension:
+    """hinv_cuda as optim.py calls it, for tensors on the CPU."""
+
+    def __init__(self, kernels):
+        self.kernels, self.calls = kernels, 0
+
+    def hinv_setup(self, tmp, coef):
+        self.calls += 1
+        coef.numpy()[:] = self.kernels.setup(tmp.numpy(), coef.numpy())
+
+    def hinv_update(self, P, K, k, j, damp, z, health):
+        self.calls += 1
+        P, K, k, z, health = (x.numpy() for x in (P, K, k, z, health))
+        self.kernels.update_in_place(P, K, k, j, damp, z, health)
+
+
+@needs_gxx
+@pytest.mark.parametrize("kind", DAMP)
+@pytest.mark.parametrize("coefficients", ["incremental", "paper"])
+def test_the_optimizer_takes_the_kernels(library, monkeypatch, coefficients, kind):
+    """The same results as torch operations, in a window that is filled, exchanged, refactored,
+    damped anew, and given a gradient that is not finite; checks are read late, as on a GPU."""
+    torch = pytest.importorskip("torch")
+    import optim
+
+    m = 12
+    G = torch.tensor(gradients(np.random.default_rng(0), 3 * m, kind), dtype=torch.float32)
+    plain = optim.DynamicInverseFisher(m, G.shape[1], DAMP[kind], coefficients=coefficients)
+    fisher = copy.deepcopy(plain)
+    fisher.lazy = True
+    extension = Extension(OnCpu(library("plain")))
+    used = {True: lambda device: extension, False: lambda device: None}
+    for i, g in enumerate(G):
+        results = []
+        for one in (plain, fisher):
+            monkeypatch.setattr(optim, "cuda_kernels", used[one is fisher])
+            if i == 20:
+                one.damp = 2 * DAMP[kind]
+            results.append(one.update_matvec(g))
+            if one is fisher and i == 15:
+                one.update(g * torch.nan)
+        if fisher.accepted == 1:  # while it does not know yet how parallel they are, it waits
+            torch.testing.assert_close(
+                *results, rtol=1e-4, atol=1e-4 * float(results[0].abs().max())
+            )
+        else:
+            assert i < 3 and kind == "parallel"
+        if i == 15:
+            with pytest.raises(optim.NonFiniteGradientError):
+                fisher.settle()
+    assert extension.calls >= 3 * m - 4
+
+
+def test_which_way_the_coefficients_go_is_logged_once(monkeypatch, caplog):
+    pytest.importorskip("torch")
+    import torch
+
+    import optim
+
+    caplog.set_level("DEBUG", logger="optim")
+    try:
+        for installed in (None, types.SimpleNamespace(__file__="there")):
+            monkeypatch.setitem(sys.modules, "hinv_cuda", installed)
+            optim._extension.cache_clear()
+            assert optim.cuda_kernels(torch.device("cpu")) is None
+            for _ in range(2):
+                assert optim.cuda_kernels(torch.device("cuda")) is installed
+    finally:
+        optim._extension.cache_clear()
+    ways = [record.message.split(":")[0] for record in caplog.records]
+    assert ways == [
+        "the (m, m) side runs on torch operations",
+        "the (m, m) side runs on the kernels of there",
+    ]
 
 
 def everything(kernels, m, dtypes=tuple(PRECISION)):
@@ -806,3 +887,71 @@ def test_arguments_are_checked(gpu):
     ]:
         with pytest.raises(RuntimeError, match=message):
             call()
+
+
+def trained(torch, device, steps=20, **options):
+    """Weights after steps of MFAC on a small network, the optimizer, and what makes a step."""
+    import optim
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+    inputs, targets = torch.randn(steps, 12, 8), torch.randint(3, (steps, 12))
+    model, inputs, targets = model.to(device), inputs.to(device), targets.to(device)
+    optimizer = optim.MFAC(
+        model.parameters(), lr=0.05, momentum=0.9, ngrads=6, damp=1e-2, **options
+    )
+
+    def step(i):
+        optimizer.zero_grad(set_to_none=False)
+        torch.nn.functional.cross_entropy(model(inputs[i]), targets[i]).backward()
+        optimizer.step()
+
+    for i in range(steps - 1):
+        step(i)
+    return list(model.parameters()), optimizer, lambda: step(steps - 1)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("coefficients", ["incremental", "paper"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_step_on_the_gpu_is_that_on_the_cpu_and_waits_for_nothing(gpu, coefficients, masked):
+    import torch
+
+    options = {"coefficients": coefficients}
+    if masked:
+        generator = torch.Generator().manual_seed(1)
+        shapes = ((16, 8), (16,), (3, 16), (3,))
+        options["sparse"] = [torch.rand(s, generator=generator) > 0.5 for s in shapes]
+    expected, _, step = trained(torch, "cpu", **options)
+    step()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        weights, optimizer, step = trained(torch, "cuda", **options)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert optimizer.skipped_steps == 0
+        for p, reference in zip(weights, expected, strict=True):
+            torch.testing.assert_close(p.cpu(), reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.cuda
+def test_graph_capture_of_a_step(gpu):
+    import torch
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        weights, optimizer, step = trained(torch, "cuda")
+        optimizer.fisher.settle()
+        twin, _, twin_step = trained(torch, "cuda")
+        graph = torch.cuda.CUDAGraph()
+        before = [p.detach().clone() for p in weights]
+        with torch.cuda.graph(graph, stream=stream):
+            step()
+        for p, value in zip(weights, before, strict=True):
+            assert torch.equal(p, value)  # captured, not run
+        graph.replay()
+        twin_step()
+        for p, other in zip(weights, twin, strict=True):
+            torch.testing.assert_close(p, other)

@@ -969,7 +969,7 @@ def test_the_condition_limit_separates_the_types():
         fisher = DynamicInverseFisher(6, 40, 1e-3, coefficients=way)
         for g in G:
             fisher.update(g)
-        conditions.append(fisher.coefficients.condition())
+        conditions.append(float(fisher.coefficients.condition()))
     assert conditions[0] == pytest.approx(conditions[1], rel=1e-9)
     P = torch.linalg.inv(6e-3 * torch.eye(6).double() + G.double() @ G.double().T)
     A = torch.linalg.inv(P)
