@@ -30,6 +30,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import datautils
@@ -256,6 +257,11 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("step", "linear", "cosine"),
         help="of the learning rate: the steps of --drop_at (default), or falling to zero",
     )
+    text = (
+        "what is tested and saved is a moving average of the weights, with this share of the old "
+    )
+    text += "average a step"
+    add("--ema", type=FRACTION, metavar="DECAY", help=text)
     text = "epochs after which it drops; default: 50%% and 75%% of all"
     add("--drop_at", type=COUNT, nargs="+", metavar="EPOCH", help=text)
     add("--drop_by", type=FACTOR, help="the factor of a drop; default: 0.1")
@@ -353,7 +359,7 @@ def note(message: str) -> None:
 class Run:
     """A training run: all that a step needs, and the files that keep it."""
 
-    STATEFUL = ("model", "optimizer", "scheduler")
+    STATEFUL = ("model", "optimizer", "scheduler", "tested")
 
     def __init__(self, args: argparse.Namespace):
         """Begins a run or goes on with a saved one. Whatever can be checked is checked here, and
@@ -386,6 +392,13 @@ class Run:
             models.load_checkpoint(model, settings["checkpoint"])
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, settings, self.device)
+        self.tested = self.model  # and saved
+        if "ema" in settings:
+            average = get_ema_multi_avg_fn(settings["ema"])
+            self.tested = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+            self.optimizer.register_step_post_hook(
+                lambda *_: self.tested.update_parameters(self.model)
+            )
         factor = learning_rate_factor(settings, len(self.train_loader))
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.history = []  # a dict an epoch, the rows of the CSV
@@ -449,7 +462,7 @@ class Run:
             row = {"epoch": epoch + 1, "lr": float(self.optimizer.param_groups[0]["lr"])}
             parts = self.model, self.train_loader, self.optimizer, self.scheduler
             row |= train_epoch(*parts, title=title, **how)
-            loss, accuracy = evaluate(self.model, self.test_loader, **how)
+            loss, accuracy = evaluate(self.tested, self.test_loader, **how)
             row |= {"test_loss": loss, "test_accuracy": accuracy}
             self.save_state([*self.history, row])
             self.history.append(row)
@@ -472,7 +485,7 @@ class Run:
 
     def save_results(self) -> None:
         """Writes the model, on the CPU and in plain memory order, and the CSV."""
-        weights = self.model.state_dict()
+        weights = getattr(self.tested, "module", self.tested).state_dict()
         model = {
             "state_dict": {name: weight.cpu().contiguous() for name, weight in weights.items()},
             "model": self.settings["model"],
