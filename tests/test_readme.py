@@ -30,7 +30,7 @@ def shortened(call, dataset):
     """A call of a script as an argument list: a few gradients of small images, one epoch."""
     words = shlex.split(call.split(" > ")[0].replace("DATASET", str(dataset)))
     fewer = ["--epochs", "1"] if "main_optim" in words[0] else []
-    if "main_prun" in words[0] and "--ngrads" in words:
+    if "main_prun" in words[0] and "mfac" in words:
         fewer = ["--ngrads", "8"]
     return [str(ROOT / words[0]), *words[1:], *fewer]
 
