@@ -864,13 +864,14 @@ class MFACPruner(MagnitudePruner):
         """Collects gradients at the present weights, other samples each time, and inverts F."""
         self.apply_masks()
         base = self._weights()
-        self._invert(base, self.recomputations)
+        self._invert(base, self.masks, self.recomputations)
         self.recomputations += 1
-        self._base = self._written = base
+        self._base, self._base_masks, self._written = base, self.masks, base
 
     def release(self) -> None:
         """Forgets F⁻¹ and frees its memory, as before fine-tuning; the next pruning recomputes."""
         self._base: dict[str, Tensor] = {}  # weights at the last recomputation
+        self._base_masks: dict[str, Tensor] = {}  # and masks: a weight alive may happen to be 0
         self._written: dict[str, Tensor] = {}  # weights as the pruner left them
         self._index: dict[str, Tensor] = {}  # of the weights alive in each parameter, flattened
         self._inverse: PagedInverseFisher | BlockedInverseFisher | None = None
@@ -878,15 +879,20 @@ class MFACPruner(MagnitudePruner):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model's own state, saved at the same time. F⁻¹ is
         computed again from it, at the weights of the last recomputation if they still count."""
-        base = dict(self._base) if self._unchanged() else {}
-        return {**super().state_dict(), "recomputations": self.recomputations, "base": base}
+        state = {**super().state_dict(), "recomputations": self.recomputations}
+        counts = self._unchanged()
+        state["base"] = dict(self._base) if counts else {}
+        state["base_masks"] = dict(self._base_masks) if counts else {}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state; load the model's own state before."""
         if state["base"]:
             self._check_fit("weights", state["base"])
+            self._check_fit("masks", state["base_masks"])
         super().load_state_dict(state)
-        self.recomputations, self._base = state["recomputations"], state["base"]
+        self.recomputations = state["recomputations"]
+        self._base, self._base_masks = state["base"], state["base_masks"]
         self._written, self._inverse = self._weights(), None
 
     def _prepare(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -894,9 +900,9 @@ class MFACPruner(MagnitudePruner):
         if not self._unchanged():
             self.recompute()
         elif self._inverse is None:  # resumed
-            self._invert(self._base, self.recomputations - 1)
+            self._invert(self._base, self._base_masks, self.recomputations - 1)
         rho = self._alive(self._base).double().square() / (2 * self._inverse.diagonal().cpu())
-        return {name: w != 0 for name, w in self._base.items()}, self._full(rho)
+        return self._base_masks, self._full(rho)
 
     def _adjust(self, masks: dict[str, Tensor]) -> None:
         """Updates the weights that stay."""
@@ -933,11 +939,11 @@ class MFACPruner(MagnitudePruner):
             )
         }
 
-    def _invert(self, base: dict[str, Tensor], number: int) -> None:
+    def _invert(self, base: dict[str, Tensor], masks: dict[str, Tensor], number: int) -> None:
         """Collects the gradients of recomputation `number` at the weights `base`, and inverts F
-        for those alive."""
+        for those alive by `masks`."""
         self._inverse = None  # not two sets of gradients at once
-        self._index = {name: w.cpu().flatten().nonzero()[:, 0] for name, w in base.items()}
+        self._index = {name: mask.cpu().flatten().nonzero()[:, 0] for name, mask in masks.items()}
         d = sum(map(len, self._index.values()))
         if d == 0:
             raise ValueError("All weights are pruned; there is no Fisher matrix to invert")

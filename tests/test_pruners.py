@@ -371,6 +371,30 @@ def test_a_weight_that_came_back_is_pruned_again(make):
     assert zeros(pruner) == round(0.6 * 896)
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_weights_that_are_alive_but_zero_go_first(make, pattern, resumed):
+    """They were set to zero, or too small for their type; the masks say which are pruned."""
+    model = network()
+    options = {"data": [samples(4)[:] for _ in range(20)]} if make in MFAC_PRUNERS else {}
+    pruner = make(model, pattern=pattern, **options)
+    pruner.prune(0.3)
+    before = pruner.masks
+    with torch.no_grad():
+        model[0].weight.zero_()
+    if resumed:
+        pruner.prune(0.31)
+        states, model = (model.state_dict(), pruner.state_dict()), network()
+        pruner = make(model, pattern=pattern, **options)
+        model.load_state_dict(states[0])
+        pruner.load_state_dict(states[1])
+    masks = pruner.prune(0.35)
+    assert pruner.sparsity == round(0.35 * 896) / 896
+    assert torch.equal(masks["6.weight"], before["6.weight"])
+    if pattern == "2:4":
+        assert all((along_input(mask).sum(1) >= 2).all() for mask in masks.values())
+
+
 def test_more_pages_than_weights_left_are_no_problem():
     pruner = mfac(network(), ngrads=5, pages=800)
     pruner.prune(0.5)
