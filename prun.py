@@ -206,24 +206,35 @@ def check_removal(drop: Any, w: Tensor, d: int, device: torch.device) -> tuple[T
 # --- the inverse Fisher ---------------------------------------------------------------------------
 
 
-def assemble(fisher: Any, parts: Iterable[tuple[slice, Tensor]]) -> Tensor:
-    """A vector (d,) in float64 from [(columns, values)]. Each is copied before the next is made,
-    as small tensors that stay between large ones that go would fragment the memory."""
-    x = torch.empty(fisher.shape[0], dtype=torch.float64, device=fisher.device)
-    for columns, values in parts:
-        x[columns] = values
-    return x
+class StaticInverseFisher:
+    """What both forms share: the updates, of which each knows its own `_joint_update`."""
+
+    shape: tuple[int, int]
+    device: torch.device
+
+    def joint_update(self, drop: Any, w: Tensor) -> Tensor:
+        """The exact update δ (d,) of the weights w (d,) when those at the indices `drop` are
+        removed together: the least ½ δᵀFδ with δ = −w at `drop`."""
+        dropped, weights = check_removal(drop, w, self.shape[0], self.device)
+        return torch.where(dropped, -weights, self._joint_update(dropped, weights)).to(w)
+
+    def independent_update(self, drop: Any, w: Tensor) -> Tensor:
+        """The paper's update δ (d,) of the weights w (d,) when those at the indices `drop` are
+        removed, each as if alone: δ = −F⁻¹ Σᵢ eᵢwᵢ/[F⁻¹]ᵢᵢ, and then δ = −w at `drop`."""
+        dropped, weights = check_removal(drop, w, self.shape[0], self.device)
+        delta = -self.matvec(torch.where(dropped, weights / self.diagonal(), 0))
+        return torch.where(dropped, -weights, delta).to(w)
+
+    def _assemble(self, parts: Iterable[tuple[slice, Tensor]]) -> Tensor:
+        """A vector (d,) in float64 from [(columns, values)]. Each is copied before the next is
+        made, as small tensors that stay between large ones that go would fragment the memory."""
+        x = torch.empty(self.shape[0], dtype=torch.float64, device=self.device)
+        for columns, values in parts:
+            x[columns] = values
+        return x
 
 
-def independent_update(self, drop: Any, w: Tensor) -> Tensor:
-    """The paper's update δ (d,) of the weights w (d,) when those at the indices `drop` are removed,
-    each as if it were alone: δ = −F⁻¹ Σᵢ eᵢwᵢ/[F⁻¹]ᵢᵢ, and then δ = −w at `drop`."""
-    dropped, weights = check_removal(drop, w, self.shape[0], self.device)
-    delta = -self.matvec(torch.where(dropped, weights / self.diagonal(), 0))
-    return torch.where(dropped, -weights, delta).to(w)
-
-
-class PagedInverseFisher:
+class PagedInverseFisher(StaticInverseFisher):
     """F⁻¹ for F = λI + (1/m) GᵀG and gradients G (m, d) that stay where they are.
 
     G is read by pages of columns and never written: twice to build F⁻¹ and its diagonal, whatever
@@ -287,15 +298,11 @@ class PagedInverseFisher:
             self._diagonal = (1 - c) / self.damp
         return self._diagonal.clone()
 
-    def joint_update(self, drop: Any, w: Tensor) -> Tensor:
-        """The exact update δ (d,) of the weights w (d,) when those at the indices `drop` are
-        removed together, by (4): the least ½ δᵀFδ with δ = −w at `drop`."""
-        dropped, weights = check_removal(drop, w, self.shape[0], self.device)
+    def _joint_update(self, dropped: Tensor, weights: Tensor) -> Tensor:
+        """δ_R of (4), R = those not dropped."""
         b = self._times(torch.where(dropped, weights, 0))
         z = self._solve(self._kept_factor(dropped), b, kept=~dropped)
-        return torch.where(dropped, -weights, self._transposed_times(z)).to(w)
-
-    independent_update = independent_update
+        return self._transposed_times(z)
 
     # --- the (m, m) side
 
@@ -366,7 +373,7 @@ class PagedInverseFisher:
         inverse_L = self._inverse_L.to(self.dtype)
         with full_precision(self.device):
             tiles = self._tiles(self.dtype)
-            return assemble(self, ((columns, leverage(inverse_L, tile)) for columns, tile in tiles))
+            return self._assemble((columns, leverage(inverse_L, tile)) for columns, tile in tiles)
 
     def _times(self, x: Tensor) -> Tensor:
         """Gx (m,) in float64."""
@@ -375,7 +382,7 @@ class PagedInverseFisher:
     def _transposed_times(self, y: Tensor) -> Tensor:
         """Gᵀy (d,) in float64."""
         tiles = self._tiles(torch.float64)
-        return assemble(self, ((columns, y @ tile) for columns, tile in tiles))
+        return self._assemble((columns, y @ tile) for columns, tile in tiles)
 
     def _tiles(
         self, dtype: torch.dtype, index: Tensor | None = None
@@ -454,7 +461,7 @@ class DenseBlocks:
         return -(self.V @ torch.cholesky_solve(removed, torch.linalg.cholesky(V_QQ))).flatten()
 
 
-class BlockedInverseFisher:
+class BlockedInverseFisher(StaticInverseFisher):
     """F⁻¹ for F = λI + (1/m) GᵀG, of which only blocks of b x b on the diagonal are kept.
 
     With b ≤ m each block of F is formed and inverted, O(b²m + b³), else it is a PagedInverseFisher
@@ -506,23 +513,17 @@ class BlockedInverseFisher:
         """F⁻¹x (d,) for x (d,)."""
         x64 = check_vector("x", x, self.shape[0], self.device)
         parts = ((columns, part.matvec(x64[columns])) for columns, part in self._parts)
-        return assemble(self, parts).to(x)
+        return self._assemble(parts).to(x)
 
     def diagonal(self) -> Tensor:
         """diag(F⁻¹) (d,) in float64, each entry in (0, 1/λ]."""
-        return assemble(self, ((columns, part.diagonal()) for columns, part in self._parts))
+        return self._assemble((columns, part.diagonal()) for columns, part in self._parts)
 
-    def joint_update(self, drop: Any, w: Tensor) -> Tensor:
-        """The exact update δ (d,) of the weights w (d,) when those at the indices `drop` are
-        removed together: the least ½ δᵀFδ with δ = −w at `drop`."""
-        dropped, weights = check_removal(drop, w, self.shape[0], self.device)
-        parts = (
+    def _joint_update(self, dropped: Tensor, weights: Tensor) -> Tensor:
+        return self._assemble(
             (columns, part.joint_update(dropped[columns].nonzero()[:, 0], weights[columns]))
             for columns, part in self._parts
         )
-        return torch.where(dropped, -weights, assemble(self, parts)).to(w)
-
-    independent_update = independent_update
 
     def _layout(self, perbatch: int) -> list[slice]:
         """The columns of each batch of blocks; a smaller last block is a batch of its own."""
