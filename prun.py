@@ -464,9 +464,10 @@ class DenseBlocks:
 class BlockedInverseFisher(StaticInverseFisher):
     """F⁻¹ for F = λI + (1/m) GᵀG, of which only blocks of b x b on the diagonal are kept.
 
-    With b ≤ m each block of F is formed and inverted, O(b²m + b³), else it is a PagedInverseFisher
-    of its own, O(m²b + m³). The former needs no G: gradients are added up as they come, to 8·d·b
-    bytes on `device` in all.
+    A block of at most m weights is formed and inverted, O(b²m + b³), a larger one is a
+    PagedInverseFisher of its own, O(m²b + m³). The former needs no G: gradients are added up as
+    they come, to 8·d·b bytes on `device` in all. Of a mapped file, all that was read may stay in
+    memory until the system wants it.
 
     Args:
         grads: G (m, d) as a tensor or array, or the path of a .npy file; or anything else that can
@@ -502,8 +503,7 @@ class BlockedInverseFisher(StaticInverseFisher):
         if stored and b > len(grads):
             self.shape = (grads.shape[1], grads.shape[1])
             self._parts = [
-                (columns, PagedInverseFisher(grads[:, columns], damp, device=device))
-                for columns in self._layout(perbatch=1)
+                (columns, self._whole(grads[:, columns])) for columns in self._layout(perbatch=1)
             ]
         else:
             sums, m = self._sum(grads.split(BATCH) if stored else grads)
@@ -524,6 +524,13 @@ class BlockedInverseFisher(StaticInverseFisher):
             (columns, part.joint_update(dropped[columns].nonzero()[:, 0], weights[columns]))
             for columns, part in self._parts
         )
+
+    def _whole(self, grads: Tensor) -> StaticInverseFisher:
+        """F⁻¹ of one block."""
+        m, b = grads.shape
+        if b > m:
+            return PagedInverseFisher(grads, self.damp, device=self.device)
+        return BlockedInverseFisher(grads, b, self.damp, device=self.device)
 
     def _layout(self, perbatch: int) -> list[slice]:
         """The columns of each batch of blocks; a smaller last block is a batch of its own."""

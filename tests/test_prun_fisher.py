@@ -300,7 +300,22 @@ def test_gradients_may_come_in_any_portions_in_memory_that_is_used_again():
 def test_the_form_with_fewer_operations_is_taken():
     G = torch.randn(10, 64)
     assert isinstance(BlockedInverseFisher(G, 10)._parts[0][1], prun.DenseBlocks)
-    assert isinstance(BlockedInverseFisher(G, 11)._parts[0][1], PagedInverseFisher)
+    parts = [part for _, part in BlockedInverseFisher(G, 11)._parts]
+    assert all(isinstance(part, PagedInverseFisher) for part in parts[:-1])
+    assert isinstance(parts[-1], BlockedInverseFisher)  # of 64 - 5 x 11 = 9 weights
+
+
+@pytest.mark.parametrize("d", [20, 85])
+def test_a_block_size_above_the_number_of_gradients_says_nothing_of_smaller_blocks(d):
+    """Below, λ is too small for the (m, m) form of 20 weights."""
+    G, damp = torch.randn(64, d), 1e-7
+    G[:, -20:] *= 1e4
+    size = 65
+    inverse = torch.linalg.inv(block_diagonal(dense_fisher(G, damp), size))
+    with pytest.raises(ValueError, match="too small"):
+        PagedInverseFisher(G[:, -20:], damp).diagonal()
+    diagonal = BlockedInverseFisher(G, size, damp).diagonal()
+    torch.testing.assert_close(diagonal, inverse.diagonal(), rtol=1e-5, atol=0)
 
 
 def test_no_gradient_matrix_is_ever_held():
