@@ -149,6 +149,20 @@ def leverage(inverse_L: Tensor, tile: Tensor) -> Tensor:
 # --- arguments ------------------------------------------------------------------------------------
 
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+IN_FLOATS = "as a dense tensor in a floating point of 16 to 64 bits"
+
+
+def is_real(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype in FLOATS and x.layout == torch.strided
+
+
+def kind(x: Any) -> str:
+    """What x is, for messages."""
+    shape = f" of {x.dtype} {tuple(x.shape)}" if hasattr(x, "dtype") else ""
+    return type(x).__name__ + shape
+
+
 def as_matrix(grads: Any) -> tuple[Tensor, mmap.mmap | None]:
     """The gradients (m, d) as a tensor on the same memory, and the file mapping if that is one."""
     if isinstance(grads, (str, PathLike)):
@@ -162,9 +176,8 @@ def as_matrix(grads: Any) -> tuple[Tensor, mmap.mmap | None]:
         with warnings.catch_warnings():  # of arrays that are read-only; nothing here writes
             warnings.simplefilter("ignore", UserWarning)
             grads = torch.from_numpy(grads)
-    if not (isinstance(grads, Tensor) and grads.is_floating_point() and grads.ndim == 2):
-        kind = f"{grads.dtype} {tuple(grads.shape)}" if hasattr(grads, "dtype") else type(grads)
-        raise ValueError(f"Expected gradients (m, d) in floating point, got {kind}")
+    if not (is_real(grads) and grads.ndim == 2):
+        raise ValueError(f"Expected gradients (m, d) {IN_FLOATS}, got {kind(grads)}")
     if 0 in grads.shape:
         raise ValueError(f"Expected at least one gradient of one weight, got {tuple(grads.shape)}")
     return grads.detach(), mapping
@@ -185,11 +198,22 @@ def check_integer(name: str, value: int, largest: int | None = None) -> int:
 
 def check_vector(name: str, x: Tensor, d: int, device: torch.device) -> Tensor:
     """x (d,) in float64 on the device."""
-    if x.shape != (d,):
-        raise ValueError(f"Expected {name} of shape ({d},), got {tuple(x.shape)}")
+    if not (is_real(x) and x.shape == (d,)):
+        raise ValueError(f"Expected {name} of shape ({d},) {IN_FLOATS}, got {kind(x)}")
     if not bool(x.isfinite().all()):
         raise ValueError(f"Expected finite numbers in {name}, got NaN or Inf")
     return x.detach().to(device, torch.float64)
+
+
+def like(x: Tensor, result: Tensor) -> Tensor:
+    """The result in the type of x and where x is."""
+    fitted = result.to(x)
+    if not bool(fitted.isfinite().all()):
+        raise ValueError(
+            f"Results of up to {float(result.abs().max()):.3g} do not fit {x.dtype}; use float32 "
+            "or float64, or a higher damp"
+        )
+    return fitted
 
 
 def check_removal(drop: Any, w: Tensor, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -216,14 +240,15 @@ class StaticInverseFisher:
         """The exact update δ (d,) of the weights w (d,) when those at the indices `drop` are
         removed together: the least ½ δᵀFδ with δ = −w at `drop`."""
         dropped, weights = check_removal(drop, w, self.shape[0], self.device)
-        return torch.where(dropped, -weights, self._joint_update(dropped, weights)).to(w)
+        delta = self._joint_update(dropped, weights)
+        return like(w, torch.where(dropped, -weights, delta))
 
     def independent_update(self, drop: Any, w: Tensor) -> Tensor:
         """The paper's update δ (d,) of the weights w (d,) when those at the indices `drop` are
         removed, each as if alone: δ = −F⁻¹ Σᵢ eᵢwᵢ/[F⁻¹]ᵢᵢ, and then δ = −w at `drop`."""
         dropped, weights = check_removal(drop, w, self.shape[0], self.device)
         delta = -self.matvec(torch.where(dropped, weights / self.diagonal(), 0))
-        return torch.where(dropped, -weights, delta).to(w)
+        return like(w, torch.where(dropped, -weights, delta))
 
     def _assemble(self, parts: Iterable[tuple[slice, Tensor]]) -> Tensor:
         """A vector (d,) in float64 from [(columns, values)]. Each is copied before the next is
@@ -286,7 +311,7 @@ class PagedInverseFisher(StaticInverseFisher):
         if not error * x64.norm() <= RESOLVABLE * left.norm():
             self._to_float64()
             return self.matvec(x)
-        return (left / self.damp).to(x)
+        return like(x, left / self.damp)
 
     def diagonal(self) -> Tensor:
         """diag(F⁻¹) (d,) in float64, each entry in (0, 1/λ], by (2)."""
@@ -513,7 +538,7 @@ class BlockedInverseFisher(StaticInverseFisher):
         """F⁻¹x (d,) for x (d,)."""
         x64 = check_vector("x", x, self.shape[0], self.device)
         parts = ((columns, part.matvec(x64[columns])) for columns, part in self._parts)
-        return self._assemble(parts).to(x)
+        return like(x, self._assemble(parts))
 
     def diagonal(self) -> Tensor:
         """diag(F⁻¹) (d,) in float64, each entry in (0, 1/λ]."""

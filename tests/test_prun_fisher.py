@@ -416,7 +416,9 @@ def test_what_is_kept_may_be_tiny_beside_what_goes(fraction):
         ([0.5], torch.ones(60), "indices below 60"),
         (torch.ones(60, dtype=torch.bool), torch.ones(60), "indices below 60"),
         ([[0, 1]], torch.ones(60), "indices below 60"),
-        ([0], torch.ones(59), r"w of shape \(60,\), got \(59,\)"),
+        ([0], torch.ones(59), r"w of shape \(60,\) .* got Tensor of torch.float32 \(59,\)"),
+        ([0], torch.ones(60, dtype=torch.int64), "floating point .* got Tensor of torch.int64"),
+        ([0], torch.ones(60, dtype=torch.complex64), "floating point .* got Tensor of torch.compl"),
         ([0], torch.full((60,), float("nan")), "finite numbers in w"),
     ],
 )
@@ -425,6 +427,15 @@ def test_indices_and_weights_that_do_not_fit_are_refused(fisher, drop, w, messag
     for update in (fisher.joint_update, fisher.independent_update):
         with pytest.raises(ValueError, match=message):
             update(drop, w)
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_results_that_their_type_cannot_hold_are_refused(fisher):
+    fisher = FISHERS[fisher][0](torch.randn(20, 60), 1e-3)
+    x = (500 * torch.randn(60)).half()
+    with pytest.raises(ValueError, match=r"up to .* do not fit torch\.float16; use float32"):
+        fisher.matvec(x)
+    assert relative_error(fisher.matvec(x.float()), fisher.matvec(x.double())) < 1e-6
 
 
 # --- arguments ------------------------------------------------------------------------------------
