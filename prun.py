@@ -31,6 +31,7 @@ Information", NeurIPS 2021, arXiv 2107.03356, sections 3.1 (static algorithm) an
 """
 
 import mmap
+import numbers
 import re
 import time
 import warnings
@@ -184,9 +185,14 @@ def as_matrix(grads: Any) -> tuple[Tensor, mmap.mmap | None]:
 
 
 def check_damp(damp: float) -> float:
-    if not 0.0 < damp < float("inf"):
-        raise ValueError(f"Invalid damp: {damp}; it must be positive and finite")
-    return damp
+    if not (
+        isinstance(damp, numbers.Real) and 0.0 < damp < float("inf") and 1.0 / damp < float("inf")
+    ):
+        raise ValueError(
+            f"Invalid damp: {damp!r}; it must be a positive, finite number, and 1/damp finite too: "
+            "1e-5 is a good start"
+        )
+    return float(damp)
 
 
 def check_integer(name: str, value: int, largest: int | None = None) -> int:
@@ -601,13 +607,13 @@ class Pattern:
     @staticmethod
     def parse(name: str) -> "Pattern":
         """From "unstructured", "N:M" (at most N nonzeros of M) or "Bx1" (all B zero or none)."""
-        numbers = [int(n) for n in re.findall(r"\d+", name)]
+        sizes = [int(n) for n in re.findall(r"\d+", name)]
         if name == "unstructured":
             return Pattern()
-        if re.fullmatch(r"\d+:\d+", name) and 0 < numbers[0] < numbers[1]:
-            return Pattern(kept=numbers[0], group=numbers[1])
-        if re.fullmatch(r"\d+x1", name) and numbers[0] > 1:
-            return Pattern(block=numbers[0], group=numbers[0])
+        if re.fullmatch(r"\d+:\d+", name) and 0 < sizes[0] < sizes[1]:
+            return Pattern(kept=sizes[0], group=sizes[1])
+        if re.fullmatch(r"\d+x1", name) and sizes[0] > 1:
+            return Pattern(block=sizes[0], group=sizes[0])
         raise ValueError(
             f"Invalid pattern: {name!r}; it must be 'unstructured', 'N:M' with 0 < N < M such as "
             "'2:4', or 'Bx1' such as '4x1'"

@@ -458,6 +458,16 @@ def test_gradients_that_are_no_matrix_are_refused(make, grads, message):
         make(grads)
 
 
+@pytest.mark.parametrize("damp", [1e-309, "1e-5", None])
+@pytest.mark.parametrize(
+    "make", [PagedInverseFisher, lambda G, damp: BlockedInverseFisher(G, 2, damp)]
+)
+def test_a_damping_without_a_reciprocal_is_refused(make, damp):
+    """It would give inverse diagonals that are infinite."""
+    with pytest.raises(ValueError, match=f"Invalid damp: {damp!r}; .* 1e-5 is a good start"):
+        make(torch.randn(4, 9), damp)
+
+
 @pytest.mark.parametrize("content", [b"", b"no gradients", b"\x93NUMPY\x01\x00"])
 def test_a_file_that_holds_no_array_is_refused(tmp_path, content):
     path = tmp_path / "broken.npy"
