@@ -41,6 +41,7 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 from os import PathLike
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -169,7 +170,7 @@ def as_matrix(grads: Any) -> tuple[Tensor, mmap.mmap | None]:
     if isinstance(grads, (str, PathLike)):
         try:
             grads = np.load(grads, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
             raise ValueError(f"Cannot read gradients from {grads!s}: {error}") from error
     shared = isinstance(grads, np.memmap) and grads.mode != "c"  # "c": changes are in memory only
     mapping = grads._mmap if shared else None
@@ -185,21 +186,27 @@ def as_matrix(grads: Any) -> tuple[Tensor, mmap.mmap | None]:
 
 
 def check_damp(damp: float) -> float:
-    if not (
-        isinstance(damp, numbers.Real) and 0.0 < damp < float("inf") and 1.0 / damp < float("inf")
-    ):
+    if not (isinstance(damp, numbers.Real) and 1e-300 < damp < 1e300):  # 1/damp is finite, too
         raise ValueError(
-            f"Invalid damp: {damp!r}; it must be a positive, finite number, and 1/damp finite too: "
-            "1e-5 is a good start"
+            f"Invalid damp: {damp!r}; it must be a number between 1e-300 and 1e300, such as 1e-5"
         )
     return float(damp)
 
 
-def check_integer(name: str, value: int, largest: int | None = None) -> int:
-    if not (isinstance(value, int) and 1 <= value <= (largest or value)):
-        limit = f"from 1 to {largest}" if largest else "of at least 1"
-        raise ValueError(f"Invalid {name}: {value}; it must be an integer {limit}")
-    return value
+def check_integer(name: str, value: int, least: int = 1, largest: int | None = None) -> int:
+    integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not (integral and least <= value <= (largest or value)):
+        limit = f"from {least} to {largest}" if largest else f"of at least {least}"
+        raise ValueError(f"Invalid {name}: {value!r}; it must be an integer {limit}")
+    return int(value)
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (TypeError, RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"Invalid device: {device!r}; {reason}; 'cpu' always works") from error
 
 
 def check_vector(name: str, x: Tensor, d: int, device: torch.device) -> Tensor:
@@ -224,12 +231,19 @@ def like(x: Tensor, result: Tensor) -> Tensor:
 
 def check_removal(drop: Any, w: Tensor, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which of d weights the indices `drop` name, (d,) bool, and the weights in float64."""
-    drop, dropped = torch.as_tensor(drop), torch.zeros(d, dtype=torch.bool)
-    if drop.numel():
-        integral = not drop.is_floating_point() and drop.dtype != torch.bool
-        if not (drop.ndim == 1 and integral and 0 <= int(drop.min()) and int(drop.max()) < d):
-            raise ValueError(f"Expected drop to be a list of indices below {d}, got {drop}")
-        dropped[drop.cpu().long()] = True
+    try:
+        index = torch.as_tensor(drop)
+    except (TypeError, ValueError, RuntimeError):  # no numbers at all
+        index = torch.tensor([-1])
+    integral = index.dtype != torch.bool and torch.can_cast(index.dtype, torch.int64)
+    fits = index.ndim == 1 and (integral or not len(index))  # [] is of floats
+    index = index.cpu().long()
+    if not (fits and bool(((0 <= index) & (index < d)).all())):
+        raise ValueError(
+            f"Expected drop to be a list of indices below {d}, got {drop}; of a mask take "
+            "mask.nonzero()[:, 0]"
+        )
+    dropped = torch.zeros(d, dtype=torch.bool).index_fill_(0, index, True)
     return dropped.to(device), check_vector("w", w, d, device)
 
 
@@ -300,7 +314,7 @@ class PagedInverseFisher(StaticInverseFisher):
         d = self.G.shape[1]
         self.shape, self.damp = (d, d), check_damp(damp)
         self.pages = check_integer("pages", pages, largest=d)
-        self.device = torch.device(device or self.G.device)
+        self.device = check_device(device or self.G.device)
         self._diagonal: Tensor | None = None
         self._factorise(torch.promote_types(self.G.dtype, torch.float32))
         if self._roundings > LIMIT[self.dtype]:
@@ -528,9 +542,9 @@ class BlockedInverseFisher(StaticInverseFisher):
         self.perbatch = check_integer("perbatch", perbatch)
         self.damp = check_damp(damp)
         stored = isinstance(grads, (Tensor, np.ndarray, str, PathLike))
-        if stored:
+        if stored or not isinstance(grads, Iterable):
             grads, _ = as_matrix(grads)
-        self.device = torch.device(device or getattr(grads, "device", "cpu"))
+        self.device = check_device(device or getattr(grads, "device", "cpu"))
         if stored and b > len(grads):
             self.shape = (grads.shape[1], grads.shape[1])
             self._parts = [
@@ -573,7 +587,7 @@ class BlockedInverseFisher(StaticInverseFisher):
         """[(columns, GᵀG for each of their k blocks (k, b, b) in float64)], and m."""
         sums, m = [], 0
         for rows in gradients:
-            rows, _ = as_matrix(rows[None] if rows.ndim == 1 else rows)
+            rows, _ = as_matrix(rows[None] if getattr(rows, "ndim", 2) == 1 else rows)
             n, d = rows.shape
             if m == 0:
                 self.shape = (d, d)
