@@ -864,7 +864,8 @@ class MFACPruner(MagnitudePruner):
             anew for each recomputation. A list of batches is shuffled. Anything else is expected
             to draw other samples each time: by `set_epoch`, on itself or its `sampler`, which is
             called with the number of the recomputation, or by torch's global generator, which is
-            seeded in the meantime. A smaller last batch is left out.
+            seeded in the meantime. Of a list, batches smaller than the largest are left out; of
+            anything else those smaller than the first, and a larger one is refused.
         loss: the mean loss of a batch, loss(model, batch), by default the cross entropy of
             (inputs, targets).
         ngrads: m, the number of gradients.
@@ -1049,13 +1050,16 @@ class MFACPruner(MagnitudePruner):
         for shuffled in (self.loader, getattr(self.loader, "sampler", None)):
             if hasattr(shuffled, "set_epoch"):
                 shuffled.set_epoch(number)
-        batches = self.loader
-        if isinstance(batches, Sequence):
+        batches, full = self.loader, 0
+        if isinstance(batches, Sequence):  # shuffled, the smaller last batch may come first
+            full = max(map(batch_size, batches), default=0)
             batches = map(batches.__getitem__, torch.randperm(len(batches)).tolist())
-        full = None
         for batch in batches:
-            full = full or batch_size(batch)
-            if batch_size(batch) == full:
+            size = batch_size(batch)
+            full = full or size
+            if size > full:
+                raise ValueError(f"A batch of {size} came after one of {full}; make them equal")
+            if size == full:
                 yield batch
 
     @contextmanager
@@ -1081,11 +1085,11 @@ class MFACPruner(MagnitudePruner):
                 tensor.copy_(value)
 
 
-def batch_size(batch: Any) -> int | None:
-    """The length of the first tensor in a batch: of nested lists, tuples and dicts."""
+def batch_size(batch: Any) -> int:
+    """The length of the first tensor in a batch, of nested lists, tuples and dicts; else 0."""
     if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else None
+        return batch.shape[0] if batch.ndim else 0
     if isinstance(batch, Mapping):
         batch = list(batch.values())
     sizes = map(batch_size, batch if isinstance(batch, (list, tuple)) else ())
-    return next((size for size in sizes if size is not None), None)
+    return next(filter(None, sizes), 0)

@@ -523,6 +523,20 @@ def test_any_structure_of_batches_and_any_loss():
     assert seen == [3] * 20
 
 
+def test_the_smaller_batch_of_a_list_is_left_out_wherever_it_comes():
+    batches, data = [], [samples(n)[:] for n in (2, 4, 4)]
+    pruner = mfac(network(), data, loss=recording(batches), ngrads=2)
+    for _ in range(8):  # shuffled, it comes first in a third of them
+        pruner.recompute()
+    assert [len(labels) for _, labels in batches] == [4] * 16
+
+
+def test_a_batch_that_is_larger_than_the_first_is_refused():
+    batches = dict(enumerate(samples(n)[:] for n in (2, 4, 4))).values()
+    with pytest.raises(ValueError, match="A batch of 4 came after one of 2"):
+        mfac(network(), batches, ngrads=2).prune(0.5)
+
+
 # --- the model is left as found -------------------------------------------------------------------
 
 
