@@ -863,9 +863,10 @@ class MFACPruner(MagnitudePruner):
         loader: yields batches of equal size, each of which makes one gradient, and is iterated over
             anew for each recomputation. A list of batches is shuffled. Anything else is expected
             to draw other samples each time: by `set_epoch`, on itself or its `sampler`, which is
-            called with the number of the recomputation, or by torch's global generator, which is
-            seeded in the meantime. Of a list, batches smaller than the largest are left out; of
-            anything else those smaller than the first, and a larger one is refused.
+            called with the number of the recomputation, or by the random numbers of torch, from
+            its global generator or the `generator` of either: these are seeded in the meantime,
+            those of numpy and Python are not. Of a list, batches smaller than the largest are left
+            out; of anything else those smaller than the first, and a larger one is refused.
         loss: the mean loss of a batch, loss(model, batch), by default the cross entropy of
             (inputs, targets).
         ngrads: m, the number of gradients.
@@ -1046,10 +1047,11 @@ class MFACPruner(MagnitudePruner):
     def _batches(self, number: int) -> Iterator[Any]:
         """The full batches of the loader for recomputation `number`."""
         seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
-        torch.default_generator.manual_seed(seed)
-        for shuffled in (self.loader, getattr(self.loader, "sampler", None)):
-            if hasattr(shuffled, "set_epoch"):
-                shuffled.set_epoch(number)
+        for generator in (torch.default_generator, *self._generators()):
+            generator.manual_seed(seed)
+        for source in (self.loader, getattr(self.loader, "sampler", None)):
+            if hasattr(source, "set_epoch"):
+                source.set_epoch(number)
         batches, full = self.loader, 0
         if isinstance(batches, Sequence):  # shuffled, the smaller last batch may come first
             full = max(map(batch_size, batches), default=0)
@@ -1062,6 +1064,12 @@ class MFACPruner(MagnitudePruner):
             if size == full:
                 yield batch
 
+    def _generators(self) -> list[torch.Generator]:
+        """The random number generators that the loader has of its own."""
+        sources = (self.loader, getattr(self.loader, "sampler", None))
+        found = (getattr(source, "generator", None) for source in sources)
+        return [generator for generator in found if isinstance(generator, torch.Generator)]
+
     @contextmanager
     def _as_found(self) -> Iterator[None]:
         """The model is in eval mode in here. Mode, weights, buffers and random numbers are as
@@ -1070,6 +1078,7 @@ class MFACPruner(MagnitudePruner):
         values = [(t, t.clone()) for t in (*self.params.values(), *self.model.buffers())]
         frozen = [p for p in self.params.values() if not p.requires_grad]
         devices = {p.device for p in self.model.parameters() if p.is_cuda}
+        states = [(generator, generator.get_state()) for generator in self._generators()]
         try:
             with torch.random.fork_rng(devices):
                 self.model.eval()
@@ -1081,6 +1090,8 @@ class MFACPruner(MagnitudePruner):
                 module.training = training
             for p in frozen:
                 p.requires_grad_(False)
+            for generator, state in states:
+                generator.set_state(state)
             for tensor, value in values:
                 tensor.copy_(value)
 

@@ -477,6 +477,22 @@ def test_a_loader_that_would_repeat_itself_is_refused():
         mfac(network(), DataLoader(samples(), batch_size=4))
 
 
+@pytest.mark.parametrize("own", ["loader", "sampler"])
+def test_generators_of_the_loader_are_seeded_and_then_as_before(own):
+    data, drawn = samples(), []
+    for seed in (1, 2):
+        generator, batches = torch.Generator().manual_seed(seed), []
+        options = {"shuffle": True, "generator": generator}
+        if own == "sampler":
+            options = {"sampler": torch.utils.data.RandomSampler(data, generator=generator)}
+        state = generator.get_state()
+        pruner = mfac(network(), DataLoader(data, batch_size=4, **options), loss=recording(batches))
+        pruner.recompute()
+        assert torch.equal(generator.get_state(), state)
+        drawn.append(rows(batches))
+    assert drawn[0] == drawn[1]
+
+
 def test_a_sampler_that_goes_by_epochs_is_told():
     data = samples()
     sampler = torch.utils.data.DistributedSampler(data, num_replicas=1, rank=0)
