@@ -1004,13 +1004,15 @@ class MFACPruner(MagnitudePruner):
             raise ValueError("All weights are pruned; there is no Fisher matrix to invert")
         b = min(self.blocksize or d, d)
         began, before = time.perf_counter(), self.seconds["gradients"]
+        wide = any(p.dtype == torch.float64 for p in self.params.values())
+        rows = min(BATCH, self.ngrads) if b <= self.ngrads else self.ngrads
+        buffer = torch.empty(rows, d, dtype=torch.float64 if wide else torch.float32)
         with self._as_found():
             for name, p in self.params.items():
                 p.copy_(base[name])
-            if b <= self.ngrads:
-                grads = self._gradients(number, torch.empty(min(BATCH, self.ngrads), d))
-            else:
-                (grads,) = self._gradients(number, torch.empty(self.ngrads, d))
+            grads = self._gradients(number, buffer)
+            if b > self.ngrads:
+                (grads,) = grads
             if b == d > self.ngrads:
                 pages = min(self.pages, d)
                 inverse = PagedInverseFisher(grads, self.damp, pages=pages, device=self.device)

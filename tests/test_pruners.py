@@ -620,6 +620,18 @@ def test_models_of_any_precision(dtype):
     pruner.prune(0.6)
     assert zeros(pruner) == 192
     assert model[1].weight.dtype == dtype
+    assert pruner._inverse.G.dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_precision_of_torch_does_not_matter(default):
+    pruner = mfac(network())
+    torch.set_default_dtype(default)
+    try:
+        pruner.prune(0.6)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert pruner._inverse.G.dtype == torch.float32
 
 
 def channels_last(model):
