@@ -315,6 +315,8 @@ class PagedInverseFisher(StaticInverseFisher):
         self.shape, self.damp = (d, d), check_damp(damp)
         self.pages = check_integer("pages", pages, largest=d)
         self.device = check_device(device or self.G.device)
+        to_cuda = self.device.type == "cuda" and self.G.device.type == "cpu"
+        self._copying = torch.cuda.Stream(self.device) if to_cuda else None
         self._diagonal: Tensor | None = None
         self._factorise(torch.promote_types(self.G.dtype, torch.float32))
         if self._roundings > LIMIT[self.dtype]:
@@ -448,11 +450,10 @@ class PagedInverseFisher(StaticInverseFisher):
         are asynchronous, this goes on while the device still works on the page before.
         """
         n, pages = self.G.shape[1] if index is None else len(index), self.pages
-        to_cuda = self.device.type == "cuda" and self.G.device.type == "cpu"
+        to_cuda = self._copying is not None
         copied = to_cuda or self._mapping is not None
         if index is not None and not copied:
             pages = max(pages, -(-n // self._width))  # what is gathered is a copy as well
-        copying = torch.cuda.Stream(self.device) if to_cuda else None
         for i in range(pages):
             start, stop = n * i // pages, n * (i + 1) // pages
             columns = slice(start, stop) if index is None else index[start:stop].to(self.G.device)
@@ -464,10 +465,10 @@ class PagedInverseFisher(StaticInverseFisher):
             else:
                 page = self.G[:, columns].to(self.device)
             if to_cuda:
-                with torch.cuda.stream(copying):
+                with torch.cuda.stream(self._copying):
                     page = page.to(self.device, non_blocking=True)
                 working = torch.cuda.current_stream(self.device)
-                working.wait_stream(copying)
+                working.wait_stream(self._copying)
                 page.record_stream(working)
             yield start, page
 
