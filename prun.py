@@ -711,6 +711,7 @@ class MagnitudePruner:
         self.model, self.scope, self.pattern = model, scope, Pattern.parse(pattern)
         self.params = self._select(params)
         self.masks = {name: p.detach() != 0 for name, p in self.params.items()}
+        self._shown: list[tuple[nn.Module, str]] = []  # by `register`, with the parameter's name
         self.seconds = {"gradients": 0.0, "inverse": 0.0}  # spent so far
         for name, mask in self.masks.items():
             if bool((self.pattern.split(mask).sum((1, 2)) < self.pattern.kept).any()):
@@ -744,8 +745,7 @@ class MagnitudePruner:
             chosen = self.pattern.choose([saliency[name] for name in names], alive, more)
             masks.update(zip(names, chosen, strict=True))
         self._adjust(masks)
-        self.masks = {name: mask.to(self.params[name].device) for name, mask in masks.items()}
-        self.apply_masks()
+        self._replace(masks)
         return self.masks
 
     @torch.no_grad()
@@ -760,13 +760,18 @@ class MagnitudePruner:
 
     def register(self) -> None:
         """Shows the masks to other tools as those of torch.nn.utils.prune, until `remove`."""
-        for name in self.params:
-            torch_prune.custom_from_mask(*self._owner(name), self.masks[name])
+        self.remove()
+        for name, p in self.params.items():
+            for module in self.model.modules():
+                for attribute, other in list(module.named_parameters(recurse=False)):
+                    if other is p:  # which several modules have if they are tied
+                        torch_prune.custom_from_mask(module, attribute, self.masks[name])
+                        self._shown.append((module, attribute))
 
     def remove(self) -> None:
         """Makes it a plain model again, with the same weights, after `register`."""
-        for name in self.params:
-            torch_prune.remove(*self._owner(name))
+        while self._shown:
+            torch_prune.remove(*self._shown.pop())
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model's own state."""
@@ -775,9 +780,7 @@ class MagnitudePruner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state; load the model's own state before."""
         self._check_fit("masks", state["masks"])
-        masks = state["masks"]
-        self.masks = {n: masks[n].to(p.device, torch.bool) for n, p in self.params.items()}
-        self.apply_masks()
+        self._replace(state["masks"])
 
     # --- what MFACPruner does differently
 
@@ -834,14 +837,16 @@ class MagnitudePruner:
         if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in self.params.items()}:
             raise ValueError(f"The saved {what} belong to other parameters than this pruner's")
 
+    def _replace(self, masks: dict[str, Tensor]) -> None:
+        """Makes these the masks in force."""
+        self.masks = {n: masks[n].to(p.device, torch.bool) for n, p in self.params.items()}
+        self.apply_masks()
+        if self._shown:
+            self.register()
+
     def _zeros(self, names: Iterable[str]) -> int:
         """How many weights of these parameters are pruned."""
         return sum(self.masks[name].numel() - int(self.masks[name].sum()) for name in names)
-
-    def _owner(self, name: str) -> tuple[nn.Module, str]:
-        """The module that has a parameter, and its name there."""
-        module, _, attribute = name.rpartition(".")
-        return self.model.get_submodule(module), attribute
 
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -1077,6 +1082,8 @@ class MFACPruner(MagnitudePruner):
     def _as_found(self) -> Iterator[None]:
         """The model is in eval mode in here. Mode, weights, buffers and random numbers are as
         before afterwards."""
+        shown = bool(self._shown)
+        self.remove()  # weights that a level before has pruned may be alive in here
         modes = {module: module.training for module in self.model.modules()}
         values = [(t, t.clone()) for t in (*self.params.values(), *self.model.buffers())]
         frozen = [p for p in self.params.values() if not p.requires_grad]
@@ -1097,6 +1104,8 @@ class MFACPruner(MagnitudePruner):
                 generator.set_state(state)
             for tensor, value in values:
                 tensor.copy_(value)
+            if shown:
+                self.register()
 
 
 def batch_size(batch: Any) -> int:

@@ -869,6 +869,47 @@ def test_masks_are_shown_as_those_of_torch_and_removed_again(make):
     assert MagnitudePruner(model).sparsity == round(0.7 * 896) / 896
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_shown_masks_are_those_in_force(make, resumed):
+    """Also while gradients are taken at the last recomputation, when less was pruned."""
+    model, options = network(), {}
+    if make in MFAC_PRUNERS:
+        options["data"] = [samples(4)[:] for _ in range(20)]
+    twin = copy.deepcopy(model)
+    pruner, other = make(model, **options), make(twin, **options)
+    for p in (pruner, other):
+        p.prune(0.3)
+        p.prune(0.5)
+    if resumed:
+        pruner.register()
+        pruner.load_state_dict(other.state_dict())
+    pruner.register()
+    for p in (pruner, other):
+        p.prune(0.7)
+    for name, mask in pruner.masks.items():
+        assert torch.equal(model.get_buffer(f"{name}_mask").bool(), mask)
+        module, _, attribute = name.rpartition(".")
+        assert torch.equal(getattr(model.get_submodule(module), attribute), pruner.params[name])
+    pruner.remove()
+    assert torch.equal(flat(pruner.params.values()), flat(other.params.values()))
+
+
+def test_masks_of_tied_weights_are_shown_in_every_layer():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    pruner = MagnitudePruner(model)
+    pruner.register()
+    pruner.prune(0.5)
+    for layer in model:
+        assert torch.equal(layer.weight_mask.bool(), pruner.masks["0.weight"])
+    x = torch.randn(2, 4)
+    shown = model(x)
+    pruner.remove()
+    assert not torch_prune.is_pruned(model)
+    assert model[1].weight is model[0].weight is pruner.params["0.weight"]
+    assert torch.equal(model(x), shown)
+
+
 # --- arguments ------------------------------------------------------------------------------------
 
 
