@@ -31,6 +31,7 @@ Information", NeurIPS 2021, arXiv 2107.03356, sections 3.1 (static algorithm) an
 """
 
 import mmap
+import numbers
 import re
 import time
 import warnings
@@ -40,6 +41,7 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 from os import PathLike
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -149,12 +151,26 @@ def leverage(inverse_L: Tensor, tile: Tensor) -> Tensor:
 # --- arguments ------------------------------------------------------------------------------------
 
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+IN_FLOATS = "as a dense tensor in a floating point of 16 to 64 bits"
+
+
+def is_real(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype in FLOATS and x.layout == torch.strided
+
+
+def kind(x: Any) -> str:
+    """What x is, for messages."""
+    shape = f" of {x.dtype} {tuple(x.shape)}" if hasattr(x, "dtype") else ""
+    return type(x).__name__ + shape
+
+
 def as_matrix(grads: Any) -> tuple[Tensor, mmap.mmap | None]:
     """The gradients (m, d) as a tensor on the same memory, and the file mapping if that is one."""
     if isinstance(grads, (str, PathLike)):
         try:
             grads = np.load(grads, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
             raise ValueError(f"Cannot read gradients from {grads!s}: {error}") from error
     shared = isinstance(grads, np.memmap) and grads.mode != "c"  # "c": changes are in memory only
     mapping = grads._mmap if shared else None
@@ -162,68 +178,108 @@ def as_matrix(grads: Any) -> tuple[Tensor, mmap.mmap | None]:
         with warnings.catch_warnings():  # of arrays that are read-only; nothing here writes
             warnings.simplefilter("ignore", UserWarning)
             grads = torch.from_numpy(grads)
-    if not (isinstance(grads, Tensor) and grads.is_floating_point() and grads.ndim == 2):
-        kind = f"{grads.dtype} {tuple(grads.shape)}" if hasattr(grads, "dtype") else type(grads)
-        raise ValueError(f"Expected gradients (m, d) in floating point, got {kind}")
+    if not (is_real(grads) and grads.ndim == 2):
+        raise ValueError(f"Expected gradients (m, d) {IN_FLOATS}, got {kind(grads)}")
     if 0 in grads.shape:
         raise ValueError(f"Expected at least one gradient of one weight, got {tuple(grads.shape)}")
     return grads.detach(), mapping
 
 
 def check_damp(damp: float) -> float:
-    if not 0.0 < damp < float("inf"):
-        raise ValueError(f"Invalid damp: {damp}; it must be positive and finite")
-    return damp
+    if not (isinstance(damp, numbers.Real) and 1e-300 < damp < 1e300):  # 1/damp is finite, too
+        raise ValueError(
+            f"Invalid damp: {damp!r}; it must be a number between 1e-300 and 1e300, such as 1e-5"
+        )
+    return float(damp)
 
 
-def check_integer(name: str, value: int, largest: int | None = None) -> int:
-    if not (isinstance(value, int) and 1 <= value <= (largest or value)):
-        limit = f"from 1 to {largest}" if largest else "of at least 1"
-        raise ValueError(f"Invalid {name}: {value}; it must be an integer {limit}")
-    return value
+def check_integer(name: str, value: int, least: int = 1, largest: int | None = None) -> int:
+    integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not (integral and least <= value <= (largest or value)):
+        limit = f"from {least} to {largest}" if largest else f"of at least {least}"
+        raise ValueError(f"Invalid {name}: {value!r}; it must be an integer {limit}")
+    return int(value)
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (TypeError, RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"Invalid device: {device!r}; {reason}; 'cpu' always works") from error
 
 
 def check_vector(name: str, x: Tensor, d: int, device: torch.device) -> Tensor:
     """x (d,) in float64 on the device."""
-    if x.shape != (d,):
-        raise ValueError(f"Expected {name} of shape ({d},), got {tuple(x.shape)}")
+    if not (is_real(x) and x.shape == (d,)):
+        raise ValueError(f"Expected {name} of shape ({d},) {IN_FLOATS}, got {kind(x)}")
     if not bool(x.isfinite().all()):
         raise ValueError(f"Expected finite numbers in {name}, got NaN or Inf")
     return x.detach().to(device, torch.float64)
 
 
+def like(x: Tensor, result: Tensor) -> Tensor:
+    """The result in the type of x and where x is."""
+    fitted = result.to(x)
+    if not bool(fitted.isfinite().all()):
+        raise ValueError(
+            f"Results of up to {float(result.abs().max()):.3g} do not fit {x.dtype}; use float32 "
+            "or float64, or a higher damp"
+        )
+    return fitted
+
+
 def check_removal(drop: Any, w: Tensor, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which of d weights the indices `drop` name, (d,) bool, and the weights in float64."""
-    drop, dropped = torch.as_tensor(drop), torch.zeros(d, dtype=torch.bool)
-    if drop.numel():
-        integral = not drop.is_floating_point() and drop.dtype != torch.bool
-        if not (drop.ndim == 1 and integral and 0 <= int(drop.min()) and int(drop.max()) < d):
-            raise ValueError(f"Expected drop to be a list of indices below {d}, got {drop}")
-        dropped[drop.cpu().long()] = True
+    try:
+        index = torch.as_tensor(drop)
+    except (TypeError, ValueError, RuntimeError):  # no numbers at all
+        index = torch.tensor([-1])
+    integral = index.dtype != torch.bool and torch.can_cast(index.dtype, torch.int64)
+    fits = index.ndim == 1 and (integral or not len(index))  # [] is of floats
+    index = index.cpu().long()
+    if not (fits and bool(((0 <= index) & (index < d)).all())):
+        raise ValueError(
+            f"Expected drop to be a list of indices below {d}, got {drop}; of a mask take "
+            "mask.nonzero()[:, 0]"
+        )
+    dropped = torch.zeros(d, dtype=torch.bool).index_fill_(0, index, True)
     return dropped.to(device), check_vector("w", w, d, device)
 
 
 # --- the inverse Fisher ---------------------------------------------------------------------------
 
 
-def assemble(fisher: Any, parts: Iterable[tuple[slice, Tensor]]) -> Tensor:
-    """A vector (d,) in float64 from [(columns, values)]. Each is copied before the next is made,
-    as small tensors that stay between large ones that go would fragment the memory."""
-    x = torch.empty(fisher.shape[0], dtype=torch.float64, device=fisher.device)
-    for columns, values in parts:
-        x[columns] = values
-    return x
+class StaticInverseFisher:
+    """What both forms share: the updates, of which each knows its own `_joint_update`."""
+
+    shape: tuple[int, int]
+    device: torch.device
+
+    def joint_update(self, drop: Any, w: Tensor) -> Tensor:
+        """The exact update δ (d,) of the weights w (d,) when those at the indices `drop` are
+        removed together: the least ½ δᵀFδ with δ = −w at `drop`."""
+        dropped, weights = check_removal(drop, w, self.shape[0], self.device)
+        delta = self._joint_update(dropped, weights)
+        return like(w, torch.where(dropped, -weights, delta))
+
+    def independent_update(self, drop: Any, w: Tensor) -> Tensor:
+        """The paper's update δ (d,) of the weights w (d,) when those at the indices `drop` are
+        removed, each as if alone: δ = −F⁻¹ Σᵢ eᵢwᵢ/[F⁻¹]ᵢᵢ, and then δ = −w at `drop`."""
+        dropped, weights = check_removal(drop, w, self.shape[0], self.device)
+        delta = -self.matvec(torch.where(dropped, weights / self.diagonal(), 0))
+        return like(w, torch.where(dropped, -weights, delta))
+
+    def _assemble(self, parts: Iterable[tuple[slice, Tensor]]) -> Tensor:
+        """A vector (d,) in float64 from [(columns, values)]. Each is copied before the next is
+        made, as small tensors that stay between large ones that go would fragment the memory."""
+        x = torch.empty(self.shape[0], dtype=torch.float64, device=self.device)
+        for columns, values in parts:
+            x[columns] = values
+        return x
 
 
-def independent_update(self, drop: Any, w: Tensor) -> Tensor:
-    """The paper's update δ (d,) of the weights w (d,) when those at the indices `drop` are removed,
-    each as if it were alone: δ = −F⁻¹ Σᵢ eᵢwᵢ/[F⁻¹]ᵢᵢ, and then δ = −w at `drop`."""
-    dropped, weights = check_removal(drop, w, self.shape[0], self.device)
-    delta = -self.matvec(torch.where(dropped, weights / self.diagonal(), 0))
-    return torch.where(dropped, -weights, delta).to(w)
-
-
-class PagedInverseFisher:
+class PagedInverseFisher(StaticInverseFisher):
     """F⁻¹ for F = λI + (1/m) GᵀG and gradients G (m, d) that stay where they are.
 
     G is read by pages of columns and never written: twice to build F⁻¹ and its diagonal, whatever
@@ -258,7 +314,9 @@ class PagedInverseFisher:
         d = self.G.shape[1]
         self.shape, self.damp = (d, d), check_damp(damp)
         self.pages = check_integer("pages", pages, largest=d)
-        self.device = torch.device(device or self.G.device)
+        self.device = check_device(device or self.G.device)
+        to_cuda = self.device.type == "cuda" and self.G.device.type == "cpu"
+        self._copying = torch.cuda.Stream(self.device) if to_cuda else None
         self._diagonal: Tensor | None = None
         self._factorise(torch.promote_types(self.G.dtype, torch.float32))
         if self._roundings > LIMIT[self.dtype]:
@@ -275,7 +333,7 @@ class PagedInverseFisher:
         if not error * x64.norm() <= RESOLVABLE * left.norm():
             self._to_float64()
             return self.matvec(x)
-        return (left / self.damp).to(x)
+        return like(x, left / self.damp)
 
     def diagonal(self) -> Tensor:
         """diag(F⁻¹) (d,) in float64, each entry in (0, 1/λ], by (2)."""
@@ -287,15 +345,11 @@ class PagedInverseFisher:
             self._diagonal = (1 - c) / self.damp
         return self._diagonal.clone()
 
-    def joint_update(self, drop: Any, w: Tensor) -> Tensor:
-        """The exact update δ (d,) of the weights w (d,) when those at the indices `drop` are
-        removed together, by (4): the least ½ δᵀFδ with δ = −w at `drop`."""
-        dropped, weights = check_removal(drop, w, self.shape[0], self.device)
+    def _joint_update(self, dropped: Tensor, weights: Tensor) -> Tensor:
+        """δ_R of (4), R = those not dropped."""
         b = self._times(torch.where(dropped, weights, 0))
         z = self._solve(self._kept_factor(dropped), b, kept=~dropped)
-        return torch.where(dropped, -weights, self._transposed_times(z)).to(w)
-
-    independent_update = independent_update
+        return self._transposed_times(z)
 
     # --- the (m, m) side
 
@@ -366,7 +420,7 @@ class PagedInverseFisher:
         inverse_L = self._inverse_L.to(self.dtype)
         with full_precision(self.device):
             tiles = self._tiles(self.dtype)
-            return assemble(self, ((columns, leverage(inverse_L, tile)) for columns, tile in tiles))
+            return self._assemble((columns, leverage(inverse_L, tile)) for columns, tile in tiles)
 
     def _times(self, x: Tensor) -> Tensor:
         """Gx (m,) in float64."""
@@ -375,7 +429,7 @@ class PagedInverseFisher:
     def _transposed_times(self, y: Tensor) -> Tensor:
         """Gᵀy (d,) in float64."""
         tiles = self._tiles(torch.float64)
-        return assemble(self, ((columns, y @ tile) for columns, tile in tiles))
+        return self._assemble((columns, y @ tile) for columns, tile in tiles)
 
     def _tiles(
         self, dtype: torch.dtype, index: Tensor | None = None
@@ -396,11 +450,10 @@ class PagedInverseFisher:
         are asynchronous, this goes on while the device still works on the page before.
         """
         n, pages = self.G.shape[1] if index is None else len(index), self.pages
-        to_cuda = self.device.type == "cuda" and self.G.device.type == "cpu"
+        to_cuda = self._copying is not None
         copied = to_cuda or self._mapping is not None
         if index is not None and not copied:
             pages = max(pages, -(-n // self._width))  # what is gathered is a copy as well
-        copying = torch.cuda.Stream(self.device) if to_cuda else None
         for i in range(pages):
             start, stop = n * i // pages, n * (i + 1) // pages
             columns = slice(start, stop) if index is None else index[start:stop].to(self.G.device)
@@ -412,10 +465,10 @@ class PagedInverseFisher:
             else:
                 page = self.G[:, columns].to(self.device)
             if to_cuda:
-                with torch.cuda.stream(copying):
+                with torch.cuda.stream(self._copying):
                     page = page.to(self.device, non_blocking=True)
                 working = torch.cuda.current_stream(self.device)
-                working.wait_stream(copying)
+                working.wait_stream(self._copying)
                 page.record_stream(working)
             yield start, page
 
@@ -454,12 +507,13 @@ class DenseBlocks:
         return -(self.V @ torch.cholesky_solve(removed, torch.linalg.cholesky(V_QQ))).flatten()
 
 
-class BlockedInverseFisher:
+class BlockedInverseFisher(StaticInverseFisher):
     """F⁻¹ for F = λI + (1/m) GᵀG, of which only blocks of b x b on the diagonal are kept.
 
-    With b ≤ m each block of F is formed and inverted, O(b²m + b³), else it is a PagedInverseFisher
-    of its own, O(m²b + m³). The former needs no G: gradients are added up as they come, to 8·d·b
-    bytes on `device` in all.
+    A block of at most m weights is formed and inverted, O(b²m + b³), a larger one is a
+    PagedInverseFisher of its own, O(m²b + m³). The former needs no G: gradients are added up as
+    they come, to 8·d·b bytes on `device` in all. Of a mapped file, all that was read may stay in
+    memory until the system wants it.
 
     Args:
         grads: G (m, d) as a tensor or array, or the path of a .npy file; or anything else that can
@@ -489,14 +543,13 @@ class BlockedInverseFisher:
         self.perbatch = check_integer("perbatch", perbatch)
         self.damp = check_damp(damp)
         stored = isinstance(grads, (Tensor, np.ndarray, str, PathLike))
-        if stored:
+        if stored or not isinstance(grads, Iterable):
             grads, _ = as_matrix(grads)
-        self.device = torch.device(device or getattr(grads, "device", "cpu"))
+        self.device = check_device(device or getattr(grads, "device", "cpu"))
         if stored and b > len(grads):
             self.shape = (grads.shape[1], grads.shape[1])
             self._parts = [
-                (columns, PagedInverseFisher(grads[:, columns], damp, device=device))
-                for columns in self._layout(perbatch=1)
+                (columns, self._whole(grads[:, columns])) for columns in self._layout(perbatch=1)
             ]
         else:
             sums, m = self._sum(grads.split(BATCH) if stored else grads)
@@ -506,23 +559,24 @@ class BlockedInverseFisher:
         """F⁻¹x (d,) for x (d,)."""
         x64 = check_vector("x", x, self.shape[0], self.device)
         parts = ((columns, part.matvec(x64[columns])) for columns, part in self._parts)
-        return assemble(self, parts).to(x)
+        return like(x, self._assemble(parts))
 
     def diagonal(self) -> Tensor:
         """diag(F⁻¹) (d,) in float64, each entry in (0, 1/λ]."""
-        return assemble(self, ((columns, part.diagonal()) for columns, part in self._parts))
+        return self._assemble((columns, part.diagonal()) for columns, part in self._parts)
 
-    def joint_update(self, drop: Any, w: Tensor) -> Tensor:
-        """The exact update δ (d,) of the weights w (d,) when those at the indices `drop` are
-        removed together: the least ½ δᵀFδ with δ = −w at `drop`."""
-        dropped, weights = check_removal(drop, w, self.shape[0], self.device)
-        parts = (
+    def _joint_update(self, dropped: Tensor, weights: Tensor) -> Tensor:
+        return self._assemble(
             (columns, part.joint_update(dropped[columns].nonzero()[:, 0], weights[columns]))
             for columns, part in self._parts
         )
-        return torch.where(dropped, -weights, assemble(self, parts)).to(w)
 
-    independent_update = independent_update
+    def _whole(self, grads: Tensor) -> StaticInverseFisher:
+        """F⁻¹ of one block."""
+        m, b = grads.shape
+        if b > m:
+            return PagedInverseFisher(grads, self.damp, device=self.device)
+        return BlockedInverseFisher(grads, b, self.damp, device=self.device)
 
     def _layout(self, perbatch: int) -> list[slice]:
         """The columns of each batch of blocks; a smaller last block is a batch of its own."""
@@ -534,7 +588,7 @@ class BlockedInverseFisher:
         """[(columns, GᵀG for each of their k blocks (k, b, b) in float64)], and m."""
         sums, m = [], 0
         for rows in gradients:
-            rows, _ = as_matrix(rows[None] if rows.ndim == 1 else rows)
+            rows, _ = as_matrix(rows[None] if getattr(rows, "ndim", 2) == 1 else rows)
             n, d = rows.shape
             if m == 0:
                 self.shape = (d, d)
@@ -568,13 +622,13 @@ class Pattern:
     @staticmethod
     def parse(name: str) -> "Pattern":
         """From "unstructured", "N:M" (at most N nonzeros of M) or "Bx1" (all B zero or none)."""
-        numbers = [int(n) for n in re.findall(r"\d+", name)]
+        sizes = [int(n) for n in re.findall(r"\d+", name)]
         if name == "unstructured":
             return Pattern()
-        if re.fullmatch(r"\d+:\d+", name) and 0 < numbers[0] < numbers[1]:
-            return Pattern(kept=numbers[0], group=numbers[1])
-        if re.fullmatch(r"\d+x1", name) and numbers[0] > 1:
-            return Pattern(block=numbers[0], group=numbers[0])
+        if re.fullmatch(r"\d+:\d+", name) and 0 < sizes[0] < sizes[1]:
+            return Pattern(kept=sizes[0], group=sizes[1])
+        if re.fullmatch(r"\d+x1", name) and sizes[0] > 1:
+            return Pattern(block=sizes[0], group=sizes[0])
         raise ValueError(
             f"Invalid pattern: {name!r}; it must be 'unstructured', 'N:M' with 0 < N < M such as "
             "'2:4', or 'Bx1' such as '4x1'"
@@ -657,6 +711,7 @@ class MagnitudePruner:
         self.model, self.scope, self.pattern = model, scope, Pattern.parse(pattern)
         self.params = self._select(params)
         self.masks = {name: p.detach() != 0 for name, p in self.params.items()}
+        self._shown: list[tuple[nn.Module, str]] = []  # by `register`, with the parameter's name
         self.seconds = {"gradients": 0.0, "inverse": 0.0}  # spent so far
         for name, mask in self.masks.items():
             if bool((self.pattern.split(mask).sum((1, 2)) < self.pattern.kept).any()):
@@ -690,8 +745,7 @@ class MagnitudePruner:
             chosen = self.pattern.choose([saliency[name] for name in names], alive, more)
             masks.update(zip(names, chosen, strict=True))
         self._adjust(masks)
-        self.masks = {name: mask.to(self.params[name].device) for name, mask in masks.items()}
-        self.apply_masks()
+        self._replace(masks)
         return self.masks
 
     @torch.no_grad()
@@ -706,13 +760,18 @@ class MagnitudePruner:
 
     def register(self) -> None:
         """Shows the masks to other tools as those of torch.nn.utils.prune, until `remove`."""
-        for name in self.params:
-            torch_prune.custom_from_mask(*self._owner(name), self.masks[name])
+        self.remove()
+        for name, p in self.params.items():
+            for module in self.model.modules():
+                for attribute, other in list(module.named_parameters(recurse=False)):
+                    if other is p:  # which several modules have if they are tied
+                        torch_prune.custom_from_mask(module, attribute, self.masks[name])
+                        self._shown.append((module, attribute))
 
     def remove(self) -> None:
         """Makes it a plain model again, with the same weights, after `register`."""
-        for name in self.params:
-            torch_prune.remove(*self._owner(name))
+        while self._shown:
+            torch_prune.remove(*self._shown.pop())
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model's own state."""
@@ -721,9 +780,7 @@ class MagnitudePruner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state; load the model's own state before."""
         self._check_fit("masks", state["masks"])
-        masks = state["masks"]
-        self.masks = {n: masks[n].to(p.device, torch.bool) for n, p in self.params.items()}
-        self.apply_masks()
+        self._replace(state["masks"])
 
     # --- what MFACPruner does differently
 
@@ -780,14 +837,16 @@ class MagnitudePruner:
         if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in self.params.items()}:
             raise ValueError(f"The saved {what} belong to other parameters than this pruner's")
 
+    def _replace(self, masks: dict[str, Tensor]) -> None:
+        """Makes these the masks in force."""
+        self.masks = {n: masks[n].to(p.device, torch.bool) for n, p in self.params.items()}
+        self.apply_masks()
+        if self._shown:
+            self.register()
+
     def _zeros(self, names: Iterable[str]) -> int:
         """How many weights of these parameters are pruned."""
         return sum(self.masks[name].numel() - int(self.masks[name].sum()) for name in names)
-
-    def _owner(self, name: str) -> tuple[nn.Module, str]:
-        """The module that has a parameter, and its name there."""
-        module, _, attribute = name.rpartition(".")
-        return self.model.get_submodule(module), attribute
 
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -810,8 +869,10 @@ class MFACPruner(MagnitudePruner):
         loader: yields batches of equal size, each of which makes one gradient, and is iterated over
             anew for each recomputation. A list of batches is shuffled. Anything else is expected
             to draw other samples each time: by `set_epoch`, on itself or its `sampler`, which is
-            called with the number of the recomputation, or by torch's global generator, which is
-            seeded in the meantime. A smaller last batch is left out.
+            called with the number of the recomputation, or by the random numbers of torch, from
+            its global generator or the `generator` of either: these are seeded in the meantime,
+            those of numpy and Python are not. Of a list, batches smaller than the largest are left
+            out; of anything else those smaller than the first, and a larger one is refused.
         loss: the mean loss of a batch, loss(model, batch), by default the cross entropy of
             (inputs, targets).
         ngrads: m, the number of gradients.
@@ -864,13 +925,14 @@ class MFACPruner(MagnitudePruner):
         """Collects gradients at the present weights, other samples each time, and inverts F."""
         self.apply_masks()
         base = self._weights()
-        self._invert(base, self.recomputations)
+        self._invert(base, self.masks, self.recomputations)
         self.recomputations += 1
-        self._base = self._written = base
+        self._base, self._base_masks, self._written = base, self.masks, base
 
     def release(self) -> None:
         """Forgets F⁻¹ and frees its memory, as before fine-tuning; the next pruning recomputes."""
         self._base: dict[str, Tensor] = {}  # weights at the last recomputation
+        self._base_masks: dict[str, Tensor] = {}  # and masks: a weight alive may happen to be 0
         self._written: dict[str, Tensor] = {}  # weights as the pruner left them
         self._index: dict[str, Tensor] = {}  # of the weights alive in each parameter, flattened
         self._inverse: PagedInverseFisher | BlockedInverseFisher | None = None
@@ -878,15 +940,20 @@ class MFACPruner(MagnitudePruner):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model's own state, saved at the same time. F⁻¹ is
         computed again from it, at the weights of the last recomputation if they still count."""
-        base = dict(self._base) if self._unchanged() else {}
-        return {**super().state_dict(), "recomputations": self.recomputations, "base": base}
+        state = {**super().state_dict(), "recomputations": self.recomputations}
+        counts = self._unchanged()
+        state["base"] = dict(self._base) if counts else {}
+        state["base_masks"] = dict(self._base_masks) if counts else {}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state; load the model's own state before."""
         if state["base"]:
             self._check_fit("weights", state["base"])
+            self._check_fit("masks", state["base_masks"])
         super().load_state_dict(state)
-        self.recomputations, self._base = state["recomputations"], state["base"]
+        self.recomputations = state["recomputations"]
+        self._base, self._base_masks = state["base"], state["base_masks"]
         self._written, self._inverse = self._weights(), None
 
     def _prepare(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -894,9 +961,9 @@ class MFACPruner(MagnitudePruner):
         if not self._unchanged():
             self.recompute()
         elif self._inverse is None:  # resumed
-            self._invert(self._base, self.recomputations - 1)
+            self._invert(self._base, self._base_masks, self.recomputations - 1)
         rho = self._alive(self._base).double().square() / (2 * self._inverse.diagonal().cpu())
-        return {name: w != 0 for name, w in self._base.items()}, self._full(rho)
+        return self._base_masks, self._full(rho)
 
     def _adjust(self, masks: dict[str, Tensor]) -> None:
         """Updates the weights that stay."""
@@ -933,23 +1000,25 @@ class MFACPruner(MagnitudePruner):
             )
         }
 
-    def _invert(self, base: dict[str, Tensor], number: int) -> None:
+    def _invert(self, base: dict[str, Tensor], masks: dict[str, Tensor], number: int) -> None:
         """Collects the gradients of recomputation `number` at the weights `base`, and inverts F
-        for those alive."""
+        for those alive by `masks`."""
         self._inverse = None  # not two sets of gradients at once
-        self._index = {name: w.cpu().flatten().nonzero()[:, 0] for name, w in base.items()}
+        self._index = {name: mask.cpu().flatten().nonzero()[:, 0] for name, mask in masks.items()}
         d = sum(map(len, self._index.values()))
         if d == 0:
             raise ValueError("All weights are pruned; there is no Fisher matrix to invert")
         b = min(self.blocksize or d, d)
         began, before = time.perf_counter(), self.seconds["gradients"]
+        wide = any(p.dtype == torch.float64 for p in self.params.values())
+        rows = min(BATCH, self.ngrads) if b <= self.ngrads else self.ngrads
+        buffer = torch.empty(rows, d, dtype=torch.float64 if wide else torch.float32)
         with self._as_found():
             for name, p in self.params.items():
                 p.copy_(base[name])
-            if b <= self.ngrads:
-                grads = self._gradients(number, torch.empty(min(BATCH, self.ngrads), d))
-            else:
-                (grads,) = self._gradients(number, torch.empty(self.ngrads, d))
+            grads = self._gradients(number, buffer)
+            if b > self.ngrads:
+                (grads,) = grads
             if b == d > self.ngrads:
                 pages = min(self.pages, d)
                 inverse = PagedInverseFisher(grads, self.damp, pages=pages, device=self.device)
@@ -986,27 +1055,40 @@ class MFACPruner(MagnitudePruner):
     def _batches(self, number: int) -> Iterator[Any]:
         """The full batches of the loader for recomputation `number`."""
         seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
-        torch.default_generator.manual_seed(seed)
-        for shuffled in (self.loader, getattr(self.loader, "sampler", None)):
-            if hasattr(shuffled, "set_epoch"):
-                shuffled.set_epoch(number)
-        batches = self.loader
-        if isinstance(batches, Sequence):
+        for generator in (torch.default_generator, *self._generators()):
+            generator.manual_seed(seed)
+        for source in (self.loader, getattr(self.loader, "sampler", None)):
+            if hasattr(source, "set_epoch"):
+                source.set_epoch(number)
+        batches, full = self.loader, 0
+        if isinstance(batches, Sequence):  # shuffled, the smaller last batch may come first
+            full = max(map(batch_size, batches), default=0)
             batches = map(batches.__getitem__, torch.randperm(len(batches)).tolist())
-        full = None
         for batch in batches:
-            full = full or batch_size(batch)
-            if batch_size(batch) == full:
+            size = batch_size(batch)
+            full = full or size
+            if size > full:
+                raise ValueError(f"A batch of {size} came after one of {full}; make them equal")
+            if size == full:
                 yield batch
+
+    def _generators(self) -> list[torch.Generator]:
+        """The random number generators that the loader has of its own."""
+        sources = (self.loader, getattr(self.loader, "sampler", None))
+        found = (getattr(source, "generator", None) for source in sources)
+        return [generator for generator in found if isinstance(generator, torch.Generator)]
 
     @contextmanager
     def _as_found(self) -> Iterator[None]:
         """The model is in eval mode in here. Mode, weights, buffers and random numbers are as
         before afterwards."""
+        shown = bool(self._shown)
+        self.remove()  # weights that a level before has pruned may be alive in here
         modes = {module: module.training for module in self.model.modules()}
         values = [(t, t.clone()) for t in (*self.params.values(), *self.model.buffers())]
         frozen = [p for p in self.params.values() if not p.requires_grad]
         devices = {p.device for p in self.model.parameters() if p.is_cuda}
+        states = [(generator, generator.get_state()) for generator in self._generators()]
         try:
             with torch.random.fork_rng(devices):
                 self.model.eval()
@@ -1018,15 +1100,19 @@ class MFACPruner(MagnitudePruner):
                 module.training = training
             for p in frozen:
                 p.requires_grad_(False)
+            for generator, state in states:
+                generator.set_state(state)
             for tensor, value in values:
                 tensor.copy_(value)
+            if shown:
+                self.register()
 
 
-def batch_size(batch: Any) -> int | None:
-    """The length of the first tensor in a batch: of nested lists, tuples and dicts."""
+def batch_size(batch: Any) -> int:
+    """The length of the first tensor in a batch, of nested lists, tuples and dicts; else 0."""
     if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else None
+        return batch.shape[0] if batch.ndim else 0
     if isinstance(batch, Mapping):
         batch = list(batch.values())
     sizes = map(batch_size, batch if isinstance(batch, (list, tuple)) else ())
-    return next((size for size in sizes if size is not None), None)
+    return next(filter(None, sizes), 0)

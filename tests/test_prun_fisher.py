@@ -300,7 +300,22 @@ def test_gradients_may_come_in_any_portions_in_memory_that_is_used_again():
 def test_the_form_with_fewer_operations_is_taken():
     G = torch.randn(10, 64)
     assert isinstance(BlockedInverseFisher(G, 10)._parts[0][1], prun.DenseBlocks)
-    assert isinstance(BlockedInverseFisher(G, 11)._parts[0][1], PagedInverseFisher)
+    parts = [part for _, part in BlockedInverseFisher(G, 11)._parts]
+    assert all(isinstance(part, PagedInverseFisher) for part in parts[:-1])
+    assert isinstance(parts[-1], BlockedInverseFisher)  # of 64 - 5 x 11 = 9 weights
+
+
+@pytest.mark.parametrize("d", [20, 85])
+def test_a_block_size_above_the_number_of_gradients_says_nothing_of_smaller_blocks(d):
+    """Below, λ is too small for the (m, m) form of 20 weights."""
+    G, damp = torch.randn(64, d), 1e-7
+    G[:, -20:] *= 1e4
+    size = 65
+    inverse = torch.linalg.inv(block_diagonal(dense_fisher(G, damp), size))
+    with pytest.raises(ValueError, match="too small"):
+        PagedInverseFisher(G[:, -20:], damp).diagonal()
+    diagonal = BlockedInverseFisher(G, size, damp).diagonal()
+    torch.testing.assert_close(diagonal, inverse.diagonal(), rtol=1e-5, atol=0)
 
 
 def test_no_gradient_matrix_is_ever_held():
@@ -401,7 +416,9 @@ def test_what_is_kept_may_be_tiny_beside_what_goes(fraction):
         ([0.5], torch.ones(60), "indices below 60"),
         (torch.ones(60, dtype=torch.bool), torch.ones(60), "indices below 60"),
         ([[0, 1]], torch.ones(60), "indices below 60"),
-        ([0], torch.ones(59), r"w of shape \(60,\), got \(59,\)"),
+        ([0], torch.ones(59), r"w of shape \(60,\) .* got Tensor of torch.float32 \(59,\)"),
+        ([0], torch.ones(60, dtype=torch.int64), "floating point .* got Tensor of torch.int64"),
+        ([0], torch.ones(60, dtype=torch.complex64), "floating point .* got Tensor of torch.compl"),
         ([0], torch.full((60,), float("nan")), "finite numbers in w"),
     ],
 )
@@ -410,6 +427,15 @@ def test_indices_and_weights_that_do_not_fit_are_refused(fisher, drop, w, messag
     for update in (fisher.joint_update, fisher.independent_update):
         with pytest.raises(ValueError, match=message):
             update(drop, w)
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_results_that_their_type_cannot_hold_are_refused(fisher):
+    fisher = FISHERS[fisher][0](0.01 * torch.randn(20, 60), 1e-3)
+    x = (500 * torch.randn(60)).half()
+    with pytest.raises(ValueError, match=r"up to .* do not fit torch\.float16; use float32"):
+        fisher.matvec(x)
+    assert relative_error(fisher.matvec(x.float()), fisher.matvec(x.double())) < 1e-6
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -432,7 +458,17 @@ def test_gradients_that_are_no_matrix_are_refused(make, grads, message):
         make(grads)
 
 
-@pytest.mark.parametrize("content", [b"", b"no gradients", b"\x93NUMPY\x01\x00"])
+@pytest.mark.parametrize("damp", [1e-309, "1e-5", None])
+@pytest.mark.parametrize(
+    "make", [PagedInverseFisher, lambda G, damp: BlockedInverseFisher(G, 2, damp)]
+)
+def test_a_damping_without_a_reciprocal_is_refused(make, damp):
+    """It would give inverse diagonals that are infinite."""
+    with pytest.raises(ValueError, match=f"Invalid damp: {damp!r}; it must be a number between"):
+        make(torch.randn(4, 9), damp)
+
+
+@pytest.mark.parametrize("content", [b"", b"no gradients", b"\x93NUMPY\x01\x00", b"PK\x03\x04"])
 def test_a_file_that_holds_no_array_is_refused(tmp_path, content):
     path = tmp_path / "broken.npy"
     path.write_bytes(content)
@@ -444,6 +480,51 @@ def test_a_file_that_holds_no_array_is_refused(tmp_path, content):
 def test_block_sizes_out_of_range_are_refused(size, perbatch):
     with pytest.raises(ValueError, match=r"Invalid (blocksize|perbatch).*at least 1"):
         BlockedInverseFisher(torch.randn(4, 9), size, perbatch=perbatch)
+
+
+G, ONES = torch.randn(4, 9), torch.ones(9)
+MISUSES = {
+    "a list": (lambda: PagedInverseFisher(G.tolist()), r"gradients \(m, d\) as a dense.* got list"),
+    "nothing": (lambda: PagedInverseFisher(None), r"gradients \(m, d\) as a dense.* got NoneType"),
+    "sparse": (lambda: PagedInverseFisher(G.to_sparse()), r"as a dense tensor"),
+    "float8": (lambda: PagedInverseFisher(G.to(torch.float8_e5m2)), "16 to 64 bits, got .*float8"),
+    "lists": (lambda: BlockedInverseFisher(G.tolist(), 4), "dense tensor .* got list"),
+    "tuples": (lambda: BlockedInverseFisher(((1.0, 2.0) for _ in "ab"), 4), "got tuple"),
+    "a number": (lambda: BlockedInverseFisher(5, 4), "got int"),
+    "no blocks": (lambda: BlockedInverseFisher(None, 4), "got NoneType"),
+    "pages": (lambda: PagedInverseFisher(G, pages=True), "Invalid pages: True; .* from 1 to 9"),
+    "blocksize": (lambda: BlockedInverseFisher(G, "4"), "Invalid blocksize: '4'; .* of at least 1"),
+    "a device": (lambda: PagedInverseFisher(G, device="gpu0"), "Invalid device: 'gpu0'.* 'cpu'"),
+    "no device": (lambda: BlockedInverseFisher(G, 4, device=1.5), "Invalid device: 1.5; .*'cpu'"),
+    "x a list": (lambda: PagedInverseFisher(G).matvec([1.0] * 9), r"x of shape \(9,\) .* got list"),
+    "x an array": (lambda: BlockedInverseFisher(G, 4).matvec(ONES.numpy()), "got ndarray"),
+    "x sparse": (lambda: PagedInverseFisher(G).matvec(ONES.to_sparse()), "as a dense tensor"),
+    "w nothing": (lambda: PagedInverseFisher(G).joint_update([0], None), "w of .* got NoneType"),
+    **{
+        f"drop {drop}": (
+            lambda drop=drop: BlockedInverseFisher(G, 4).independent_update(drop, ONES),
+            r"drop to be a list of indices below 9.*mask.nonzero\(\)",
+        )
+        for drop in (None, "0", {0}, 3, [[0], [1, 2]], [True] * 9)
+    },
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_misuse_is_answered_with_advice(misuse):
+    call, message = MISUSES[misuse]
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        call()
+
+
+def test_integers_of_numpy_are_integers():
+    expected = BlockedInverseFisher(G, 4).diagonal()
+    assert torch.equal(
+        BlockedInverseFisher(G, np.int64(4), perbatch=np.int8(2)).diagonal(), expected
+    )
+    assert PagedInverseFisher(G, pages=np.int32(2)).pages == 2
+    joint = PagedInverseFisher(G).joint_update
+    assert torch.equal(joint(np.array([3], dtype=np.uint16), ONES), joint([3], ONES))
 
 
 MEASURE = """

@@ -371,6 +371,30 @@ def test_a_weight_that_came_back_is_pruned_again(make):
     assert zeros(pruner) == round(0.6 * 896)
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_weights_that_are_alive_but_zero_go_first(make, pattern, resumed):
+    """They were set to zero, or too small for their type; the masks say which are pruned."""
+    model = network()
+    options = {"data": [samples(4)[:] for _ in range(20)]} if make in MFAC_PRUNERS else {}
+    pruner = make(model, pattern=pattern, **options)
+    pruner.prune(0.3)
+    before = pruner.masks
+    with torch.no_grad():
+        model[0].weight.zero_()
+    if resumed:
+        pruner.prune(0.31)
+        states, model = (model.state_dict(), pruner.state_dict()), network()
+        pruner = make(model, pattern=pattern, **options)
+        model.load_state_dict(states[0])
+        pruner.load_state_dict(states[1])
+    masks = pruner.prune(0.35)
+    assert pruner.sparsity == round(0.35 * 896) / 896
+    assert torch.equal(masks["6.weight"], before["6.weight"])
+    if pattern == "2:4":
+        assert all((along_input(mask).sum(1) >= 2).all() for mask in masks.values())
+
+
 def test_more_pages_than_weights_left_are_no_problem():
     pruner = mfac(network(), ngrads=5, pages=800)
     pruner.prune(0.5)
@@ -453,6 +477,22 @@ def test_a_loader_that_would_repeat_itself_is_refused():
         mfac(network(), DataLoader(samples(), batch_size=4))
 
 
+@pytest.mark.parametrize("own", ["loader", "sampler"])
+def test_generators_of_the_loader_are_seeded_and_then_as_before(own):
+    data, drawn = samples(), []
+    for seed in (1, 2):
+        generator, batches = torch.Generator().manual_seed(seed), []
+        options = {"shuffle": True, "generator": generator}
+        if own == "sampler":
+            options = {"sampler": torch.utils.data.RandomSampler(data, generator=generator)}
+        state = generator.get_state()
+        pruner = mfac(network(), DataLoader(data, batch_size=4, **options), loss=recording(batches))
+        pruner.recompute()
+        assert torch.equal(generator.get_state(), state)
+        drawn.append(rows(batches))
+    assert drawn[0] == drawn[1]
+
+
 def test_a_sampler_that_goes_by_epochs_is_told():
     data = samples()
     sampler = torch.utils.data.DistributedSampler(data, num_replicas=1, rank=0)
@@ -497,6 +537,20 @@ def test_any_structure_of_batches_and_any_loss():
     pruner.prune(0.5)
     assert zeros(pruner) == 3
     assert seen == [3] * 20
+
+
+def test_the_smaller_batch_of_a_list_is_left_out_wherever_it_comes():
+    batches, data = [], [samples(n)[:] for n in (2, 4, 4)]
+    pruner = mfac(network(), data, loss=recording(batches), ngrads=2)
+    for _ in range(8):  # shuffled, it comes first in a third of them
+        pruner.recompute()
+    assert [len(labels) for _, labels in batches] == [4] * 16
+
+
+def test_a_batch_that_is_larger_than_the_first_is_refused():
+    batches = dict(enumerate(samples(n)[:] for n in (2, 4, 4))).values()
+    with pytest.raises(ValueError, match="A batch of 4 came after one of 2"):
+        mfac(network(), batches, ngrads=2).prune(0.5)
 
 
 # --- the model is left as found -------------------------------------------------------------------
@@ -566,6 +620,18 @@ def test_models_of_any_precision(dtype):
     pruner.prune(0.6)
     assert zeros(pruner) == 192
     assert model[1].weight.dtype == dtype
+    assert pruner._inverse.G.dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_precision_of_torch_does_not_matter(default):
+    pruner = mfac(network())
+    torch.set_default_dtype(default)
+    try:
+        pruner.prune(0.6)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert pruner._inverse.G.dtype == torch.float32
 
 
 def channels_last(model):
@@ -801,6 +867,47 @@ def test_masks_are_shown_as_those_of_torch_and_removed_again(make):
     assert not torch_prune.is_pruned(model)
     assert sorted(name for name, _ in model.named_parameters()) == sorted(names)
     assert MagnitudePruner(model).sparsity == round(0.7 * 896) / 896
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_shown_masks_are_those_in_force(make, resumed):
+    """Also while gradients are taken at the last recomputation, when less was pruned."""
+    model, options = network(), {}
+    if make in MFAC_PRUNERS:
+        options["data"] = [samples(4)[:] for _ in range(20)]
+    twin = copy.deepcopy(model)
+    pruner, other = make(model, **options), make(twin, **options)
+    for p in (pruner, other):
+        p.prune(0.3)
+        p.prune(0.5)
+    if resumed:
+        pruner.register()
+        pruner.load_state_dict(other.state_dict())
+    pruner.register()
+    for p in (pruner, other):
+        p.prune(0.7)
+    for name, mask in pruner.masks.items():
+        assert torch.equal(model.get_buffer(f"{name}_mask").bool(), mask)
+        module, _, attribute = name.rpartition(".")
+        assert torch.equal(getattr(model.get_submodule(module), attribute), pruner.params[name])
+    pruner.remove()
+    assert torch.equal(flat(pruner.params.values()), flat(other.params.values()))
+
+
+def test_masks_of_tied_weights_are_shown_in_every_layer():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    pruner = MagnitudePruner(model)
+    pruner.register()
+    pruner.prune(0.5)
+    for layer in model:
+        assert torch.equal(layer.weight_mask.bool(), pruner.masks["0.weight"])
+    x = torch.randn(2, 4)
+    shown = model(x)
+    pruner.remove()
+    assert not torch_prune.is_pruned(model)
+    assert model[1].weight is model[0].weight is pruner.params["0.weight"]
+    assert torch.equal(model(x), shown)
 
 
 # --- arguments ------------------------------------------------------------------------------------
