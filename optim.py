@@ -743,14 +743,21 @@ class MFAC(torch.optim.Optimizer):
         """As for any optimizer, with the window's columns beside each parameter's state ("grads"),
         and what they share under "fisher". By reference, except for windows in several shards.
         """
-        state_dict = super().state_dict()
+        # As the first of the post-hooks, so that those of others see everything.
+        handle = self.register_state_dict_post_hook(MFAC._add_window, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _add_window(self, state_dict: dict[str, Any]) -> None:
         shared = self.fisher.state_dict()
         del shared["window"]
         start = 0
         for i, n in enumerate(self._sizes()):
             columns = self.fisher.columns(start, start := start + n)
             state_dict["state"][i] = {**state_dict["state"].get(i, {}), "grads": columns}
-        return {**state_dict, "fisher": {**shared, "skipped_steps": self.skipped_steps}}
+        state_dict["fisher"] = {**shared, "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes a copy of what `state_dict` gave: groups, momentum, masks, window, damp, ngrads.
@@ -758,6 +765,39 @@ class MFAC(torch.optim.Optimizer):
         Raises:
             ValueError: it belongs to other parameters, or to another optimizer.
         """
+        saved, shared = [], {}
+
+        def take(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            """Keeps from the base class what it would round to the types of the parameters."""
+            saved.extend(self._checked_state(state_dict))
+            shared.update(state_dict["fisher"])
+            ids = {i for group in state_dict["param_groups"] for i in group["params"]}
+            others = {key: v for key, v in state_dict["state"].items() if key not in ids}
+            return {**state_dict, "state": others}
+
+        def put(_: torch.optim.Optimizer) -> None:
+            for (p, _), entries in zip(self._parameters(), saved, strict=True):
+                self.state[p] = {
+                    name: value.to(p.device, copy=True)
+                    for name, value in entries.items()
+                    if name != "grads"
+                }
+            self.skipped_steps = shared.pop("skipped_steps")
+            self.fisher.load_state_dict({**shared, "window": [e["grads"] for e in saved]})
+
+        # The last of the pre-hooks and the first of the post-hooks: those of others see everything.
+        handles = [
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(put, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _checked_state(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+        """One entry a parameter, if the state dict belongs to these parameters."""
         if "fisher" not in state_dict:
             raise ValueError("This state dict is not one of MFAC: it has no entry 'fisher'")
         parameters = [p for p, _ in self._parameters()]
@@ -772,17 +812,7 @@ class MFAC(torch.optim.Optimizer):
                     f"The state dict belongs to another model: it has {entries['grads'].shape[1]} "
                     f"weights {shapes} where this one has a parameter of shape {tuple(p.shape)}"
                 )
-        # Without "state": the base class would round it to the types of the parameters.
-        super().load_state_dict({**state_dict, "state": {}})
-        for p, entries in zip(parameters, saved, strict=True):
-            self.state[p] = {
-                name: value.to(p.device, copy=True)
-                for name, value in entries.items()
-                if name != "grads"
-            }
-        shared = dict(state_dict["fisher"])
-        self.skipped_steps = shared.pop("skipped_steps")
-        self.fisher.load_state_dict({**shared, "window": [entries["grads"] for entries in saved]})
+        return saved
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: the base class keeps only the defaults, the state and the groups."""
