@@ -558,6 +558,7 @@ class MFAC(torch.optim.Optimizer):
 
     For each parameter w with gradient g, group by group,
 
+        g ← −g                                  only if `maximize`
         g ← g + weight_decay·w                  L2 decay; it enters the window
         u ← F⁻¹g                                one window over all groups
         v ← momentum·v + (1 − momentum)·u       an exponential moving average, from v = 0
@@ -570,8 +571,8 @@ class MFAC(torch.optim.Optimizer):
     Memory: `window_bytes(ngrads, d)`, that is 4·ngrads·d bytes and a little, for d weights.
 
     Args:
-        params: parameters, or groups of them, each with its own `lr`, `momentum`, `weight_decay`
-            and `sparse`.
+        params: parameters, or groups of them, each with its own `lr`, `momentum`, `weight_decay`,
+            `sparse` and `maximize`.
         lr: learning rate, a float or a tensor.
         momentum: in [0, 1).
         weight_decay: at least 0.
@@ -586,6 +587,7 @@ class MFAC(torch.optim.Optimizer):
         coefficients: as in `DynamicInverseFisher`.
         on_nonfinite: "skip" counts the step in `skipped_steps` and warns the first time; "raise"
             raises NonFiniteGradientError.
+        maximize: climbs instead; the weight decay shrinks the weights all the same.
 
     Raises:
         ValueError: for arguments outside these ranges, and in `step` where `damp` is too small for
@@ -613,6 +615,7 @@ class MFAC(torch.optim.Optimizer):
         *,
         coefficients: str = "incremental",
         on_nonfinite: str = "skip",
+        maximize: bool = False,
     ):
         if on_nonfinite not in ("skip", "raise"):
             raise ValueError(f"Invalid on_nonfinite: {on_nonfinite!r}; it is 'skip' or 'raise'")
@@ -621,7 +624,13 @@ class MFAC(torch.optim.Optimizer):
         self.fisher: DynamicInverseFisher | None = None
         super().__init__(
             params,
-            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "sparse": sparse},
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "sparse": sparse,
+                "maximize": maximize,
+            },
         )
         # Masks belong to the parameters given now, not to groups that are added later.
         self.defaults["sparse"] = sparse is True
@@ -682,7 +691,7 @@ class MFAC(torch.optim.Optimizer):
         parameters = self._parameters()
         if all(p.grad is None for p, _ in parameters):
             return loss
-        g = torch.cat([self._gradient(p, group["weight_decay"]) for p, group in parameters])
+        g = torch.cat([self._gradient(p, group) for p, group in parameters])
         try:
             update = self.fisher.update_matvec(g)
         except NonFiniteGradientError:
@@ -701,7 +710,7 @@ class MFAC(torch.optim.Optimizer):
                 self._descend(p, u.to(p.device), group["lr"], group["momentum"])
         return loss
 
-    def _gradient(self, p: Tensor, weight_decay: float) -> Tensor:
+    def _gradient(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """The columns of p in the gradient that enters the window."""
         g = torch.zeros_like(p) if p.grad is None else p.grad
         if g.layout != torch.strided:
@@ -709,8 +718,10 @@ class MFAC(torch.optim.Optimizer):
                 "MFAC does not support sparse gradients; use sparse=False in the module"
             )
         g = g.to(torch.float32)
-        if weight_decay != 0 and p.grad is not None:
-            g = g.add(p, alpha=weight_decay)
+        if group["maximize"]:
+            g = -g
+        if group["weight_decay"] != 0 and p.grad is not None:
+            g = g.add(p, alpha=group["weight_decay"])
         mask = self.state[p].get("mask")
         return (g.flatten() if mask is None else g[mask]).to(self.fisher.device)
 
@@ -818,6 +829,11 @@ class MFAC(torch.optim.Optimizer):
         """For copy and pickle: the base class keeps only the defaults, the state and the groups."""
         own = ("fisher", "skipped_steps", "on_nonfinite")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("maximize", False)  # saved before there was such a setting
 
 
 def _masks(params: list[Tensor], sparse: bool | Sequence[Tensor | None]) -> list[Tensor | None]:
