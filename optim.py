@@ -656,22 +656,12 @@ class MFAC(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; the window gets columns for it whose history is zero."""
-        group = {**self.defaults, **param_group}
-        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if not 0.0 <= group["lr"]:
-            raise ValueError(f"Invalid learning rate: {group['lr']}; it must be at least 0")
-        if not 0.0 <= group["momentum"] < 1.0:
-            raise ValueError(f"Invalid momentum: {group['momentum']}; it must be in [0, 1)")
-        if not 0.0 <= group["weight_decay"]:
-            raise ValueError(
-                f"Invalid weight_decay: {group['weight_decay']}; it must be at least 0"
-            )
-        super().add_param_group(param_group)
+        super().add_param_group(param_group)  # first, so that it is torch's errors that come first
         group = self.param_groups[-1]
         try:
+            _check_group(group)
             masks = _masks(group["params"], group["sparse"])
-        except ValueError:
+        except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
         group["sparse"] = bool(group["sparse"])
@@ -834,6 +824,23 @@ class MFAC(torch.optim.Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("maximize", False)  # saved before there was such a setting
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not 0.0 <= group["lr"]:
+        raise ValueError(f"Invalid learning rate: {group['lr']}; it must be at least 0")
+    if not 0.0 <= group["momentum"] < 1.0:
+        raise ValueError(f"Invalid momentum: {group['momentum']}; it must be in [0, 1)")
+    if not 0.0 <= group["weight_decay"]:
+        raise ValueError(f"Invalid weight_decay: {group['weight_decay']}; it must be at least 0")
+    for p in group["params"]:
+        if p.is_complex():
+            raise ValueError(
+                f"MFAC does not support complex parameters, got one of {p.dtype}; keep real and "
+                "imaginary part as a real parameter and use torch.view_as_complex in the module"
+            )
 
 
 def _masks(params: list[Tensor], sparse: bool | Sequence[Tensor | None]) -> list[Tensor | None]:
