@@ -26,6 +26,7 @@ Information", NeurIPS 2021, arXiv 2107.03356, section 3.2 (dynamic algorithm).
 """
 
 import contextlib
+import copy
 import numbers
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -771,7 +772,7 @@ class MFAC(torch.optim.Optimizer):
         def take(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             """Keeps from the base class what it would round to the types of the parameters."""
             saved.extend(self._checked_state(state_dict))
-            shared.update(state_dict["fisher"])
+            shared.update(copy.deepcopy(state_dict["fisher"]))  # it may be this optimizer's own
             ids = {i for group in state_dict["param_groups"] for i in group["params"]}
             others = {key: v for key, v in state_dict["state"].items() if key not in ids}
             return {**state_dict, "state": others}

@@ -554,6 +554,20 @@ def test_the_parameter_ids_of_a_state_are_their_places():
     assert [tuple(state["state"][i]["momentum_buffer"].shape) for i in range(4)] == shapes
 
 
+@pytest.mark.parametrize("way", ["incremental", "paper"])
+def test_loading_its_own_state_changes_nothing(way):
+    """Accelerate does this to every optimizer, to move its state to a device."""
+    p = nn.Parameter(torch.randn(6))
+    optimizer = optimizer_for([p], momentum=0.9, coefficients=way)
+    for _ in range(9):
+        p.grad = torch.randn(6)
+        optimizer.step()
+        before = copy.deepcopy(optimizer.state_dict())
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert_same_state(optimizer.state_dict(), before)
+        assert bool(torch.isfinite(optimizer.fisher.matvec(p.grad)).all())
+
+
 def test_what_others_put_into_a_group_survives_saving():
     p = nn.Parameter(torch.randn(4))
     optimizer = MFAC([{"params": [p], "layer": "head"}], ngrads=2)
