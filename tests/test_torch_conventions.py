@@ -428,6 +428,7 @@ def test_hooks_of_state_dict_see_all_of_it():
     for handle in handles:
         handle.remove()
     assert "added" not in optimizer.state_dict()
+    assert not optimizer._optimizer_state_dict_post_hooks, "none of its own stays behind"
     # What is not a parameter's is kept by torch's optimizers; so it is here.
     twin = optimizer_for([nn.Parameter(torch.zeros(4))])
     twin.load_state_dict(state)
