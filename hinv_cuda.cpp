@@ -14,16 +14,17 @@
 //       D     (m, m)  its upper triangle; the rest is not read
 //       t     (m,) or (n, m), a right-hand side a row; in place
 //                     t_i <- t_i - sum_{k<i} D_ki t_k / q_k
-//   hinv_update(P, A, k, j, damp, z, health) -> None                       float64
-//       P     (m, m)  A^-1, symmetric; in place, the inverse of the new A
-//       A     (m, m)  symmetric; in place: row and column j become k, A_jj = k[j] + m damp
+//   hinv_update(P, K, k, j, damp, z, health) -> None                       float64
+//       P     (m, m)  A^-1, A = K + m damp I, symmetric; in place, the inverse of the new A
+//       K     (m, m)  symmetric; in place: row and column j become k
 //       k     (m,)    products of the new gradient with all m, itself included
 //       j             the row that changes, 0 <= j < m
 //       damp          lambda
 //       z     (m,)    output: column j of the new P
-//       health (2,)   output: the Schur complement s and the residual |e_j - A z|_inf
+//       health (3,)   output: the Schur complement s; the residual, the largest
+//                     |e_j - A z|_i (A_jj / A_ii)^1/2; and the condition, the largest P_ii A_ii
 //     Where s is no positive number, P becomes NaN, and with it the s of every later exchange until
-//     P is computed anew; z becomes 0 and the residual NaN.
+//     P is computed anew; z becomes 0, residual and condition NaN.
 //
 // The same three are registered as torch.ops.hinv_cuda, without return values, so that fake tensors
 // and torch.compile know them.
@@ -113,26 +114,26 @@ void hinv_mul(int64_t rows, const Tensor& D, const Tensor& t) {
   }
 }
 
-void hinv_update(const Tensor& P, const Tensor& A, const Tensor& k, int64_t j, double damp,
+void hinv_update(const Tensor& P, const Tensor& K, const Tensor& k, int64_t j, double damp,
                  const Tensor& z, const Tensor& health) {
   const int64_t m = check_square(P, "P", false);
-  check(A, "A", {m, m}, P);
+  check(K, "K", {m, m}, P);
   check(k, "k", {m}, P);
   check(z, "z", {m}, P);
-  check(health, "health", {2}, P);
+  check(health, "health", {3}, P);
   TORCH_CHECK(0 <= j && j < m, "j is ", j, "; it must be from 0 to m - 1 = ", m - 1);
   TORCH_CHECK(damp > 0 && std::isfinite(damp), "damp is ", damp,
               "; it must be positive and finite");
-  const Tensor tensors[] = {P, A, k, z, health};
+  const Tensor tensors[] = {P, K, k, z, health};
   for (const Tensor& a : tensors) {
     for (const Tensor& b : tensors)
       TORCH_CHECK(&a == &b || !a.is_alias_of(b),
-                  "Two of P, A, k, z, health share memory; they must not");
+                  "Two of P, K, k, z, health share memory; they must not");
   }
   const c10::cuda::CUDAGuard guard(P.device());
   const Tensor scratch = at::empty({4 * m}, P.options());
   C10_CUDA_CHECK(hinv_update_double(
-      P.mutable_data_ptr<double>(), A.mutable_data_ptr<double>(), k.const_data_ptr<double>(), m, j,
+      P.mutable_data_ptr<double>(), K.mutable_data_ptr<double>(), k.const_data_ptr<double>(), m, j,
       damp, z.mutable_data_ptr<double>(), health.mutable_data_ptr<double>(),
       scratch.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream()));
 }
@@ -143,7 +144,7 @@ TORCH_LIBRARY(hinv_cuda, library) {
   library.def("hinv_setup(Tensor tmp, Tensor(a!) coef) -> ()");
   library.def("hinv_mul(int rows, Tensor D, Tensor(a!) t) -> ()");
   library.def(
-      "hinv_update(Tensor(a!) P, Tensor(b!) A, Tensor k, int j, float damp, Tensor(c!) z, "
+      "hinv_update(Tensor(a!) P, Tensor(b!) K, Tensor k, int j, float damp, Tensor(c!) z, "
       "Tensor(d!) health) -> ()");
 }
 // For every device, so that a tensor elsewhere meets the checks above and their messages.
@@ -167,9 +168,9 @@ hinv_setup(tmp, coef) -> coef: B from tmp (m, m), whose strict lower triangle is
     coef (m, m) = I / damp; in place. float32 or float64.
 hinv_mul(rows, D, t) -> t: t_i -= sum_{k<i} D_ki t_k / q_k for t (m,) or (n, m), i < rows; in place.
     float32 or float64.
-hinv_update(P, A, k, j, damp, z, health): P = inverse of A (m, m) when row and column j of A become
-    k (m,), plus m damp on the diagonal; P and A in place. z (m,) becomes column j of P, health (2,)
-    the Schur complement and the residual |e_j - A z|_inf. float64.
+hinv_update(P, K, k, j, damp, z, health): P = inverse of K + m damp I (m, m) when row and column j
+    of K become k (m,); P and K in place. z (m,) becomes column j of P, health (3,) the Schur
+    complement, the residual of z and the condition of A. float64.
 )";
   module.def(
       "hinv_setup", [](const Tensor& tmp, Tensor coef) { return hinv_setup(tmp, coef), coef; },
@@ -178,7 +179,7 @@ hinv_update(P, A, k, j, damp, z, health): P = inverse of A (m, m) when row and c
       "hinv_mul",
       [](int64_t rows, const Tensor& D, Tensor t) { return hinv_mul(rows, D, t), t; },
       pybind11::arg("rows"), pybind11::arg("D"), pybind11::arg("t"));
-  module.def("hinv_update", &hinv_update, pybind11::arg("P"), pybind11::arg("A"),
+  module.def("hinv_update", &hinv_update, pybind11::arg("P"), pybind11::arg("K"),
              pybind11::arg("k"), pybind11::arg("j"), pybind11::arg("damp"), pybind11::arg("z"),
              pybind11::arg("health"));
 }

@@ -321,20 +321,24 @@ __device__ double reduce(int m, F f) {
   return part[0];
 }
 
-// k is the new row and column j of A - m damp I, k' is k with entry j set to 0, p the old column j
-// of P. With A_ and P_ for the matrices without row and column j,
+// k is the new row and column j of K, k' is k with entry j set to 0, p the old column j of P, and
+// A = K + m damp I. With A_ and P_ for the matrices without row and column j,
 //
 //   P_ = P - p p^T / p_j
 //   u  = P_ k',  u~ = u with entry j set to -1          A_^-1 k'
-//   u <- u - P_ (A_ u - k')                             one step of iterative refinement
+//   u <- u - P_ (A_ u - k')                             one step of iterative refinement, if needed
 //   s  = k_j + m damp - k'^T u                          Schur complement, s >= m damp
 //   P <- P_ + u~ u~^T / s,  z = -u~ / s                 z is the new column j
 //
 // The refinement comes before the update, as only that keeps P itself accurate: for nearly parallel
-// gradients k_j / s is 1e6 and more, P k' cancels accordingly, and what is lost stays in P.
-// A_ u - k' are the entries of A u~ but for j.
+// gradients k_j / s is 1e6 and more, P k' cancels accordingly, and what is lost stays in P. For
+// others A_ u - k' is rounding error, and P is read twice, not three times.
+// A_ u - k' are the entries of A u~ but for j. Residuals are in units of row and column,
+// sqrt(A_ii A_jj): small gradients count as much as large ones.
+constexpr double ROUNDING = 1e-13;  // of A u, relative: what refinement would not make smaller
+
 __global__ __launch_bounds__(EXCHANGE_THREADS) void exchange(
-    double* __restrict__ P, double* __restrict__ A, const double* __restrict__ k, int m, int j,
+    double* __restrict__ P, double* __restrict__ K, const double* __restrict__ k, int m, int j,
     double damp, double* __restrict__ z, double* __restrict__ health,
     double* __restrict__ scratch) {
   const auto grid = cooperative_groups::this_grid();
@@ -344,11 +348,12 @@ __global__ __launch_bounds__(EXCHANGE_THREADS) void exchange(
   double* const product = p + m;  // P k', then P (A_ u - k')
   double* const u = product + m;  // u~ before its refinement
   double* const image = u + m;    // A u~, then e_j - A z
-  const double a = k[j] + m * damp;
+  const double shift = m * damp, a = k[j] + shift;
+  const auto a_diagonal = [=](int i) { return K[size_t(i) * m + i] + shift; };
 
   for (int i = thread; i < m; i += threads) {
     p[i] = P[size_t(j) * m + i];
-    A[size_t(i) * m + j] = A[size_t(j) * m + i] = i == j ? a : k[i];
+    K[size_t(i) * m + j] = K[size_t(j) * m + i] = k[i];
   }
   const auto store_product = [=](int i, double y) { product[i] = y; };
   times(P, m, [=](int c) { return c == j ? 0 : k[c]; }, store_product);
@@ -358,15 +363,21 @@ __global__ __launch_bounds__(EXCHANGE_THREADS) void exchange(
   const double along = product[j] / p[j];
   const auto rough = [=](int i) { return i == j ? -1 : product[i] - p[i] * along; };
   for (int i = thread; i < m; i += threads) u[i] = rough(i);
-  times(A, m, rough, [=](int i, double y) { image[i] = y; });
+  times(K, m, rough, [=](int i, double y) { image[i] = y + shift * rough(i); });
   grid.sync();
 
-  times(P, m, [=](int c) { return c == j ? 0 : image[c]; }, store_product);
-  grid.sync();
+  // Every block finds the same, so that all of them go the same way.
+  const double off = reduce<true>(
+      m, [=](int i) { return i == j ? 0 : fabs(image[i]) / sqrt(a_diagonal(i) * a); });
+  const bool refine = !(off < ROUNDING);
+  if (refine) {
+    times(P, m, [=](int c) { return c == j ? 0 : image[c]; }, store_product);
+    grid.sync();
+  }
 
   const double correction = product[j] / p[j];
   const auto refined = [=](int i) {
-    return i == j ? -1 : u[i] - (product[i] - p[i] * correction);
+    return i == j ? -1 : refine ? u[i] - (product[i] - p[i] * correction) : u[i];
   };
   const double s = a - reduce<false>(m, [=](int i) { return i == j ? 0 : k[i] * refined(i); });
   // A Schur complement that is no positive number leaves nothing to go on with: P becomes NaN,
@@ -375,7 +386,8 @@ __global__ __launch_bounds__(EXCHANGE_THREADS) void exchange(
   const double inverse_s = usable ? 1 / s : NAN, inverse_p = 1 / p[j];
   for (int i = thread; i < m; i += threads) z[i] = usable ? -refined(i) / s : 0;
 
-  times(A, m, refined, [=](int i, double y) { image[i] = (i == j) + y * inverse_s; });
+  if (refine)
+    times(K, m, refined, [=](int i, double y) { image[i] = y + shift * refined(i); });
 
   const int lane = threadIdx.x % WARP, warps = EXCHANGE_THREADS / WARP;
   for (int i = blockIdx.x * warps + threadIdx.x / WARP; i < m; i += gridDim.x * warps) {
@@ -398,10 +410,16 @@ __global__ __launch_bounds__(EXCHANGE_THREADS) void exchange(
   grid.sync();
 
   if (blockIdx.x != 0) return;
-  const double residual = reduce<true>(m, [=](int i) { return fabs(image[i]); });
+  // e_j - A z = e_j + A u~ / s. Thread 0 alone uses the results, so that no barrier is between them.
+  const double residual = reduce<true>(m, [=](int i) {
+    return fabs((i == j) + image[i] * inverse_s) * sqrt(a / a_diagonal(i));
+  });
+  const double condition =
+      reduce<true>(m, [=](int i) { return P[size_t(i) * m + i] * a_diagonal(i); });
   if (threadIdx.x == 0) {
     health[0] = s;
     health[1] = usable ? residual : NAN;  // fmax passes over NaN
+    health[2] = usable ? condition : NAN;
   }
 }
 
@@ -428,14 +446,14 @@ cudaError_t hinv_mul_double(const double* D, double* t, int m, int rows, int n,
   return multiply_inverse(D, t, m, rows, n, stream);
 }
 
-// P, A (m, m), k, z (m,), health (2,): s and |e_j - A z|_inf. scratch: 4 m numbers.
-cudaError_t hinv_update_double(double* P, double* A, const double* k, int m, int j, double damp,
+// P, K (m, m), k, z (m,), health (3,): s, residual, condition. scratch: 4 m numbers.
+cudaError_t hinv_update_double(double* P, double* K, const double* k, int m, int j, double damp,
                                double* z, double* health, double* scratch, cudaStream_t stream) {
   int resident = 0;
   const cudaError_t error = resident_blocks(exchange, EXCHANGE_THREADS, &resident);
   if (error != cudaSuccess) return error;
   const int blocks = std::min(ceil_div(m, EXCHANGE_THREADS / WARP), resident);
-  return launch(exchange, dim3(blocks), EXCHANGE_THREADS, true, stream, P, A, k, m, j, damp, z,
+  return launch(exchange, dim3(blocks), EXCHANGE_THREADS, true, stream, P, K, k, m, j, damp, z,
                 health, scratch);
 }
 

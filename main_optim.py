@@ -237,6 +237,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = f"default: resnet20; others: {', '.join(models.MODELS)}"
     add("--model", choices=models.MODELS, metavar="MODEL", help=text)
     add("--dataset", help="a folder, or 'digits', the default: handwritten digits, embedded")
+    add("--checkpoint", metavar="FILE", help="begin with the weights in it, not with random ones")
 
     group = "optimizer (defaults are the paper's, and others for the digits)"
     add = parser.add_argument_group(group).add_argument
@@ -381,6 +382,8 @@ class Run:
             )
         torch.manual_seed(settings["seed"])
         model = models.build(settings["model"], self.data.num_classes)
+        if "checkpoint" in settings and not state:
+            models.load_checkpoint(model, settings["checkpoint"])
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, settings, self.device)
         factor = learning_rate_factor(settings, len(self.train_loader))

@@ -27,15 +27,21 @@ Information", NeurIPS 2021, arXiv 2107.03356, section 3.2 (dynamic algorithm).
 
 import contextlib
 import copy
+import functools
+import logging
 import numbers
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = ["MFAC", "DynamicInverseFisher", "NonFiniteGradientError", "window_bytes"]
+
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteGradientError(ValueError):
@@ -119,12 +125,43 @@ def _gram(G: Tensor) -> Tensor:
 
 
 # --- coefficients: the (m, m) side, which never sees the window -----------------------------------
+#
+# Nothing here waits for a GPU. Where A is not positive definite, as rounded, the results are NaN.
+
+
+def cuda_kernels(device: torch.device) -> ModuleType | None:
+    """The extension hinv_cuda for a CUDA device if it is installed, else None."""
+    return _extension() if device.type == "cuda" else None
+
+
+@functools.cache
+def _extension() -> ModuleType | None:
+    try:
+        import hinv_cuda
+    except ImportError as error:
+        logger.debug("the (m, m) side runs on torch operations: %s", error)
+        return None
+    logger.debug("the (m, m) side runs on the kernels of %s", hinv_cuda.__file__)
+    return hinv_cuda
+
+
+def _factor(A: Tensor) -> Tensor:
+    """L (m, m) of A = LLᵀ, all NaN if A is not positive definite."""
+    L, failed = torch.linalg.cholesky_ex(A)
+    return L.masked_fill_(failed != 0, torch.nan)
+
+
+def _unit(j: int, like: Tensor) -> Tensor:
+    """e_j, as long as `like`."""
+    e = torch.zeros_like(like)
+    e[j] = 1
+    return e
 
 
 class IncrementalCoefficients:
     """P = A⁻¹ (m, m) in float64, exchanged in O(m²) when a row of the window changes.
 
-    P is computed anew from A once every m exchanges, and whenever a residual asks for it.
+    P is computed anew from A once every m exchanges.
     """
 
     def __init__(self, m: int, damp: float, device: torch.device):
@@ -134,27 +171,30 @@ class IncrementalCoefficients:
         self.age = 0  # exchanges since P was computed from A
 
     def refactor(self, damp: float) -> None:
-        """Computes P from K for damping λ = `damp`, O(m³); LinAlgError if A is not positive."""
+        """Computes P from K for damping λ = `damp`, O(m³)."""
         A = self.K.clone()
         A.diagonal().add_(len(A) * damp)
-        self.P.fill_(torch.nan)  # so that nobody takes the old one if there is no new one
-        self.P = torch.cholesky_inverse(torch.linalg.cholesky(A))
+        self.P.copy_(torch.cholesky_inverse(_factor(A)))
         self.damp, self.age = damp, 0
 
-    def exchange(self, j: int, k: Tensor) -> Tensor:
-        """Makes k (m,) row and column j of K; returns z = A⁻¹e_j (m,)."""
-        self.K[j] = self.K[:, j] = k
+    def exchange(self, j: int, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Makes k (m,) row and column j of K; returns z = A⁻¹e_j (m,) and the condition, which is
+        infinite where z does not solve its equation."""
         self.age += 1
-        if self.age < len(k):
-            z = self._exchange_inverse(j, k)
-            # In units of row and column, as small gradients count as much as large ones.
-            a = self._A_diagonal()
-            r = -self._A_times(z)
-            r[j] += 1
-            if (r.abs() * (a[j] / a).sqrt()).max() < 1e-6:  # not where it is NaN
-                return z
-        self.refactor(self.damp)
-        return self.solve(torch.eye(len(k), dtype=k.dtype, device=k.device)[j])
+        kernels = cuda_kernels(k.device)
+        if kernels and self.age < len(k):
+            z, health = torch.empty_like(k), k.new_empty(3)
+            kernels.hinv_update(self.P, self.K, k, j, self.damp, z, health)
+            _, residual, condition = health
+        else:
+            self.K[j] = self.K[:, j] = k
+            if self.age < len(k):
+                z = self._exchange_inverse(j, k)
+            else:
+                self.refactor(self.damp)
+                z = self.solve(_unit(j, k))
+            residual, condition = self._residual(j, z), self.condition()
+        return z, condition.where(residual < 1e-6, torch.inf)  # also where it is NaN
 
     def _exchange_inverse(self, j: int, k: Tensor) -> Tensor:
         """The rank-two update of P; returns its new column j. NaN where rounding prevents it."""
@@ -176,11 +216,18 @@ class IncrementalCoefficients:
         s = k[j] + len(k) * self.damp - kk @ u  # Schur complement; s ≥ mλ
         u[j] = -1
         # P − p pᵀ/p_j + u uᵀ/s in one sweep; equal factors on both sides keep P symmetric.
-        U = torch.stack([p / p[j].sqrt(), u / s.sqrt()], dim=1)
-        self.P.addmm_(U * U.new_tensor([-1.0, 1.0]), U.T)
+        down, up = p / p[j].sqrt(), u / s.sqrt()
+        self.P.addmm_(torch.stack([-down, up], dim=1), torch.stack([down, up]))
         z = -u / s
         self.P[j] = self.P[:, j] = z  # rounding leaves as much as p_j, which may be far larger
         return z
+
+    def _residual(self, j: int, z: Tensor) -> Tensor:
+        """The largest entry of e_j − Az in units of row and column: small gradients count as much
+        as large ones."""
+        a = self._A_diagonal()
+        r = _unit(j, z) - self._A_times(z)
+        return (r.abs() * (a[j] / a).sqrt()).max()
 
     def solve(self, y: Tensor) -> Tensor:
         """A⁻¹y (m,), with a step of refinement."""
@@ -193,9 +240,9 @@ class IncrementalCoefficients:
     def _A_diagonal(self) -> Tensor:
         return self.K.diagonal() + len(self.K) * self.damp
 
-    def condition(self) -> float:
+    def condition(self) -> Tensor:
         """max_i P_ii A_ii: 1 for orthogonal gradients, large for nearly parallel ones."""
-        return float((self.P.diagonal() * self._A_diagonal()).max())
+        return (self.P.diagonal() * self._A_diagonal()).max()
 
     def state_dict(self) -> dict[str, Any]:
         return {"K": self.K, "damp": self.damp, "P": self.P, "age": self.age}
@@ -219,31 +266,33 @@ class PaperCoefficients:
         self.refactor(damp)
 
     def refactor(self, damp: float) -> None:
-        """Computes B and q from K for damping λ = `damp`; LinAlgError if A is not positive."""
+        """Computes B and q from K for damping λ = `damp`."""
         C = self.K / damp
         C.diagonal().add_(len(C))
-        self.q = torch.full_like(C[0], torch.nan)  # in case there is no new one
-        L = torch.linalg.cholesky(C)
+        L = _factor(C)
         self.q = L.diagonal().square()
-        identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
-        L_hat = L / L.diagonal()
-        self.B = torch.linalg.solve_triangular(L_hat, identity / damp, upper=False)
+        L_hat = (L / L.diagonal()).contiguous()
+        self.B = torch.eye(len(C), dtype=C.dtype, device=C.device) / damp
+        if kernels := cuda_kernels(C.device):
+            kernels.hinv_setup(L_hat, self.B)
+        else:
+            self.B = torch.linalg.solve_triangular(L_hat, self.B, upper=False)
         self.damp = damp
 
-    def exchange(self, j: int, k: Tensor) -> Tensor:
-        """Makes k (m,) row and column j of K; returns z = A⁻¹e_j (m,)."""
+    def exchange(self, j: int, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Makes k (m,) row and column j of K; returns z = A⁻¹e_j (m,) and the condition."""
         self.K[j] = self.K[:, j] = k
         self.refactor(self.damp)
-        return self.solve(torch.eye(len(k), dtype=k.dtype, device=k.device)[j])
+        return self.solve(_unit(j, k)), self.condition()
 
     def solve(self, y: Tensor) -> Tensor:
         """A⁻¹y (m,)."""
         return self.damp * (self.B.T @ (self.B @ y / self.q))
 
-    def condition(self) -> float:
+    def condition(self) -> Tensor:
         """max_i (A⁻¹)_ii A_ii: 1 for orthogonal gradients, large for nearly parallel ones."""
         inverse_diagonal = self.damp * (self.B.square().T @ (1 / self.q))
-        return float((inverse_diagonal * (self.K.diagonal() + len(self.K) * self.damp)).max())
+        return (inverse_diagonal * (self.K.diagonal() + len(self.K) * self.damp)).max()
 
     def state_dict(self) -> dict[str, Any]:
         return {"K": self.K, "damp": self.damp}
@@ -284,6 +333,29 @@ def _checked_size(name: str, size: int, least: int) -> int:
 # products, by 1e-16 in float64, and A⁻¹ multiplies that by the condition. Beyond the first limit
 # everything is computed in float64, beyond the second nothing is.
 CONDITION_LIMIT = {torch.float32: 1e1, torch.float64: 1e11}
+
+# A GPU's checks are read a step late, so there a step moves nothing if more than three digits of
+# its result may be wrong: by the condition, or by what cancels in Gᵀz.
+USABLE_CONDITION = {torch.float32: 1e4, torch.float64: 1e11}
+USABLE_CANCELLATION = {torch.float32: 1e4, torch.float64: 1e11}
+
+
+class _Unread:
+    """Numbers on their way from a device, which nobody waits for until they are read."""
+
+    def __init__(self, numbers: Sequence[Tensor]):
+        sent = torch.stack([number.double() for number in numbers])
+        self.numbers, self.arrived = sent, None
+        if sent.is_cuda:
+            self.numbers = torch.empty(sent.shape, dtype=sent.dtype, pin_memory=True)
+            self.numbers.copy_(sent, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record(torch.cuda.current_stream(sent.device))
+
+    def read(self) -> list[float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.numbers.tolist()
 
 
 class DynamicInverseFisher:
@@ -334,6 +406,11 @@ class DynamicInverseFisher:
         self.G = _zero_shards(num_grads, dim, devices, dtype)
         self.compute_dtype = self._cheap_dtype
         self.coefficients = COEFFICIENTS[coefficients](num_grads, damp, self.device)
+        self.condition = 1.0  # as last read
+        self.lazy = self.device.type == "cuda"  # checks are read a step late, without waiting
+        self.accepted: float | Tensor = 1.0  # 0 if the last F⁻¹g is refused: then it is zero
+        self._cancels = False  # whether Gᵀz did, when it was last read
+        self._unread: _Unread | None = None
 
     @property
     def _cheap_dtype(self) -> torch.dtype:
@@ -357,38 +434,67 @@ class DynamicInverseFisher:
 
     @damp.setter
     def damp(self, damp: float) -> None:
-        damp = _checked_damp(damp)
-        try:
-            self.coefficients.refactor(damp)
-            if self._sound():
-                return
-        except torch.linalg.LinAlgError:
-            pass
-        self._refactor_in_float64(damp)
+        self.settle()
+        self._refactor(_checked_damp(damp))
 
     def update(self, g: Tensor) -> None:
         """Puts the gradient g (d,) into the window, in place of the oldest.
+
+        On CUDA this and `update_matvec` don't wait for the device. What they find out is read by
+        the next call, which raises it and sees to it: until then the window stays as it was, and a
+        result that is not to be trusted is zero.
 
         Raises:
             NonFiniteGradientError: g has NaN or Inf (after rounding to the window's type).
             ValueError: g has another shape, or λ is too small for these gradients.
         """
-        self._exchange(g)
+        _, finite, condition = self._exchange(g)
+        if self.lazy:
+            no = torch.zeros_like(finite)
+            self._leave_unread(finite, condition, no, no)
 
     def update_matvec(self, g: Tensor) -> Tensor:
         """Puts the gradient g (d,) into the window and returns F⁻¹g (d,), with g included in F.
 
         Two reads of the window. Raises as `update`.
         """
-        z, K = self._exchange(g), self.coefficients.K
+        z, finite, condition = self._exchange(g)
         # How far the terms of Gᵀz, of norms zᵢ²Kᵢᵢ, exceed their sum, of norm zᵀKz: parallel
         # gradients cancel, and float32 has few digits to lose.
+        K = self.coefficients.K
         terms = z.square() @ K.diagonal()
-        dtype = self.compute_dtype if terms < 1e3 * (z @ (K @ z)) else torch.float64
+        cancels = ~(terms < 1e3 * (z @ (K @ z)))
+        dtype = self.compute_dtype
+        if self._cancels if self.lazy else cancels:
+            dtype = torch.float64
         result = self._transposed_window_times(self.num_grads * z, dtype)
-        if not self.num_grads * terms.sqrt() <= 1e11 * result.norm(dtype=torch.float64):
+        terms, left = self.num_grads * terms.sqrt(), result.norm(dtype=torch.float64)
+        lost = ~(terms <= USABLE_CANCELLATION[torch.float64] * left)
+        if self.lazy:
+            lost &= dtype == torch.float64  # if not, the next step has a way out
+            self._leave_unread(finite, condition, cancels, lost)
+            usable = terms <= USABLE_CANCELLATION[dtype] * left
+            usable &= finite & (condition < USABLE_CONDITION[self.compute_dtype])
+            self.accepted = usable.to(self._cheap_dtype)
+            result = result.where(usable, 0)
+        elif lost:
             raise ValueError(self._advice(self.damp))
         return result.to(self._cheap_dtype)
+
+    def settle(self) -> None:
+        """Reads what the last exchange on CUDA found out, and sees to it. Raises as `update`."""
+        if self._unread is None:
+            return
+        (finite, condition, self._cancels, lost), self._unread = self._unread.read(), None
+        if not finite:  # the row was written with what it held before
+            self.count -= 1
+        sound = self._sound(condition)
+        if not sound:
+            self._refactor(self.damp)
+        if not finite:
+            raise NonFiniteGradientError("The gradient has NaN or Inf; the window is unchanged")
+        if sound and lost:
+            raise ValueError(self._advice(self.damp))
 
     def matvec(self, x: Tensor) -> Tensor:
         """F⁻¹x (d,) for x (d,), by (1): four reads of the window.
@@ -397,7 +503,8 @@ class DynamicInverseFisher:
         refinement with G itself, as K may be of float32 precision only.
         """
         x = self._checked(x).to(self.device, torch.float64)
-        if not self._sound():  # the last exchange was refused
+        self.settle()
+        if not self._sound(self.condition):  # the last exchange was refused
             raise ValueError(self._advice(self.damp))
         b = self._window_times(x, torch.float64)
         y = self.coefficients.solve(b)
@@ -411,6 +518,7 @@ class DynamicInverseFisher:
     def diagonal(self) -> Tensor:
         """diag(F⁻¹) (d,), each entry in (0, 1/λ], by (2), O(dm²): (1 − Σᵢ Wᵢⱼ²) / λ, W = L⁻¹G,
         A = LLᵀ in float64."""
+        self.settle()
         A = self._gram()
         A.diagonal().add_(self.num_grads * self.damp)
         L, failed = torch.linalg.cholesky_ex(A)
@@ -436,6 +544,7 @@ class DynamicInverseFisher:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, by reference. "window" is a list of column blocks."""
+        self.settle()
         return {
             "window": list(self.G),
             "count": self.count,
@@ -448,6 +557,7 @@ class DynamicInverseFisher:
 
         The window takes on the saved sizes m and d.
         """
+        self._unread = None
         m, d = len(state["coefficients"]["K"]), sum(block.shape[1] for block in state["window"])
         if (m, d) != (self.num_grads, self.shape[0]):
             devices, dtype = [shard.device for shard in self.G], self.G[0].dtype
@@ -462,45 +572,50 @@ class DynamicInverseFisher:
         self.count = state["count"]
         self.compute_dtype = torch.float64 if state["exact"] else self._cheap_dtype
         self.coefficients.load_state_dict(state["coefficients"])
+        self.condition = float(self.coefficients.condition())
 
     # --- internals
 
-    def _exchange(self, g: Tensor) -> Tensor:
-        """Writes g into the oldest row j and returns z = A⁻¹e_j (m,)."""
+    def _exchange(self, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Writes g into the oldest row j; returns z = A⁻¹e_j (m,), whether g is finite, and the
+        condition. Both have been seen to unless `lazy`."""
+        self.settle()
         g = self._checked(g).to(self.G[0].dtype)
-        if not bool(torch.isfinite(g).all()):
+        finite = g.isfinite().all().to(self.device)
+        if not (self.lazy or finite):
             raise NonFiniteGradientError("The gradient has NaN or Inf; the window is unchanged")
         j = self.count % self.num_grads
         self.count += 1
-        if j == 0 and self.coefficients.condition() < 0.5 * CONDITION_LIMIT[self._cheap_dtype]:
+        if j == 0 and self.condition < 0.5 * CONDITION_LIMIT[self._cheap_dtype]:
             self.compute_dtype = self._cheap_dtype  # once a round, the way back from float64
         for shard, part in zip(self.G, self._split(g), strict=True):
-            shard[j] = part
+            shard[j] = part.where(finite.to(shard.device), shard[j])
         k = self._window_times([shard[j] for shard in self.G], self.compute_dtype)
-        try:
-            z = self.coefficients.exchange(j, k)
-            if self._sound():
-                return z
-        except torch.linalg.LinAlgError:
-            pass
-        self._refactor_in_float64(self.damp)
-        return self.coefficients.solve(torch.eye(len(k), dtype=k.dtype, device=k.device)[j])
+        z, condition = self.coefficients.exchange(j, k)
+        if not (self.lazy or self._sound(condition)):
+            self._refactor(self.damp)
+            z = self.coefficients.solve(_unit(j, k))
+        return z, finite, condition
 
-    def _sound(self) -> bool:
+    def _leave_unread(self, *numbers: Tensor) -> None:
+        if not (numbers[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._unread = _Unread(numbers)
+
+    def _sound(self, condition: float | Tensor) -> bool:
         """Whether K is precise enough for A⁻¹."""
-        return self.coefficients.condition() < CONDITION_LIMIT[self.compute_dtype]
+        self.condition = float(condition)
+        return self.condition < CONDITION_LIMIT[self.compute_dtype]
 
-    def _refactor_in_float64(self, damp: float) -> None:
-        """Computes K anew in float64, and the coefficients from it: O(dm²)."""
+    def _refactor(self, damp: float) -> None:
+        """Computes A⁻¹ anew for damping λ, if need be from K in float64, O(dm²)."""
+        self.coefficients.refactor(damp)
+        if self._sound(self.coefficients.condition()):
+            return
         self.compute_dtype = torch.float64
         self.coefficients.K.copy_(self._gram())
-        try:
-            self.coefficients.refactor(damp)
-            if self._sound():
-                return
-        except torch.linalg.LinAlgError:
-            pass
-        raise ValueError(self._advice(damp))
+        self.coefficients.refactor(damp)
+        if not self._sound(self.coefficients.condition()):
+            raise ValueError(self._advice(damp))
 
     def _advice(self, damp: float) -> str:
         largest = float(self.coefficients.K.diagonal().max())
@@ -621,7 +736,8 @@ class MFAC(torch.optim.Optimizer):
         if on_nonfinite not in ("skip", "raise"):
             raise ValueError(f"Invalid on_nonfinite: {on_nonfinite!r}; it is 'skip' or 'raise'")
         self.on_nonfinite = on_nonfinite
-        self.skipped_steps = 0
+        self._skipped_steps = 0
+        self._indices: dict[Tensor, Tensor] = {}  # of the weights that a mask lets through
         self.fisher: DynamicInverseFisher | None = None
         super().__init__(
             params,
@@ -653,7 +769,14 @@ class MFAC(torch.optim.Optimizer):
 
     @damp.setter
     def damp(self, damp: float) -> None:
+        self._unless_nonfinite(self.fisher.settle)
         self.fisher.damp = damp
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped for a gradient with NaN or Inf."""
+        self._unless_nonfinite(self.fisher.settle)
+        return self._skipped_steps
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; the window gets columns for it whose history is zero."""
@@ -683,23 +806,30 @@ class MFAC(torch.optim.Optimizer):
         if all(p.grad is None for p, _ in parameters):
             return loss
         g = torch.cat([self._gradient(p, group) for p, group in parameters])
-        try:
-            update = self.fisher.update_matvec(g)
-        except NonFiniteGradientError:
-            if self.on_nonfinite == "raise":
-                raise
-            if self.skipped_steps == 0:
-                warnings.warn(
-                    "A gradient with NaN or Inf: this step is skipped, and so are later ones, "
-                    "without another warning; skipped_steps counts them",
-                    stacklevel=3,
-                )
-            self.skipped_steps += 1
+        self._unless_nonfinite(self.fisher.settle)  # what the last step left unread
+        update = self._unless_nonfinite(self.fisher.update_matvec, g)
+        if update is None:
             return loss
         for (p, group), u in zip(parameters, update.split(self._sizes()), strict=True):
             if p.grad is not None:
                 self._descend(p, u.to(p.device), group["lr"], group["momentum"])
         return loss
+
+    def _unless_nonfinite(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """What the call returns, or None where it refuses a gradient with NaN or Inf."""
+        try:
+            return call(*arguments)
+        except NonFiniteGradientError:
+            if self.on_nonfinite == "raise":
+                raise
+            if self._skipped_steps == 0:
+                warnings.warn(
+                    "A gradient with NaN or Inf: this step is skipped, and so are later ones, "
+                    "without another warning; skipped_steps counts them",
+                    stacklevel=4,
+                )
+            self._skipped_steps += 1
+            return None
 
     def _gradient(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """The columns of p in the gradient that enters the window."""
@@ -713,22 +843,33 @@ class MFAC(torch.optim.Optimizer):
             g = -g
         if group["weight_decay"] != 0 and p.grad is not None:
             g = g.add(p, alpha=group["weight_decay"])
-        mask = self.state[p].get("mask")
-        return (g.flatten() if mask is None else g[mask]).to(self.fisher.device)
+        index = self._index(p)
+        g = g.flatten()
+        return (g if index is None else g[index]).to(self.fisher.device)
 
     def _descend(self, p: Tensor, u: Tensor, lr: float | Tensor, momentum: float) -> None:
         """Moves p against its columns u of the preconditioned gradient."""
-        state = self.state[p]
-        if "mask" in state:
-            u = torch.zeros(p.shape, dtype=u.dtype, device=u.device).masked_scatter_(
-                state["mask"], u
-            )
+        state, index = self.state[p], self._index(p)
+        if index is not None:
+            u = u.new_zeros(p.numel()).index_put_((index,), u)
         u = u.view(p.shape)
+        accepted = self.fisher.accepted
+        if isinstance(accepted, Tensor):
+            accepted = accepted.to(p.device)
         if momentum != 0:
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(u)
-            u = state["momentum_buffer"].lerp_(u, 1 - momentum)
-        p.sub_((lr * u).view(p.shape))
+            u = state["momentum_buffer"].lerp_(u, (1 - momentum) * accepted)
+        p.sub_((lr * accepted * u).view(p.shape))
+
+    def _index(self, p: Tensor) -> Tensor | None:
+        """Positions of the trained weights in p, flattened; None if all are. Found once, as a GPU
+        has to be waited for."""
+        if "mask" not in self.state[p]:
+            return None
+        if p not in self._indices:
+            self._indices[p] = self.state[p]["mask"].flatten().nonzero()[:, 0]
+        return self._indices[p]
 
     def _parameters(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Every parameter with its group, in the order of the window's columns."""
@@ -736,8 +877,8 @@ class MFAC(torch.optim.Optimizer):
 
     def _sizes(self) -> list[int]:
         """The number of columns of each parameter."""
-        masks = [(p, self.state[p].get("mask")) for p, _ in self._parameters()]
-        return [p.numel() if mask is None else int(mask.sum()) for p, mask in masks]
+        indices = [(p, self._index(p)) for p, _ in self._parameters()]
+        return [p.numel() if index is None else len(index) for p, index in indices]
 
     # --- state
 
@@ -745,6 +886,7 @@ class MFAC(torch.optim.Optimizer):
         """As for any optimizer, with the window's columns beside each parameter's state ("grads"),
         and what they share under "fisher". By reference, except for windows in several shards.
         """
+        self._unless_nonfinite(self.fisher.settle)
         # As the first of the post-hooks, so that those of others see everything.
         handle = self.register_state_dict_post_hook(MFAC._add_window, prepend=True)
         try:
@@ -759,7 +901,7 @@ class MFAC(torch.optim.Optimizer):
         for i, n in enumerate(self._sizes()):
             columns = self.fisher.columns(start, start := start + n)
             state_dict["state"][i] = {**state_dict["state"].get(i, {}), "grads": columns}
-        state_dict["fisher"] = {**shared, "skipped_steps": self.skipped_steps}
+        state_dict["fisher"] = {**shared, "skipped_steps": self._skipped_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes a copy of what `state_dict` gave: groups, momentum, masks, window, damp, ngrads.
@@ -784,7 +926,8 @@ class MFAC(torch.optim.Optimizer):
                     for name, value in entries.items()
                     if name != "grads"
                 }
-            self.skipped_steps = shared.pop("skipped_steps")
+            self._skipped_steps = shared.pop("skipped_steps")
+            self._indices.clear()
             self.fisher.load_state_dict({**shared, "window": [e["grads"] for e in saved]})
 
         # The last of the pre-hooks and the first of the post-hooks: those of others see everything.
@@ -818,8 +961,10 @@ class MFAC(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: the base class keeps only the defaults, the state and the groups."""
-        own = ("fisher", "skipped_steps", "on_nonfinite")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        self._unless_nonfinite(self.fisher.settle)
+        own = {"fisher": self.fisher, "on_nonfinite": self.on_nonfinite}
+        own |= {"_skipped_steps": self._skipped_steps, "_indices": {}}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

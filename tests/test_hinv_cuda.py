@@ -3,6 +3,7 @@
 Arrays are numpy's, so that the same cases run in a process without torch: the sanitizers need one.
 """
 
+import copy
 import ctypes
 import json
 import os
@@ -10,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from functools import cache
 from pathlib import Path
 
@@ -61,13 +63,15 @@ class OnCpu:
         self._call(name, pointer(D), pointer(t), len(D), rows, t.size // len(D))
         return t
 
-    def update(self, P, A, k, j, damp):
-        P, A, m = P.copy(), A.copy(), len(k)
-        z, health, scratch = np.full(m, np.nan), np.full(2, np.nan), np.full(4 * m, np.nan)
-        matrices = pointer(P), pointer(A), pointer(k)
-        outputs = pointer(z), pointer(health), pointer(scratch)
+    def update(self, P, K, k, j, damp):
+        P, K, z, health = P.copy(), K.copy(), np.full(len(k), np.nan), np.full(3, np.nan)
+        self.update_in_place(P, K, k, j, damp, z, health)
+        return P, K, z, health
+
+    def update_in_place(self, P, K, k, j, damp, z, health):
+        m, scratch = len(k), np.full(4 * len(k), np.nan)
+        matrices, outputs = map(pointer, (P, K, k)), map(pointer, (z, health, scratch))
         self._call("hinv_update_double", *matrices, m, j, ctypes.c_double(damp), *outputs)
-        return P, A, z, health
 
 
 class OnGpu:
@@ -91,11 +95,11 @@ class OnGpu:
         assert self.extension.hinv_mul(rows, D, t) is t
         return t.cpu().numpy()
 
-    def update(self, P, A, k, j, damp):
-        z, health = np.full(len(k), np.nan), np.full(2, np.nan)
-        P, A, k, z, health = self._tensors(P, A, k, z, health)
-        self.extension.hinv_update(P, A, k, j, damp, z, health)
-        return tuple(x.cpu().numpy() for x in (P, A, z, health))
+    def update(self, P, K, k, j, damp):
+        z, health = np.full(len(k), np.nan), np.full(3, np.nan)
+        P, K, k, z, health = self._tensors(P, K, k, z, health)
+        self.extension.hinv_update(P, K, k, j, damp, z, health)
+        return tuple(x.cpu().numpy() for x in (P, K, z, health))
 
 
 FLAGS = {
@@ -141,9 +145,12 @@ def gpu():
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    import optim
     import setup_cuda
 
-    return setup_cuda.load()
+    extension = setup_cuda.load()
+    optim._extension.cache_clear()  # it may have looked before
+    return extension
 
 
 @pytest.fixture(
@@ -200,13 +207,19 @@ def assert_close(actual, expected, tolerance):
 
 
 def window(rng, m, kind):
-    """A and P = A⁻¹ of a window, and the exchange of one of its gradients: k, j."""
+    """K and P = A⁻¹ of a window, and the exchange of one of its gradients: k, j."""
     G = gradients(rng, m + 1, kind)
     new, G = G[m], G[:m]
     j = int(rng.integers(m))
-    A = G @ G.T + m * DAMP[kind] * np.eye(m)
+    K = G @ G.T
+    P = inverse(damped(K, kind))
     G[j] = new
-    return A, inverse(A), G @ new, j
+    return K, P, G @ new, j
+
+
+def damped(K, kind):
+    """A = K + mλI."""
+    return K + len(K) * DAMP[kind] * np.eye(len(K))
 
 
 def inverse(A):
@@ -273,63 +286,158 @@ TOLERANCE = {"ordinary": 1e-13, "parallel": 1e-7}
 @pytest.mark.parametrize("kind", DAMP)
 @pytest.mark.parametrize("m", SIZES)
 def test_update(kernels, m, kind):
-    A_old, P_old, k, j = window(np.random.default_rng(m), m, kind)
-    P, A, z, health = kernels.update(P_old, A_old, k, j, DAMP[kind])
-    expected = A_old.copy()
+    K_old, P_old, k, j = window(np.random.default_rng(m), m, kind)
+    P, K, z, (s, residual, condition) = kernels.update(P_old, K_old, k, j, DAMP[kind])
+    expected = K_old.copy()
     expected[j] = expected[:, j] = k
-    expected[j, j] += m * DAMP[kind]
-    assert (A == expected).all()
+    assert (K == expected).all()
     assert (P == P.T).all()
+    A = damped(K, kind)
     truth = column(A, j)
     assert_close(z, truth, TOLERANCE[kind])
     assert_close(P, inverse(A), TOLERANCE[kind])
     assert_close(P[j], z, 1e-15)
-    assert_close(health[0], 1 / truth[j], TOLERANCE[kind])
-    assert 0 <= health[1] <= TOLERANCE[kind]
+    assert_close(s, 1 / truth[j], TOLERANCE[kind])
+    assert 0 <= residual <= TOLERANCE[kind]
+    assert_close(condition, (np.diag(P) * np.diag(A)).max(), 1e-14)
 
 
 @pytest.mark.parametrize("m", [1, 40, 255])
 def test_update_reports_the_residual_of_what_it_returns(kernels, m):
     rng = np.random.default_rng(m)
-    A, P, k, j = window(rng, m, "ordinary")
+    K, P, k, j = window(rng, m, "ordinary")
     noise = 1 + 1e-3 * rng.normal(size=P.shape)
-    _, A, z, health = kernels.update(P * noise * noise.T, A, k, j, DAMP["ordinary"])
-    residual = np.abs(np.eye(m)[j] - A @ z).max()
-    assert m == 1 or residual > 1e-9  # at m = 1 the old P does not matter
-    assert abs(health[1] - residual) <= 1e-14
+    _, K, z, health = kernels.update(P * noise * noise.T, K, k, j, DAMP["ordinary"])
+    A = damped(K, "ordinary")
+    residual = np.abs(np.eye(m)[j] - A @ z) * np.sqrt(A[j, j] / np.diag(A))
+    assert m == 1 or residual.max() > 1e-9  # at m = 1 the old P does not matter
+    assert abs(health[1] - residual.max()) <= 1e-14
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_small_gradients_count_as_much_as_large_ones(kernels, scale):
+    """A gradient among others of another size is exchanged with the same relative precision."""
+    m, rng = 40, np.random.default_rng(0)
+    K, _, k, j = window(rng, m, "ordinary")
+    sizes = np.where(np.arange(m) % 2, scale, 1.0)
+    K, k = K * sizes * sizes[:, None], k * sizes * sizes[j]
+    damp = 1e-3 * min(1, scale) ** 2
+    shift = m * damp * np.eye(m)
+    P, K, z, (_, residual, _) = kernels.update(inverse(K + shift), K, k, j, damp)
+    A = K + shift
+    units = np.sqrt(np.diag(A))
+    assert 0 <= residual <= 1e-13
+    assert_close(z * units, column(A, j) * units, 1e-13)
+    assert_close(P * units * units[:, None], inverse(A) * units * units[:, None], 1e-13)
 
 
 @pytest.mark.parametrize(("kind", "m"), [("ordinary", 33), ("ordinary", 96), ("parallel", 48)])
 def test_exchanges_in_a_row_stay_as_good_as_a_fresh_inverse(kernels, kind, m):
     rng = np.random.default_rng(m)
     G = gradients(rng, m, kind)
-    A = G @ G.T + m * DAMP[kind] * np.eye(m)
-    P = inverse(A)
+    K = G @ G.T
+    P = inverse(damped(K, kind))
     for step, g in enumerate(gradients(rng, 3 * m, kind)[:, : G.shape[1]]):
         j = step % m
         G[j] = g
-        P, A, z, health = kernels.update(P, A, G @ g, j, DAMP[kind])
-        assert health[1] <= {"ordinary": 1e-14, "parallel": 1e-7}[kind]
+        P, K, z, health = kernels.update(P, K, G @ g, j, DAMP[kind])
+        assert health[1] <= {"ordinary": 1e-13, "parallel": 1e-7}[kind]
     tolerance = {"ordinary": 1e-9, "parallel": 1e-6}[kind]
-    assert_close(A, G @ G.T + m * DAMP[kind] * np.eye(m), 1e-14)
-    assert_close(P, inverse(A), tolerance)
-    assert_close(z, column(A, j), tolerance)
+    assert_close(K, G @ G.T, 1e-14)
+    assert_close(P, inverse(damped(K, kind)), tolerance)
+    assert_close(z, column(damped(K, kind), j), tolerance)
 
 
 @pytest.mark.parametrize("bad", [-1e6, np.nan, np.inf])
 def test_update_without_a_positive_schur_complement_cannot_go_unnoticed(kernels, bad):
-    A, P, k, j = window(np.random.default_rng(0), 40, "ordinary")
+    K, P, k, j = window(np.random.default_rng(0), 40, "ordinary")
     k_bad = k.copy()
     k_bad[j] = bad
-    P, A, z, health = kernels.update(P, A, k_bad, j, DAMP["ordinary"])
+    P, K, z, health = kernels.update(P, K, k_bad, j, DAMP["ordinary"])
     assert not 0 < health[0] < np.inf
     for step in range(2):
         assert np.isnan(P).all()
         assert (z == 0).all()
-        assert np.isnan(health[1])
+        assert np.isnan(health[1:]).all()
         # A good gradient afterwards changes nothing of that: P has to be computed anew.
-        P, A, z, health = kernels.update(P, A, k, (j + step) % 40, DAMP["ordinary"])
+        P, K, z, health = kernels.update(P, K, k, (j + step) % 40, DAMP["ordinary"])
         assert np.isnan(health[0])
+
+
+class Extension:
+    """hinv_cuda as optim.py calls it, for tensors on the CPU."""
+
+    def __init__(self, kernels):
+        self.kernels, self.calls = kernels, 0
+
+    def hinv_setup(self, tmp, coef):
+        self.calls += 1
+        coef.numpy()[:] = self.kernels.setup(tmp.numpy(), coef.numpy())
+
+    def hinv_update(self, P, K, k, j, damp, z, health):
+        self.calls += 1
+        P, K, k, z, health = (x.numpy() for x in (P, K, k, z, health))
+        self.kernels.update_in_place(P, K, k, j, damp, z, health)
+
+
+@needs_gxx
+@pytest.mark.parametrize("kind", DAMP)
+@pytest.mark.parametrize("coefficients", ["incremental", "paper"])
+def test_the_optimizer_takes_the_kernels(library, monkeypatch, coefficients, kind):
+    """The same results as torch operations, in a window that is filled, exchanged, refactored,
+    damped anew, and given a gradient that is not finite; checks are read late, as on a GPU."""
+    torch = pytest.importorskip("torch")
+    import optim
+
+    m = 12
+    G = torch.tensor(gradients(np.random.default_rng(0), 3 * m, kind), dtype=torch.float32)
+    plain = optim.DynamicInverseFisher(m, G.shape[1], DAMP[kind], coefficients=coefficients)
+    fisher = copy.deepcopy(plain)
+    fisher.lazy = True
+    extension = Extension(OnCpu(library("plain")))
+    used = {True: lambda device: extension, False: lambda device: None}
+    for i, g in enumerate(G):
+        results = []
+        for one in (plain, fisher):
+            monkeypatch.setattr(optim, "cuda_kernels", used[one is fisher])
+            if i == 20:
+                one.damp = 2 * DAMP[kind]
+            results.append(one.update_matvec(g))
+            if one is fisher and i == 15:
+                one.update(g * torch.nan)
+        if fisher.accepted == 1:  # while it does not know yet how parallel they are, it waits
+            torch.testing.assert_close(
+                *results, rtol=1e-4, atol=1e-4 * float(results[0].abs().max())
+            )
+        else:
+            assert i < 3 and kind == "parallel"
+        if i == 15:
+            with pytest.raises(optim.NonFiniteGradientError):
+                fisher.settle()
+    assert extension.calls >= 3 * m - 4
+
+
+def test_which_way_the_coefficients_go_is_logged_once(monkeypatch, caplog):
+    pytest.importorskip("torch")
+    import torch
+
+    import optim
+
+    caplog.set_level("DEBUG", logger="optim")
+    try:
+        for installed in (None, types.SimpleNamespace(__file__="there")):
+            monkeypatch.setitem(sys.modules, "hinv_cuda", installed)
+            optim._extension.cache_clear()
+            assert optim.cuda_kernels(torch.device("cpu")) is None
+            for _ in range(2):
+                assert optim.cuda_kernels(torch.device("cuda")) is installed
+    finally:
+        optim._extension.cache_clear()
+    ways = [record.message.split(":")[0] for record in caplog.records]
+    assert ways == [
+        "the (m, m) side runs on torch operations",
+        "the (m, m) side runs on the kernels of there",
+    ]
 
 
 def everything(kernels, m, dtypes=tuple(PRECISION)):
@@ -340,8 +448,9 @@ def everything(kernels, m, dtypes=tuple(PRECISION)):
     for dtype in dtypes:
         yield kernels.setup(N.astype(dtype), np.eye(m, dtype=dtype)).tobytes()
         yield kernels.mul(m, D.astype(dtype), t.astype(dtype)).tobytes()
-    A, P, k, j = window(rng, m, "ordinary")
-    yield [result.tobytes() for result in kernels.update(P, A, k, j, DAMP["ordinary"])]
+    for kind in DAMP:  # with refinement and without
+        K, P, k, j = window(rng, m, kind)
+        yield [result.tobytes() for result in kernels.update(P, K, k, j, DAMP[kind])]
 
 
 @pytest.mark.parametrize("m", [33, 300])
@@ -727,21 +836,21 @@ def test_graph_capture(gpu):
     import torch
 
     m, rng = 300, np.random.default_rng(0)
-    A, P, k, j = (torch.tensor(a, device="cuda") for a in window(rng, m, "ordinary"))
-    start = P.clone(), A.clone()
-    z, health = torch.empty(m, device="cuda", dtype=torch.float64), torch.empty_like(k[:2])
-    gpu.hinv_update(P, A, k, int(j), DAMP["ordinary"], z, health)
-    expected = [x.clone() for x in (P, A, z, health)]
+    K, P, k, j = (torch.tensor(a, device="cuda") for a in window(rng, m, "ordinary"))
+    start = P.clone(), K.clone()
+    z, health = torch.empty(m, device="cuda", dtype=torch.float64), torch.empty_like(k[:3])
+    gpu.hinv_update(P, K, k, int(j), DAMP["ordinary"], z, health)
+    expected = [x.clone() for x in (P, K, z, health)]
     row = int(j)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         P.copy_(start[0])
-        A.copy_(start[1])
-        gpu.hinv_update(P, A, k, row, DAMP["ordinary"], z, health)
-    for x in (P, A, z, health):
+        K.copy_(start[1])
+        gpu.hinv_update(P, K, k, row, DAMP["ordinary"], z, health)
+    for x in (P, K, z, health):
         x.zero_()
     graph.replay()
-    assert all(torch.equal(x, y) for x, y in zip((P, A, z, health), expected, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip((P, K, z, health), expected, strict=True))
 
 
 @pytest.mark.cuda
@@ -753,7 +862,7 @@ def test_arguments_are_checked(gpu):
 
     def update(j=0, damp=1e-3, z=None, health=None):
         z = vector.clone() if z is None else z
-        health = vector[:2].clone() if health is None else health
+        health = vector[:3].clone() if health is None else health
         gpu.hinv_update(big, big.clone(), vector, j, damp, z, health)
 
     for message, call in [
@@ -770,7 +879,7 @@ def test_arguments_are_checked(gpu):
         ("rows is 5", lambda: gpu.hinv_mul(5, matrix, t)),
         ("t has shape", lambda: gpu.hinv_mul(4, matrix, t[:3])),
         ("t has shape", lambda: gpu.hinv_mul(4, matrix, t[None, None])),
-        ("P is Float", lambda: gpu.hinv_update(matrix, matrix, t, 0, 1e-3, t, t[:2])),
+        ("P is Float", lambda: gpu.hinv_update(matrix, matrix, t, 0, 1e-3, t, t[:3])),
         ("j is 4", lambda: update(j=4)),
         ("damp is 0", lambda: update(damp=0.0)),
         ("health has shape", lambda: update(health=vector.clone())),
@@ -778,3 +887,71 @@ def test_arguments_are_checked(gpu):
     ]:
         with pytest.raises(RuntimeError, match=message):
             call()
+
+
+def trained(torch, device, steps=20, **options):
+    """Weights after steps of MFAC on a small network, the optimizer, and what makes a step."""
+    import optim
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+    inputs, targets = torch.randn(steps, 12, 8), torch.randint(3, (steps, 12))
+    model, inputs, targets = model.to(device), inputs.to(device), targets.to(device)
+    optimizer = optim.MFAC(
+        model.parameters(), lr=0.05, momentum=0.9, ngrads=6, damp=1e-2, **options
+    )
+
+    def step(i):
+        optimizer.zero_grad(set_to_none=False)
+        torch.nn.functional.cross_entropy(model(inputs[i]), targets[i]).backward()
+        optimizer.step()
+
+    for i in range(steps - 1):
+        step(i)
+    return list(model.parameters()), optimizer, lambda: step(steps - 1)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("coefficients", ["incremental", "paper"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_step_on_the_gpu_is_that_on_the_cpu_and_waits_for_nothing(gpu, coefficients, masked):
+    import torch
+
+    options = {"coefficients": coefficients}
+    if masked:
+        generator = torch.Generator().manual_seed(1)
+        shapes = ((16, 8), (16,), (3, 16), (3,))
+        options["sparse"] = [torch.rand(s, generator=generator) > 0.5 for s in shapes]
+    expected, _, step = trained(torch, "cpu", **options)
+    step()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        weights, optimizer, step = trained(torch, "cuda", **options)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert optimizer.skipped_steps == 0
+        for p, reference in zip(weights, expected, strict=True):
+            torch.testing.assert_close(p.cpu(), reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.cuda
+def test_graph_capture_of_a_step(gpu):
+    import torch
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        weights, optimizer, step = trained(torch, "cuda")
+        optimizer.fisher.settle()
+        twin, _, twin_step = trained(torch, "cuda")
+        graph = torch.cuda.CUDAGraph()
+        before = [p.detach().clone() for p in weights]
+        with torch.cuda.graph(graph, stream=stream):
+            step()
+        for p, value in zip(weights, before, strict=True):
+            assert torch.equal(p, value)  # captured, not run
+        graph.replay()
+        twin_step()
+        for p, other in zip(weights, twin, strict=True):
+            torch.testing.assert_close(p, other)

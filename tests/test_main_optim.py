@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch import nn
 
 import datautils
@@ -41,18 +40,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Path:
-    """Class folders with 80 training and 40 test images of four digits."""
-    folder = tmp_path_factory.mktemp("data") / "four"
-    images, labels = load_digits(n_class=4, return_X_y=True)
-    for index, (image, label) in enumerate(zip(images[:120], labels[:120], strict=True)):
-        path = folder / ("train" if index < 80 else "test") / f"digit{label}" / f"{index}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((image.reshape(8, 8) * 15).astype("uint8")).convert("RGB").save(path)
-    return folder
 
 
 @pytest.fixture
@@ -224,6 +211,17 @@ def test_amp_trains_in_bfloat16_with_float32_weights(run):
 # --- nothing is lost ------------------------------------------------------------------------
 
 
+def test_training_goes_on_from_a_checkpoint(run):
+    """An epoch that changes next to nothing begins and ends where the other run ended."""
+    assert run(*small("sgd")) == 0
+    flags = ["--optim", "sgd", "--lr", "1e-9", "--epochs", "1", "--save", "more.pth"]
+    assert run(*flags, "--checkpoint", "net.pth") == 0
+    one, other = (torch.load(path, weights_only=True) for path in ("net.pth", "more.pth"))
+    for name, weight in one["state_dict"].items():
+        if "running" not in name and "tracked" not in name:  # statistics of batch norm move on
+            torch.testing.assert_close(weight, other["state_dict"][name])
+
+
 @pytest.mark.parametrize("optim", ["sgd", "adam", "mfac"])
 @pytest.mark.parametrize("epochs_before", [1, 2])
 def test_resumed_is_uninterrupted(run, monkeypatch, optim, epochs_before, capsys):
@@ -369,6 +367,7 @@ BAD_FLAGS = [
     ("--epochs", "--epochs"),
     ("--schedule exponential", "exponential"),
     ("--dataset nowhere", "nowhere"),
+    ("--checkpoint nowhere.pth", "There is no checkpoint file nowhere.pth"),
     *(
         (f"--{flag} {value}", f"--{flag}: {value} is not")
         for flag in ("lr", "damp", "drop_by")

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 
 import datautils
 import main_optim
@@ -36,18 +35,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Path:
-    """Class folders with 80 training and 40 test images of four digits."""
-    folder = tmp_path_factory.mktemp("data") / "four"
-    images, labels = load_digits(n_class=4, return_X_y=True)
-    for index, (image, label) in enumerate(zip(images[:120], labels[:120], strict=True)):
-        path = folder / ("train" if index < 80 else "test") / f"digit{label}" / f"{index}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((image.reshape(8, 8) * 15).astype("uint8")).convert("RGB").save(path)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -148,7 +148,7 @@ def test_exchanges_among_nearly_parallel_gradients_need_no_rebuilding():
     ages = []
     for t in range(3 * m):
         G[t % m] = common + 0.1 * torch.nn.functional.normalize(torch.randn(d).double(), dim=0)
-        z = coefficients.exchange(t % m, G @ G[t % m])
+        z, _ = coefficients.exchange(t % m, G @ G[t % m])
         ages.append(coefficients.age)
         if t % 20 == 19:
             A = m * damp * torch.eye(m, dtype=torch.float64) + G @ G.T
@@ -969,9 +969,171 @@ def test_the_condition_limit_separates_the_types():
         fisher = DynamicInverseFisher(6, 40, 1e-3, coefficients=way)
         for g in G:
             fisher.update(g)
-        conditions.append(fisher.coefficients.condition())
+        conditions.append(float(fisher.coefficients.condition()))
     assert conditions[0] == pytest.approx(conditions[1], rel=1e-9)
     P = torch.linalg.inv(6e-3 * torch.eye(6).double() + G.double() @ G.double().T)
     A = torch.linalg.inv(P)
     assert conditions[0] == pytest.approx(float((P.diagonal() * A.diagonal()).max()), rel=1e-6)
     assert optim.CONDITION_LIMIT[torch.float32] < optim.CONDITION_LIMIT[torch.float64]
+
+
+# --- late checks, as on a GPU, where nothing waits for the device; a CPU can do so too -----------
+
+
+def lazily(optimizer_or_fisher):
+    """The same object, reading its checks a step late."""
+    fisher = getattr(optimizer_or_fisher, "fisher", optimizer_or_fisher)
+    fisher.lazy = True
+    return optimizer_or_fisher
+
+
+@pytest.mark.parametrize("coefficients", ["incremental", "paper"])
+def test_late_checks_change_no_result(coefficients):
+    m, d = 6, 40
+    now = DynamicInverseFisher(m, d, 1e-3, coefficients=coefficients)
+    late = lazily(DynamicInverseFisher(m, d, 1e-3, coefficients=coefficients))
+    for _ in range(3 * m):
+        g = torch.randn(d)
+        assert torch.equal(now.update_matvec(g), late.update_matvec(g))
+        g = torch.randn(d)
+        now.update(g)
+        late.update(g)
+    assert torch.equal(now.matvec(g), late.matvec(g))
+    assert (now.count, now.condition) == (late.count, late.condition)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("filled", [1, 4, 7])
+def test_a_late_refusal_moves_nothing_and_leaves_the_window_alone(bad, filled):
+    m, d = 4, 30
+    now, late = DynamicInverseFisher(m, d, 1e-3), lazily(DynamicInverseFisher(m, d, 1e-3))
+    gradients = torch.randn(filled + 3, d)
+    for g in gradients[:filled]:
+        now.update(g)
+        late.update(g)
+    broken = torch.randn(d)
+    broken[3] = bad
+    assert not late.update_matvec(broken).any()
+    assert late.accepted == 0
+    with pytest.raises(optim.NonFiniteGradientError):
+        late.settle()
+    assert late.count == filled
+    assert torch.equal(late.G[0], now.G[0])
+    for g in gradients[filled:]:
+        torch.testing.assert_close(late.update_matvec(g), now.update_matvec(g))
+        assert late.accepted == 1
+    assert torch.equal(late.G[0], now.G[0])
+
+
+def test_a_late_skip_leaves_weights_and_momentum_alone():
+    """The run is the one without the broken gradient, to the bits; the skip is counted."""
+    runs = []
+    start = [torch.randn(5, 4), torch.randn(7)]
+    steps = [[torch.randn(5, 4), torch.randn(7)] for _ in range(12)]
+    for late in (False, True):
+        params = [torch.nn.Parameter(p.clone()) for p in start]
+        optimizer = MFAC(params, lr=0.1, momentum=0.9, weight_decay=0.01, ngrads=4, damp=1e-2)
+        if late:
+            lazily(optimizer)
+        for i, grads in enumerate(steps):
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g.clone()
+            if i in (5, 6, 9):
+                params[0].grad[2, 1] = float("nan")
+            before = [p.detach().clone() for p in params]
+            if i == (6 if late else 5):  # the first one warns, when it is read
+                with pytest.warns(UserWarning, match="NaN or Inf"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+            moved = [not torch.equal(p, b) for p, b in zip(params, before, strict=True)]
+            assert all(moved) if i not in (5, 6, 9) else not any(moved)
+        assert optimizer.skipped_steps == 3
+        assert optimizer.fisher.count == 9
+        runs.append(params)
+    for one, other in zip(*runs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_late_refusal_is_raised_if_asked_for():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = lazily(MFAC([p], ngrads=2, on_nonfinite="raise"))
+    p.grad = torch.tensor([1.0, float("inf"), 0.0])
+    optimizer.step()
+    assert torch.equal(p.detach(), torch.ones(3))
+    p.grad = torch.ones(3)
+    with pytest.raises(optim.NonFiniteGradientError):
+        optimizer.step()
+    optimizer.step()
+    assert not torch.equal(p.detach(), torch.ones(3))
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1e-1, 10.0])
+def test_late_checks_let_no_wrong_result_through(spread):
+    """Parallel gradients of norm 100 with λ = 1e-5: each result is right to 1e-3, or zero and not
+    accepted. What was read makes later ones right."""
+    m, d, damp = 16, 2000, 1e-5
+    common = 100 * torch.nn.functional.normalize(torch.randn(d).double(), dim=0)
+    fisher, G, refused = lazily(DynamicInverseFisher(m, d, damp)), torch.zeros(m, d).double(), 0
+    for t in range(4 * m):
+        g = common + spread * torch.nn.functional.normalize(torch.randn(d).double(), dim=0)
+        G[t % m] = g.float()
+        result = fisher.update_matvec(g.float())
+        if fisher.accepted == 0:
+            assert not result.any()
+            refused += 1
+            continue
+        A = m * damp * torch.eye(m).double() + G @ G.T
+        expected = m * G.T @ torch.linalg.solve(A, torch.eye(m).double()[t % m])
+        assert (result - expected).norm() <= 1e-3 * expected.norm()
+    assert refused <= 3
+
+
+def test_a_late_failure_of_the_update_is_seen_to(monkeypatch):
+    """P becomes NaN: the step moves nothing, and the next one is right again."""
+    m, d, damp = 5, 30, 1e-3
+    fisher, G = lazily(DynamicInverseFisher(m, d, damp)), torch.randn(m + 2, d)
+    for g in G[:m]:
+        fisher.update(g)
+    fisher.settle()
+    fisher.coefficients.P.fill_(torch.nan)
+    assert not fisher.update_matvec(G[m]).any()
+    result = fisher.update_matvec(G[m + 1])
+    expected = dense_inverse(G[2:], damp) @ G[m + 1].double()
+    torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_too_little_damping_is_said_a_step_late():
+    m, d = 4, 50
+    fisher = lazily(DynamicInverseFisher(m, d, 1e-30))
+    g = torch.ones(d)
+    with pytest.raises(ValueError, match="raise damp"):
+        for _ in range(m + 2):
+            fisher.update_matvec(g)
+            assert fisher.accepted == 0 or fisher.count == 1
+
+
+def test_copies_of_an_optimizer_that_reads_late_have_read():
+    p = torch.nn.Parameter(torch.randn(6))
+    optimizer = lazily(MFAC([p], ngrads=3))
+    p.grad = torch.full((6,), float("nan"))
+    optimizer.step()
+    with pytest.warns(UserWarning, match="NaN or Inf"):
+        twin = copy.deepcopy(optimizer)
+    assert twin.skipped_steps == optimizer.skipped_steps == 1
+    assert twin.fisher.count == 0
+
+
+def test_masks_are_looked_up_once(monkeypatch):
+    """On a GPU, counting the True of a mask waits for the device."""
+    p = torch.nn.Parameter(torch.randn(4, 4))
+    optimizer = MFAC([p], ngrads=3, sparse=[torch.rand(4, 4) > 0.5])
+    p.grad = torch.randn(4, 4)
+    optimizer.step()
+
+    def waits(*_):
+        raise AssertionError("nonzero() waits for the device")
+
+    monkeypatch.setattr(torch.Tensor, "nonzero", waits)
+    monkeypatch.setattr(torch.Tensor, "__int__", waits)
+    optimizer.step()

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import models
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,19 +26,35 @@ def run(arguments, cwd):
     return result.stdout
 
 
-def shortened(call):
-    """A call of a script as an argument list: on the digits, for one epoch, into this folder."""
-    words = shlex.split(call.split(" > ")[0].replace("DATASET", "digits"))
-    return [str(ROOT / words[0]), *words[1:], "--epochs", "1"]
+def shortened(call, dataset):
+    """A call of a script as an argument list: a few gradients of small images, one epoch."""
+    words = shlex.split(call.split(" > ")[0].replace("DATASET", str(dataset)))
+    fewer = ["--epochs", "1"] if "main_optim" in words[0] else []
+    if "main_prun" in words[0] and "--ngrads" in words:
+        fewer = ["--ngrads", "8"]
+    return [str(ROOT / words[0]), *words[1:], *fewer]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the calls of the README run one after the other, as some use files of others."""
+    folder = tmp_path_factory.mktemp("readme")
+    torch.save(models.build("resnet20", 4).state_dict(), folder / "net.pth")
+    return folder
 
 
 @pytest.mark.parametrize("call", SCRIPT_CALLS)
-def test_script_calls(call, tmp_path):
-    output = run(shortened(call), tmp_path)
-    assert "test" in output
-    saved = Path(re.search(r"--save (\S+)", call)[1])
-    for suffix in (".pth", ".csv", ".png"):
-        assert (tmp_path / saved).with_suffix(suffix).stat().st_size > 0
+def test_script_calls(call, folder, dataset):
+    arguments = shortened(call, dataset)
+    if (
+        "main_prun" in call and "--checkpoint" not in call
+    ):  # the one that comes along has 10 classes
+        arguments += ["--checkpoint", "net.pth"]
+    assert "test" in run(arguments, folder)
+    named = re.search(r"--(?:save|out) (\S+)", call)
+    stem = named[1].removesuffix(".pth") if named else f"runs/resnet20-{dataset.name}-pruned-mfac"
+    for ending in (".pth" if "main_optim" in call else "-step0.pth", ".csv", ".png"):
+        assert (folder / (stem + ending)).stat().st_size > 0
 
 
 @pytest.mark.parametrize("block", PYTHON_BLOCKS)
@@ -50,7 +69,8 @@ def test_the_readme_has_what_is_tested_here():
 def test_what_make_demo_runs(tmp_path):
     shown = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True).stdout
     calls = re.findall(r"^\.venv/bin/python (main_\w+\.py .*)$", shown, re.MULTILINE)
-    assert calls
+    assert len(calls) == 3
     for call in calls:
-        run(shortened(call), tmp_path)
-    assert list((tmp_path / "runs").glob("*.png"))
+        run(shortened(call, "digits"), tmp_path)
+    for name in ("demo", "demo-magnitude", "demo-mfac"):
+        assert (tmp_path / "runs" / f"{name}.png").stat().st_size > 0
