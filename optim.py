@@ -173,7 +173,7 @@ class IncrementalCoefficients:
         """Computes P from K for damping λ = `damp`, O(m³)."""
         A = self.K.clone()
         A.diagonal().add_(len(A) * damp)
-        self.P.copy_(torch.cholesky_inverse(_factor(A)))
+        self.P = torch.cholesky_inverse(_factor(A)).contiguous()  # the old one may be in a state
         self.damp, self.age = damp, 0
 
     def exchange(self, j: int, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,7 +250,7 @@ class IncrementalCoefficients:
         self.K.copy_(state["K"])
         self.refactor(state["damp"])
         if "P" in state:  # not where it comes from PaperCoefficients
-            self.P.copy_(state["P"])
+            self.P = state["P"].to(self.P.device, copy=True)
             self.age = state["age"]
 
 
@@ -673,6 +673,7 @@ class MFAC(torch.optim.Optimizer):
 
     For each parameter w with gradient g, group by group,
 
+        g ← −g                                  only if `maximize`
         g ← g + weight_decay·w                  L2 decay; it enters the window
         u ← F⁻¹g                                one window over all groups
         v ← momentum·v + (1 − momentum)·u       an exponential moving average, from v = 0
@@ -685,8 +686,8 @@ class MFAC(torch.optim.Optimizer):
     Memory: `window_bytes(ngrads, d)`, that is 4·ngrads·d bytes and a little, for d weights.
 
     Args:
-        params: parameters, or groups of them, each with its own `lr`, `momentum`, `weight_decay`
-            and `sparse`.
+        params: parameters, or groups of them, each with its own `lr`, `momentum`, `weight_decay`,
+            `sparse` and `maximize`.
         lr: learning rate, a float or a tensor.
         momentum: in [0, 1).
         weight_decay: at least 0.
@@ -701,6 +702,7 @@ class MFAC(torch.optim.Optimizer):
         coefficients: as in `DynamicInverseFisher`.
         on_nonfinite: "skip" counts the step in `skipped_steps` and warns the first time; "raise"
             raises NonFiniteGradientError.
+        maximize: climbs instead; the weight decay shrinks the weights all the same.
 
     Raises:
         ValueError: for arguments outside these ranges, and in `step` where `damp` is too small for
@@ -728,6 +730,7 @@ class MFAC(torch.optim.Optimizer):
         *,
         coefficients: str = "incremental",
         on_nonfinite: str = "skip",
+        maximize: bool = False,
     ):
         if on_nonfinite not in ("skip", "raise"):
             raise ValueError(f"Invalid on_nonfinite: {on_nonfinite!r}; it is 'skip' or 'raise'")
@@ -737,7 +740,13 @@ class MFAC(torch.optim.Optimizer):
         self.fisher: DynamicInverseFisher | None = None
         super().__init__(
             params,
-            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "sparse": sparse},
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "sparse": sparse,
+                "maximize": maximize,
+            },
         )
         # Masks belong to the parameters given now, not to groups that are added later.
         self.defaults["sparse"] = sparse is True
@@ -770,22 +779,12 @@ class MFAC(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; the window gets columns for it whose history is zero."""
-        group = {**self.defaults, **param_group}
-        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if not 0.0 <= group["lr"]:
-            raise ValueError(f"Invalid learning rate: {group['lr']}; it must be at least 0")
-        if not 0.0 <= group["momentum"] < 1.0:
-            raise ValueError(f"Invalid momentum: {group['momentum']}; it must be in [0, 1)")
-        if not 0.0 <= group["weight_decay"]:
-            raise ValueError(
-                f"Invalid weight_decay: {group['weight_decay']}; it must be at least 0"
-            )
-        super().add_param_group(param_group)
+        super().add_param_group(param_group)  # first, so that it is torch's errors that come first
         group = self.param_groups[-1]
         try:
+            _check_group(group)
             masks = _masks(group["params"], group["sparse"])
-        except ValueError:
+        except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
         group["sparse"] = bool(group["sparse"])
@@ -805,7 +804,7 @@ class MFAC(torch.optim.Optimizer):
         parameters = self._parameters()
         if all(p.grad is None for p, _ in parameters):
             return loss
-        g = torch.cat([self._gradient(p, group["weight_decay"]) for p, group in parameters])
+        g = torch.cat([self._gradient(p, group) for p, group in parameters])
         self._unless_nonfinite(self.fisher.settle)  # what the last step left unread
         update = self._unless_nonfinite(self.fisher.update_matvec, g)
         if update is None:
@@ -831,7 +830,7 @@ class MFAC(torch.optim.Optimizer):
             self._skipped_steps += 1
             return None
 
-    def _gradient(self, p: Tensor, weight_decay: float) -> Tensor:
+    def _gradient(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """The columns of p in the gradient that enters the window."""
         g = torch.zeros_like(p) if p.grad is None else p.grad
         if g.layout != torch.strided:
@@ -839,8 +838,10 @@ class MFAC(torch.optim.Optimizer):
                 "MFAC does not support sparse gradients; use sparse=False in the module"
             )
         g = g.to(torch.float32)
-        if weight_decay != 0 and p.grad is not None:
-            g = g.add(p, alpha=weight_decay)
+        if group["maximize"]:
+            g = -g
+        if group["weight_decay"] != 0 and p.grad is not None:
+            g = g.add(p, alpha=group["weight_decay"])
         index = self._index(p)
         g = g.flatten()
         return (g if index is None else g[index]).to(self.fisher.device)
@@ -884,14 +885,22 @@ class MFAC(torch.optim.Optimizer):
         """As for any optimizer, with the window's columns beside each parameter's state ("grads"),
         and what they share under "fisher". By reference, except for windows in several shards.
         """
-        skipped_steps, state_dict = self.skipped_steps, super().state_dict()
+        self._unless_nonfinite(self.fisher.settle)
+        # As the first of the post-hooks, so that those of others see everything.
+        handle = self.register_state_dict_post_hook(MFAC._add_window, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _add_window(self, state_dict: dict[str, Any]) -> None:
         shared = self.fisher.state_dict()
         del shared["window"]
         start = 0
         for i, n in enumerate(self._sizes()):
             columns = self.fisher.columns(start, start := start + n)
             state_dict["state"][i] = {**state_dict["state"].get(i, {}), "grads": columns}
-        return {**state_dict, "fisher": {**shared, "skipped_steps": skipped_steps}}
+        state_dict["fisher"] = {**shared, "skipped_steps": self._skipped_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes a copy of what `state_dict` gave: groups, momentum, masks, window, damp, ngrads.
@@ -899,6 +908,40 @@ class MFAC(torch.optim.Optimizer):
         Raises:
             ValueError: it belongs to other parameters, or to another optimizer.
         """
+        saved, shared = [], {}
+
+        def take(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            """Keeps from the base class what it would round to the types of the parameters."""
+            saved.extend(self._checked_state(state_dict))
+            shared.update(state_dict["fisher"])
+            ids = {i for group in state_dict["param_groups"] for i in group["params"]}
+            others = {key: v for key, v in state_dict["state"].items() if key not in ids}
+            return {**state_dict, "state": others}
+
+        def put(_: torch.optim.Optimizer) -> None:
+            for (p, _), entries in zip(self._parameters(), saved, strict=True):
+                self.state[p] = {
+                    name: value.to(p.device, copy=True)
+                    for name, value in entries.items()
+                    if name != "grads"
+                }
+            self._skipped_steps = shared.pop("skipped_steps")
+            self._indices.clear()
+            self.fisher.load_state_dict({**shared, "window": [e["grads"] for e in saved]})
+
+        # The last of the pre-hooks and the first of the post-hooks: those of others see everything.
+        handles = [
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(put, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _checked_state(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+        """One entry a parameter, if the state dict belongs to these parameters."""
         if "fisher" not in state_dict:
             raise ValueError("This state dict is not one of MFAC: it has no entry 'fisher'")
         parameters = [p for p, _ in self._parameters()]
@@ -913,18 +956,7 @@ class MFAC(torch.optim.Optimizer):
                     f"The state dict belongs to another model: it has {entries['grads'].shape[1]} "
                     f"weights {shapes} where this one has a parameter of shape {tuple(p.shape)}"
                 )
-        # Without "state": the base class would round it to the types of the parameters.
-        super().load_state_dict({**state_dict, "state": {}})
-        for p, entries in zip(parameters, saved, strict=True):
-            self.state[p] = {
-                name: value.to(p.device, copy=True)
-                for name, value in entries.items()
-                if name != "grads"
-            }
-        shared = dict(state_dict["fisher"])
-        self._skipped_steps = shared.pop("skipped_steps")
-        self._indices.clear()
-        self.fisher.load_state_dict({**shared, "window": [entries["grads"] for entries in saved]})
+        return saved
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: the base class keeps only the defaults, the state and the groups."""
@@ -932,6 +964,28 @@ class MFAC(torch.optim.Optimizer):
         own = {"fisher": self.fisher, "on_nonfinite": self.on_nonfinite}
         own |= {"_skipped_steps": self._skipped_steps, "_indices": {}}
         return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("maximize", False)  # saved before there was such a setting
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not 0.0 <= group["lr"]:
+        raise ValueError(f"Invalid learning rate: {group['lr']}; it must be at least 0")
+    if not 0.0 <= group["momentum"] < 1.0:
+        raise ValueError(f"Invalid momentum: {group['momentum']}; it must be in [0, 1)")
+    if not 0.0 <= group["weight_decay"]:
+        raise ValueError(f"Invalid weight_decay: {group['weight_decay']}; it must be at least 0")
+    for p in group["params"]:
+        if p.is_complex():
+            raise ValueError(
+                f"MFAC does not support complex parameters, got one of {p.dtype}; keep real and "
+                "imaginary part as a real parameter and use torch.view_as_complex in the module"
+            )
 
 
 def _masks(params: list[Tensor], sparse: bool | Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -237,6 +237,54 @@ def test_resumed_is_uninterrupted(run, monkeypatch, optim, epochs_before, capsys
     assert_same_run("whole", "parts")
 
 
+def test_the_average_is_tested_saved_and_resumed(run, monkeypatch, dataset):
+    flags = [*small("sgd", "whole.pth"), "--ema", "0.9"]
+    weights = []
+
+    def spy(model, *args, **kwargs):
+        figures = train_epoch(model, *args, **kwargs)
+        weights.append({name: w.clone() for name, w in model.state_dict().items()})
+        return figures
+
+    train_epoch = main_optim.train_epoch
+    with monkeypatch.context() as context:
+        context.setattr(main_optim, "train_epoch", spy)
+        assert run(*flags) == 0
+    saved = torch.load("whole.pth", weights_only=True)["state_dict"]
+    assert saved.keys() == weights[0].keys()
+    assert any(not torch.equal(saved[name], weights[-1][name]) for name in saved)
+    model = models.build("resnet20", 4)
+    model.load_state_dict(saved)
+    test = datautils.load(dataset).loader("test", 32)
+    _, accuracy = main_optim.evaluate(model, test, device=torch.device("cpu"))
+    assert accuracy == pytest.approx(float(rows("whole.csv")[-1]["test_accuracy"]))
+    with monkeypatch.context() as context:
+        interrupt_after(context, 1)
+        assert run(*small("sgd", "parts.pth"), "--ema", "0.9") == 130
+    assert run("--save", "parts.pth", "--resume") == 0
+    assert_same_run("whole", "parts")
+
+
+def test_the_average_is_the_exponential_one(run, monkeypatch):
+    """One batch an epoch, so that the weights of every step are seen."""
+    seen = []
+    save = main_optim.Run.save_state
+
+    def spy(self, history):
+        pairs = zip(self.model.parameters(), self.tested.module.parameters(), strict=True)
+        seen.append([(w.detach().clone(), a.detach().clone()) for w, a in pairs])
+        save(self, history)
+
+    monkeypatch.setattr(main_optim.Run, "save_state", spy)
+    flags = ["--optim", "sgd", "--epochs", "4", "--batchsize", "80", "--save", "net.pth"]
+    assert run(*flags, "--ema", "0.75") == 0
+    expected = [w for w, _ in seen[0]]
+    for step in seen[1:]:
+        expected = [0.75 * a + 0.25 * w for a, (w, _) in zip(expected, step, strict=True)]
+    for a, (_, average) in zip(expected, seen[-1], strict=True):
+        torch.testing.assert_close(a, average)
+
+
 def test_ctrl_c_before_anything_is_saved(run, monkeypatch, capsys):
     interrupt_after(monkeypatch, 0)
     assert run(*small("sgd")) == 130

@@ -1,0 +1,169 @@
+"""Each example runs by the command in its docstring, learns its task, and resumes to the same bits.
+
+Every run is a process of its own, as a user's would be, and none can reach a network.
+"""
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_optim import assert_same_state
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+
+NO_NETWORK = """
+import socket
+def connect(self, address):
+    raise RuntimeError(f"an example wants to reach {address}")
+socket.socket.connect = connect
+"""
+
+
+def command(name):
+    """The words after `python` in the example's docstring."""
+    docstring = ast.get_docstring(ast.parse((ROOT / "examples" / f"{name}.py").read_text()))
+    return shlex.split(re.search(r"^    python (-m examples\..*)$", docstring, re.MULTILINE)[1])
+
+
+def run(arguments, folder):
+    """What the run of an example in `folder` prints last."""
+    (folder / "sitecustomize.py").write_text(NO_NETWORK)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "cache"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert result.returncode == 0, result.stderr
+    return ast.literal_eval(result.stdout.splitlines()[-1])
+
+
+def assert_same_optimizer(a, b):
+    assert a["param_groups"] == b["param_groups"]
+    assert_same_state(a, b)
+
+
+def resumed(name, folder, checkpoint):
+    """Runs the example in `folder` from a checkpoint that lies there, its output beside it."""
+    return run(["-m", f"examples.{name}", "--output", "resumed", "--resume", checkpoint], folder)
+
+
+def test_every_example_is_tested_and_named_in_the_readme():
+    assert EXAMPLES == ["accelerate_loop", "huggingface_trainer", "lightning_module", "plain_loop"]
+    readme = (ROOT / "README.md").read_text()
+    for name in EXAMPLES:
+        assert command(name)[1] == f"examples.{name}"
+        assert f"examples/{name}.py" in readme
+
+
+@pytest.mark.parametrize("options", [[], ["--dtype", "float16"], ["--compile"]])
+def test_plain_loop(options, tmp_path):
+    if "--compile" in options and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    result = run([*command("plain_loop"), *options], tmp_path)
+    assert result["accuracy"] > 0.9 and result["averaged"] > 0.9
+    # 12 epochs of 22 pairs of micro-batches; the scaler starts at 2¹⁶, and what it skips is missing
+    # in the window.
+    steps = result["steps"]
+    assert 240 < steps <= 264 if "float16" in options else steps == 264
+
+
+def test_huggingface_trainer(tmp_path):
+    result = run(command("huggingface_trainer"), tmp_path)
+    assert result["accuracy"] > 0.5  # by chance 0.25, the most frequent package alone 0.29
+
+    shutil.move(tmp_path / "runs/bert/checkpoint-80", tmp_path)
+    assert resumed("huggingface_trainer", tmp_path, "checkpoint-80") == result
+    whole, rest = tmp_path / "runs/bert/checkpoint-160", tmp_path / "resumed/checkpoint-160"
+    halfway = load_file(tmp_path / "checkpoint-80/model.safetensors")
+    weights = load_file(whole / "model.safetensors")
+    assert_same_state(load_file(rest / "model.safetensors"), weights)
+    assert not all(torch.equal(weights[name], halfway[name]) for name in weights)
+    assert [path.name for path in (tmp_path / "resumed").iterdir()] == ["checkpoint-160"]
+
+    state, state_of_rest = (torch.load(path / "optimizer.pt") for path in (whole, rest))
+    assert_same_optimizer(state_of_rest, state)
+    assert state["fisher"]["count"] == 160
+
+
+def test_the_groups_are_those_that_trainer_makes(tmp_path):
+    """Trainer makes groups itself if it gets the class instead, and decides on the decay."""
+    from transformers import Trainer
+
+    from examples.huggingface_trainer import make_trainer
+    from optim import MFAC
+
+    trainer = make_trainer(tmp_path)
+    trainer.args.weight_decay = 1e-3
+    other = Trainer(
+        trainer.model,
+        trainer.args,
+        optimizer_cls_and_kwargs=(MFAC, {"lr": 0.1, "ngrads": 2}),
+    )
+    other.create_optimizer()
+    assert type(other.optimizer) is MFAC
+
+    def layout(optimizer):
+        groups = optimizer.param_groups
+        return [(group["weight_decay"], [id(p) for p in group["params"]]) for group in groups]
+
+    assert layout(trainer.optimizer) == layout(other.optimizer)
+    assert all(p.dim() > 1 for p in trainer.optimizer.param_groups[0]["params"])
+
+
+def test_accelerate_loop(tmp_path):
+    result = run(command("accelerate_loop"), tmp_path)
+    assert result["accuracy"] > 0.9
+
+    shutil.move(tmp_path / "runs/accelerate/epoch-4", tmp_path)
+    assert resumed("accelerate_loop", tmp_path, "epoch-4") == result
+    whole, rest = tmp_path / "runs/accelerate/epoch-8", tmp_path / "resumed/epoch-8"
+    for path in (tmp_path / "epoch-4", whole, rest):
+        assert (path / "scheduler.bin").exists()
+    assert_same_state(*(load_file(path / "model.safetensors") for path in (rest, whole)))
+    state, state_of_rest = (torch.load(path / "optimizer.bin") for path in (whole, rest))
+    assert_same_optimizer(state_of_rest, state)
+    # 8 epochs of 44 micro-batches of 32, two to a step; the rate has fallen to zero.
+    assert state["fisher"]["count"] == 176
+    assert state["param_groups"][0]["lr"] == pytest.approx(0, abs=1e-9)
+    assert sorted(path.name for path in (tmp_path / "resumed").iterdir()) == [
+        f"epoch-{n}" for n in (5, 6, 7, 8)
+    ]
+
+
+def test_lightning_module(tmp_path):
+    result = run(command("lightning_module"), tmp_path)
+    assert result["accuracy"] > 0.9
+
+    shutil.move(tmp_path / "runs/lightning/epoch-3.ckpt", tmp_path)
+    assert resumed("lightning_module", tmp_path, "epoch-3.ckpt") == result
+    paths = [tmp_path / folder / "epoch-7.ckpt" for folder in ("runs/lightning", "resumed")]
+    whole, rest = (torch.load(path, weights_only=False) for path in paths)
+    assert_same_state(rest["state_dict"], whole["state_dict"])
+    state, state_of_rest = whole["optimizer_states"][0], rest["optimizer_states"][0]
+    assert_same_optimizer(state_of_rest, state)
+    assert state["fisher"]["count"] == whole["global_step"] == 176
+    assert state["param_groups"][0]["lr"] == pytest.approx(0, abs=1e-9)
+    assert sorted(path.name for path in (tmp_path / "resumed").iterdir()) == [
+        f"epoch-{n}.ckpt" for n in (4, 5, 6, 7)
+    ]

@@ -1,0 +1,821 @@
+"""What PyTorch's own optimizers promise, and its tests of them demand, holds for `MFAC` too.
+
+Where a promise is one of PyTorch, `torch.optim.SGD` or PyTorch's own arithmetic is the reference;
+where it concerns the numbers, the dense float64 optimizer of `test_optim` is.
+"""
+
+import copy
+import pickle
+import warnings
+from collections import OrderedDict
+
+import pytest
+import torch
+from test_optim import DenseMFAC, assert_same_state, assert_weights
+from torch import nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, parametrizations, parametrize
+from torch.optim import lr_scheduler, swa_utils
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from optim import MFAC
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    """Fresh but reproducible random numbers: each test has its own."""
+    torch.manual_seed(sum(map(ord, request.node.name)))
+
+
+def network():
+    """Small enough for a dense inverse: 39 weights."""
+    return nn.Sequential(OrderedDict(a=nn.Linear(5, 4), tanh=nn.Tanh(), b=nn.Linear(4, 3)))
+
+
+def batches(count, size=8, inputs=5, classes=3):
+    return [(torch.randn(size, inputs), torch.randint(classes, (size,))) for _ in range(count)]
+
+
+def backward(model, batch, optimizer=None):
+    if optimizer is not None:
+        optimizer.zero_grad()
+    loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+    loss.backward()
+    return loss
+
+
+def reference_for(parameters, **settings):
+    """The dense optimizer of parameters in one group, m = 4, λ = 0.1."""
+    return DenseMFAC([{"params": list(parameters), "lr": 0.1, **settings}], ngrads=4, damp=0.1)
+
+
+def optimizer_for(parameters, **settings):
+    return MFAC(parameters, **{"lr": 0.1, "ngrads": 4, "damp": 0.1, **settings})
+
+
+def grads(parameters):
+    return [None if p.grad is None else p.grad.clone() for p in parameters]
+
+
+# --- groups and hyperparameters -------------------------------------------------------------------
+
+
+def test_the_defaults_fill_every_group_and_a_group_overrides_them():
+    a, b = nn.Parameter(torch.randn(2)), nn.Parameter(torch.randn(3))
+    optimizer = MFAC([{"params": [a]}, {"params": [b], "lr": 0.5}], lr=0.2, momentum=0.3, ngrads=2)
+    assert set(optimizer.defaults) <= set(optimizer.param_groups[0])
+    for name, value in optimizer.defaults.items():
+        assert optimizer.param_groups[0][name] == value
+        assert optimizer.param_groups[1][name] == (0.5 if name == "lr" else value)
+    assert optimizer.defaults["lr"] == 0.2 and optimizer.defaults["momentum"] == 0.3
+
+
+PARAMETERS = {
+    "iterator": lambda a, b: iter([a, b]),
+    "iterator of groups": lambda a, b: ({"params": p} for p in (a, b)),
+    "groups of iterators": lambda a, b: [{"params": (p for p in (a, b))}],
+    "groups of one tensor": lambda a, b: [{"params": a}, {"params": b}],
+    "group in a tuple": lambda a, b: ({"params": (a, b)},),
+    "named": lambda a, b: iter([("a", a), ("b", b)]),
+    "groups of named": lambda a, b: [{"params": [("a", a)]}, {"params": iter([("b", b)])}],
+    "with empty groups": lambda a, b: [{"params": []}, {"params": [a, b]}, {"params": []}],
+}
+
+
+@pytest.mark.parametrize("given", PARAMETERS)
+def test_parameters_may_be_given_in_all_of_torchs_ways(given):
+    a, b = nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(4))
+    reference = reference_for([a, b], weight_decay=0.1)
+    optimizer = optimizer_for(PARAMETERS[given](a, b), weight_decay=0.1)
+    sgd = torch.optim.SGD(PARAMETERS[given](a, b), lr=0.1)
+    layout = [[id(p) for p in group["params"]] for group in sgd.param_groups]
+    assert [[id(p) for p in group["params"]] for group in optimizer.param_groups] == layout
+    for _ in range(6):
+        a.grad, b.grad = torch.randn(2, 3), torch.randn(4)
+        optimizer.step()
+        reference.step(grads([a, b]))
+        assert_weights([a, b], reference.weights)
+    twin = optimizer_for(PARAMETERS[given](a, b))
+    twin.load_state_dict(optimizer.state_dict())
+    assert_same_state(twin.state_dict(), optimizer.state_dict())
+
+
+def test_names_are_kept_in_groups_and_state():
+    model = network()
+    optimizer = optimizer_for(model.named_parameters())
+    names = [name for name, _ in model.named_parameters()]
+    assert optimizer.param_groups[0]["param_names"] == names
+    assert optimizer.state_dict()["param_groups"][0]["param_names"] == names
+    optimizer.add_param_group({"params": [("c", nn.Parameter(torch.randn(2)))]})
+    assert optimizer.param_groups[1]["param_names"] == ["c"]
+    # A state without names goes into an optimizer with names, which keeps its own.
+    named, unnamed = optimizer_for(model.named_parameters()), optimizer_for(model.parameters())
+    named.load_state_dict(unnamed.state_dict())
+    assert named.param_groups[0]["param_names"] == names
+
+
+WRONG_PARAMETERS = {
+    "none at all": lambda p: [],
+    "an exhausted iterator": lambda p: iter([]),
+    "a tensor": lambda p: p,
+    "a set": lambda p: [{"params": {p}}],
+    "a string": lambda p: [p, "weight"],
+    "a number in a group": lambda p: [{"params": [1.0]}],
+    "not a leaf": lambda p: [p * 2],
+    "in two groups": lambda p: [{"params": [p]}, {"params": [p]}],
+    "partly named": lambda p: [("p", p), nn.Parameter(torch.ones(2))],
+    "one named, one unnamed group": lambda p: [
+        {"params": [("p", p)]},
+        {"params": [nn.Parameter(torch.ones(2))]},
+    ],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_PARAMETERS)
+def test_wrong_parameters_are_refused_as_by_torch(wrong):
+    p = nn.Parameter(torch.randn(3))
+    with pytest.raises((TypeError, ValueError)) as expected:
+        torch.optim.SGD(WRONG_PARAMETERS[wrong](p), lr=0.1)
+    with pytest.raises(expected.type) as raised:
+        MFAC(WRONG_PARAMETERS[wrong](p), lr=0.1)
+    assert str(raised.value) == str(expected.value)
+
+
+def test_a_group_that_is_no_dict_is_refused_as_by_torch():
+    p, q = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2))
+    with pytest.raises(TypeError) as expected:
+        torch.optim.SGD([p], lr=0.1).add_param_group([q])
+    optimizer = MFAC([p], lr=0.1)
+    with pytest.raises(TypeError) as raised:
+        optimizer.add_param_group([q])
+    assert str(raised.value) == str(expected.value)
+    assert len(optimizer.param_groups) == 1 and optimizer.fisher.shape == (3, 3)
+
+
+@pytest.mark.parametrize("lr", [-0.5, torch.tensor([0.1, 0.2])])
+def test_wrong_learning_rates_are_refused_in_torchs_words(lr):
+    p = nn.Parameter(torch.randn(3))
+    with pytest.raises(ValueError) as expected:
+        torch.optim.SGD([p], lr=lr)
+    with pytest.raises(ValueError, match=f"^{expected.value}"):
+        MFAC([p], lr=lr)
+    # A group may be wrong where the defaults are right.
+    with pytest.raises(ValueError, match=f"^{expected.value}"):
+        MFAC([{"params": [p], "lr": lr}])
+
+
+def test_duplicates_in_a_group_are_warned_of_as_by_torch():
+    p = nn.Parameter(torch.randn(3))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        MFAC([p, p], ngrads=2)
+
+
+def test_only_empty_groups_have_nothing_to_do():
+    optimizer = MFAC([{"params": []}], ngrads=2)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    p = nn.Parameter(torch.randn(3))
+    optimizer.add_param_group({"params": [p]})
+    before, p.grad = p.detach().clone(), torch.ones(3)
+    optimizer.step()
+    assert not torch.equal(p, before)
+
+
+def test_complex_parameters_are_refused():
+    p, q = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="complex"):
+        MFAC([p, q], ngrads=2)
+    optimizer = MFAC([p], ngrads=2)
+    with pytest.raises(ValueError, match="complex"):
+        optimizer.add_param_group({"params": [q]})
+    assert len(optimizer.param_groups) == 1 and optimizer.fisher.shape == (3, 3)
+
+
+def test_maximize_climbs_group_by_group():
+    """As in torch: the gradient is negated before the weight decay, which always shrinks."""
+    a, b = nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(4))
+    settings = {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.2}
+    groups = [{"params": [a], "maximize": True}, {"params": [b]}]
+    reference = reference_for([a, b], **settings)
+    optimizer = MFAC(groups, ngrads=4, damp=0.1, **settings)
+    twin = optimizer_for([nn.Parameter(torch.zeros(5))], maximize=True)
+    assert twin.param_groups[0]["maximize"] and twin.defaults["maximize"]
+    for _ in range(6):
+        a.grad, b.grad = torch.randn(2, 3), torch.randn(4)
+        given = grads([a, b])
+        optimizer.step()
+        reference.step([-given[0], given[1]])
+        assert_weights([a, b], reference.weights)
+        assert torch.equal(a.grad, given[0]), "the caller's gradient is not negated"
+
+
+def test_a_state_from_before_maximize_loads():
+    p = nn.Parameter(torch.randn(4))
+    optimizer = optimizer_for([p])
+    p.grad = torch.randn(4)
+    optimizer.step()
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["maximize"]
+    optimizer.load_state_dict(state)
+    optimizer.step()
+    assert optimizer.param_groups[0]["maximize"] is False
+    attributes = optimizer.__getstate__()
+    for group in attributes["param_groups"]:
+        del group["maximize"]
+    unpickled = MFAC.__new__(MFAC)
+    unpickled.__setstate__(attributes)
+    unpickled.step()
+
+
+def test_a_tensor_lr_is_read_at_every_step():
+    p, lr = nn.Parameter(torch.randn(4)), torch.tensor(0.5)
+    group = {"params": [p], "lr": 0.5}
+    reference = DenseMFAC([group], ngrads=4, damp=0.1)
+    optimizer = MFAC([p], lr=lr, ngrads=4, damp=0.1)
+    for t in range(6):
+        optimizer.param_groups[0]["lr"].fill_(0.5 / (t + 1))
+        group["lr"] = 0.5 / (t + 1)
+        p.grad = torch.randn(4)
+        reference.step(grads([p]))
+        optimizer.step()
+        assert_weights([p], reference.weights)
+    twin = MFAC([p], lr=0.1, ngrads=4)
+    twin.load_state_dict(optimizer.state_dict())
+    twin.param_groups[0]["lr"].fill_(7.0)
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.5 / 6)
+
+
+def test_a_learning_rate_of_zero_only_fills_the_window():
+    p = nn.Parameter(torch.randn(4))
+    optimizer = optimizer_for([p], lr=0.0)
+    before, p.grad = p.detach().clone(), torch.randn(4)
+    optimizer.step()
+    assert torch.equal(p, before) and torch.equal(optimizer.fisher.columns(0, 4)[0], p.grad)
+
+
+def test_a_step_of_zero_gradients_moves_nothing():
+    p = nn.Parameter(torch.randn(4))
+    optimizer = optimizer_for([p])
+    p.grad = torch.randn(4)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    before = p.detach().clone()
+    optimizer.step()
+    assert torch.equal(p, before)
+
+
+def test_parameters_change_in_place_and_autograd_knows():
+    p = nn.Parameter(torch.randn(4))
+    optimizer = optimizer_for([p])
+    loss = p.square().sum()
+    address = p.data_ptr()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    assert p.data_ptr() == address and p.is_leaf and p.requires_grad
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_parameters_of_any_memory_format():
+    p = nn.Parameter(torch.randn(2, 3, 2, 2).to(memory_format=torch.channels_last))
+    q = nn.Parameter(torch.randn(3, 4).T)
+    reference = reference_for([p, q], momentum=0.9)
+    optimizer = optimizer_for([p, q], momentum=0.9)
+    for _ in range(5):
+        p.grad, q.grad = torch.randn_like(p), torch.randn_like(q)
+        optimizer.step()
+        reference.step(grads([p, q]))
+        assert_weights([p, q], reference.weights)
+    assert p.is_contiguous(memory_format=torch.channels_last) and q.T.is_contiguous()
+
+
+# --- schedulers -----------------------------------------------------------------------------------
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, [lambda t: 0.9**t, lambda t: 1 / (1 + t)]),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda t: 0.8),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 3),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 7], gamma=0.5),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.3, total_iters=4),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.1, total_iters=6),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.8),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o,
+        [lr_scheduler.LinearLR(o, 0.1, total_iters=4), lr_scheduler.CosineAnnealingLR(o, 8)],
+        milestones=[4],
+    ),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.LinearLR(o, 0.2, total_iters=3), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, total_iters=9, power=2),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1, factor=0.5),
+    # These two move the momentum as well.
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.2, step_size_up=3),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.3, total_steps=13),
+}
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize("name", sorted(set(lr_scheduler.__all__) - {"LRScheduler"}))
+def test_every_scheduler_drives_it_as_it_drives_sgd(name, tensor_lr):
+    """SGD with the same scheduler says which rates each step has; halfway, all is saved."""
+    a, b = nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(4))
+
+    def make(optimizer):
+        rates = [torch.tensor(lr) if tensor_lr else lr for lr in (0.1, 0.2)]
+        groups = [{"params": [p], "lr": lr} for p, lr in zip((a, b), rates, strict=True)]
+        optimizer = optimizer(groups, momentum=0.5)
+        return optimizer, SCHEDULERS[name](optimizer)
+
+    def m_fac(groups, momentum):
+        return MFAC(groups, momentum=momentum, ngrads=4, damp=0.1)
+
+    optimizer, scheduler = make(m_fac)
+    sgd, sgd_scheduler = make(torch.optim.SGD)
+    settings = [{"params": [a]}, {"params": [b]}]
+    reference = DenseMFAC(settings, ngrads=4, damp=0.1)
+    seen = set()
+    metric = [0.0] if name == "ReduceLROnPlateau" else []
+    for t in range(11):
+        if t == 5:
+            saved = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
+            optimizer, scheduler = make(m_fac)
+            optimizer.load_state_dict(saved[0])
+            scheduler.load_state_dict(saved[1])
+        a.grad, b.grad = torch.randn(2, 3), torch.randn(4)
+        for group, of_sgd in zip(settings, sgd.param_groups, strict=True):
+            group["lr"], group["momentum"] = float(of_sgd["lr"]), of_sgd["momentum"]
+            seen.add(group["lr"])
+        optimizer.step()
+        reference.step(grads([a, b]))
+        assert_weights([a, b], reference.weights)
+        optimizer.zero_grad()
+        sgd.step()  # without gradients: only because schedulers warn otherwise
+        scheduler.step(*metric)
+        sgd_scheduler.step(*metric)
+    assert len(seen) > 2, "the scheduler does nothing, so this test shows nothing"
+
+
+# --- hooks ----------------------------------------------------------------------------------------
+
+
+def test_step_hooks_run_around_the_step():
+    p = nn.Parameter(torch.randn(4))
+    optimizer = optimizer_for([p])
+    events = []
+    before = p.detach().clone()
+
+    def pre(o, args, kwargs):
+        events.append(("pre", o is optimizer, torch.equal(p, before), o.fisher.count))
+        p.grad.mul_(2)  # what a hook does to the gradient is what the window gets
+
+    def post(o, args, kwargs):
+        events.append(("post", o is optimizer, torch.equal(p, before), o.fisher.count))
+
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: events.append("global pre")),
+        optimizer.register_step_pre_hook(pre),
+        optimizer.register_step_post_hook(post),
+        register_optimizer_step_post_hook(lambda *_: events.append("global post")),
+    ]
+    gradient = torch.randn(4)
+    p.grad = gradient.clone()
+    optimizer.step()
+    for handle in handles:
+        handle.remove()
+    optimizer.step()
+    assert events == ["global pre", ("pre", True, True, 0), ("post", True, False, 1), "global post"]
+    assert torch.equal(optimizer.fisher.columns(0, 4)[0], 2 * gradient)
+
+
+def test_a_pre_hook_may_replace_the_closure():
+    p = nn.Parameter(torch.randn(4))
+    optimizer = optimizer_for([p])
+    p.grad = torch.randn(4)
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: ((o, lambda: "other"), {}))
+    assert optimizer.step(lambda: "given") == "other"
+
+
+def test_hooks_of_state_dict_see_all_of_it():
+    p = nn.Parameter(torch.randn(4))
+    optimizer = optimizer_for([p], momentum=0.9)
+    p.grad = torch.randn(4)
+    optimizer.step()
+    plain = optimizer.state_dict()
+    seen = []
+
+    def pre(o):
+        o.state["note"] = "of a hook"
+
+    def post(o, state_dict):
+        seen.append((state_dict["state"]["note"], sorted(state_dict["state"][0])))
+        assert_same_state(state_dict["fisher"], plain["fisher"])
+        return {**state_dict, "added": True}
+
+    handles = [
+        optimizer.register_state_dict_pre_hook(pre),
+        optimizer.register_state_dict_post_hook(post),
+        optimizer.register_state_dict_post_hook(lambda o, s: s.update(last=s["added"])),
+        optimizer.register_state_dict_post_hook(lambda o, s: s.update(first=1), prepend=True),
+    ]
+    state = optimizer.state_dict()
+    assert seen == [("of a hook", ["grads", "momentum_buffer"])]
+    assert state["added"] and state["last"] and state["first"] == 1
+    for handle in handles:
+        handle.remove()
+    assert "added" not in optimizer.state_dict()
+    assert not optimizer._optimizer_state_dict_post_hooks, "none of its own stays behind"
+    # What is not a parameter's is kept by torch's optimizers; so it is here.
+    twin = optimizer_for([nn.Parameter(torch.zeros(4))])
+    twin.load_state_dict(state)
+    assert twin.state["note"] == "of a hook"
+    assert_same_state(twin.state_dict(), optimizer.state_dict())
+
+
+def test_hooks_of_load_state_dict_run_before_and_after_everything():
+    p, q = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+    optimizer, other = optimizer_for([p], momentum=0.9), optimizer_for([q], lr=0.5)
+    for _ in range(3):
+        p.grad = torch.randn(4)
+        optimizer.step()
+    saved = optimizer.state_dict()
+    given = copy.deepcopy({**saved, "mine": "wrapped"})
+    after = []
+
+    def rename(o, state_dict):
+        assert o.fisher.count == 0, "nothing is loaded yet"
+        assert set(state_dict["state"][0]) == {"grads", "momentum_buffer"}
+        state_dict["fisher"] = state_dict.pop("wrapped")  # from another place in the file
+
+    def slower(o, state_dict):
+        state_dict = copy.deepcopy(state_dict)
+        state_dict["param_groups"][0]["lr"] = 0.003
+        state_dict["fisher"]["coefficients"]["damp"] = 0.7
+        return state_dict
+
+    def check(o):
+        after.append(
+            (o.fisher.count, o.damp, o.param_groups[0]["lr"], "momentum_buffer" in o.state[q])
+        )
+
+    other.register_load_state_dict_pre_hook(slower)
+    other.register_load_state_dict_pre_hook(rename, prepend=True)
+    other.register_load_state_dict_post_hook(check)
+    other.register_load_state_dict_post_hook(lambda o: after.append("first"), prepend=True)
+    wrapped = {("wrapped" if name == "fisher" else name): given[name] for name in given}
+    untouched = copy.deepcopy(wrapped)
+    other.load_state_dict(wrapped)
+    assert after == ["first", (3, 0.7, 0.003, True)]
+    assert_same_state(wrapped, untouched)
+
+
+def test_a_failed_load_leaves_the_hooks_as_they_were():
+    p = nn.Parameter(torch.randn(4))
+    optimizer = optimizer_for([p])
+    calls = []
+    optimizer.register_load_state_dict_post_hook(lambda o: calls.append(o))
+    with pytest.raises(ValueError):
+        optimizer.load_state_dict(optimizer_for([nn.Parameter(torch.randn(3))]).state_dict())
+    assert not calls
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert len(calls) == 1
+
+
+# --- copies, state and print ----------------------------------------------------------------------
+
+
+def test_repr_shows_every_group_as_torch_does():
+    a, b = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(2))
+    optimizer = MFAC([{"params": [a]}, {"params": [b], "lr": 0.25}], lr=0.5, ngrads=3)
+    lines = repr(optimizer).splitlines()
+    assert lines[0] == "MFAC (" and lines[-1] == ")"
+    assert [line for line in lines if line.startswith("Parameter Group")] == [
+        "Parameter Group 0",
+        "Parameter Group 1",
+    ]
+    assert "    lr: 0.5" in lines and "    lr: 0.25" in lines
+    assert lines.count("    momentum: 0") == 2 and lines.count("    weight_decay: 0") == 2
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_has_every_attribute_and_shares_nothing(duplicate):
+    p = nn.Parameter(torch.randn(4))
+    optimizer = optimizer_for([p], momentum=0.5, on_nonfinite="skip")
+    scheduler = lr_scheduler.StepLR(optimizer, 1)  # wraps optimizer.step
+    for bad in (0.0, float("nan"), 0.0):
+        p.grad = torch.randn(4) + bad
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+        scheduler.step()
+    p2, optimizer2, scheduler2 = duplicate((p, optimizer, scheduler))
+    assert scheduler2.optimizer is optimizer2 and optimizer2.param_groups[0]["params"][0] is p2
+
+    def public(o):
+        return {name for name in vars(o) if not name.startswith("_") and name != "step"}
+
+    assert public(optimizer2) == public(optimizer)
+    assert (optimizer2.skipped_steps, optimizer2.damp) == (1, 0.1)
+    before = copy.deepcopy((p2.detach(), optimizer2.state_dict()))
+    optimizer.step()
+    assert torch.equal(p2, before[0])
+    assert_same_state(optimizer2.state_dict(), before[1])
+    p2.grad = p.grad.clone()
+    optimizer2.step()
+    assert torch.equal(p, p2)
+    assert optimizer2.fisher.count == 3, "one step was one step"
+
+
+def test_a_copy_takes_hooks():
+    p = nn.Parameter(torch.randn(4))
+    optimizer = copy.deepcopy(optimizer_for([p]))
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append("step"))
+    optimizer.register_state_dict_post_hook(lambda *_: calls.append("state"))
+    optimizer.register_load_state_dict_post_hook(lambda *_: calls.append("load"))
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == ["step", "state", "load"]
+
+
+def test_the_parameter_ids_of_a_state_are_their_places():
+    model = network()
+    optimizer = optimizer_for(
+        [{"params": model.b.parameters()}, {"params": model.a.parameters()}], momentum=0.9
+    )
+    backward(model, batches(1)[0])
+    optimizer.step()
+    state = optimizer.state_dict()
+    assert [group["params"] for group in state["param_groups"]] == [[0, 1], [2, 3]]
+    shapes = [tuple(p.shape) for layer in (model.b, model.a) for p in layer.parameters()]
+    assert [tuple(state["state"][i]["momentum_buffer"].shape) for i in range(4)] == shapes
+
+
+@pytest.mark.parametrize("way", ["incremental", "paper"])
+def test_loading_its_own_state_changes_nothing(way):
+    """Accelerate does this to every optimizer, to move its state to a device."""
+    p = nn.Parameter(torch.randn(6))
+    optimizer = optimizer_for([p], momentum=0.9, coefficients=way)
+    for _ in range(9):
+        p.grad = torch.randn(6)
+        optimizer.step()
+        before = copy.deepcopy(optimizer.state_dict())
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert_same_state(optimizer.state_dict(), before)
+        assert bool(torch.isfinite(optimizer.fisher.matvec(p.grad)).all())
+
+
+def test_what_others_put_into_a_group_survives_saving():
+    p = nn.Parameter(torch.randn(4))
+    optimizer = MFAC([{"params": [p], "layer": "head"}], ngrads=2)
+    lr_scheduler.StepLR(optimizer, 1)
+    twin = MFAC([p], ngrads=2)
+    twin.load_state_dict(optimizer.state_dict())
+    assert twin.param_groups[0]["layer"] == "head" and twin.param_groups[0]["initial_lr"] == 1e-3
+
+
+# --- what loops do --------------------------------------------------------------------------------
+
+
+def test_a_float16_loop_steps_on_unscaled_clipped_gradients_and_skips_overflows():
+    """The scaler starts far too high: float16 overflows until it has come down far enough."""
+    model = network()
+    optimizer = optimizer_for(model.parameters(), momentum=0.9)
+    parameters = list(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
+    taken = skipped = 0
+    data = batches(16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the window must not even see the overflow
+        for x, y in data:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                loss = nn.functional.cross_entropy(model(x), y)
+            scale, before = scaler.get_scale(), [p.detach().clone() for p in parameters]
+            state = copy.deepcopy(optimizer.state_dict())
+            scaler.scale(loss).backward()
+            scaled = torch.cat([p.grad.flatten() for p in parameters]).double()
+            scaler.unscale_(optimizer)
+            clip_grad_norm_(parameters, 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+            if bool(torch.isfinite(scaled).all()):
+                gradient = scaled / scale
+                gradient *= min(1.0, 0.5 / float(gradient.norm()))
+                row = optimizer.fisher.columns(0, 39)[taken % 4]
+                torch.testing.assert_close(row.double(), gradient, rtol=1e-4, atol=1e-7)
+                taken += 1
+            else:
+                skipped += 1
+                assert scaler.get_scale() == scale / 2
+                assert_same_state(optimizer.state_dict(), state)
+                assert all(torch.equal(p, q) for p, q in zip(parameters, before, strict=True))
+            assert optimizer.fisher.count == taken
+    assert taken >= 3 and skipped >= 2 and optimizer.skipped_steps == 0
+
+
+def test_accumulated_gradients_are_one_gradient():
+    model = network()
+    parameters = list(model.parameters())
+    reference = reference_for(parameters)
+    optimizer = optimizer_for(parameters)
+    for x, y in batches(5, size=12):
+        whole = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), parameters)
+        optimizer.zero_grad()
+        for micro in zip(x.split(4), y.split(4), strict=True):
+            (nn.functional.cross_entropy(model(micro[0]), micro[1]) / 3).backward()
+        optimizer.step()
+        reference.step(whole)
+        assert_weights(parameters, reference.weights)
+    assert optimizer.fisher.count == 5
+
+
+@pytest.mark.parametrize("clip", [clip_grad_norm_, clip_grad_value_])
+def test_the_window_has_the_clipped_gradient(clip):
+    model = network()
+    parameters = list(model.parameters())
+    reference = reference_for(parameters)
+    optimizer = optimizer_for(parameters)
+    limit = 0.05
+    for batch in batches(6):
+        backward(model, batch, optimizer)
+        whole = torch.cat([p.grad.flatten() for p in parameters])
+        assert whole.abs().max() > limit, "nothing to clip"
+        clip(parameters, limit)
+        if clip is clip_grad_norm_:
+            expected = whole * (limit / whole.norm())
+        else:
+            expected = whole.clamp(-limit, limit)
+        reference.step(
+            [
+                g.view_as(p)
+                for g, p in zip(
+                    expected.split([p.numel() for p in parameters]), parameters, strict=True
+                )
+            ]
+        )
+        optimizer.step()
+        assert_weights(parameters, reference.weights)
+
+
+def test_a_compiled_model_trains_as_the_plain_one():
+    model = network()
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, backend="aot_eager")
+    optimizers = [optimizer_for(m.parameters(), momentum=0.9) for m in (model, compiled)]
+    for batch in batches(6):
+        for m, optimizer in zip((model, compiled), optimizers, strict=True):
+            backward(m, batch, optimizer)
+            optimizer.step()
+    assert_weights(model.parameters(), [p.detach().double() for p in twin.parameters()])
+    assert compiled.state_dict().keys() == {f"_orig_mod.{name}" for name in model.state_dict()}
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_a_compiled_step_is_the_plain_one():
+    """The step falls back to eager execution where it must; weights and window are the same."""
+    p = nn.Parameter(torch.randn(6))
+    q = nn.Parameter(p.detach().clone())
+    plain, compiled = optimizer_for([p], momentum=0.9), optimizer_for([q], momentum=0.9)
+
+    @torch.compile(backend="eager")
+    def step():
+        compiled.step()
+
+    for _ in range(6):
+        p.grad = torch.randn(6)
+        q.grad = p.grad.clone()
+        plain.step()
+        step()
+    assert_weights([p], [q.detach().double()])
+    assert compiled.fisher.count == 6
+
+
+class Symmetric(nn.Module):
+    def forward(self, x):
+        return x.triu() + x.triu(1).T
+
+
+PARAMETRIZATIONS = {
+    "weight_norm": lambda layer: parametrizations.weight_norm(layer),
+    "orthogonal": lambda layer: parametrizations.orthogonal(layer),
+    "spectral_norm": lambda layer: parametrizations.spectral_norm(layer),
+    "symmetric": lambda layer: parametrize.register_parametrization(layer, "weight", Symmetric()),
+}
+
+
+@pytest.mark.parametrize("kind", PARAMETRIZATIONS)
+def test_parametrized_weights(kind):
+    """The parameters are the originals, and what is made of them keeps its property."""
+    layer = PARAMETRIZATIONS[kind](nn.Linear(5, 5))
+    model = nn.Sequential(layer, nn.Tanh(), nn.Linear(5, 3))
+    parameters = list(model.parameters())
+    reference = reference_for(parameters)
+    optimizer = optimizer_for(model.named_parameters())
+    assert any("original" in name for name in optimizer.param_groups[0]["param_names"])
+    before = layer.weight.detach().clone()
+    for batch in batches(6):
+        backward(model, batch, optimizer)
+        reference.step(grads(parameters))
+        optimizer.step()
+        assert_weights(parameters, reference.weights)
+    weight = layer.weight.detach()
+    assert not torch.equal(weight, before)
+    if kind == "weight_norm":
+        norms = layer.parametrizations.weight.original0
+        torch.testing.assert_close(weight.norm(dim=1, keepdim=True), norms.detach())
+    elif kind == "orthogonal":
+        torch.testing.assert_close(weight @ weight.T, torch.eye(5), rtol=0, atol=1e-5)
+    elif kind == "symmetric":
+        assert torch.equal(weight, weight.T)
+
+
+def test_tied_weights_have_one_place_in_the_window_and_stay_tied():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(7, 3)
+            self.head = nn.Linear(3, 7)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, tokens):
+            return self.head(self.embedding(tokens).tanh())
+
+    model = Tied()
+    parameters = list(model.parameters())
+    assert len(parameters) == 2
+    reference = reference_for(parameters)
+    optimizer = optimizer_for(model.parameters())
+    assert optimizer.fisher.shape == (7 * 3 + 7,) * 2
+    for _ in range(6):
+        batch = torch.randint(7, (8,)), torch.randint(7, (8,))
+        # The gradient of the tied weight is the sum over its two places, as if they were two.
+        a, b = (model.head.weight.detach().clone().requires_grad_() for _ in range(2))
+        bias = model.head.bias.detach().clone().requires_grad_()
+        hidden = nn.functional.embedding(batch[0], a).tanh()
+        loss = nn.functional.cross_entropy(nn.functional.linear(hidden, b, bias), batch[1])
+        da, db, dbias = torch.autograd.grad(loss, [a, b, bias])
+        backward(model, batch, optimizer)
+        optimizer.step()
+        reference.step([da + db, dbias])
+        assert_weights(parameters, reference.weights)
+        assert model.head.weight is model.embedding.weight
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_frozen_layer_is_trained_once_it_is_unfrozen(known):
+    """Whether the optimizer had it from the start, or gets it as a group of its own."""
+    model = network()
+    head, body = list(model.b.parameters()), list(model.a.parameters())
+    model.a.requires_grad_(False)
+    parameters = head + body
+    reference = reference_for(parameters, weight_decay=0.1, momentum=0.5)
+    settings = {"weight_decay": 0.1, "momentum": 0.5}
+    optimizer = optimizer_for(parameters if known else head, **settings)
+    start = [p.detach().clone() for p in body]
+    for t, batch in enumerate(batches(12)):
+        if t == 5:
+            assert all(torch.equal(p, q) for p, q in zip(body, start, strict=True))
+            model.a.requires_grad_(True)
+            if not known:
+                optimizer.add_param_group({"params": body})
+        backward(model, batch, optimizer)
+        reference.step(grads(parameters))
+        optimizer.step()
+        assert_weights(parameters, reference.weights)
+    assert not any(torch.equal(p, q) for p, q in zip(body, start, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["swa", "ema"])
+def test_averages_of_the_weights(kind):
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3))
+    average = swa_utils.AveragedModel(
+        model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.75) if kind == "ema" else None
+    )
+    optimizer = optimizer_for(model.parameters(), momentum=0.9)
+    scheduler = swa_utils.SWALR(optimizer, swa_lr=0.02, anneal_epochs=3)
+    data = batches(8)
+    weights = []
+    for batch in data:
+        backward(model, batch, optimizer)
+        optimizer.step()
+        scheduler.step()
+        average.update_parameters(model)
+        weights.append([p.detach().double() for p in model.parameters()])
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.02)
+    expected = weights[0]
+    for t, w in enumerate(weights[1:], start=2):
+        share = 1 / t if kind == "swa" else 0.25
+        expected = [(1 - share) * e + share * x for e, x in zip(expected, w, strict=True)]
+    assert_weights(average.module.parameters(), expected)
+    swa_utils.update_bn(data, average)
+    with torch.no_grad():
+        hidden = torch.cat([average.module[0](x) for x, _ in data])
+    torch.testing.assert_close(average.module[1].running_mean, hidden.mean(0))
+    # The average is a model like another: it can be trained on.
+    backward(average, data[0])
+    optimizer_for(average.module.parameters()).step()
