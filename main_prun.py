@@ -320,7 +320,7 @@ class Run:
         model = models.build(settings["model"], self.data.num_classes)
         if not state:
             models.load_checkpoint(model, find_checkpoint(settings, self.data.name))
-        self.model = model.to(self.device)
+        self.model = model.to(self.device, memory_format=torch.channels_last)
         self.pruner = self.build_pruner()
         self.total = sum(weight.numel() for weight in model.parameters())
         self.prunable = sum(mask.numel() for mask in self.pruner.masks.values())
