@@ -620,8 +620,9 @@ class Pattern:
     group: int = 1
 
     @staticmethod
-    def parse(name: str) -> "Pattern":
+    def parse(pattern: str) -> "Pattern":
         """From "unstructured", "N:M" (at most N nonzeros of M) or "Bx1" (all B zero or none)."""
+        name = str(pattern)
         sizes = [int(n) for n in re.findall(r"\d+", name)]
         if name == "unstructured":
             return Pattern()
@@ -630,8 +631,8 @@ class Pattern:
         if re.fullmatch(r"\d+x1", name) and sizes[0] > 1:
             return Pattern(block=sizes[0], group=sizes[0])
         raise ValueError(
-            f"Invalid pattern: {name!r}; it must be 'unstructured', 'N:M' with 0 < N < M such as "
-            "'2:4', or 'Bx1' such as '4x1'"
+            f"Invalid pattern: {pattern!r}; it must be 'unstructured', 'N:M' with 0 < N < M such "
+            "as '2:4', or 'Bx1' such as '4x1'"
         )
 
     def fits(self, weight: Tensor) -> bool:
@@ -723,7 +724,7 @@ class MagnitudePruner:
         return self._zeros(self.masks) / sum(mask.numel() for mask in self.masks.values())
 
     @torch.no_grad()
-    def prune(self, target: float | Sequence[float]) -> dict[str, Tensor]:
+    def prune(self, target: float | Iterable[float]) -> dict[str, Tensor]:
         """Prunes to the sparsity `target` in [0, 1] and returns the masks.
 
         Exactly round(target·n) of n weights are zero then, of all or of each layer by `scope`; in
@@ -779,7 +780,7 @@ class MagnitudePruner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state; load the model's own state before."""
-        self._check_fit("masks", state["masks"])
+        self._check_fit(state)
         self._replace(state["masks"])
 
     # --- what MFACPruner does differently
@@ -811,11 +812,17 @@ class MagnitudePruner:
             raise ValueError("There are no weights to prune; name them in params")
         return {name: known[name] for name in names}
 
-    def _count(self, target: float | Sequence[float]) -> list[tuple[list[str], int]]:
+    def _count(self, target: float | Iterable[float]) -> list[tuple[list[str], int]]:
         """[(names, number of zeros wanted among them)]"""
         names = list(self.params)
         groups = [names] if self.scope == "global" else [[name] for name in names]
-        targets = list(target) if isinstance(target, Sequence) else [target] * len(groups)
+        try:
+            listed = isinstance(target, Iterable)
+            targets = [float(each) for each in (target if listed else [target] * len(groups))]
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"Invalid sparsity: {target!r}; it must be a number, or one for each of {names}"
+            ) from error
         if len(targets) != len(groups):
             raise ValueError(f"Expected {len(groups)} target sparsities, got {len(targets)}")
         wanted, highest = [], 1 - self.pattern.kept / self.pattern.group
@@ -832,10 +839,16 @@ class MagnitudePruner:
             wanted.append((group, zeros))
         return wanted
 
-    def _check_fit(self, what: str, tensors: dict[str, Tensor]) -> None:
-        """Raises ValueError if these are not for the parameters of this pruner."""
-        if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in self.params.items()}:
-            raise ValueError(f"The saved {what} belong to other parameters than this pruner's")
+    def _check_fit(self, state: Any) -> None:
+        """Raises ValueError if this is no state of such a pruner for the same parameters."""
+        names, maker = list(self.state_dict()), type(self).__name__
+        if not (isinstance(state, Mapping) and state.keys() == set(names)):
+            found = list(state) if isinstance(state, Mapping) else kind(state)
+            raise ValueError(f"Expected {names} as in state_dict() of {maker}, got {found}")
+        shapes = {name: p.shape for name, p in self.params.items()}
+        for what in ("masks", *(part for part in ("base", "base_masks") if state.get(part))):
+            if {name: saved.shape for name, saved in state[what].items()} != shapes:
+                raise ValueError(f"The saved {what} belong to other parameters than this pruner's")
 
     def _replace(self, masks: dict[str, Tensor]) -> None:
         """Makes these the masks in force."""
@@ -909,14 +922,19 @@ class MFACPruner(MagnitudePruner):
             )
         if isinstance(getattr(loader, "sampler", None), SequentialSampler):
             raise ValueError("The loader yields the same samples each time; it must shuffle")
-        self.loader, self.loss, self.update, self.seed = loader, loss, update, seed
+        if not isinstance(loader, Iterable):
+            raise ValueError(f"Invalid loader: {loader!r}; it must yield batches, as a list does")
+        self.loader, self.loss, self.update = loader, loss, update
+        self.seed = check_integer("seed", seed, least=0)
         self.ngrads, self.damp = check_integer("ngrads", ngrads), check_damp(damp)
-        for name, value in {"blocksize": blocksize, "perbatch": perbatch}.items():
-            if value is not None:
-                check_integer(name, value)
-        self.blocksize, self.perbatch = blocksize, perbatch
+        self.blocksize = None if blocksize is None else check_integer("blocksize", blocksize)
+        self.perbatch = None if perbatch is None else check_integer("perbatch", perbatch)
         self.pages = check_integer("pages", pages)
-        self.device = torch.device(device or next(iter(self.params.values())).device)
+        if blocksize is None and perbatch is not None:
+            raise ValueError(f"perbatch = {perbatch} goes with a blocksize only: leave it out")
+        if blocksize is not None and self.pages > 1:
+            raise ValueError(f"pages = {pages} goes without a blocksize only: leave one out")
+        self.device = check_device(device or next(iter(self.params.values())).device)
         self.recomputations = 0
         self.release()
 
@@ -948,9 +966,6 @@ class MFACPruner(MagnitudePruner):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state; load the model's own state before."""
-        if state["base"]:
-            self._check_fit("weights", state["base"])
-            self._check_fit("masks", state["base_masks"])
         super().load_state_dict(state)
         self.recomputations = state["recomputations"]
         self._base, self._base_masks = state["base"], state["base_masks"]
@@ -1038,6 +1053,11 @@ class MFACPruner(MagnitudePruner):
         for batch in islice(self._batches(number), self.ngrads):
             with torch.enable_grad():
                 loss = self.loss(self.model, batch)
+                if not (is_real(loss) and loss.numel() == 1 and loss.requires_grad):
+                    raise ValueError(
+                        "Expected loss(model, batch) to return a tensor of one number, with a "
+                        f"graph, got {kind(loss)}; return the mean over the batch, not its item()"
+                    )
                 grads = torch.autograd.grad(loss, params, materialize_grads=True)
             row = count % len(buffer)
             buffer[row] = self._alive(dict(zip(self.params, grads, strict=True)))
