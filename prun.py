@@ -727,7 +727,7 @@ class MagnitudePruner:
     def prune(self, target: float | Iterable[float]) -> dict[str, Tensor]:
         """Prunes to the sparsity `target` in [0, 1] and returns the masks.
 
-        Exactly round(target·n) of n weights are zero then, of all or of each layer by `scope`; in
+        Exactly round(target·n) of n weights are pruned then, of all or of each layer by `scope`; in
         blocks as many as fit in. With scope "layer", `target` may be a list in the order of
         `masks`. A target below the present sparsity is refused.
         """
@@ -873,9 +873,10 @@ class MFACPruner(MagnitudePruner):
     """Prunes by saliency ρᵢ = wᵢ² / 2[F⁻¹]ᵢᵢ and adjusts the weights that stay.
 
     F⁻¹ is of the weights alive, at the last recomputation: done before the first pruning, by
-    `recompute`, and whenever the weights have changed since the pruner last wrote them. Until the
-    next one, every level is pruned from the weights of that recomputation, not from the level
-    before. Memory: see `inverse_bytes`; F⁻¹ is kept between levels, until `release`.
+    `recompute`, and whenever the parameters in `masks`, others are not watched, have changed since
+    the pruner last wrote them. Until the next one, every level is pruned from the weights of that
+    recomputation, not from the level before. Memory: see `inverse_bytes`; F⁻¹ is kept between
+    levels, until `release`.
 
     Args:
         model, params, scope, pattern: as for `MagnitudePruner`.
