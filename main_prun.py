@@ -18,9 +18,9 @@ augmented, like in the paper's code.
 import argparse
 import copy
 import csv
-import glob
 import io
 import os
+import re
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -344,7 +344,8 @@ class Run:
     def files(self) -> list[Path]:
         """The files of this run, or another at the same place, that exist. The state is first."""
         names = [self.beside(ending) for ending in (".state", ".csv", ".png")]
-        models = sorted(self.out.parent.glob(glob.escape(self.out.name) + "-step*.pth"))
+        model = re.compile(re.escape(self.out.name) + r"-step\d+\.pth")
+        models = sorted(path for path in self.out.parent.glob("*") if model.fullmatch(path.name))
         return [path for path in names + models if path.exists()]
 
     def check_files(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:

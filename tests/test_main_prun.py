@@ -459,14 +459,17 @@ def test_a_full_disk_keeps_what_was_saved(run, monkeypatch, capsys):
 def test_existing_files_are_kept_unless_told_otherwise(run, capsys):
     flags = ["--pruner", "magnitude", "--out", "net"]
     Path("net-step7.pth").write_text("mine")
-    Path("net.pth").write_text("of another script")
+    others = [Path(name) for name in ("net.pth", "net-stepA-step0.pth", "net-step0.pth.pth")]
+    for path in others:
+        path.write_text("of another script, or another run")
     assert run(*flags) == 2
     assert "net-step7.pth exists" in (error := capsys.readouterr().err) and "--overwrite" in error
     assert run(*flags, "--resume") == 2
     assert "net.state" in capsys.readouterr().err
-    assert Path("net-step7.pth").read_text() == "mine" and len(list(Path().iterdir())) == 2
+    assert Path("net-step7.pth").read_text() == "mine" and len(list(Path().iterdir())) == 4
     assert run(*flags, "--sparsities", 0.5, "--overwrite") == 0
-    assert not Path("net-step7.pth").exists() and Path("net.pth").read_text() != ""
+    assert not Path("net-step7.pth").exists()
+    assert {path.read_text() for path in others} == {"of another script, or another run"}
     assert run(*flags) == 2
     assert "--resume" in capsys.readouterr().err
 
