@@ -235,6 +235,14 @@ def test_between_recomputations_levels_come_from_the_last_one(run):
     assert same_weights("anew-step2.pth", "skip-step1.pth")
 
 
+def test_gradients_that_nothing_uses_are_not_shown(run, capsys):
+    flags = ["--sparsities", 0.5, "--ngrads_schedule", 5, "--npergrad", 4, "--out"]
+    assert run(*flags, "one-shot") == 0
+    assert "ngrads " not in capsys.readouterr().out
+    assert run(*flags, "tuned", "--nepochs", 1, "--optim", "mfac", "--batchsize", 32) == 0
+    assert "ngrads 1024" in capsys.readouterr().out  # of the optimizer
+
+
 def test_recomputations_in_parts(run, monkeypatch):
     """Densities fall by one factor, with as many gradients as are wanted at each step."""
     targets = spy(monkeypatch, "prune", lambda pruner, target: target)
@@ -576,6 +584,7 @@ BAD_FLAGS = [
     ("--ngrads_schedule 4 5", "2 numbers for 9 steps"),
     ("--ngrads 4 --ngrads_schedule 1 2 3 4 5 6 7 8 9", "--ngrads is for"),
     ("--ngrads 81", "81 gradients of 1 images each are more than the 80"),
+    ("--sparsities 0.5 --ngrads_schedule 81", "use a lower --ngrads_schedule or --npergrad"),
     ("--ngrads 8 --npergrad 11", "8 gradients of 11 images"),
     ("--blocksize 8 --pages 2", "--pages is for"),
     ("--perbatch 2", "--perbatch is for"),
