@@ -809,7 +809,10 @@ class MagnitudePruner:
                 shape, group = tuple(known[name].shape), self.pattern.group
                 raise ValueError(f"Groups of {group} do not divide the input of {name}, {shape}")
         if not names:
-            raise ValueError("There are no weights to prune; name them in params")
+            group, advice = self.pattern.group, "name them in params"
+            if group > 1:
+                advice = f"no layer's input is divisible by {group}, choose another pattern"
+            raise ValueError(f"There are no weights to prune; {advice}")
         return {name: known[name] for name in names}
 
     def _count(self, target: float | Iterable[float]) -> list[tuple[list[str], int]]:

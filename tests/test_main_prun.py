@@ -579,6 +579,7 @@ BAD_FLAGS = [
     ("--scope block", "block"),
     ("--pattern 4:2 --ngrads 8", "4:2"),
     ("--pattern 2:4 --ngrads 8", "0.5"),
+    ("--pattern 5:7 --ngrads 8", "no layer's input is divisible by 7"),
     ("--pattern random --ngrads 8", "random"),
     ("--update all", "all"),
     ("--ngrads_schedule 4 5", "2 numbers for 9 steps"),
