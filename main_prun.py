@@ -649,8 +649,10 @@ def read_curve(path: Path) -> list[tuple[float, float]]:
     try:
         with open(path, newline="") as file:
             points = curve(list(csv.DictReader(file)))
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise UserError(f"--compare {path} is no CSV of this script: {error!r}") from error
+    except OSError as error:
+        raise UserError(f"--compare {path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"--compare {path} is no CSV that this script has written") from error
     if not points or not all(0 <= s <= 1 and 0 <= accuracy <= 100 for s, accuracy in points):
         raise UserError(f"--compare {path} holds no sparsities with accuracies in percent")
     return points
@@ -691,7 +693,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         if run and run.history:
             parser.exit(130, f"\ninterrupted; go on with --resume --out {run.out}\n")
-        parser.exit(130, "\ninterrupted before anything was saved\n")
+        parser.exit(130, "\ninterrupted before anything new was saved\n")
 
 
 if __name__ == "__main__":

@@ -398,7 +398,10 @@ def test_resumed_is_uninterrupted(run, monkeypatch, kind, capsys):
     with monkeypatch.context() as context:
         interrupt_after(context, 0)
         assert run(*flags, "--out", "parts") == 130
-    assert "before anything was saved" in capsys.readouterr().err and not Path("parts.csv").exists()
+    assert (
+        "before anything new was saved" in capsys.readouterr().err
+        and not Path("parts.csv").exists()
+    )
     for line in range(1, lines):  # one line at a time
         with monkeypatch.context() as context:
             interrupt_after(context, 1)
@@ -406,6 +409,16 @@ def test_resumed_is_uninterrupted(run, monkeypatch, kind, capsys):
         assert len(rows("parts.csv")) == line
     assert run("--out", "parts", "--resume") == 0
     assert_same_run("whole", "parts")
+
+
+def test_interrupted_while_a_state_is_loaded(run, monkeypatch, capsys):
+    """It is still there, and the message does not say otherwise."""
+    assert run("--pruner", "magnitude", "--sparsities", 0.3, "--out", "net") == 0
+    with monkeypatch.context() as context:
+        context.setattr(main_prun, "load_saved", lambda path: exec("raise KeyboardInterrupt"))
+        assert run("--out", "net", "--resume") == 130
+    assert "before anything new was saved" in capsys.readouterr().err
+    assert run("--out", "net", "--resume") == 0
 
 
 def test_killed_at_any_moment(run, dataset, checkpoint, tmp_path):
@@ -618,7 +631,7 @@ BAD_FLAGS = [
     ("--out /dev/null/net", "/dev/null is no folder"),
     (f"--out {'x' * 300}", "too long"),
     ("--checkpoint missing.pth --ngrads 8", "missing.pth"),
-    ("--compare missing.csv", "missing.csv"),
+    ("--compare missing.csv", "--compare missing.csv cannot be read: No such file or directory"),
     ("--sparsities 0.5 --tests 0 x", "x"),
     ("extra", "extra"),
 ]
@@ -645,6 +658,7 @@ def test_bad_files_to_compare(run, text, capsys):
     assert run("--compare", "other.csv", "--out", "net") == 2
     printed = capsys.readouterr()
     assert "--compare other.csv" in printed.err and printed.err.count("\n") == 1
+    assert "Error(" not in printed.err
     assert printed.out == "" and len(list(Path().iterdir())) == 1
 
 
