@@ -549,7 +549,7 @@ class BlockedInverseFisher(StaticInverseFisher):
         if stored and b > len(grads):
             self.shape = (grads.shape[1], grads.shape[1])
             self._parts = [
-                (columns, self._whole(grads[:, columns])) for columns in self._layout(perbatch=1)
+                (columns, self._block(grads[:, columns])) for columns in self._layout(perbatch=1)
             ]
         else:
             sums, m = self._sum(grads.split(BATCH) if stored else grads)
@@ -571,7 +571,7 @@ class BlockedInverseFisher(StaticInverseFisher):
             for columns, part in self._parts
         )
 
-    def _whole(self, grads: Tensor) -> StaticInverseFisher:
+    def _block(self, grads: Tensor) -> StaticInverseFisher:
         """F⁻¹ of one block."""
         m, b = grads.shape
         if b > m:
@@ -885,11 +885,12 @@ class MFACPruner(MagnitudePruner):
         model, params, scope, pattern: as for `MagnitudePruner`.
         loader: yields batches of equal size, each of which makes one gradient, and is iterated over
             anew for each recomputation. A list of batches is shuffled. Anything else is expected
-            to draw other samples each time: by `set_epoch`, on itself or its `sampler`, which is
-            called with the number of the recomputation, or by the random numbers of torch, from
-            its global generator or the `generator` of either: these are seeded in the meantime,
-            those of numpy and Python are not. Of a list, batches smaller than the largest are left
-            out; of anything else those smaller than the first, and a larger one is refused.
+            to draw other samples each time: by `set_epoch`, its own or of a sampler that it has,
+            which is called with the number of the recomputation, or by the random numbers of
+            torch, from its global generator or a `generator` of theirs: these are seeded in the
+            meantime, those of numpy and Python are not. Of a list, batches smaller than the largest
+            are left out; of anything else those smaller than the first, and a larger one is
+            refused.
         loss: the mean loss of a batch, loss(model, batch), by default the cross entropy of
             (inputs, targets).
         ngrads: m, the number of gradients.
@@ -924,11 +925,14 @@ class MFACPruner(MagnitudePruner):
             raise ValueError(
                 f"Invalid update: {update!r}; it must be 'joint', 'independent' or 'none'"
             )
-        if isinstance(getattr(loader, "sampler", None), SequentialSampler):
+        batch_sampler = getattr(loader, "batch_sampler", None)
+        sampler = getattr(loader if batch_sampler is None else batch_sampler, "sampler", None)
+        if isinstance(sampler, SequentialSampler):
             raise ValueError("The loader yields the same samples each time; it must shuffle")
         if not isinstance(loader, Iterable):
             raise ValueError(f"Invalid loader: {loader!r}; it must yield batches, as a list does")
         self.loader, self.loss, self.update = loader, loss, update
+        self._sources = (loader, batch_sampler, sampler)  # of the choice of samples
         self.seed = check_integer("seed", seed, least=0)
         self.ngrads, self.damp = check_integer("ngrads", ngrads), check_damp(damp)
         self.blocksize = None if blocksize is None else check_integer("blocksize", blocksize)
@@ -1081,7 +1085,7 @@ class MFACPruner(MagnitudePruner):
         seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
         for generator in (torch.default_generator, *self._generators()):
             generator.manual_seed(seed)
-        for source in (self.loader, getattr(self.loader, "sampler", None)):
+        for source in self._sources:
             if hasattr(source, "set_epoch"):
                 source.set_epoch(number)
         batches, full = self.loader, 0
@@ -1098,8 +1102,7 @@ class MFACPruner(MagnitudePruner):
 
     def _generators(self) -> list[torch.Generator]:
         """The random number generators that the loader has of its own."""
-        sources = (self.loader, getattr(self.loader, "sampler", None))
-        found = (getattr(source, "generator", None) for source in sources)
+        found = (getattr(source, "generator", None) for source in self._sources)
         return [generator for generator in found if isinstance(generator, torch.Generator)]
 
     @contextmanager

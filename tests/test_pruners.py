@@ -478,16 +478,19 @@ def test_a_loader_that_would_repeat_itself_is_refused():
         mfac(network(), DataLoader(samples(), batch_size=4))
 
 
-@pytest.mark.parametrize("own", ["loader", "sampler"])
+@pytest.mark.parametrize("own", ["loader", "sampler", "batch_sampler"])
 def test_generators_of_the_loader_are_seeded_and_then_as_before(own):
     data, drawn = samples(), []
     for seed in (1, 2):
         generator, batches = torch.Generator().manual_seed(seed), []
-        options = {"shuffle": True, "generator": generator}
-        if own == "sampler":
-            options = {"sampler": torch.utils.data.RandomSampler(data, generator=generator)}
+        sampler = torch.utils.data.RandomSampler(data, generator=generator)
+        options = {
+            "loader": {"batch_size": 4, "shuffle": True, "generator": generator},
+            "sampler": {"batch_size": 4, "sampler": sampler},
+            "batch_sampler": {"batch_sampler": torch.utils.data.BatchSampler(sampler, 4, False)},
+        }
         state = generator.get_state()
-        pruner = mfac(network(), DataLoader(data, batch_size=4, **options), loss=recording(batches))
+        pruner = mfac(network(), DataLoader(data, **options[own]), loss=recording(batches))
         pruner.recompute()
         assert torch.equal(generator.get_state(), state)
         drawn.append(rows(batches))
