@@ -174,7 +174,8 @@ def train_epoch(
             outputs = model(images)
             loss = cross_entropy(outputs, labels)
         if not math.isfinite(loss.item()):
-            raise UserError(f"the loss became {loss.item()}: use a lower --lr, or a higher --damp")
+            damp = ", or a higher --damp" if isinstance(optimizer, MFAC) else ""
+            raise UserError(f"the loss became {loss.item()}: use a lower --lr{damp}")
         optimizer.zero_grad()
         loss.backward()
         before = synchronized_time(device)

@@ -18,9 +18,9 @@ augmented, like in the paper's code.
 import argparse
 import copy
 import csv
-import glob
 import io
 import os
+import re
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -213,6 +213,8 @@ def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
         del settings["lr"]
     if mfac:
         settings = {**MFAC_PRUNER, **settings}
+        if scheduled and optim != "mfac":
+            del settings["ngrads"]  # which nothing uses then
     check_steps(settings, len(choose_levels(settings)))
     return settings
 
@@ -309,6 +311,8 @@ class Run:
             check_same(given, state["settings"])
         self.settings = settings = state["settings"] if state else choose_settings(given)
         self.levels = choose_levels(settings)
+        self.ngrads = settings.get("ngrads_schedule") or [settings.get("ngrads")] * len(self.levels)
+        self.ngrads_flag = "--ngrads_schedule" if "ngrads_schedule" in settings else "--ngrads"
         self.plan = make_plan(settings, len(self.levels))
         every_step = list(range(len(self.levels)))
         self.recomps = every_step if settings["nepochs"] else [0, *settings.get("recomps", [])]
@@ -344,7 +348,8 @@ class Run:
     def files(self) -> list[Path]:
         """The files of this run, or another at the same place, that exist. The state is first."""
         names = [self.beside(ending) for ending in (".state", ".csv", ".png")]
-        models = sorted(self.out.parent.glob(glob.escape(self.out.name) + "-step*.pth"))
+        model = re.compile(re.escape(self.out.name) + r"-step\d+\.pth")
+        models = sorted(path for path in self.out.parent.glob("*") if model.fullmatch(path.name))
         return [path for path in names + models if path.exists()]
 
     def check_files(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
@@ -387,12 +392,12 @@ class Run:
             )
         if settings["pruner"] == "magnitude":
             return
-        most = max(settings.get("ngrads_schedule", [settings["ngrads"]]))
+        most = max(self.ngrads)
         settings.setdefault("npergrad", max(1, min(NPERGRAD, images // most)))
         if most * settings["npergrad"] > images:
             raise UserError(
                 f"{most:,} gradients of {settings['npergrad']} images each are more than the "
-                f"{images:,} training images allow: use a lower --ngrads or --npergrad"
+                f"{images:,} training images allow: use a lower {self.ngrads_flag} or --npergrad"
             )
         self.gradients = Gradients(self.data.loader("train", settings["npergrad"], seed=seed))
 
@@ -401,8 +406,9 @@ class Run:
         if self.settings["pruner"] == "magnitude":
             what = {name: self.settings[name] for name in ("scope", "pattern")}
             return MagnitudePruner(self.model, **what)
-        names = ("scope", "pattern", "ngrads", "damp", "update", "perbatch", "pages", "seed")
+        names = ("scope", "pattern", "damp", "update", "perbatch", "pages", "seed")
         options = {name: self.settings[name] for name in names if name in self.settings}
+        options["ngrads"] = self.ngrads[0]
         if self.settings["blocksize"] != -1:
             options["blocksize"] = self.settings["blocksize"]
         return MFACPruner(self.model, self.gradients, device=self.device, **options)
@@ -425,7 +431,7 @@ class Run:
         """The memory that gradients and F⁻¹ take, or the window, as F⁻¹ is released before."""
         settings, needed = self.settings, {self.device: 0}
         if settings["pruner"] == "mfac":
-            m = max(settings.get("ngrads_schedule", [settings["ngrads"]]))
+            m = max(self.ngrads)
             d = sum(int(mask.sum()) for mask in self.pruner.masks.values())
             options = {"pages": pages, "perbatch": settings.get("perbatch"), "device": self.device}
             needed = inverse_bytes(
@@ -451,10 +457,9 @@ class Run:
             others = {f"--pages {n}": (-1, n) for n in (4, 16, 64) if blocksize == -1 and n > pages}
             others |= {f"--blocksize {b}": (b, 1) for b in (128, 16)}
             advice = [flag for flag, choice in others.items() if fits(*choice)]
+            advice.append(f"fewer {self.ngrads_flag}")
             left = [f"{size / 2**30:.2f} GiB on {device}" for device, size in free.items()]
-            raise UserError(
-                f"{size}, but free are {' and '.join(left)}: use {[*advice, 'fewer --ngrads'][0]}"
-            )
+            raise UserError(f"{size}, but free are {' and '.join(left)}: use {advice[0]}")
         if any(needed.values()):
             note(size)
 
@@ -518,9 +523,7 @@ class Run:
         before, began = dict(pruner.seconds), time.perf_counter()
         if mfac := isinstance(pruner, MFACPruner):
             last = max(done for done in self.recomps if done <= step)
-            schedule = self.settings.get("ngrads_schedule")
-            pruner.ngrads = schedule[last] if schedule else self.settings["ngrads"]
-            self.gradients.total = pruner.ngrads
+            self.gradients.total = pruner.ngrads = self.ngrads[last]
         parts = self.settings["nrecomps"] if mfac and recomputed else 1
         dense, target = 1 - pruner.sparsity, self.levels[step]
         try:
@@ -646,8 +649,10 @@ def read_curve(path: Path) -> list[tuple[float, float]]:
     try:
         with open(path, newline="") as file:
             points = curve(list(csv.DictReader(file)))
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise UserError(f"--compare {path} is no CSV of this script: {error!r}") from error
+    except OSError as error:
+        raise UserError(f"--compare {path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"--compare {path} is no CSV that this script has written") from error
     if not points or not all(0 <= s <= 1 and 0 <= accuracy <= 100 for s, accuracy in points):
         raise UserError(f"--compare {path} holds no sparsities with accuracies in percent")
     return points
@@ -684,11 +689,11 @@ def main(argv: list[str] | None = None) -> None:
     except (UserError, datautils.DataError) as error:
         parser.error(str(error))
     except torch.OutOfMemoryError:
-        parser.error("the GPU's memory is full: use more --pages, a --blocksize or fewer --ngrads")
+        parser.error("the GPU's memory is full: use more --pages, a --blocksize or fewer gradients")
     except KeyboardInterrupt:
         if run and run.history:
             parser.exit(130, f"\ninterrupted; go on with --resume --out {run.out}\n")
-        parser.exit(130, "\ninterrupted before anything was saved\n")
+        parser.exit(130, "\ninterrupted before anything new was saved\n")
 
 
 if __name__ == "__main__":

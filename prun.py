@@ -549,7 +549,7 @@ class BlockedInverseFisher(StaticInverseFisher):
         if stored and b > len(grads):
             self.shape = (grads.shape[1], grads.shape[1])
             self._parts = [
-                (columns, self._whole(grads[:, columns])) for columns in self._layout(perbatch=1)
+                (columns, self._block(grads[:, columns])) for columns in self._layout(perbatch=1)
             ]
         else:
             sums, m = self._sum(grads.split(BATCH) if stored else grads)
@@ -571,7 +571,7 @@ class BlockedInverseFisher(StaticInverseFisher):
             for columns, part in self._parts
         )
 
-    def _whole(self, grads: Tensor) -> StaticInverseFisher:
+    def _block(self, grads: Tensor) -> StaticInverseFisher:
         """F⁻¹ of one block."""
         m, b = grads.shape
         if b > m:
@@ -620,8 +620,9 @@ class Pattern:
     group: int = 1
 
     @staticmethod
-    def parse(name: str) -> "Pattern":
+    def parse(pattern: str) -> "Pattern":
         """From "unstructured", "N:M" (at most N nonzeros of M) or "Bx1" (all B zero or none)."""
+        name = str(pattern)
         sizes = [int(n) for n in re.findall(r"\d+", name)]
         if name == "unstructured":
             return Pattern()
@@ -630,8 +631,8 @@ class Pattern:
         if re.fullmatch(r"\d+x1", name) and sizes[0] > 1:
             return Pattern(block=sizes[0], group=sizes[0])
         raise ValueError(
-            f"Invalid pattern: {name!r}; it must be 'unstructured', 'N:M' with 0 < N < M such as "
-            "'2:4', or 'Bx1' such as '4x1'"
+            f"Invalid pattern: {pattern!r}; it must be 'unstructured', 'N:M' with 0 < N < M such "
+            "as '2:4', or 'Bx1' such as '4x1'"
         )
 
     def fits(self, weight: Tensor) -> bool:
@@ -723,10 +724,10 @@ class MagnitudePruner:
         return self._zeros(self.masks) / sum(mask.numel() for mask in self.masks.values())
 
     @torch.no_grad()
-    def prune(self, target: float | Sequence[float]) -> dict[str, Tensor]:
+    def prune(self, target: float | Iterable[float]) -> dict[str, Tensor]:
         """Prunes to the sparsity `target` in [0, 1] and returns the masks.
 
-        Exactly round(target·n) of n weights are zero then, of all or of each layer by `scope`; in
+        Exactly round(target·n) of n weights are pruned then, of all or of each layer by `scope`; in
         blocks as many as fit in. With scope "layer", `target` may be a list in the order of
         `masks`. A target below the present sparsity is refused.
         """
@@ -779,7 +780,7 @@ class MagnitudePruner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state; load the model's own state before."""
-        self._check_fit("masks", state["masks"])
+        self._check_fit(state)
         self._replace(state["masks"])
 
     # --- what MFACPruner does differently
@@ -808,14 +809,23 @@ class MagnitudePruner:
                 shape, group = tuple(known[name].shape), self.pattern.group
                 raise ValueError(f"Groups of {group} do not divide the input of {name}, {shape}")
         if not names:
-            raise ValueError("There are no weights to prune; name them in params")
+            group, advice = self.pattern.group, "name them in params"
+            if group > 1:
+                advice = f"no layer's input is divisible by {group}, choose another pattern"
+            raise ValueError(f"There are no weights to prune; {advice}")
         return {name: known[name] for name in names}
 
-    def _count(self, target: float | Sequence[float]) -> list[tuple[list[str], int]]:
+    def _count(self, target: float | Iterable[float]) -> list[tuple[list[str], int]]:
         """[(names, number of zeros wanted among them)]"""
         names = list(self.params)
         groups = [names] if self.scope == "global" else [[name] for name in names]
-        targets = list(target) if isinstance(target, Sequence) else [target] * len(groups)
+        try:
+            listed = isinstance(target, Iterable)
+            targets = [float(each) for each in (target if listed else [target] * len(groups))]
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"Invalid sparsity: {target!r}; it must be a number, or one for each of {names}"
+            ) from error
         if len(targets) != len(groups):
             raise ValueError(f"Expected {len(groups)} target sparsities, got {len(targets)}")
         wanted, highest = [], 1 - self.pattern.kept / self.pattern.group
@@ -832,10 +842,16 @@ class MagnitudePruner:
             wanted.append((group, zeros))
         return wanted
 
-    def _check_fit(self, what: str, tensors: dict[str, Tensor]) -> None:
-        """Raises ValueError if these are not for the parameters of this pruner."""
-        if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in self.params.items()}:
-            raise ValueError(f"The saved {what} belong to other parameters than this pruner's")
+    def _check_fit(self, state: Any) -> None:
+        """Raises ValueError if this is no state of such a pruner for the same parameters."""
+        names, maker = list(self.state_dict()), type(self).__name__
+        if not (isinstance(state, Mapping) and state.keys() == set(names)):
+            found = list(state) if isinstance(state, Mapping) else kind(state)
+            raise ValueError(f"Expected {names} as in state_dict() of {maker}, got {found}")
+        shapes = {name: p.shape for name, p in self.params.items()}
+        for what in ("masks", *(part for part in ("base", "base_masks") if state.get(part))):
+            if {name: saved.shape for name, saved in state[what].items()} != shapes:
+                raise ValueError(f"The saved {what} belong to other parameters than this pruner's")
 
     def _replace(self, masks: dict[str, Tensor]) -> None:
         """Makes these the masks in force."""
@@ -860,19 +876,21 @@ class MFACPruner(MagnitudePruner):
     """Prunes by saliency ρᵢ = wᵢ² / 2[F⁻¹]ᵢᵢ and adjusts the weights that stay.
 
     F⁻¹ is of the weights alive, at the last recomputation: done before the first pruning, by
-    `recompute`, and whenever the weights have changed since the pruner last wrote them. Until the
-    next one, every level is pruned from the weights of that recomputation, not from the level
-    before. Memory: see `inverse_bytes`; F⁻¹ is kept between levels, until `release`.
+    `recompute`, and whenever the parameters in `masks`, others are not watched, have changed since
+    the pruner last wrote them. Until the next one, every level is pruned from the weights of that
+    recomputation, not from the level before. Memory: see `inverse_bytes`; F⁻¹ is kept between
+    levels, until `release`.
 
     Args:
         model, params, scope, pattern: as for `MagnitudePruner`.
         loader: yields batches of equal size, each of which makes one gradient, and is iterated over
             anew for each recomputation. A list of batches is shuffled. Anything else is expected
-            to draw other samples each time: by `set_epoch`, on itself or its `sampler`, which is
-            called with the number of the recomputation, or by the random numbers of torch, from
-            its global generator or the `generator` of either: these are seeded in the meantime,
-            those of numpy and Python are not. Of a list, batches smaller than the largest are left
-            out; of anything else those smaller than the first, and a larger one is refused.
+            to draw other samples each time: by `set_epoch`, its own or of a sampler that it has,
+            which is called with the number of the recomputation, or by the random numbers of
+            torch, from its global generator or a `generator` of theirs: these are seeded in the
+            meantime, those of numpy and Python are not. Of a list, batches smaller than the largest
+            are left out; of anything else those smaller than the first, and a larger one is
+            refused.
         loss: the mean loss of a batch, loss(model, batch), by default the cross entropy of
             (inputs, targets).
         ngrads: m, the number of gradients.
@@ -907,16 +925,24 @@ class MFACPruner(MagnitudePruner):
             raise ValueError(
                 f"Invalid update: {update!r}; it must be 'joint', 'independent' or 'none'"
             )
-        if isinstance(getattr(loader, "sampler", None), SequentialSampler):
+        batch_sampler = getattr(loader, "batch_sampler", None)
+        sampler = getattr(loader if batch_sampler is None else batch_sampler, "sampler", None)
+        if isinstance(sampler, SequentialSampler):
             raise ValueError("The loader yields the same samples each time; it must shuffle")
-        self.loader, self.loss, self.update, self.seed = loader, loss, update, seed
+        if not isinstance(loader, Iterable):
+            raise ValueError(f"Invalid loader: {loader!r}; it must yield batches, as a list does")
+        self.loader, self.loss, self.update = loader, loss, update
+        self._sources = (loader, batch_sampler, sampler)  # of the choice of samples
+        self.seed = check_integer("seed", seed, least=0)
         self.ngrads, self.damp = check_integer("ngrads", ngrads), check_damp(damp)
-        for name, value in {"blocksize": blocksize, "perbatch": perbatch}.items():
-            if value is not None:
-                check_integer(name, value)
-        self.blocksize, self.perbatch = blocksize, perbatch
+        self.blocksize = None if blocksize is None else check_integer("blocksize", blocksize)
+        self.perbatch = None if perbatch is None else check_integer("perbatch", perbatch)
         self.pages = check_integer("pages", pages)
-        self.device = torch.device(device or next(iter(self.params.values())).device)
+        if blocksize is None and perbatch is not None:
+            raise ValueError(f"perbatch = {perbatch} goes with a blocksize only: leave it out")
+        if blocksize is not None and self.pages > 1:
+            raise ValueError(f"pages = {pages} goes without a blocksize only: leave one out")
+        self.device = check_device(device or next(iter(self.params.values())).device)
         self.recomputations = 0
         self.release()
 
@@ -948,9 +974,6 @@ class MFACPruner(MagnitudePruner):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state; load the model's own state before."""
-        if state["base"]:
-            self._check_fit("weights", state["base"])
-            self._check_fit("masks", state["base_masks"])
         super().load_state_dict(state)
         self.recomputations = state["recomputations"]
         self._base, self._base_masks = state["base"], state["base_masks"]
@@ -1038,6 +1061,11 @@ class MFACPruner(MagnitudePruner):
         for batch in islice(self._batches(number), self.ngrads):
             with torch.enable_grad():
                 loss = self.loss(self.model, batch)
+                if not (is_real(loss) and loss.numel() == 1 and loss.requires_grad):
+                    raise ValueError(
+                        "Expected loss(model, batch) to return a tensor of one number, with a "
+                        f"graph, got {kind(loss)}; return the mean over the batch, not its item()"
+                    )
                 grads = torch.autograd.grad(loss, params, materialize_grads=True)
             row = count % len(buffer)
             buffer[row] = self._alive(dict(zip(self.params, grads, strict=True)))
@@ -1057,7 +1085,7 @@ class MFACPruner(MagnitudePruner):
         seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
         for generator in (torch.default_generator, *self._generators()):
             generator.manual_seed(seed)
-        for source in (self.loader, getattr(self.loader, "sampler", None)):
+        for source in self._sources:
             if hasattr(source, "set_epoch"):
                 source.set_epoch(number)
         batches, full = self.loader, 0
@@ -1074,8 +1102,7 @@ class MFACPruner(MagnitudePruner):
 
     def _generators(self) -> list[torch.Generator]:
         """The random number generators that the loader has of its own."""
-        sources = (self.loader, getattr(self.loader, "sampler", None))
-        found = (getattr(source, "generator", None) for source in sources)
+        found = (getattr(source, "generator", None) for source in self._sources)
         return [generator for generator in found if isinstance(generator, torch.Generator)]
 
     @contextmanager

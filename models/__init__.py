@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -31,6 +32,12 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
+# Public checkpoints have a scalar of numpy beside the weights, their accuracy.
+SCALAR = np.float64().__reduce__()[0]
+SAFE = [(SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+SAFE += [np.dtype, *(type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64))]
+
+
 def build(name: str, num_classes: int) -> nn.Module:
     """A new model `name` with `num_classes` outputs; its weights follow torch's global generator.
 
@@ -45,9 +52,9 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Loads the weights and buffers in the file `path` into `model`, on whatever device it lives.
 
     The file holds a state dict, alone or under "state_dict" or "model", its keys with or without
-    the "module." that DataParallel puts in front. Only tensors and plain containers are unpickled.
-    Raises ValueError, with the model untouched, for a file that is missing, not a checkpoint, or
-    that does not fit the model.
+    the "module." that DataParallel puts in front. Only tensors, numbers and plain containers are
+    unpickled. Raises ValueError, with the model untouched, for a file that is missing, not a
+    checkpoint, or that does not fit the model.
     """
     state = _read_state_dict(Path(path))
     wanted = model.state_dict()
@@ -80,7 +87,8 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise ValueError(f"There is no checkpoint file {path}: check the path.")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(SAFE):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # depending on the bytes: UnpicklingError, RuntimeError, EOFError, …
         raise ValueError(
             f"The file {path} is not a checkpoint of tensors that torch.load can read "

@@ -235,6 +235,14 @@ def test_between_recomputations_levels_come_from_the_last_one(run):
     assert same_weights("anew-step2.pth", "skip-step1.pth")
 
 
+def test_gradients_that_nothing_uses_are_not_shown(run, capsys):
+    flags = ["--sparsities", 0.5, "--ngrads_schedule", 5, "--npergrad", 4, "--out"]
+    assert run(*flags, "one-shot") == 0
+    assert "ngrads " not in capsys.readouterr().out
+    assert run(*flags, "tuned", "--nepochs", 1, "--optim", "mfac", "--batchsize", 32) == 0
+    assert "ngrads 1024" in capsys.readouterr().out  # of the optimizer
+
+
 def test_recomputations_in_parts(run, monkeypatch):
     """Densities fall by one factor, with as many gradients as are wanted at each step."""
     targets = spy(monkeypatch, "prune", lambda pruner, target: target)
@@ -390,7 +398,10 @@ def test_resumed_is_uninterrupted(run, monkeypatch, kind, capsys):
     with monkeypatch.context() as context:
         interrupt_after(context, 0)
         assert run(*flags, "--out", "parts") == 130
-    assert "before anything was saved" in capsys.readouterr().err and not Path("parts.csv").exists()
+    assert (
+        "before anything new was saved" in capsys.readouterr().err
+        and not Path("parts.csv").exists()
+    )
     for line in range(1, lines):  # one line at a time
         with monkeypatch.context() as context:
             interrupt_after(context, 1)
@@ -398,6 +409,16 @@ def test_resumed_is_uninterrupted(run, monkeypatch, kind, capsys):
         assert len(rows("parts.csv")) == line
     assert run("--out", "parts", "--resume") == 0
     assert_same_run("whole", "parts")
+
+
+def test_interrupted_while_a_state_is_loaded(run, monkeypatch, capsys):
+    """It is still there, and the message does not say otherwise."""
+    assert run("--pruner", "magnitude", "--sparsities", 0.3, "--out", "net") == 0
+    with monkeypatch.context() as context:
+        context.setattr(main_prun, "load_saved", lambda path: exec("raise KeyboardInterrupt"))
+        assert run("--out", "net", "--resume") == 130
+    assert "before anything new was saved" in capsys.readouterr().err
+    assert run("--out", "net", "--resume") == 0
 
 
 def test_killed_at_any_moment(run, dataset, checkpoint, tmp_path):
@@ -459,14 +480,17 @@ def test_a_full_disk_keeps_what_was_saved(run, monkeypatch, capsys):
 def test_existing_files_are_kept_unless_told_otherwise(run, capsys):
     flags = ["--pruner", "magnitude", "--out", "net"]
     Path("net-step7.pth").write_text("mine")
-    Path("net.pth").write_text("of another script")
+    others = [Path(name) for name in ("net.pth", "net-stepA-step0.pth", "net-step0.pth.pth")]
+    for path in others:
+        path.write_text("of another script, or another run")
     assert run(*flags) == 2
     assert "net-step7.pth exists" in (error := capsys.readouterr().err) and "--overwrite" in error
     assert run(*flags, "--resume") == 2
     assert "net.state" in capsys.readouterr().err
-    assert Path("net-step7.pth").read_text() == "mine" and len(list(Path().iterdir())) == 2
+    assert Path("net-step7.pth").read_text() == "mine" and len(list(Path().iterdir())) == 4
     assert run(*flags, "--sparsities", 0.5, "--overwrite") == 0
-    assert not Path("net-step7.pth").exists() and Path("net.pth").read_text() != ""
+    assert not Path("net-step7.pth").exists()
+    assert {path.read_text() for path in others} == {"of another script, or another run"}
     assert run(*flags) == 2
     assert "--resume" in capsys.readouterr().err
 
@@ -568,11 +592,13 @@ BAD_FLAGS = [
     ("--scope block", "block"),
     ("--pattern 4:2 --ngrads 8", "4:2"),
     ("--pattern 2:4 --ngrads 8", "0.5"),
+    ("--pattern 5:7 --ngrads 8", "no layer's input is divisible by 7"),
     ("--pattern random --ngrads 8", "random"),
     ("--update all", "all"),
     ("--ngrads_schedule 4 5", "2 numbers for 9 steps"),
     ("--ngrads 4 --ngrads_schedule 1 2 3 4 5 6 7 8 9", "--ngrads is for"),
     ("--ngrads 81", "81 gradients of 1 images each are more than the 80"),
+    ("--sparsities 0.5 --ngrads_schedule 81", "use a lower --ngrads_schedule or --npergrad"),
     ("--ngrads 8 --npergrad 11", "8 gradients of 11 images"),
     ("--blocksize 8 --pages 2", "--pages is for"),
     ("--perbatch 2", "--perbatch is for"),
@@ -605,7 +631,7 @@ BAD_FLAGS = [
     ("--out /dev/null/net", "/dev/null is no folder"),
     (f"--out {'x' * 300}", "too long"),
     ("--checkpoint missing.pth --ngrads 8", "missing.pth"),
-    ("--compare missing.csv", "missing.csv"),
+    ("--compare missing.csv", "--compare missing.csv cannot be read: No such file or directory"),
     ("--sparsities 0.5 --tests 0 x", "x"),
     ("extra", "extra"),
 ]
@@ -632,6 +658,7 @@ def test_bad_files_to_compare(run, text, capsys):
     assert run("--compare", "other.csv", "--out", "net") == 2
     printed = capsys.readouterr()
     assert "--compare other.csv" in printed.err and printed.err.count("\n") == 1
+    assert "Error(" not in printed.err
     assert printed.out == "" and len(list(Path().iterdir())) == 1
 
 

@@ -3,6 +3,7 @@
 import os
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -230,6 +231,18 @@ def test_every_layout_of_a_checkpoint_loads(tmp_path, model, trained, prefix, ke
     torch.save(stored, tmp_path / "model.pth", _use_new_zipfile_serialization=not legacy)
     assert not same(model, trained)
     models.load_checkpoint(model, str(tmp_path / "model.pth"))
+    assert same(model, trained)
+
+
+@pytest.mark.parametrize("module", [b"numpy.core", b"numpy._core"])
+def test_a_scalar_of_numpy_beside_the_weights_is_no_obstacle(tmp_path, model, trained, module):
+    """Whatever version of it saved the checkpoint."""
+    path, state = tmp_path / "model.pth.tar", trained.state_dict()
+    public = {"state_dict": state, "best_prec1": np.float64(91.7), "epoch": np.int64(3)}
+    torch.save(public, path, _use_new_zipfile_serialization=False)
+    found = np.float64().__reduce__()[0].__module__.removesuffix(".multiarray").encode()
+    path.write_bytes(path.read_bytes().replace(found, module))
+    models.load_checkpoint(model, path)
     assert same(model, trained)
 
 

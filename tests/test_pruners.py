@@ -5,6 +5,7 @@ import io
 import itertools
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from reference import dense_fisher, independent_removal, joint_removal
@@ -220,7 +221,7 @@ def test_layers_that_the_pattern_does_not_divide_are_left_out_or_refused():
     for name in ("0.weight", "0.bias"):
         with pytest.raises(ValueError, match=rf"do not divide the input of {name}"):
             MagnitudePruner(model, [name], pattern="2:4")
-    with pytest.raises(ValueError, match="no weights to prune"):
+    with pytest.raises(ValueError, match=r"no layer's input is divisible by 4, choose another pat"):
         MagnitudePruner(nn.Linear(3, 3), pattern="2:4")
 
 
@@ -477,16 +478,19 @@ def test_a_loader_that_would_repeat_itself_is_refused():
         mfac(network(), DataLoader(samples(), batch_size=4))
 
 
-@pytest.mark.parametrize("own", ["loader", "sampler"])
+@pytest.mark.parametrize("own", ["loader", "sampler", "batch_sampler"])
 def test_generators_of_the_loader_are_seeded_and_then_as_before(own):
     data, drawn = samples(), []
     for seed in (1, 2):
         generator, batches = torch.Generator().manual_seed(seed), []
-        options = {"shuffle": True, "generator": generator}
-        if own == "sampler":
-            options = {"sampler": torch.utils.data.RandomSampler(data, generator=generator)}
+        sampler = torch.utils.data.RandomSampler(data, generator=generator)
+        options = {
+            "loader": {"batch_size": 4, "shuffle": True, "generator": generator},
+            "sampler": {"batch_size": 4, "sampler": sampler},
+            "batch_sampler": {"batch_sampler": torch.utils.data.BatchSampler(sampler, 4, False)},
+        }
         state = generator.get_state()
-        pruner = mfac(network(), DataLoader(data, batch_size=4, **options), loss=recording(batches))
+        pruner = mfac(network(), DataLoader(data, **options[own]), loss=recording(batches))
         pruner.recompute()
         assert torch.equal(generator.get_state(), state)
         drawn.append(rows(batches))
@@ -838,7 +842,7 @@ def test_saved_weights_of_another_model_are_refused():
     state = first.state_dict()
     state["base"] = {name: w[:1] for name, w in state["base"].items()}
     pruner = mfac(network())
-    with pytest.raises(ValueError, match="saved weights belong to other parameters"):
+    with pytest.raises(ValueError, match="saved base belong to other parameters"):
         pruner.load_state_dict(state)
     assert zeros(pruner) == 0
 
@@ -931,6 +935,56 @@ def test_masks_of_tied_weights_are_shown_in_every_layer():
 def test_options_out_of_range_are_refused_at_once(options, message):
     with pytest.raises(ValueError, match=message):
         mfac(network(), **options)
+
+
+MISUSES = {
+    "pattern": (lambda: MagnitudePruner(network(), pattern=None), "Invalid pattern: None; it must"),
+    "target": (lambda: MagnitudePruner(network()).prune(None), "Invalid sparsity: None; it must"),
+    "targets": (lambda: MagnitudePruner(network()).prune("half"), "Invalid sparsity: 'half'; it"),
+    "state": (lambda: MagnitudePruner(network()).load_state_dict({}), r"\['masks'\].* got \[\]"),
+    "no state": (lambda: mfac(network()).load_state_dict(None), "state_dict.* got NoneType"),
+    "another's state": (
+        lambda: mfac(network()).load_state_dict(MagnitudePruner(network()).state_dict()),
+        "'recomputations'.* of MFACPruner, got",
+    ),
+    "loader": (lambda: MFACPruner(network(), None), "Invalid loader: None; it must yield batches"),
+    "seed": (lambda: mfac(network(), seed=-1), "Invalid seed: -1; .* of at least 0"),
+    "no seed": (lambda: mfac(network(), seed=None), "Invalid seed: None; .* of at least 0"),
+    "ngrads": (lambda: mfac(network(), ngrads=True), "Invalid ngrads: True; .* of at least 1"),
+    "damp": (lambda: mfac(network(), damp="1e-3"), "Invalid damp: '1e-3'; it must be a number"),
+    "device": (lambda: mfac(network(), device="gpu0"), "Invalid device: 'gpu0'"),
+    "perbatch": (lambda: mfac(network(), perbatch=3), "perbatch = 3 goes with a blocksize only"),
+    "pages": (lambda: mfac(network(), pages=3, blocksize=4), "pages = 3 goes without"),
+    **{
+        f"loss {name}": (
+            lambda change=change: mfac(
+                network(), loss=lambda *args: change(cross_entropy(*args))
+            ).recompute(),
+            "Expected loss.* return the mean over the batch",
+        )
+        for name, change in {
+            "as a float": torch.Tensor.item,
+            "a vector": lambda loss: loss.expand(3),
+            "without a graph": lambda loss: loss.detach(),
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_misuse_is_answered_with_advice(misuse):
+    call, message = MISUSES[misuse]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("kind", [tuple, torch.tensor, np.array])
+def test_targets_of_any_kind(kind):
+    pruner = MagnitudePruner(network(), scope="layer")
+    pruner.prune(kind([0.25, 0.5, 0.75]))
+    assert [int((p == 0).sum()) for p in pruner.params.values()] == [72, 144, 240]
+    pruner.prune(np.float64(0.75))
+    assert zeros(pruner) == 672
 
 
 def test_the_time_spent_is_known():
