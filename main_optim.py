@@ -258,14 +258,13 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("step", "linear", "cosine"),
         help="of the learning rate: the steps of --drop_at (default), or falling to zero",
     )
-    text = (
-        "what is tested and saved is a moving average of the weights, with this share of the old "
-    )
-    text += "average a step"
-    add("--ema", type=FRACTION, metavar="DECAY", help=text)
     text = "epochs after which it drops; default: 50%% and 75%% of all"
     add("--drop_at", type=COUNT, nargs="+", metavar="EPOCH", help=text)
     add("--drop_by", type=FACTOR, help="the factor of a drop; default: 0.1")
+    text = (
+        "test and save a moving average of the weights, which keeps this part of itself each step"
+    )
+    add("--ema", type=FRACTION, metavar="DECAY", help=text)
 
     add = parser.add_argument_group("machine").add_argument
     add("--seed", type=SEED, help="of the weights and of the order of the images; default: 0")

@@ -316,16 +316,20 @@ def _zero_shards(m: int, d: int, devices: list[torch.device], dtype: torch.dtype
     ]
 
 
-def _checked_damp(damp: float) -> float:
-    if not (isinstance(damp, numbers.Real) and 0.0 < damp < float("inf")):
-        raise ValueError(f"Invalid damp: {damp!r}; it must be a positive, finite number")
+def check_damp(damp: float) -> float:
+    if not (isinstance(damp, numbers.Real) and 1e-300 < damp < 1e300):  # 1/damp is finite, too
+        raise ValueError(
+            f"Invalid damp: {damp!r}; it must be a number between 1e-300 and 1e300, such as 1e-5"
+        )
     return float(damp)
 
 
-def _checked_size(name: str, size: int, least: int) -> int:
-    if not (isinstance(size, numbers.Integral) and size >= least) or isinstance(size, bool):
-        raise ValueError(f"Invalid {name}: {size!r}; it must be an integer of at least {least}")
-    return int(size)
+def check_integer(name: str, value: int, least: int = 1, largest: int | None = None) -> int:
+    integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not (integral and least <= value <= (largest or value)):
+        limit = f"from {least} to {largest}" if largest else f"of at least {least}"
+        raise ValueError(f"Invalid {name}: {value!r}; it must be an integer {limit}")
+    return int(value)
 
 
 # The entries of K are off by about 1e-8 of the squared gradient norms when summed over float32
@@ -335,8 +339,7 @@ CONDITION_LIMIT = {torch.float32: 1e1, torch.float64: 1e11}
 
 # A GPU's checks are read a step late, so there a step moves nothing if more than three digits of
 # its result may be wrong: by the condition, or by what cancels in Gᵀz.
-USABLE_CONDITION = {torch.float32: 1e4, torch.float64: 1e11}
-USABLE_CANCELLATION = {torch.float32: 1e4, torch.float64: 1e11}
+USABLE = {torch.float32: 1e4, torch.float64: 1e11}
 
 
 class _Unread:
@@ -391,8 +394,8 @@ class DynamicInverseFisher:
         dtype: torch.dtype = torch.float32,
         coefficients: str = "incremental",
     ):
-        num_grads = _checked_size("num_grads", num_grads, 1)
-        dim, damp = _checked_size("dim", dim, 0), _checked_damp(damp)
+        num_grads, dim = check_integer("num_grads", num_grads), check_integer("dim", dim, least=0)
+        damp = check_damp(damp)
         if not dtype.is_floating_point:
             raise ValueError(f"Invalid dtype: {dtype}; it must be a floating-point type")
         if coefficients not in COEFFICIENTS:
@@ -434,14 +437,14 @@ class DynamicInverseFisher:
     @damp.setter
     def damp(self, damp: float) -> None:
         self.settle()
-        self._refactor(_checked_damp(damp))
+        self._refactor(check_damp(damp))
 
     def update(self, g: Tensor) -> None:
         """Puts the gradient g (d,) into the window, in place of the oldest.
 
         On CUDA this and `update_matvec` don't wait for the device. What they find out is read by
-        the next call, which raises it and sees to it: until then the window stays as it was, and a
-        result that is not to be trusted is zero.
+        the next call, which raises it or sees to it. A gradient with NaN or Inf is left out of the
+        window all the same, and a result that is not to be trusted is zero.
 
         Raises:
             NonFiniteGradientError: g has NaN or Inf (after rounding to the window's type).
@@ -468,12 +471,12 @@ class DynamicInverseFisher:
             dtype = torch.float64
         result = self._transposed_window_times(self.num_grads * z, dtype)
         terms, left = self.num_grads * terms.sqrt(), result.norm(dtype=torch.float64)
-        lost = ~(terms <= USABLE_CANCELLATION[torch.float64] * left)
+        lost = ~(terms <= USABLE[torch.float64] * left)
         if self.lazy:
             lost &= dtype == torch.float64  # if not, the next step has a way out
             self._leave_unread(finite, condition, cancels, lost)
-            usable = terms <= USABLE_CANCELLATION[dtype] * left
-            usable &= finite & (condition < USABLE_CONDITION[self.compute_dtype])
+            usable = terms <= USABLE[dtype] * left
+            usable &= finite & (condition < USABLE[self.compute_dtype])
             self.accepted = usable.to(self._cheap_dtype)
             result = result.where(usable, 0)
         elif lost:

@@ -31,7 +31,6 @@ Information", NeurIPS 2021, arXiv 2107.03356, sections 3.1 (static algorithm) an
 """
 
 import mmap
-import numbers
 import re
 import time
 import warnings
@@ -49,7 +48,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 from torch.utils.data import SequentialSampler
 
-from optim import full_precision
+from optim import check_damp, check_integer, full_precision
 
 __all__ = [
     "BlockedInverseFisher",
@@ -183,22 +182,6 @@ def as_matrix(grads: Any) -> tuple[Tensor, mmap.mmap | None]:
     if 0 in grads.shape:
         raise ValueError(f"Expected at least one gradient of one weight, got {tuple(grads.shape)}")
     return grads.detach(), mapping
-
-
-def check_damp(damp: float) -> float:
-    if not (isinstance(damp, numbers.Real) and 1e-300 < damp < 1e300):  # 1/damp is finite, too
-        raise ValueError(
-            f"Invalid damp: {damp!r}; it must be a number between 1e-300 and 1e300, such as 1e-5"
-        )
-    return float(damp)
-
-
-def check_integer(name: str, value: int, least: int = 1, largest: int | None = None) -> int:
-    integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not (integral and least <= value <= (largest or value)):
-        limit = f"from {least} to {largest}" if largest else f"of at least {least}"
-        raise ValueError(f"Invalid {name}: {value!r}; it must be an integer {limit}")
-    return int(value)
 
 
 def check_device(device: torch.device | str) -> torch.device:

@@ -46,10 +46,8 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("call", SCRIPT_CALLS)
 def test_script_calls(call, folder, dataset):
     arguments = shortened(call, dataset)
-    if (
-        "main_prun" in call and "--checkpoint" not in call
-    ):  # the one that comes along has 10 classes
-        arguments += ["--checkpoint", "net.pth"]
+    if "main_prun" in call and "--checkpoint" not in call:
+        arguments += ["--checkpoint", "net.pth"]  # the one that comes along has 10 classes
     assert "test" in run(arguments, folder)
     named = re.search(r"--(?:save|out) (\S+)", call)
     stem = named[1].removesuffix(".pth") if named else f"runs/resnet20-{dataset.name}-pruned-mfac"
