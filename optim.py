@@ -52,7 +52,7 @@ def window_bytes(ngrads: int, dim: int) -> int:
     return 4 * ngrads * dim + 16 * ngrads**2
 
 
-# --- products with the window ---------------------------------------------------------------------
+# --- windows: where the gradients are kept, and the products with them ----------------------------
 
 CHUNK = 2**12  # columns, at most, summed in the type of the product; float64 sums the chunks
 TILE = 2**20  # numbers converted at a time: few enough to stay in the processor's cache
@@ -73,52 +73,84 @@ def full_precision(device: torch.device) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def _converted(G: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of G in `dtype`, all at once if they have it already, otherwise in small tiles."""
-    if G.dtype == dtype:
-        yield slice(None), G
-        return
-    m, d = G.shape
-    height = max(1, TILE // max(1, d))
-    buffer = torch.empty(min(height, m), d, dtype=dtype, device=G.device)
-    for row in range(0, m, height):
-        rows = slice(row, min(row + height, m))
-        yield rows, buffer[: rows.stop - row].copy_(G[rows])
+class DenseWindow:
+    """G (m, d), or some of its columns, on one device. Gradients are rounded to its type on entry;
+    products are computed from the rounded ones, in the type that is asked for."""
+
+    def __init__(self, m: int, d: int, device: torch.device, dtype: torch.dtype):
+        self.G = torch.zeros(m, d, dtype=dtype, device=device)
+
+    @property
+    def dim(self) -> int:
+        """d"""
+        return self.G.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.G.device
+
+    def entry(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """g (d,) as it will be stored, and whether that is finite."""
+        row = g.to(self.G.device, self.G.dtype)
+        return row, row.isfinite().all()
+
+    def write(self, j: int, row: Tensor, finite: Tensor) -> None:
+        """Makes an entry row j where it is finite; where not, row j stays."""
+        self.G[j] = row.where(finite, self.G[j])
+
+    def row(self, j: int) -> Tensor:
+        """Row j (d,)."""
+        return self.G[j]
+
+    def times(self, x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+        """The first rows of G, times x (d,), in float64 (rows,), summed over products of a few
+        columns in `dtype`."""
+        x = x.to(dtype)
+        chunk = min(CHUNK, 1 + len(x) // 16)
+        y = torch.empty(rows, dtype=torch.float64, device=self.device)
+        whole = len(x) - len(x) % chunk
+        with full_precision(self.device):
+            for some, tile in self._converted(rows, dtype):
+                # One batch of products x_c (1, chunk) times G_cᵀ (chunk, m) reads G no slower than
+                # G @ x does, which would leave all d columns to a single float32 sum.
+                chunks = tile[:, :whole].unflatten(1, (-1, chunk)).permute(1, 2, 0)
+                products = torch.bmm(x[:whole].view(-1, 1, chunk), chunks)
+                y[some] = products.sum((0, 1), dtype=torch.float64) + tile[:, whole:] @ x[whole:]
+        return y
+
+    def transposed_times(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """Gᵀy (d,), computed in `dtype`, for y of as many numbers as rows count."""
+        y = y.to(dtype)
+        x = torch.zeros(self.dim, dtype=dtype, device=self.device)
+        with full_precision(self.device):
+            for some, tile in self._converted(len(y), dtype):
+                x += y[some] @ tile
+        return x
+
+    def tiles(self) -> Iterator[Tensor]:
+        """G in float64, a few columns (m, ·) at a time."""
+        for tile in self.G.split(max(1, 8 * TILE // len(self.G)), dim=1):
+            yield tile.double()
+
+    def _converted(self, rows: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The rows in `dtype`, all at once if they have it already, otherwise in small tiles."""
+        G = self.G[:rows]
+        if G.dtype == dtype:
+            yield slice(None), G
+            return
+        height = max(1, TILE // max(1, self.dim))
+        buffer = torch.empty(min(height, rows), self.dim, dtype=dtype, device=self.device)
+        for row in range(0, rows, height):
+            some = slice(row, min(row + height, rows))
+            yield some, buffer[: some.stop - row].copy_(G[some])
 
 
-def _times(G: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """G (m, d) times x (d,) in float64 (m,), summed over products of a few columns in `dtype`."""
-    x = x.to(dtype)
-    chunk = min(CHUNK, 1 + len(x) // 16)
-    y = torch.empty(G.shape[0], dtype=torch.float64, device=G.device)
-    whole = len(x) - len(x) % chunk
-    with full_precision(G.device):
-        for rows, tile in _converted(G, dtype):
-            # One batch of products x_c (1, chunk) times G_cᵀ (chunk, m) reads G no slower than
-            # G @ x does, which would leave all d columns to a single float32 sum.
-            chunks = tile[:, :whole].unflatten(1, (-1, chunk)).permute(1, 2, 0)
-            products = torch.bmm(x[:whole].view(-1, 1, chunk), chunks)
-            y[rows] = products.sum((0, 1), dtype=torch.float64) + tile[:, whole:] @ x[whole:]
-    return y
-
-
-def _transposed_times(G: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gᵀ (d, m) times y (m,), computed in `dtype`: (d,)."""
-    y = y.to(dtype)
-    x = torch.zeros(G.shape[1], dtype=dtype, device=G.device)
-    with full_precision(G.device):
-        for rows, tile in _converted(G, dtype):
-            x += y[rows] @ tile
-    return x
-
-
-def _gram(G: Tensor) -> Tensor:
-    """GGᵀ (m, m) in float64."""
-    m, d = G.shape
-    K = torch.zeros(m, m, dtype=torch.float64, device=G.device)
-    width = max(1, 8 * TILE // m)
-    for c in range(0, d, width):
-        tile = G[:, c : c + width].double()
+def _gram(tiles: Iterable[Tensor]) -> Tensor:
+    """GGᵀ (m, m), from G a few columns at a time."""
+    tiles = iter(tiles)
+    tile = next(tiles)
+    K = tile @ tile.T
+    for tile in tiles:
         K.addmm_(tile, tile.T)
     return K
 
@@ -304,14 +336,16 @@ class PaperCoefficients:
 COEFFICIENTS = {"incremental": IncrementalCoefficients, "paper": PaperCoefficients}
 
 
-# --- the window -----------------------------------------------------------------------------------
+# --- the inverse Fisher ---------------------------------------------------------------------------
 
 
-def _zero_shards(m: int, d: int, devices: list[torch.device], dtype: torch.dtype) -> list[Tensor]:
+def _windows(
+    m: int, d: int, devices: Sequence[torch.device], dtype: torch.dtype
+) -> list[DenseWindow]:
     """A window of zeros (m, d), its columns split evenly among the devices."""
     bounds = [d * i // len(devices) for i in range(len(devices) + 1)]
     return [
-        torch.zeros(m, stop - start, dtype=dtype, device=device)
+        DenseWindow(m, stop - start, device, dtype)
         for device, start, stop in zip(devices, bounds, bounds[1:], strict=False)
     ]
 
@@ -402,7 +436,9 @@ class DynamicInverseFisher:
         devices = [torch.device(s) for s in shards] if shards else [torch.device(device or "cpu")]
         self.device = torch.device(device) if device is not None else devices[0]
         self.count = 0  # gradients seen; the next one becomes row count mod m
-        self.G = _zero_shards(num_grads, dim, devices, dtype)
+        self.num_grads = num_grads
+        self.dtype = dtype
+        self.windows = _windows(num_grads, dim, devices, dtype)
         self.compute_dtype = self._cheap_dtype
         self.coefficients = COEFFICIENTS[coefficients](num_grads, damp, self.device)
         self.condition = 1.0  # as last read
@@ -413,17 +449,12 @@ class DynamicInverseFisher:
 
     @property
     def _cheap_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.G[0].dtype, torch.float32)
-
-    @property
-    def num_grads(self) -> int:
-        """m, the size of the window."""
-        return self.G[0].shape[0]
+        return torch.promote_types(self.dtype, torch.float32)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(d, d)"""
-        d = sum(shard.shape[1] for shard in self.G)
+        d = sum(window.dim for window in self.windows)
         return d, d
 
     @property
@@ -522,9 +553,9 @@ class DynamicInverseFisher:
         A.diagonal().add_(self.num_grads * self.damp)
         L, failed = torch.linalg.cholesky_ex(A)
         left = []
-        for shard in self.G:
-            for tile in shard.split(max(1, 8 * TILE // self.num_grads), dim=1):
-                W = torch.linalg.solve_triangular(L, tile.to(self.device).double(), upper=False)
+        for window in self.windows:
+            for tile in window.tiles():
+                W = torch.linalg.solve_triangular(L, tile.to(self.device), upper=False)
                 left.append(1 - W.square().sum(0))
         result = torch.cat(left)
         if bool(failed) or not bool((result > 1e-11).all()):  # fewer than five digits are left
@@ -533,19 +564,19 @@ class DynamicInverseFisher:
 
     def grow(self, columns: int) -> None:
         """Appends `columns` weights with past gradients of zero; K and P stay as they are."""
-        last = self.G[-1]
-        self.G[-1] = torch.cat([last, last.new_zeros(self.num_grads, columns)], dim=1)
+        last = self.windows[-1]
+        last.G = torch.cat([last.G, last.G.new_zeros(self.num_grads, columns)], dim=1)
 
     def columns(self, start: int, stop: int) -> Tensor:
         """Columns start to stop of the window (m, stop − start); a view if one shard has them."""
-        views = self._views(start, stop) or [self.G[0][:, :0]]
+        views = self._views(start, stop) or [self.windows[0].G[:, :0]]
         return views[0] if len(views) == 1 else torch.cat([v.to(self.device) for v in views], 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, by reference. "window" is a list of column blocks."""
         self.settle()
         return {
-            "window": list(self.G),
+            "window": [window.G for window in self.windows],
             "count": self.count,
             "exact": self.compute_dtype == torch.float64,
             "coefficients": self.coefficients.state_dict(),
@@ -559,9 +590,9 @@ class DynamicInverseFisher:
         self._unread = None
         m, d = len(state["coefficients"]["K"]), sum(block.shape[1] for block in state["window"])
         if (m, d) != (self.num_grads, self.shape[0]):
-            devices, dtype = [shard.device for shard in self.G], self.G[0].dtype
-            del self.G  # not two windows at once
-            self.G = _zero_shards(m, d, devices, dtype)
+            devices = [window.device for window in self.windows]
+            del self.windows  # not two of them at once
+            self.num_grads, self.windows = m, _windows(m, d, devices, self.dtype)
             self.coefficients = type(self.coefficients)(m, self.damp, self.device)
         start = 0
         for block in state["window"]:
@@ -579,17 +610,18 @@ class DynamicInverseFisher:
         """Writes g into the oldest row j; returns z = A⁻¹e_j (m,), whether g is finite, and the
         condition. Both have been seen to unless `lazy`."""
         self.settle()
-        g = self._checked(g).to(self.G[0].dtype)
-        finite = g.isfinite().all().to(self.device)
+        parts = zip(self.windows, self._split(self._checked(g)), strict=True)
+        entries = [window.entry(part) for window, part in parts]
+        finite = torch.stack([finite.to(self.device) for _, finite in entries]).all()
         if not (self.lazy or finite):
             raise NonFiniteGradientError("The gradient has NaN or Inf; the window is unchanged")
         j = self.count % self.num_grads
         self.count += 1
         if j == 0 and self.condition < 0.5 * CONDITION_LIMIT[self._cheap_dtype]:
             self.compute_dtype = self._cheap_dtype  # once a round, the way back from float64
-        for shard, part in zip(self.G, self._split(g), strict=True):
-            shard[j] = part.where(finite.to(shard.device), shard[j])
-        k = self._window_times([shard[j] for shard in self.G], self.compute_dtype)
+        for window, (entry, _) in zip(self.windows, entries, strict=True):
+            window.write(j, entry, finite.to(window.device))
+        k = self._window_times([window.row(j) for window in self.windows], self.compute_dtype)
         z, condition = self.coefficients.exchange(j, k)
         if not (self.lazy or self._sound(condition)):
             self._refactor(self.damp)
@@ -628,31 +660,29 @@ class DynamicInverseFisher:
             raise ValueError(f"Expected a vector of shape {self.shape[:1]}, got {tuple(x.shape)}")
         return x.detach()
 
-    def _split(self, x: Tensor) -> list[Tensor]:
-        """x (d,) cut up among the shards."""
-        parts = x.split([shard.shape[1] for shard in self.G])
-        return [part.to(shard.device) for part, shard in zip(parts, self.G, strict=True)]
+    def _split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x (d,) cut up among the windows."""
+        return x.split([window.dim for window in self.windows])
 
     def _views(self, start: int, stop: int) -> list[Tensor]:
-        """The parts of the shards that hold columns start to stop."""
+        """The parts of the windows that hold columns start to stop."""
         views = []
-        for shard in self.G:
-            d = shard.shape[1]
-            if start < d and stop > 0:
-                views.append(shard[:, max(start, 0) : stop])
-            start, stop = start - d, stop - d
+        for window in self.windows:
+            if start < window.dim and stop > 0:
+                views.append(window.G[:, max(start, 0) : stop])
+            start, stop = start - window.dim, stop - window.dim
         return views
 
     def _gram(self) -> Tensor:
         """K (m, m), anew from the window."""
-        return sum(_gram(shard).to(self.device) for shard in self.G)
+        return sum(_gram(window.tiles()).to(self.device) for window in self.windows)
 
-    def _window_times(self, x: Tensor | list[Tensor], dtype: torch.dtype) -> Tensor:
+    def _window_times(self, x: Tensor | Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Gx (m,) in float64 for x (d,), whole or split; rows not yet filled are left out."""
         rows = min(self.count, self.num_grads)
-        parts = self._split(x) if isinstance(x, Tensor) else x
+        parts = zip(self.windows, self._split(x) if isinstance(x, Tensor) else x, strict=True)
         # All products are started before any is collected, so that devices work side by side.
-        products = [_times(G[:rows], part, dtype) for G, part in zip(self.G, parts, strict=True)]
+        products = [window.times(part.to(window.device), rows, dtype) for window, part in parts]
         y = torch.zeros(self.num_grads, dtype=torch.float64, device=self.device)
         for product in products:
             y[:rows] += product.to(self.device)
@@ -660,8 +690,8 @@ class DynamicInverseFisher:
 
     def _transposed_window_times(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         """Gᵀy (d,) for y (m,)."""
-        rows = min(self.count, self.num_grads)
-        products = [_transposed_times(G[:rows], y[:rows].to(G.device), dtype) for G in self.G]
+        y = y[: self.count]
+        products = [window.transposed_times(y.to(window.device), dtype) for window in self.windows]
         return torch.cat([product.to(self.device) for product in products])
 
 

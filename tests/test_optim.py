@@ -539,7 +539,7 @@ def test_old_calls_of_the_paper_code_work():
     optimizer = MFAC([p], 1e-2, 0.9, 1e-4, 8, 1e-4, device, device, [device, device], False)
     p.grad = torch.randn(6)
     optimizer.step()
-    assert optimizer.fisher.num_grads == 8 and len(optimizer.fisher.G) == 2
+    assert optimizer.fisher.num_grads == 8 and len(optimizer.fisher.windows) == 2
     MFAC([p])  # every default
 
 
@@ -957,7 +957,11 @@ def test_copies_go_on_alike(duplicate):
 def test_window_bytes_counts_the_window_and_the_two_small_matrices():
     optimizer = MFAC([nn.Parameter(torch.randn(50))], ngrads=6)
     fisher = optimizer.fisher
-    tensors = [*fisher.G, fisher.coefficients.K, fisher.coefficients.P]
+    tensors = [
+        *(window.G for window in fisher.windows),
+        fisher.coefficients.K,
+        fisher.coefficients.P,
+    ]
     assert window_bytes(6, 50) == sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -1018,11 +1022,11 @@ def test_a_late_refusal_moves_nothing_and_leaves_the_window_alone(bad, filled):
     with pytest.raises(optim.NonFiniteGradientError):
         late.settle()
     assert late.count == filled
-    assert torch.equal(late.G[0], now.G[0])
+    assert torch.equal(late.windows[0].G, now.windows[0].G)
     for g in gradients[filled:]:
         torch.testing.assert_close(late.update_matvec(g), now.update_matvec(g))
         assert late.accepted == 1
-    assert torch.equal(late.G[0], now.G[0])
+    assert torch.equal(late.windows[0].G, now.windows[0].G)
 
 
 def test_a_late_skip_leaves_weights_and_momentum_alone():
