@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 from torch.utils.data import SequentialSampler
 
-from optim import full_precision
+from windows import full_precision
 
 __all__ = [
     "BlockedInverseFisher",

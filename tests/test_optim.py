@@ -13,6 +13,7 @@ from reference import dense_inverse
 from torch import nn
 
 import optim
+from coefficients import IncrementalCoefficients
 from optim import MFAC, DynamicInverseFisher, NonFiniteGradientError, window_bytes
 
 WAYS = ["incremental", "paper"]
@@ -142,7 +143,7 @@ def test_gradients_far_larger_than_the_damping():
 def test_exchanges_among_nearly_parallel_gradients_need_no_rebuilding():
     """P stays a good inverse for a whole round, at m = 64, with a condition of about 1e6."""
     m, d, damp = 64, 3000, 1e-5
-    coefficients = optim.IncrementalCoefficients(m, damp, torch.device("cpu"))
+    coefficients = IncrementalCoefficients(m, damp, torch.device("cpu"))
     common = 100 * torch.nn.functional.normalize(torch.randn(d).double(), dim=0)
     G = torch.zeros(m, d, dtype=torch.float64)
     ages = []
