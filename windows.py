@@ -141,6 +141,9 @@ class CompressedWindow:
 
     What a gradient loses is carried over to the next one (error feedback; EFCP, arXiv 2306.06098):
     of a = g + error, the row gets the entries c that are largest, and the error becomes a − c.
+
+    Products gather and scatter. On CUDA, scattered numbers are added in any order, so that the last
+    bits may differ from run to run.
     """
 
     def __init__(self, m: int, d: int, device: torch.device, dtype: torch.dtype, compress: float):

@@ -465,17 +465,22 @@ def test_a_window_elsewhere_takes_one_transfer_a_step_each_way(monkeypatch):
     assert moved == [(d,), (d,)]
 
 
-def test_parameters_on_several_devices_are_moved_device_by_device():
-    """The gradient of one device is followed by that of the next, in the order of the columns."""
-    parameters = [nn.Parameter(torch.randn(3)) for _ in range(4)]
-    optimizer = MFAC(parameters, ngrads=2, lr=1.0, damp=1.0)
-    reference = MFAC(
-        [nn.Parameter(p.detach().clone()) for p in parameters], ngrads=2, lr=1.0, damp=1.0
-    )
-    for p, q in zip(parameters, reference.param_groups[0]["params"], strict=True):
-        p.grad = torch.randn(3)
-        q.grad = p.grad.clone()
-    optimizer.step()
-    reference.step()
-    for p, q in zip(parameters, reference.param_groups[0]["params"], strict=True):
-        assert torch.equal(p, q)
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("optdev", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", [{}, *KINDS.values()], ids=["float32", *KINDS])
+def test_parameters_on_several_devices_share_a_window_on_one(kind, optdev):
+    values = [torch.randn(40) for _ in range(4)]
+    devices = "cpu", "cuda", "cuda", "cpu"
+    parameters = [nn.Parameter(x.to(device)) for x, device in zip(values, devices, strict=True)]
+    plain = [nn.Parameter(x.clone()) for x in values]
+    options = {"lr": 1.0, "ngrads": 3, "damp": 1.0, **optimizers_kind(kind)}
+    optimizer, reference = MFAC(parameters, optdev=optdev, **options), MFAC(plain, **options)
+    for _ in range(8):
+        for p, q in zip(parameters, plain, strict=True):
+            q.grad = torch.randn(40)
+            p.grad = q.grad.to(p.device)
+        optimizer.step()
+        reference.step()
+    for p, q in zip(parameters, plain, strict=True):
+        torch.testing.assert_close(p.detach().cpu(), q.detach(), rtol=1e-4, atol=1e-4)
