@@ -41,17 +41,20 @@ from optim import MFAC, window_bytes
 # the paper's values, and for the digits those of a small search. A row has all the settings of its
 # optimizer: one that it lacks is refused. The paper's number of epochs depends on the model.
 COMMON = dict(model="resnet20", dataset="digits", optim="mfac", schedule="step", seed=0, amp=False)
+WINDOW = dict(window_dtype="float32", compress=None)
 DEFAULTS = {
     ("paper", "sgd"): dict(lr=0.1, momentum=0.9, weightdecay=5e-4, batchsize=128),
     ("paper", "adam"): dict(lr=1e-3, weightdecay=5e-4, batchsize=128),
     ("paper", "mfac"): dict(
         lr=1e-3, momentum=0.0, weightdecay=3e-3, batchsize=128, ngrads=1024, damp=1e-5
-    ),
+    )
+    | WINDOW,
     ("digits", "sgd"): dict(epochs=10, lr=0.03, momentum=0.9, weightdecay=5e-4, batchsize=64),
     ("digits", "adam"): dict(epochs=10, lr=1e-2, weightdecay=5e-4, batchsize=64),
     ("digits", "mfac"): dict(
         epochs=10, lr=1e-2, momentum=0.9, weightdecay=5e-4, batchsize=64, ngrads=128, damp=1e-3
-    ),
+    )
+    | WINDOW,
 }
 PAPER_EPOCHS = {"resnet": 164, "wideresnet": 200, "mobilenet": 100}  # by the start of the name
 
@@ -248,6 +251,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--momentum", type=FRACTION, help="of sgd; of mfac, as an exponential moving average")
     add("--weightdecay", type=NOT_NEGATIVE, help="L2 decay: part of the gradient")
     add("--ngrads", type=COUNT, help="mfac: gradients in the window, of 4 bytes a weight")
+    text = "mfac: type of the numbers in the window; default: float32, bfloat16 takes half of that"
+    add("--window_dtype", choices=("float32", "bfloat16"), help=text)
+    text = (
+        "mfac: keep only this part of each gradient, its largest entries, and add the rest to the "
+    )
+    text += "next one; 0.01 takes 2%% of the memory; default: keep all"
+    add("--compress", type=FACTOR, metavar="FRACTION", help=text)
     add("--damp", type=POSITIVE, help="mfac: damping of the Fisher matrix")
 
     add = parser.add_argument_group("schedule").add_argument
@@ -287,7 +297,7 @@ def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
     settings = {**COMMON, "device": device, **given}
     optim, schedule = settings["optim"], settings["schedule"]
     defaults = DEFAULTS["digits" if settings["dataset"] == "digits" else "paper", optim]
-    for name in ("momentum", "ngrads", "damp"):
+    for name in ("momentum", "ngrads", "damp", *WINDOW):
         if name in given and name not in defaults:
             raise UserError(f"--{name} is no setting of --optim {optim}: leave it out")
     family = next((name for name in PAPER_EPOCHS if settings["model"].startswith(name)), "resnet")
@@ -340,15 +350,31 @@ def build_optimizer(
     if settings["optim"] == "sgd":
         return torch.optim.SGD(model.parameters(), **options)
     m, d = settings["ngrads"], sum(weight.numel() for weight in model.parameters())
-    needed, free = window_bytes(m, d), available_memory(device)
-    size = f"a window of {m:,} gradients of {d:,} weights takes {needed / 2**30:.2f} GiB"
-    if needed > free:
-        fits = bisect.bisect(range(min(m, free)), free, key=lambda m: window_bytes(m, d)) - 1
+    chosen = {name: settings.get(name, default) for name, default in WINDOW.items()}
+    free = available_memory(device)
+
+    def needed(m: int = m, **others: Any) -> int:
+        window = {**chosen, **others}
+        dtype = getattr(torch, window["window_dtype"])
+        return window_bytes(m, d, dtype=dtype, compress=window["compress"])
+
+    size = f"a window of {m:,} gradients of {d:,} weights takes {needed() / 2**30:.2f} GiB"
+    if needed() > free:
+        smaller = {"window_dtype": "bfloat16", "compress": 0.01}
+        advice = [
+            f"--{name} {value}, or "
+            for name, value in smaller.items()
+            if chosen[name] == WINDOW[name] and needed(**{name: value}) <= free
+        ]
+        fits = bisect.bisect(range(min(m, free)), free, key=needed) - 1
         raise UserError(
-            f"{size}, but {device} has {free / 2**30:.2f} GiB free: use at most --ngrads {fits}"
+            f"{size}, but {device} has {free / 2**30:.2f} GiB free: use "
+            f"{''.join(advice[:1])}at most --ngrads {fits}"
         )
     note(size)
-    return MFAC(model.parameters(), ngrads=m, damp=settings["damp"], **options)
+    options |= {"ngrads": m, "damp": settings["damp"], "compress": chosen["compress"]}
+    options["window_dtype"] = getattr(torch, chosen["window_dtype"])
+    return MFAC(model.parameters(), **options)
 
 
 def note(message: str) -> None:

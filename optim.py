@@ -25,295 +25,32 @@ Source: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations 
 Information", NeurIPS 2021, arXiv 2107.03356, section 3.2 (dynamic algorithm).
 """
 
-import contextlib
-import functools
-import logging
+import itertools
 import numbers
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["MFAC", "DynamicInverseFisher", "NonFiniteGradientError", "window_bytes"]
+from coefficients import COEFFICIENTS, unit
+from windows import CompressedWindow, DenseWindow, gram, step_traffic, window_bytes
 
-
-logger = logging.getLogger(__name__)
+__all__ = ["MFAC", "DynamicInverseFisher", "NonFiniteGradientError", "step_traffic", "window_bytes"]
 
 
 class NonFiniteGradientError(ValueError):
     """A gradient with NaN or Inf was refused; the window is as it was."""
 
 
-def window_bytes(ngrads: int, dim: int) -> int:
-    """Bytes for a float32 window of `ngrads` gradients of `dim` weights: 4md, and 16m² for K, P."""
-    return 4 * ngrads * dim + 16 * ngrads**2
+# --- the inverse Fisher ---------------------------------------------------------------------------
 
 
-# --- products with the window ---------------------------------------------------------------------
-
-CHUNK = 2**12  # columns, at most, summed in the type of the product; float64 sums the chunks
-TILE = 2**20  # numbers converted at a time: few enough to stay in the processor's cache
-
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast, TF32 or bfloat16 inside, whatever the process has set: K needs the bits."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
-
-
-def _converted(G: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of G in `dtype`, all at once if they have it already, otherwise in small tiles."""
-    if G.dtype == dtype:
-        yield slice(None), G
-        return
-    m, d = G.shape
-    height = max(1, TILE // max(1, d))
-    buffer = torch.empty(min(height, m), d, dtype=dtype, device=G.device)
-    for row in range(0, m, height):
-        rows = slice(row, min(row + height, m))
-        yield rows, buffer[: rows.stop - row].copy_(G[rows])
-
-
-def _times(G: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """G (m, d) times x (d,) in float64 (m,), summed over products of a few columns in `dtype`."""
-    x = x.to(dtype)
-    chunk = min(CHUNK, 1 + len(x) // 16)
-    y = torch.empty(G.shape[0], dtype=torch.float64, device=G.device)
-    whole = len(x) - len(x) % chunk
-    with full_precision(G.device):
-        for rows, tile in _converted(G, dtype):
-            # One batch of products x_c (1, chunk) times G_cᵀ (chunk, m) reads G no slower than
-            # G @ x does, which would leave all d columns to a single float32 sum.
-            chunks = tile[:, :whole].unflatten(1, (-1, chunk)).permute(1, 2, 0)
-            products = torch.bmm(x[:whole].view(-1, 1, chunk), chunks)
-            y[rows] = products.sum((0, 1), dtype=torch.float64) + tile[:, whole:] @ x[whole:]
-    return y
-
-
-def _transposed_times(G: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gᵀ (d, m) times y (m,), computed in `dtype`: (d,)."""
-    y = y.to(dtype)
-    x = torch.zeros(G.shape[1], dtype=dtype, device=G.device)
-    with full_precision(G.device):
-        for rows, tile in _converted(G, dtype):
-            x += y[rows] @ tile
-    return x
-
-
-def _gram(G: Tensor) -> Tensor:
-    """GGᵀ (m, m) in float64."""
-    m, d = G.shape
-    K = torch.zeros(m, m, dtype=torch.float64, device=G.device)
-    width = max(1, 8 * TILE // m)
-    for c in range(0, d, width):
-        tile = G[:, c : c + width].double()
-        K.addmm_(tile, tile.T)
-    return K
-
-
-# --- coefficients: the (m, m) side, which never sees the window -----------------------------------
-#
-# Nothing here waits for a GPU. Where A is not positive definite, as rounded, the results are NaN.
-
-
-def cuda_kernels(device: torch.device) -> ModuleType | None:
-    """The extension hinv_cuda for a CUDA device if it is installed, else None."""
-    return _extension() if device.type == "cuda" else None
-
-
-@functools.cache
-def _extension() -> ModuleType | None:
-    try:
-        import hinv_cuda
-    except ImportError as error:
-        logger.debug("the (m, m) side runs on torch operations: %s", error)
-        return None
-    logger.debug("the (m, m) side runs on the kernels of %s", hinv_cuda.__file__)
-    return hinv_cuda
-
-
-def _factor(A: Tensor) -> Tensor:
-    """L (m, m) of A = LLᵀ, all NaN if A is not positive definite."""
-    L, failed = torch.linalg.cholesky_ex(A)
-    return L.masked_fill_(failed != 0, torch.nan)
-
-
-def _unit(j: int, like: Tensor) -> Tensor:
-    """e_j, as long as `like`."""
-    e = torch.zeros_like(like)
-    e[j] = 1
-    return e
-
-
-class IncrementalCoefficients:
-    """P = A⁻¹ (m, m) in float64, exchanged in O(m²) when a row of the window changes.
-
-    P is computed anew from A once every m exchanges.
-    """
-
-    def __init__(self, m: int, damp: float, device: torch.device):
-        self.damp = damp
-        self.K = torch.zeros(m, m, dtype=torch.float64, device=device)
-        self.P = torch.eye(m, dtype=torch.float64, device=device) / (m * damp)
-        self.age = 0  # exchanges since P was computed from A
-
-    def refactor(self, damp: float) -> None:
-        """Computes P from K for damping λ = `damp`, O(m³)."""
-        A = self.K.clone()
-        A.diagonal().add_(len(A) * damp)
-        self.P = torch.cholesky_inverse(_factor(A)).contiguous()  # the old one may be in a state
-        self.damp, self.age = damp, 0
-
-    def exchange(self, j: int, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Makes k (m,) row and column j of K; returns z = A⁻¹e_j (m,) and the condition, which is
-        infinite where z does not solve its equation."""
-        self.age += 1
-        kernels = cuda_kernels(k.device)
-        if kernels and self.age < len(k):
-            z, health = torch.empty_like(k), k.new_empty(3)
-            kernels.hinv_update(self.P, self.K, k, j, self.damp, z, health)
-            _, residual, condition = health
-        else:
-            self.K[j] = self.K[:, j] = k
-            if self.age < len(k):
-                z = self._exchange_inverse(j, k)
-            else:
-                self.refactor(self.damp)
-                z = self.solve(_unit(j, k))
-            residual, condition = self._residual(j, z), self.condition()
-        return z, condition.where(residual < 1e-6, torch.inf)  # also where it is NaN
-
-    def _exchange_inverse(self, j: int, k: Tensor) -> Tensor:
-        """The rank-two update of P; returns its new column j. NaN where rounding prevents it."""
-        p = self.P[:, j].clone()
-
-        def solve_without_j(x: Tensor) -> Tensor:
-            """(A without j)⁻¹x, with entry j set to 0, for x_j = 0."""
-            y = self.P @ x - p * (p @ x / p[j])
-            y[j] = 0
-            return y
-
-        kk = k.clone()  # k'
-        kk[j] = 0
-        u = solve_without_j(kk)
-        # A step of refinement: P k' cancels where gradients are nearly parallel, and P keeps that.
-        r = kk - self._A_times(u)
-        r[j] = 0
-        u += solve_without_j(r)
-        s = k[j] + len(k) * self.damp - kk @ u  # Schur complement; s ≥ mλ
-        u[j] = -1
-        # P − p pᵀ/p_j + u uᵀ/s in one sweep; equal factors on both sides keep P symmetric.
-        down, up = p / p[j].sqrt(), u / s.sqrt()
-        self.P.addmm_(torch.stack([-down, up], dim=1), torch.stack([down, up]))
-        z = -u / s
-        self.P[j] = self.P[:, j] = z  # rounding leaves as much as p_j, which may be far larger
-        return z
-
-    def _residual(self, j: int, z: Tensor) -> Tensor:
-        """The largest entry of e_j − Az in units of row and column: small gradients count as much
-        as large ones."""
-        a = self._A_diagonal()
-        r = _unit(j, z) - self._A_times(z)
-        return (r.abs() * (a[j] / a).sqrt()).max()
-
-    def solve(self, y: Tensor) -> Tensor:
-        """A⁻¹y (m,), with a step of refinement."""
-        x = self.P @ y
-        return x + self.P @ (y - self._A_times(x))
-
-    def _A_times(self, y: Tensor) -> Tensor:
-        return self.K @ y + len(y) * self.damp * y
-
-    def _A_diagonal(self) -> Tensor:
-        return self.K.diagonal() + len(self.K) * self.damp
-
-    def condition(self) -> Tensor:
-        """max_i P_ii A_ii: 1 for orthogonal gradients, large for nearly parallel ones."""
-        return (self.P.diagonal() * self._A_diagonal()).max()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"K": self.K, "damp": self.damp, "P": self.P, "age": self.age}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.K.copy_(state["K"])
-        self.refactor(state["damp"])
-        if "P" in state:  # not where it comes from PaperCoefficients
-            self.P = state["P"].to(self.P.device, copy=True)
-            self.age = state["age"]
-
-
-class PaperCoefficients:
-    """The paper's B and q, computed anew from K for each gradient: O(m³).
-
-    With C = mI + K/λ = L̂ diag(q) L̂ᵀ and B = λ⁻¹L̂⁻¹, A⁻¹ = λ Bᵀ diag(1/q) B.
-    """
-
-    def __init__(self, m: int, damp: float, device: torch.device):
-        self.K = torch.zeros(m, m, dtype=torch.float64, device=device)
-        self.refactor(damp)
-
-    def refactor(self, damp: float) -> None:
-        """Computes B and q from K for damping λ = `damp`."""
-        C = self.K / damp
-        C.diagonal().add_(len(C))
-        L = _factor(C)
-        self.q = L.diagonal().square()
-        L_hat = (L / L.diagonal()).contiguous()
-        self.B = torch.eye(len(C), dtype=C.dtype, device=C.device) / damp
-        if kernels := cuda_kernels(C.device):
-            kernels.hinv_setup(L_hat, self.B)
-        else:
-            self.B = torch.linalg.solve_triangular(L_hat, self.B, upper=False)
-        self.damp = damp
-
-    def exchange(self, j: int, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Makes k (m,) row and column j of K; returns z = A⁻¹e_j (m,) and the condition."""
-        self.K[j] = self.K[:, j] = k
-        self.refactor(self.damp)
-        return self.solve(_unit(j, k)), self.condition()
-
-    def solve(self, y: Tensor) -> Tensor:
-        """A⁻¹y (m,)."""
-        return self.damp * (self.B.T @ (self.B @ y / self.q))
-
-    def condition(self) -> Tensor:
-        """max_i (A⁻¹)_ii A_ii: 1 for orthogonal gradients, large for nearly parallel ones."""
-        inverse_diagonal = self.damp * (self.B.square().T @ (1 / self.q))
-        return (inverse_diagonal * (self.K.diagonal() + len(self.K) * self.damp)).max()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"K": self.K, "damp": self.damp}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.K.copy_(state["K"])
-        self.refactor(state["damp"])
-
-
-COEFFICIENTS = {"incremental": IncrementalCoefficients, "paper": PaperCoefficients}
-
-
-# --- the window -----------------------------------------------------------------------------------
-
-
-def _zero_shards(m: int, d: int, devices: list[torch.device], dtype: torch.dtype) -> list[Tensor]:
-    """A window of zeros (m, d), its columns split evenly among the devices."""
-    bounds = [d * i // len(devices) for i in range(len(devices) + 1)]
-    return [
-        torch.zeros(m, stop - start, dtype=dtype, device=device)
-        for device, start, stop in zip(devices, bounds, bounds[1:], strict=False)
-    ]
+def _even(d: int, parts: int) -> list[int]:
+    """d columns split evenly: the sizes of the parts."""
+    bounds = [d * i // parts for i in range(parts + 1)]
+    return [stop - start for start, stop in itertools.pairwise(bounds)]
 
 
 def check_damp(damp: float) -> float:
@@ -330,6 +67,24 @@ def check_integer(name: str, value: int, least: int = 1, largest: int | None = N
         limit = f"from {least} to {largest}" if largest else f"of at least {least}"
         raise ValueError(f"Invalid {name}: {value!r}; it must be an integer {limit}")
     return int(value)
+
+
+def _checked_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    allowed = torch.bfloat16, torch.float16, torch.float32, torch.float64
+    if dtype not in allowed:
+        raise ValueError(f"Invalid {name}: {dtype!r}; it must be one of {list(allowed)}")
+    return dtype
+
+
+def _checked_compress(compress: float | None) -> float | None:
+    if compress is None:
+        return None
+    if not (isinstance(compress, numbers.Real) and 0.0 < compress <= 1.0):
+        raise ValueError(
+            f"Invalid compress: {compress!r}; it must be above 0 and at most 1, the part of each "
+            "gradient that is kept, or None for all of it"
+        )
+    return float(compress)
 
 
 # The entries of K are off by about 1e-8 of the squared gradient norms when summed over float32
@@ -365,8 +120,9 @@ class DynamicInverseFisher:
 
     m is the full window size from the first gradient on; a row not yet filled counts as zero.
 
-    Memory: one window of m·d numbers of `dtype`, where `device` or `shards` say, and two (m, m)
-    float64 matrices. Vectors may live anywhere; results come back on `device`, in float32 or wider.
+    Memory: one window of m·d numbers of `dtype`, where `device` or `shards` say, or with `compress`
+    that part of it, and two (m, m) float64 matrices. Vectors may live anywhere; results come back
+    on `device`, in float32 or wider.
 
     Args:
         num_grads: m ≥ 1.
@@ -377,6 +133,9 @@ class DynamicInverseFisher:
             a device may appear more than once.
         dtype: of the window. Gradients are rounded to it on entry, everything else is computed
             from the rounded ones in float32 or float64.
+        compress: the part of each gradient's entries that the window keeps, for example 0.01: the
+            largest, with those of the gradients before that were not kept (`CompressedWindow`). F
+            is that of the gradients as kept, and so is the g of `update_matvec`. None keeps all.
         coefficients: "incremental", O(dm + m²) a gradient, or "paper", O(dm + m³).
 
     Raises:
@@ -392,20 +151,20 @@ class DynamicInverseFisher:
         device: torch.device | str | None = None,
         shards: Sequence[torch.device | str | int] | None = None,
         dtype: torch.dtype = torch.float32,
+        compress: float | None = None,
         coefficients: str = "incremental",
     ):
         num_grads, dim = check_integer("num_grads", num_grads), check_integer("dim", dim, least=0)
         damp = check_damp(damp)
-        if not dtype.is_floating_point:
-            raise ValueError(f"Invalid dtype: {dtype}; it must be a floating-point type")
+        dtype, compress = _checked_dtype("dtype", dtype), _checked_compress(compress)
         if coefficients not in COEFFICIENTS:
             raise ValueError(
                 f"Invalid coefficients: {coefficients!r}; they must be one of {list(COEFFICIENTS)}"
             )
-        devices = [torch.device(s) for s in shards] if shards else [torch.device(device or "cpu")]
-        self.device = torch.device(device) if device is not None else devices[0]
+        self.shards = [torch.device(s) for s in shards or [device or "cpu"]]
+        self.device = torch.device(device) if device is not None else self.shards[0]
         self.count = 0  # gradients seen; the next one becomes row count mod m
-        self.G = _zero_shards(num_grads, dim, devices, dtype)
+        self._clear(num_grads, _even(dim, len(self.shards)), dtype, compress)
         self.compute_dtype = self._cheap_dtype
         self.coefficients = COEFFICIENTS[coefficients](num_grads, damp, self.device)
         self.condition = 1.0  # as last read
@@ -416,17 +175,12 @@ class DynamicInverseFisher:
 
     @property
     def _cheap_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.G[0].dtype, torch.float32)
-
-    @property
-    def num_grads(self) -> int:
-        """m, the size of the window."""
-        return self.G[0].shape[0]
+        return torch.promote_types(self.dtype, torch.float32)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(d, d)"""
-        d = sum(shard.shape[1] for shard in self.G)
+        d = sum(window.dim for window in self.windows)
         return d, d
 
     @property
@@ -525,9 +279,9 @@ class DynamicInverseFisher:
         A.diagonal().add_(self.num_grads * self.damp)
         L, failed = torch.linalg.cholesky_ex(A)
         left = []
-        for shard in self.G:
-            for tile in shard.split(max(1, 8 * TILE // self.num_grads), dim=1):
-                W = torch.linalg.solve_triangular(L, tile.to(self.device).double(), upper=False)
+        for window in self.windows:
+            for tile in window.tiles():
+                W = torch.linalg.solve_triangular(L, tile.to(self.device), upper=False)
                 left.append(1 - W.square().sum(0))
         result = torch.cat(left)
         if bool(failed) or not bool((result > 1e-11).all()):  # fewer than five digits are left
@@ -536,19 +290,25 @@ class DynamicInverseFisher:
 
     def grow(self, columns: int) -> None:
         """Appends `columns` weights with past gradients of zero; K and P stay as they are."""
-        last = self.G[-1]
-        self.G[-1] = torch.cat([last, last.new_zeros(self.num_grads, columns)], dim=1)
+        last = self.windows[-1]
+        if self.compress is None:
+            last.G = torch.cat([last.G, last.G.new_zeros(self.num_grads, columns)], dim=1)
+        else:
+            self.windows.append(self._window(columns, last.device))
 
     def columns(self, start: int, stop: int) -> Tensor:
-        """Columns start to stop of the window (m, stop − start); a view if one shard has them."""
-        views = self._views(start, stop) or [self.G[0][:, :0]]
+        """Columns start to stop of a window that is not compressed (m, stop − start); a view if one
+        shard has them."""
+        views = self._views(start, stop) or [self.windows[0].G[:, :0]]
         return views[0] if len(views) == 1 else torch.cat([v.to(self.device) for v in views], 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, by reference. "window" is a list of column blocks."""
+        """Everything, by reference. "window" is a list of column blocks, or of what compressed
+        windows hold."""
         self.settle()
         return {
-            "window": list(self.G),
+            "window": [window.state for window in self.windows],
+            "compress": self.compress,
             "count": self.count,
             "exact": self.compute_dtype == torch.float64,
             "coefficients": self.coefficients.state_dict(),
@@ -557,20 +317,32 @@ class DynamicInverseFisher:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes a copy of what `state_dict` gave, from any device and any number of shards.
 
-        The window takes on the saved sizes m and d.
+        The window takes on the saved sizes m and d, type and compression.
         """
         self._unread = None
-        m, d = len(state["coefficients"]["K"]), sum(block.shape[1] for block in state["window"])
-        if (m, d) != (self.num_grads, self.shape[0]):
-            devices, dtype = [shard.device for shard in self.G], self.G[0].dtype
-            del self.G  # not two windows at once
-            self.G = _zero_shards(m, d, devices, dtype)
+        m, blocks = len(state["coefficients"]["K"]), state["window"]
+        compress = state.get("compress")
+        if compress is None:
+            d = sum(block.shape[1] for block in blocks)
+            dtype = blocks[0].dtype if blocks else self.dtype
+            dims = _even(d, len(self.shards))
+        else:  # blocks of columns begin anew in each window, so these are as they were
+            dims, dtype = [len(block["error"]) for block in blocks], blocks[0]["values"].dtype
+        dims_now = [window.dim for window in self.windows]
+        if (m, dims, dtype, compress) != (self.num_grads, dims_now, self.dtype, self.compress):
+            self._clear(m, dims, dtype, compress)
             self.coefficients = type(self.coefficients)(m, self.damp, self.device)
-        start = 0
-        for block in state["window"]:
-            views = self._views(start, start := start + block.shape[1])
-            for view, part in zip(views, block.split([v.shape[1] for v in views], 1), strict=True):
-                view.copy_(part)
+        if compress is None:
+            start = 0
+            for block in blocks:
+                views = self._views(start, start := start + block.shape[1])
+                parts = block.split([view.shape[1] for view in views], 1)
+                for view, part in zip(views, parts, strict=True):
+                    view.copy_(part)
+        else:
+            for window, block in zip(self.windows, blocks, strict=True):
+                for name, tensor in window.state.items():
+                    tensor.copy_(block[name])
         self.count = state["count"]
         self.compute_dtype = torch.float64 if state["exact"] else self._cheap_dtype
         self.coefficients.load_state_dict(state["coefficients"])
@@ -578,25 +350,41 @@ class DynamicInverseFisher:
 
     # --- internals
 
+    def _clear(self, m: int, dims: list[int], dtype: torch.dtype, compress: float | None) -> None:
+        """Makes windows of zeros, with as many columns as `dims` says, spread over the shards."""
+        self.num_grads, self.dtype, self.compress = m, dtype, compress
+        self.windows = []  # those that were are gone before the new ones come
+        stop, twice = 0, max(1, 2 * sum(dims))
+        for dim in dims:
+            stop += dim
+            shard = (2 * stop - dim) * len(self.shards) // twice  # where its middle column belongs
+            self.windows.append(self._window(dim, self.shards[min(shard, len(self.shards) - 1)]))
+
+    def _window(self, dim: int, device: torch.device) -> DenseWindow | CompressedWindow:
+        if self.compress is None:
+            return DenseWindow(self.num_grads, dim, device, self.dtype)
+        return CompressedWindow(self.num_grads, dim, device, self.dtype, self.compress)
+
     def _exchange(self, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Writes g into the oldest row j; returns z = A⁻¹e_j (m,), whether g is finite, and the
         condition. Both have been seen to unless `lazy`."""
         self.settle()
-        g = self._checked(g).to(self.G[0].dtype)
-        finite = g.isfinite().all().to(self.device)
+        parts = zip(self.windows, self._split(self._checked(g)), strict=True)
+        entries = [window.entry(part) for window, part in parts]
+        finite = torch.stack([finite.to(self.device) for _, finite in entries]).all()
         if not (self.lazy or finite):
             raise NonFiniteGradientError("The gradient has NaN or Inf; the window is unchanged")
         j = self.count % self.num_grads
         self.count += 1
         if j == 0 and self.condition < 0.5 * CONDITION_LIMIT[self._cheap_dtype]:
             self.compute_dtype = self._cheap_dtype  # once a round, the way back from float64
-        for shard, part in zip(self.G, self._split(g), strict=True):
-            shard[j] = part.where(finite.to(shard.device), shard[j])
-        k = self._window_times([shard[j] for shard in self.G], self.compute_dtype)
+        for window, (entry, _) in zip(self.windows, entries, strict=True):
+            window.write(j, entry, finite.to(window.device))
+        k = self._window_times([window.row(j) for window in self.windows], self.compute_dtype)
         z, condition = self.coefficients.exchange(j, k)
         if not (self.lazy or self._sound(condition)):
             self._refactor(self.damp)
-            z = self.coefficients.solve(_unit(j, k))
+            z = self.coefficients.solve(unit(j, k))
         return z, finite, condition
 
     def _leave_unread(self, *numbers: Tensor) -> None:
@@ -631,31 +419,29 @@ class DynamicInverseFisher:
             raise ValueError(f"Expected a vector of shape {self.shape[:1]}, got {tuple(x.shape)}")
         return x.detach()
 
-    def _split(self, x: Tensor) -> list[Tensor]:
-        """x (d,) cut up among the shards."""
-        parts = x.split([shard.shape[1] for shard in self.G])
-        return [part.to(shard.device) for part, shard in zip(parts, self.G, strict=True)]
+    def _split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x (d,) cut up among the windows."""
+        return x.split([window.dim for window in self.windows])
 
     def _views(self, start: int, stop: int) -> list[Tensor]:
-        """The parts of the shards that hold columns start to stop."""
+        """The parts of the windows that hold columns start to stop."""
         views = []
-        for shard in self.G:
-            d = shard.shape[1]
-            if start < d and stop > 0:
-                views.append(shard[:, max(start, 0) : stop])
-            start, stop = start - d, stop - d
+        for window in self.windows:
+            if start < window.dim and stop > 0:
+                views.append(window.G[:, max(start, 0) : stop])
+            start, stop = start - window.dim, stop - window.dim
         return views
 
     def _gram(self) -> Tensor:
         """K (m, m), anew from the window."""
-        return sum(_gram(shard).to(self.device) for shard in self.G)
+        return sum(gram(window.tiles()).to(self.device) for window in self.windows)
 
-    def _window_times(self, x: Tensor | list[Tensor], dtype: torch.dtype) -> Tensor:
+    def _window_times(self, x: Tensor | Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Gx (m,) in float64 for x (d,), whole or split; rows not yet filled are left out."""
         rows = min(self.count, self.num_grads)
-        parts = self._split(x) if isinstance(x, Tensor) else x
+        parts = zip(self.windows, self._split(x) if isinstance(x, Tensor) else x, strict=True)
         # All products are started before any is collected, so that devices work side by side.
-        products = [_times(G[:rows], part, dtype) for G, part in zip(self.G, parts, strict=True)]
+        products = [window.times(part.to(window.device), rows, dtype) for window, part in parts]
         y = torch.zeros(self.num_grads, dtype=torch.float64, device=self.device)
         for product in products:
             y[:rows] += product.to(self.device)
@@ -663,8 +449,8 @@ class DynamicInverseFisher:
 
     def _transposed_window_times(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         """Gᵀy (d,) for y (m,)."""
-        rows = min(self.count, self.num_grads)
-        products = [_transposed_times(G[:rows], y[:rows].to(G.device), dtype) for G in self.G]
+        y = y[: self.count]
+        products = [window.transposed_times(y.to(window.device), dtype) for window in self.windows]
         return torch.cat([product.to(self.device) for product in products])
 
 
@@ -686,7 +472,8 @@ class MFAC(torch.optim.Optimizer):
     are None, nothing happens at all. A gradient with NaN or Inf skips the whole step: weights,
     momentum and window stay as they are.
 
-    Memory: `window_bytes(ngrads, d)`, that is 4·ngrads·d bytes and a little, for d weights.
+    Memory: `window_bytes(ngrads, d)`, that is 4·ngrads·d bytes and a little, for d weights; half of
+    it with `window_dtype=torch.bfloat16`, about 2 % with `compress=0.01`.
 
     Args:
         params: parameters, or groups of them, each with its own `lr`, `momentum`, `weight_decay`,
@@ -697,12 +484,14 @@ class MFAC(torch.optim.Optimizer):
         ngrads: m, the size of the window.
         damp: λ > 0, in units of squared gradients; the attribute `damp` may be assigned to.
         moddev: device of the model, as in the paper's code; the default for `optdev`.
-        optdev: device of the window and its arithmetic; by default that of the first parameter.
+        optdev: device of the window and its arithmetic; by default that of the first parameter. A
+            step moves one vector of d numbers there, and one back.
         gpus: devices among which the window's columns are split, in place of `optdev` alone.
         sparse: True keeps the weights that are zero now at zero and out of the window, in
             parameters of two or more dimensions. A list gives one mask a parameter (True: trained),
             of the parameter's shape, or None for all of it.
-        coefficients: as in `DynamicInverseFisher`.
+        window_dtype, compress: `dtype` and `compress` of `DynamicInverseFisher`.
+        coefficients: as there.
         on_nonfinite: "skip" counts the step in `skipped_steps` and warns the first time; "raise"
             raises NonFiniteGradientError.
         maximize: climbs instead; the weight decay shrinks the weights all the same.
@@ -731,6 +520,8 @@ class MFAC(torch.optim.Optimizer):
         gpus: Sequence[torch.device | str | int] | None = None,
         sparse: bool | Sequence[Tensor | None] = False,
         *,
+        window_dtype: torch.dtype = torch.float32,
+        compress: float | None = None,
         coefficients: str = "incremental",
         on_nonfinite: str = "skip",
         maximize: bool = False,
@@ -761,6 +552,8 @@ class MFAC(torch.optim.Optimizer):
             damp,
             device=device,
             shards=gpus,
+            dtype=_checked_dtype("window_dtype", window_dtype),
+            compress=compress,
             coefficients=coefficients,
         )
 
@@ -807,14 +600,22 @@ class MFAC(torch.optim.Optimizer):
         parameters = self._parameters()
         if all(p.grad is None for p, _ in parameters):
             return loss
-        g = torch.cat([self._gradient(p, group) for p, group in parameters])
+        # Neighbours on one device go to the window as one vector, and come back as one.
+        runs = [list(run) for _, run in itertools.groupby(parameters, lambda x: x[0].device)]
+        gradients = [[self._gradient(p, group) for p, group in run] for run in runs]
+        g = torch.cat([torch.cat(parts).to(self.fisher.device) for parts in gradients])
         self._unless_nonfinite(self.fisher.settle)  # what the last step left unread
         update = self._unless_nonfinite(self.fisher.update_matvec, g)
         if update is None:
             return loss
-        for (p, group), u in zip(parameters, update.split(self._sizes()), strict=True):
-            if p.grad is not None:
-                self._descend(p, u.to(p.device), group["lr"], group["momentum"])
+        updates = update.split([sum(map(len, parts)) for parts in gradients])
+        for run, parts, u in zip(runs, gradients, updates, strict=True):
+            device, accepted = run[0][0].device, self.fisher.accepted
+            accepted = accepted.to(device) if isinstance(accepted, Tensor) else accepted
+            columns = u.to(device).split([len(part) for part in parts])
+            for (p, group), u in zip(run, columns, strict=True):
+                if p.grad is not None:
+                    self._descend(p, u, group, accepted)
         return loss
 
     def _unless_nonfinite(self, call: Callable[..., Any], *arguments: Any) -> Any:
@@ -847,22 +648,21 @@ class MFAC(torch.optim.Optimizer):
             g = g.add(p, alpha=group["weight_decay"])
         index = self._index(p)
         g = g.flatten()
-        return (g if index is None else g[index]).to(self.fisher.device)
+        return g if index is None else g[index]
 
-    def _descend(self, p: Tensor, u: Tensor, lr: float | Tensor, momentum: float) -> None:
+    def _descend(
+        self, p: Tensor, u: Tensor, group: dict[str, Any], accepted: float | Tensor
+    ) -> None:
         """Moves p against its columns u of the preconditioned gradient."""
-        state, index = self.state[p], self._index(p)
+        state, index, momentum = self.state[p], self._index(p), group["momentum"]
         if index is not None:
             u = u.new_zeros(p.numel()).index_put_((index,), u)
         u = u.view(p.shape)
-        accepted = self.fisher.accepted
-        if isinstance(accepted, Tensor):
-            accepted = accepted.to(p.device)
         if momentum != 0:
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(u)
             u = state["momentum_buffer"].lerp_(u, (1 - momentum) * accepted)
-        p.sub_((lr * accepted * u).view(p.shape))
+        p.sub_((group["lr"] * accepted * u).view(p.shape))
 
     def _index(self, p: Tensor) -> Tensor | None:
         """Positions of the trained weights in p, flattened; None if all are. Found once, as a GPU
@@ -886,7 +686,8 @@ class MFAC(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As for any optimizer, with the window's columns beside each parameter's state ("grads"),
-        and what they share under "fisher". By reference, except for windows in several shards.
+        and what they share under "fisher", with a window that is compressed. By reference, except
+        for windows in several shards.
         """
         self._unless_nonfinite(self.fisher.settle)
         # As the first of the post-hooks, so that those of others see everything.
@@ -898,11 +699,12 @@ class MFAC(torch.optim.Optimizer):
 
     def _add_window(self, state_dict: dict[str, Any]) -> None:
         shared = self.fisher.state_dict()
-        del shared["window"]
-        start = 0
-        for i, n in enumerate(self._sizes()):
-            columns = self.fisher.columns(start, start := start + n)
-            state_dict["state"][i] = {**state_dict["state"].get(i, {}), "grads": columns}
+        if self.fisher.compress is None:
+            del shared["window"]
+            start = 0
+            for i, n in enumerate(self._sizes()):
+                columns = self.fisher.columns(start, start := start + n)
+                state_dict["state"][i] = {**state_dict["state"].get(i, {}), "grads": columns}
         state_dict["fisher"] = {**shared, "skipped_steps": self._skipped_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -930,7 +732,9 @@ class MFAC(torch.optim.Optimizer):
                 }
             self._skipped_steps = shared.pop("skipped_steps")
             self._indices.clear()
-            self.fisher.load_state_dict({**shared, "window": [e["grads"] for e in saved]})
+            if "window" not in shared:
+                shared["window"] = [entries["grads"] for entries in saved]
+            self.fisher.load_state_dict(shared)
 
         # The last of the pre-hooks and the first of the post-hooks: those of others see everything.
         handles = [
@@ -947,18 +751,28 @@ class MFAC(torch.optim.Optimizer):
         """One entry a parameter, if the state dict belongs to these parameters."""
         if "fisher" not in state_dict:
             raise ValueError("This state dict is not one of MFAC: it has no entry 'fisher'")
+        shared, saved_state = dict(state_dict["fisher"]), state_dict["state"]
         parameters = [p for p, _ in self._parameters()]
         saved = [
-            state_dict["state"][i] for group in state_dict["param_groups"] for i in group["params"]
+            saved_state.get(i, {}) for group in state_dict["param_groups"] for i in group["params"]
         ]
+        total = 0
         for p, entries in zip(parameters, saved, strict=False):
             weights = int(entries["mask"].sum()) if "mask" in entries else p.numel()
+            total += weights
             shapes = [tuple(v.shape) for name, v in entries.items() if name != "grads"]
-            if any(shape != p.shape for shape in shapes) or entries["grads"].shape[1] != weights:
+            columns = entries["grads"].shape[1] if "grads" in entries else weights
+            if any(shape != p.shape for shape in shapes) or columns != weights:
                 raise ValueError(
-                    f"The state dict belongs to another model: it has {entries['grads'].shape[1]} "
-                    f"weights {shapes} where this one has a parameter of shape {tuple(p.shape)}"
+                    f"The state dict belongs to another model: it has {columns} weights {shapes} "
+                    f"where this one has a parameter of shape {tuple(p.shape)}"
                 )
+        columns = sum(len(block["error"]) for block in shared.get("window", []))
+        if "window" in shared and columns != total:
+            raise ValueError(
+                f"The state dict belongs to another model: it has {columns} weights, this one "
+                f"{total}"
+            )
         return saved
 
     def __getstate__(self) -> dict[str, Any]:

@@ -48,7 +48,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 from torch.utils.data import SequentialSampler
 
-from optim import check_damp, check_integer, full_precision
+from optim import check_damp, check_integer
+from windows import full_precision
 
 __all__ = [
     "BlockedInverseFisher",

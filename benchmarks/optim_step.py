@@ -91,7 +91,7 @@ def floor_and_steps(rounds: int) -> dict[str, list[float]]:
             p.grad = g.view_as(p)
         optimizer.step()
 
-    G, z = fisher.G[0], torch.randn(m)
+    G, z = fisher.windows[0].G, torch.randn(m)
     x = torch.randn(d)
     return timed(
         {

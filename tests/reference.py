@@ -19,6 +19,33 @@ def dense_inverse(G, damp: float) -> torch.Tensor:
     return torch.linalg.inv(dense_fisher(G, damp))
 
 
+def as_kept(
+    gradients, compress: float | None = None, dtype=torch.float32, sizes=None, block=4096
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a window keeps of gradients (n, d) of one row after the other, and the error (d,).
+
+    Rounded to `dtype`. With `compress`, of a = error + g that part of each block of columns that is
+    largest in absolute value: c, and the error becomes a - c. Blocks begin anew in each of `sizes`.
+    """
+    rows, error = [], torch.zeros_like(gradients[0])
+    for g in gradients:
+        a = error + g
+        c = torch.zeros_like(a)
+        start = 0
+        for size in sizes or [len(a)]:
+            for first in range(start, start + size, block):
+                columns = range(first, min(first + block, start + size))
+                number = len(columns) if compress is None else round(compress * len(columns))
+                largest = sorted(columns, key=lambda i: -abs(a[i].item()))[: max(1, number)]
+                for i in largest:
+                    c[i] = a[i].to(dtype)
+            start += size
+        rows.append(c)
+        if compress is not None:
+            error = a - c
+    return torch.stack(rows), error
+
+
 def recursion(G, damp: float, dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
     """Sherman-Morrison, one gradient at a time, as in the paper.
 

@@ -145,11 +145,11 @@ def gpu():
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    import optim
+    import coefficients
     import setup_cuda
 
     extension = setup_cuda.load()
-    optim._extension.cache_clear()  # it may have looked before
+    coefficients._extension.cache_clear()  # it may have looked before
     return extension
 
 
@@ -365,7 +365,7 @@ def test_update_without_a_positive_schur_complement_cannot_go_unnoticed(kernels,
 
 
 class Extension:
-    """hinv_cuda as optim.py calls it, for tensors on the CPU."""
+    """hinv_cuda as coefficients.py calls it, for tensors on the CPU."""
 
     def __init__(self, kernels):
         self.kernels, self.calls = kernels, 0
@@ -399,7 +399,7 @@ def test_the_optimizer_takes_the_kernels(library, monkeypatch, coefficients, kin
     for i, g in enumerate(G):
         results = []
         for one in (plain, fisher):
-            monkeypatch.setattr(optim, "cuda_kernels", used[one is fisher])
+            monkeypatch.setattr("coefficients.cuda_kernels", used[one is fisher])
             if i == 20:
                 one.damp = 2 * DAMP[kind]
             results.append(one.update_matvec(g))
@@ -421,18 +421,18 @@ def test_which_way_the_coefficients_go_is_logged_once(monkeypatch, caplog):
     pytest.importorskip("torch")
     import torch
 
-    import optim
+    import coefficients
 
     caplog.set_level("DEBUG", logger="optim")
     try:
         for installed in (None, types.SimpleNamespace(__file__="there")):
             monkeypatch.setitem(sys.modules, "hinv_cuda", installed)
-            optim._extension.cache_clear()
-            assert optim.cuda_kernels(torch.device("cpu")) is None
+            coefficients._extension.cache_clear()
+            assert coefficients.cuda_kernels(torch.device("cpu")) is None
             for _ in range(2):
-                assert optim.cuda_kernels(torch.device("cuda")) is installed
+                assert coefficients.cuda_kernels(torch.device("cuda")) is installed
     finally:
-        optim._extension.cache_clear()
+        coefficients._extension.cache_clear()
     ways = [record.message.split(":")[0] for record in caplog.records]
     assert ways == [
         "the (m, m) side runs on torch operations",

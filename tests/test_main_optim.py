@@ -23,7 +23,7 @@ from torch import nn
 import datautils
 import main_optim
 import models
-from optim import window_bytes
+from optim import MFAC, window_bytes
 
 SCRIPT = Path(main_optim.__file__)
 COLUMNS = [
@@ -222,10 +222,17 @@ def test_training_goes_on_from_a_checkpoint(run):
             torch.testing.assert_close(weight, other["state_dict"][name])
 
 
-@pytest.mark.parametrize("optim", ["sgd", "adam", "mfac"])
+@pytest.mark.parametrize(
+    ("optim", "flags"),
+    [
+        ("sgd", []),
+        ("adam", []),
+        ("mfac", ["--momentum", 0.5]),
+        ("mfac", ["--window_dtype", "bfloat16", "--compress", 0.05]),
+    ],
+)
 @pytest.mark.parametrize("epochs_before", [1, 2])
-def test_resumed_is_uninterrupted(run, monkeypatch, optim, epochs_before, capsys):
-    flags = ["--momentum", 0.5] if optim == "mfac" else []
+def test_resumed_is_uninterrupted(run, monkeypatch, optim, flags, epochs_before, capsys):
     assert run(*small(optim, "whole.pth"), *flags) == 0
     with monkeypatch.context() as context:
         interrupt_after(context, epochs_before)
@@ -435,6 +442,10 @@ BAD_FLAGS = [
     ("--schedule linear --drop_at 2", "not for --schedule linear"),
     ("--schedule cosine --drop_by 0.5", "not for --schedule cosine"),
     ("--optim sgd --ngrads 8", "--ngrads is no setting of --optim sgd"),
+    ("--optim sgd --window_dtype bfloat16", "--window_dtype is no setting of --optim sgd"),
+    ("--optim adam --compress 0.1", "--compress is no setting of --optim adam"),
+    ("--window_dtype int8", "--window_dtype: invalid choice: 'int8'"),
+    *((f"--compress {value}", "at most 1") for value in ("0", "-0.1", "1.5", "nan", "x")),
     ("--optim adam --damp 1", "--damp is no setting of --optim adam"),
     ("--optim adam --momentum 0.5", "--momentum is no setting of --optim adam"),
     ("--resume --overwrite", "not allowed with"),
@@ -448,6 +459,7 @@ BAD_FLAGS = [
     ("--batchsize 79 --optim sgd", "batch of one"),
     ("--batchsize 1 --optim sgd", "batch of one"),
     (f"--ngrads {10**9}", "use at most --ngrads"),
+    (f"--ngrads {10**9} --compress 0.01 --window_dtype bfloat16", "use at most --ngrads"),
     ("--epochs 3 extra", "extra"),
 ]
 
@@ -484,6 +496,38 @@ def test_a_window_that_can_not_fit(run, monkeypatch, free, capsys):
     assert window_bytes(fits, 272_084) <= free < window_bytes(fits + 1, 272_084)
     if fits:
         assert run(*small("mfac"), "--ngrads", fits, "--epochs", 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "free", "advice"),
+    [
+        ([], 0.6, "use --window_dtype bfloat16, or at most --ngrads 5"),
+        ([], 0.1, "use --compress 0.01, or at most --ngrads "),
+        (["--window_dtype", "bfloat16"], 0.1, "use --compress 0.01, or at most --ngrads"),
+        (["--compress", "0.01"], 0.01, "use at most --ngrads"),
+    ],
+)
+def test_smaller_windows_are_advised_where_they_fit(run, monkeypatch, flags, free, advice, capsys):
+    monkeypatch.setattr(
+        main_optim, "available_memory", lambda device: int(free * 1000 * 4 * 272_084)
+    )
+    assert run("--optim", "mfac", "--ngrads", 1000, *flags) == 2
+    assert advice in capsys.readouterr().err
+
+
+def test_the_window_is_as_asked(run, monkeypatch):
+    made = []
+
+    def spy(*args, **options):
+        made.append(options)
+        return MFAC(*args, **options)
+
+    monkeypatch.setattr(main_optim, "MFAC", spy)
+    flags = ["--window_dtype", "bfloat16", "--compress", 0.1]
+    assert run(*small("mfac"), *flags) == 0
+    assert run(*small("mfac"), "--overwrite") == 0
+    kinds = [(options["window_dtype"], options["compress"]) for options in made]
+    assert kinds == [(torch.bfloat16, 0.1), (torch.float32, None)]
 
 
 def test_memory_is_measured(monkeypatch):

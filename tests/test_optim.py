@@ -13,6 +13,7 @@ from reference import dense_inverse
 from torch import nn
 
 import optim
+from coefficients import IncrementalCoefficients
 from optim import MFAC, DynamicInverseFisher, NonFiniteGradientError, window_bytes
 
 WAYS = ["incremental", "paper"]
@@ -142,7 +143,7 @@ def test_gradients_far_larger_than_the_damping():
 def test_exchanges_among_nearly_parallel_gradients_need_no_rebuilding():
     """P stays a good inverse for a whole round, at m = 64, with a condition of about 1e6."""
     m, d, damp = 64, 3000, 1e-5
-    coefficients = optim.IncrementalCoefficients(m, damp, torch.device("cpu"))
+    coefficients = IncrementalCoefficients(m, damp, torch.device("cpu"))
     common = 100 * torch.nn.functional.normalize(torch.randn(d).double(), dim=0)
     G = torch.zeros(m, d, dtype=torch.float64)
     ages = []
@@ -539,7 +540,7 @@ def test_old_calls_of_the_paper_code_work():
     optimizer = MFAC([p], 1e-2, 0.9, 1e-4, 8, 1e-4, device, device, [device, device], False)
     p.grad = torch.randn(6)
     optimizer.step()
-    assert optimizer.fisher.num_grads == 8 and len(optimizer.fisher.G) == 2
+    assert optimizer.fisher.num_grads == 8 and len(optimizer.fisher.windows) == 2
     MFAC([p])  # every default
 
 
@@ -957,7 +958,11 @@ def test_copies_go_on_alike(duplicate):
 def test_window_bytes_counts_the_window_and_the_two_small_matrices():
     optimizer = MFAC([nn.Parameter(torch.randn(50))], ngrads=6)
     fisher = optimizer.fisher
-    tensors = [*fisher.G, fisher.coefficients.K, fisher.coefficients.P]
+    tensors = [
+        *(window.G for window in fisher.windows),
+        fisher.coefficients.K,
+        fisher.coefficients.P,
+    ]
     assert window_bytes(6, 50) == sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -1018,11 +1023,11 @@ def test_a_late_refusal_moves_nothing_and_leaves_the_window_alone(bad, filled):
     with pytest.raises(optim.NonFiniteGradientError):
         late.settle()
     assert late.count == filled
-    assert torch.equal(late.G[0], now.G[0])
+    assert torch.equal(late.windows[0].G, now.windows[0].G)
     for g in gradients[filled:]:
         torch.testing.assert_close(late.update_matvec(g), now.update_matvec(g))
         assert late.accepted == 1
-    assert torch.equal(late.G[0], now.G[0])
+    assert torch.equal(late.windows[0].G, now.windows[0].G)
 
 
 def test_a_late_skip_leaves_weights_and_momentum_alone():

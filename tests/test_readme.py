@@ -64,6 +64,11 @@ def test_the_readme_has_what_is_tested_here():
     assert len(SCRIPT_CALLS) >= 1 and len(PYTHON_BLOCKS) >= 3
 
 
+def test_the_tables_of_costs_are_those_of_the_formulas(tmp_path):
+    for line in run([str(ROOT / "benchmarks" / "scaling.py"), "--table"], tmp_path).splitlines():
+        assert line in README
+
+
 def test_what_make_demo_runs(tmp_path):
     shown = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True).stdout
     calls = re.findall(r"^\.venv/bin/python (main_\w+\.py .*)$", shown, re.MULTILINE)

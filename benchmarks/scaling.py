@@ -1,0 +1,212 @@
+"""What windows of three kinds cost: tables from the formulas of windows.py, and measurements.
+
+    python benchmarks/scaling.py --table
+    python benchmarks/scaling.py [--rounds 11] [--json FILE] [--plot FILE]
+
+The first prints the tables of the README. The second measures one exchange with one preconditioned
+gradient (`update_matvec`) with full windows: its time, in rounds in which the kinds take turns, as
+median and as median of the ratios to float32; and the memory by which a process of its own grows
+(Linux), of which the window is foretold by `window_bytes`.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads disturb each other
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from optim_step import environment, median_ratio, timed
+
+from optim import DynamicInverseFisher, step_traffic, window_bytes
+
+KINDS = {
+    "float32": {},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "compressed, 1 %": {"compress": 0.01},
+}
+MODELS = {
+    "ResNet-20": 272_474,
+    "ResNet-50": 25_600_000,
+    "BERT-base": 110_000_000,
+    "7 B": 7_000_000_000,
+}
+RANKS = 1, 8, 64, 1024
+MEMORY, NETWORK = 3.35e12, 50e9  # bytes a second of a device and of its connection to the others
+POINTS = [(m, 272_474) for m in (128, 256, 512, 1024)]
+POINTS += [(256, d) for d in (30_000, 100_000, 1_000_000, 3_000_000)]
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def in_bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if number < 999.5 or unit == "TB":
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    raise AssertionError
+
+
+def in_seconds(number: float) -> str:
+    for unit, size in (("µs", 1e-6), ("ms", 1e-3), ("s", 1)):
+        if number < 999.5 * size or unit == "s":
+            return f"{number / size:.3g} {unit}"
+    raise AssertionError
+
+
+def print_tables(m: int = 1024) -> None:
+    """Memory and time of a step for each model, kind and number of ranks."""
+    heads = [f"{ranks} rank" + "s" * (ranks > 1) for ranks in RANKS]
+    print(f"| memory per rank, m = {m} | window | {' | '.join(heads)} |")
+    print("|---|---|" + "---|" * len(RANKS))
+    for model, d in MODELS.items():
+        for kind, options in KINDS.items():
+            sizes = [in_bytes(window_bytes(m, d, world_size=n, **options)) for n in RANKS]
+            print(f"| {model} | {kind} | {' | '.join(sizes)} |")
+    print(f"\n| step: read + sent per rank, time | window | {' | '.join(heads)} |")
+    print("|---|---|" + "---|" * len(RANKS))
+    for model, d in MODELS.items():
+        for kind, options in KINDS.items():
+            cells = []
+            for n in RANKS:
+                read, sent = step_traffic(m, d, world_size=n, **options)
+                time = in_seconds(read / MEMORY + sent / NETWORK)
+                cells.append(f"{in_bytes(read)} + {in_bytes(sent)}, {time}")
+            print(f"| {model} | {kind} | {' | '.join(cells)} |")
+
+
+# --- measurements ---------------------------------------------------------------------------------
+
+
+def filled(m: int, d: int, options: dict) -> DynamicInverseFisher:
+    """A full window. Dense ones are full of zeros, on which times don't depend; what a compressed
+    window holds decides which numbers its products gather."""
+    fisher = DynamicInverseFisher(m, d, **options)
+    if fisher.compress is None:
+        fisher.windows[0].G.zero_()  # memory is there once it has been written to
+        fisher.count = m
+    else:
+        for _ in range(m):
+            fisher.update(torch.randn(d))
+    return fisher
+
+
+def seconds(m: int, d: int, rounds: int) -> dict[str, list[float]]:
+    """Of each kind in every round."""
+    fishers = {kind: filled(m, d, options) for kind, options in KINDS.items()}
+    gradients = iter(torch.randn(len(KINDS) * (rounds + 1), d))
+    contestants = {
+        kind: lambda fisher=fisher: fisher.update_matvec(next(gradients))
+        for kind, fisher in fishers.items()
+    }
+    return timed(contestants, rounds)
+
+
+def memory(name: str) -> int:
+    """Bytes of this process: VmRSS, those it has, or VmHWM, the most it ever had."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{name}:\s+(\d+)", status)[1])
+
+
+def peak(m: int, d: int, kind: str) -> int:
+    """Bytes by which this process grows for a full window and some exchanges."""
+    warm = filled(2, 1000, KINDS[kind])
+    warm.update_matvec(torch.randn(1000))
+    before = memory("VmRSS")
+    fisher = filled(m, d, KINDS[kind])
+    for _ in range(3):
+        fisher.update_matvec(torch.randn(d))
+    return memory("VmHWM") - before
+
+
+def measure(m: int, d: int, rounds: int) -> dict[str, dict]:
+    """All figures of all kinds."""
+    times, figures = seconds(m, d, rounds), {}
+    for kind, options in KINDS.items():
+        command = [sys.executable, __file__, "--peak", str(m), str(d), kind]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        figures[kind] = {
+            "seconds": times[kind],
+            "ratio": median_ratio(times[kind], times["float32"]),
+            "peak": int(output),
+            "window": window_bytes(m, d, **options),
+        }
+    return figures
+
+
+def draw(result: dict[str, dict], path: Path) -> None:
+    """Time and memory against m and against d."""
+    from matplotlib.figure import Figure
+
+    styles = dict(zip(KINDS, ("o-", "s--", "^:"), strict=True))
+    colors = dict(zip(KINDS, ("#0072B2", "#D55E00", "#009E73"), strict=True))
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.subplots(2, 2)
+    sweeps = [
+        ("m", [p for p in POINTS if p[1] == 272_474]),
+        ("d", [p for p in POINTS if p[0] == 256]),
+    ]
+    for column, (letter, points) in enumerate(sweeps):
+        points = sorted(points)
+        x = [m if letter == "m" else d for m, d in points]
+        for kind in KINDS:
+            figures = [result[f"m = {m}, d = {d}"][kind] for m, d in points]
+            times = [1e3 * statistics.median(f["seconds"]) for f in figures]
+            for row, y in enumerate((times, [f["peak"] / 1e6 for f in figures])):
+                style = {"color": colors[kind], "markersize": 4, "label": kind}
+                axes[row, column].loglog(x, y, styles[kind], **style)
+                axes[row, column].set_xticks(x, [f"{value:,}" for value in x], fontsize=8)
+                axes[row, column].minorticks_off()
+        other = "d = 272,474" if letter == "m" else "m = 256"
+        for row, label in enumerate(("Time of a step (ms)", "Peak memory (MB)")):
+            axes[row, column].set(xlabel=f"{letter}, at {other}", ylabel=label)
+            axes[row, column].grid(alpha=0.3)
+    axes[0, 0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", action="store_true", help="print the tables, measure nothing")
+    parser.add_argument("--rounds", type=int, default=11, help="timed runs of each kind")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--plot", type=Path, help="draw them into this PNG file")
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # of a process of its own
+    args = parser.parse_args()
+    if args.table:
+        print_tables()
+        return
+    if args.peak:
+        print(peak(int(args.peak[0]), int(args.peak[1]), args.peak[2]))
+        return
+    result = {"environment": environment(), "rounds": args.rounds}
+    print("  ".join(f"{k}: {v}" for k, v in result["environment"].items()) + "\n")
+    print("| m | d | window | time, ms | of float32 | peak memory | of float32 | window_bytes |")
+    print("|---|---|---|---|---|---|---|---|")
+    for m, d in dict.fromkeys(POINTS):
+        figures = result[f"m = {m}, d = {d}"] = measure(m, d, args.rounds)
+        for kind, f in figures.items():
+            time = 1e3 * statistics.median(f["seconds"])
+            part = f["peak"] / figures["float32"]["peak"]
+            print(
+                f"| {m} | {d:,} | {kind} | {time:.1f} | {f['ratio']:.2f} | {in_bytes(f['peak'])} "
+                f"| {part:.3f} | {in_bytes(f['window'])} |",
+                flush=True,
+            )
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.plot:
+        draw(result, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""Where the gradients of a sliding window are kept, and the products with them.
+
+`DenseWindow` keeps G (m, d), the m gradients of d weights as rows, as it is, and `CompressedWindow`
+the largest entries of each row. Both round what enters to their type, compute everything from what
+they keep, and have one interface: `entry` and `write`, `row`, `times` (Gx), `transposed_times`
+(Gᵀy), `tiles` (G a few columns at a time) and `state`. Nothing here waits for a GPU.
+
+What they cost is said beforehand by `window_bytes` and `step_traffic`.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**12  # columns, at most, summed in the type of the product; float64 sums the chunks
+TILE = 13 * 2**18  # numbers converted at a time: twelve rows of ResNet-20, which cache holds
+BLOCK = 2**12  # columns of a compressed window among which the largest entries are found
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast, TF32 or bfloat16 inside, whatever the process has set: K needs the bits."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+class DenseWindow:
+    """G (m, d), or some of its columns, on one device. Gradients are rounded to its type on entry;
+    products are computed from the rounded ones, in the type that is asked for."""
+
+    def __init__(self, m: int, d: int, device: torch.device, dtype: torch.dtype):
+        self.G = torch.zeros(m, d, dtype=dtype, device=device)
+
+    @property
+    def dim(self) -> int:
+        """d"""
+        return self.G.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.G.device
+
+    @property
+    def state(self) -> Tensor:
+        """All there is to save."""
+        return self.G
+
+    def entry(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """g (d,) as it will be stored, and whether that is finite."""
+        row = g.to(self.G.device, self.G.dtype)
+        return row, row.isfinite().all()
+
+    def write(self, j: int, row: Tensor, finite: Tensor) -> None:
+        """Makes an entry row j where it is finite; where not, row j stays."""
+        self.G[j] = row.where(finite, self.G[j])
+
+    def row(self, j: int) -> Tensor:
+        """Row j (d,)."""
+        return self.G[j]
+
+    def times(self, x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+        """The first rows of G, times x (d,), in float64 (rows,), summed over products of a few
+        columns in `dtype`."""
+        x = x.to(dtype)
+        y = torch.zeros(rows, dtype=torch.float64, device=self.device)
+        with full_precision(self.device):
+            for columns, tiles in self._converted(rows, dtype):
+                y += _product((tile for _, tile in tiles), x[columns])
+        return y
+
+    def transposed_times(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """Gᵀy (d,), computed in `dtype`, for y of as many numbers as rows count."""
+        y = y.to(dtype)
+        x = torch.zeros(self.dim, dtype=dtype, device=self.device)
+        with full_precision(self.device):
+            for columns, tiles in self._converted(len(y), dtype):
+                for some, tile in tiles:
+                    x[columns].addmv_(tile.T, y[some])
+        return x
+
+    def tiles(self) -> Iterator[Tensor]:
+        """G in float64, a few columns (m, ·) at a time."""
+        for tile in self.G.split(max(1, 2 * TILE // len(self.G)), dim=1):
+            yield tile.double()
+
+    def _converted(
+        self, rows: int, dtype: torch.dtype
+    ) -> Iterator[tuple[slice, Iterable[tuple[slice, Tensor]]]]:
+        """The first rows in `dtype`, at once if they have it already, otherwise in small tiles:
+        columns, with the tiles that hold them, a few rows each."""
+        G = self.G[:rows]
+        if G.dtype == dtype or G.numel() == 0:
+            yield slice(None), [(slice(None), G.to(dtype))]
+            return
+        # Long pieces of rows are read fastest, and products take them by fours.
+        size = TILE if self.device.type == "cpu" else 8 * TILE  # which launches fewer kernels
+        width = math.ceil(self.dim / math.ceil(self.dim / (size // 8)))
+        height = size // width // 4 * 4
+        buffer = torch.empty(min(G.numel(), height * width), dtype=dtype, device=self.device)
+
+        def tiles(columns: slice) -> Iterator[tuple[slice, Tensor]]:
+            for row in range(0, rows, height):
+                some = slice(row, row + height)
+                tile = G[some, columns]
+                yield some, buffer[: tile.numel()].view(tile.shape).copy_(tile)
+
+        for column in range(0, self.dim, width):
+            columns = slice(column, column + width)
+            yield columns, tiles(columns)
+
+
+def _product(tiles: Iterable[Tensor], x: Tensor) -> Tensor:
+    """Gx in float64 for G in tiles of rows, summed over products of a few columns in its type."""
+    chunk = max(1, len(x) // max(16, math.ceil(len(x) / CHUNK)))
+    chunk -= chunk % 16 if chunk > 16 else 0
+    whole = len(x) - len(x) % chunk
+    products, rest = [], []
+    for G in tiles:
+        # One batch of products x_c (1, chunk) times G_cᵀ (chunk, m) reads G no slower than G @ x
+        # does, which would leave all d columns to a single float32 sum.
+        chunks = G[:, :whole].unflatten(1, (-1, chunk)).permute(1, 2, 0)
+        products.append(torch.bmm(x[:whole].view(-1, 1, chunk), chunks))
+        rest.append(G[:, whole:] @ x[whole:])
+    return torch.cat(products, 2).sum((0, 1), dtype=torch.float64) + torch.cat(rest)
+
+
+class CompressedWindow:
+    """G (m, d) with the largest entries of each gradient alone: k in each row, of which each block
+    of columns has its share.
+
+    What a gradient loses is carried over to the next one (error feedback; EFCP, arXiv 2306.06098):
+    of a = g + error, the row gets the entries c that are largest, and the error becomes a − c.
+
+    Products gather and scatter. On CUDA, scattered numbers are added in any order, so that the last
+    bits may differ from run to run.
+    """
+
+    def __init__(self, m: int, d: int, device: torch.device, dtype: torch.dtype, compress: float):
+        self.compress = compress
+        self.error = torch.zeros(d, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        self.columns = _largest(self.error, compress).repeat(m, 1)
+        self.values = torch.zeros(self.columns.shape, dtype=dtype, device=device)
+
+    @property
+    def dim(self) -> int:
+        """d"""
+        return len(self.error)
+
+    @property
+    def device(self) -> torch.device:
+        return self.error.device
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """All there is to save."""
+        return {"error": self.error, "columns": self.columns, "values": self.values}
+
+    def entry(self, g: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """What `write` takes for g (d,), and whether that is finite."""
+        a = self.error + g.to(self.error)
+        columns = _largest(a, self.compress)
+        values = a.index_select(0, columns).to(self.values.dtype)
+        return (a, columns, values), a.isfinite().all() & values.isfinite().all()
+
+    def write(self, j: int, entry: tuple[Tensor, Tensor, Tensor], finite: Tensor) -> None:
+        """Makes an entry row j where it is finite; where not, row j and the error stay."""
+        a, columns, values = entry
+        left = a.index_add(0, columns, values.to(a), alpha=-1)
+        for kept, new in ((self.error, left), (self.columns[j], columns), (self.values[j], values)):
+            kept.copy_(new.where(finite, kept))
+
+    def row(self, j: int) -> Tensor:
+        """Row j (d,)."""
+        values = self.values[j].to(self.error.dtype)
+        return torch.zeros_like(self.error).index_add_(0, self.columns[j], values)
+
+    def times(self, x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+        """The first rows of G, times x (d,): (rows,), sums in float64 of products in `dtype`."""
+        x = x.to(dtype)
+        y = torch.zeros(rows, dtype=torch.float64, device=self.device)
+        for some in self._few(rows):
+            columns, values = self.columns[some], self.values[some]
+            products = x.index_select(0, columns.flatten()).view(values.shape).mul_(values)
+            y[some] = products.sum(1, dtype=torch.float64)
+        return y
+
+    def transposed_times(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """Gᵀy (d,), computed in `dtype`, for y of as many numbers as rows count."""
+        y = y.to(dtype)
+        x = torch.zeros(self.dim, dtype=dtype, device=self.device)
+        for some in self._few(len(y)):
+            products = self.values[some] * y[some, None]
+            x.index_add_(0, self.columns[some].flatten(), products.flatten())
+        return x
+
+    def tiles(self) -> Iterator[Tensor]:
+        """G in float64, a few columns (m, ·) at a time."""
+        m, kept = len(self.values), _kept(BLOCK, self.compress)
+        blocks = max(1, 2 * TILE // (m * BLOCK))
+        for block in range(0, max(1, math.ceil(self.dim / BLOCK)), blocks):
+            start, stop = block * BLOCK, min(self.dim, (block + blocks) * BLOCK)
+            entries = slice(block * kept, (block + blocks) * kept)
+            tile = torch.zeros(m, stop - start, dtype=torch.float64, device=self.device)
+            columns = (self.columns[:, entries] - start).long()
+            yield tile.scatter_(1, columns, self.values[:, entries].double())
+
+    def _few(self, rows: int) -> Iterator[slice]:
+        """The first rows, a few at a time."""
+        height = max(1, TILE // max(1, 4 * self.values.shape[1]))
+        for row in range(0, rows, height):
+            yield slice(row, min(row + height, rows))
+
+
+def _kept(size: int, compress: float) -> int:
+    """How many entries of a block of columns are kept."""
+    return min(size, max(1, round(compress * size)))
+
+
+def _largest(a: Tensor, compress: float) -> Tensor:
+    """Where the entries of a (d,) are that are largest in absolute value, in each block: (k,)."""
+    whole = len(a) - len(a) % BLOCK
+    found = [
+        blocks.abs().topk(_kept(blocks.shape[1], compress), sorted=False).indices.sort().values
+        for blocks in (a[:whole].view(-1, BLOCK), a[whole:].view(1, -1))
+    ]
+    found[0] += torch.arange(0, whole, BLOCK, device=a.device)[:, None]
+    found[1] += whole
+    return torch.cat([columns.flatten() for columns in found]).to(_index_type(len(a)))
+
+
+def _index_type(d: int) -> torch.dtype:
+    return torch.int32 if d < 2**31 else torch.int64
+
+
+def gram(tiles: Iterable[Tensor]) -> Tensor:
+    """GGᵀ (m, m), from G a few columns at a time."""
+    tiles = iter(tiles)
+    tile = next(tiles)
+    K = tile @ tile.T
+    for tile in tiles:
+        K.addmm_(tile, tile.T)
+    return K
+
+
+# --- cost, before it is paid ----------------------------------------------------------------------
+
+
+def window_bytes(
+    ngrads: int,
+    dim: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    compress: float | None = None,
+    world_size: int = 1,
+) -> int:
+    """Bytes on each of `world_size` devices for a window of `ngrads` gradients of `dim` weights.
+
+    m·d numbers of `dtype`, or, with `compress`, that part of them with 4 bytes each for its column,
+    and d for the error; and 16m² for K and P.
+    """
+    d = -(-dim // world_size)
+    error = 0 if compress is None else d * torch.promote_types(dtype, torch.float32).itemsize
+    return ngrads * _row_bytes(d, dtype, compress) + error + 16 * ngrads**2
+
+
+def step_traffic(
+    ngrads: int,
+    dim: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    compress: float | None = None,
+    world_size: int = 1,
+    sharded: bool = False,
+) -> tuple[int, int]:
+    """Bytes that a step moves on each device: those read of the window, twice its part, and those
+    sent over the network.
+
+    In a ring of devices, Gg is reduced from m float64 numbers of each, and the d float32 numbers of
+    the update are gathered, unless parameters are `sharded` like the window.
+    """
+    read = 2 * ngrads * _row_bytes(-(-dim // world_size), dtype, compress)
+    passed_on = 2 * 8 * ngrads + (0 if sharded else 4 * dim)
+    return read, passed_on * (world_size - 1) // world_size
+
+
+def _row_bytes(d: int, dtype: torch.dtype, compress: float | None) -> int:
+    """Bytes of a gradient of d weights in the window."""
+    if compress is None:
+        return d * dtype.itemsize
+    blocks, rest = divmod(d, BLOCK)
+    kept = blocks * _kept(BLOCK, compress) + _kept(rest, compress)
+    return kept * (dtype.itemsize + _index_type(d).itemsize)
