@@ -26,16 +26,22 @@ Information", NeurIPS 2021, arXiv 2107.03356, section 3.2 (dynamic algorithm).
 """
 
 import itertools
+import math
 import numbers
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from coefficients import COEFFICIENTS, unit
-from windows import CompressedWindow, DenseWindow, gram, step_traffic, window_bytes
+from windows import CompressedWindow, DenseWindow, Ranks, gram, step_traffic, window_bytes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["MFAC", "DynamicInverseFisher", "NonFiniteGradientError", "step_traffic", "window_bytes"]
 
@@ -135,8 +141,11 @@ class DynamicInverseFisher:
             from the rounded ones in float32 or float64.
         compress: the part of each gradient's entries that the window keeps, for example 0.01: the
             largest, with those of the gradients before that were not kept (`CompressedWindow`). F
-            is that of the gradients as kept, and so is the g of `update_matvec`. None keeps all.
+            is that of the gradients as kept. None keeps all.
         coefficients: "incremental", O(dm + m²) a gradient, or "paper", O(dm + m³).
+        process_group: processes with a part of the columns each, which make the same calls at the
+            same time. `dim`, `shape` and all vectors are then those of this process; an exchange
+            sums up m + 1 float64 numbers of each. None: this process alone.
 
     Raises:
         ValueError: for arguments outside these ranges, and where λ is too small for the gradients.
@@ -153,6 +162,7 @@ class DynamicInverseFisher:
         dtype: torch.dtype = torch.float32,
         compress: float | None = None,
         coefficients: str = "incremental",
+        process_group: "ProcessGroup | None" = None,
     ):
         num_grads, dim = check_integer("num_grads", num_grads), check_integer("dim", dim, least=0)
         damp = check_damp(damp)
@@ -163,6 +173,7 @@ class DynamicInverseFisher:
             )
         self.shards = [torch.device(s) for s in shards or [device or "cpu"]]
         self.device = torch.device(device) if device is not None else self.shards[0]
+        self.ranks = Ranks(process_group)
         self.count = 0  # gradients seen; the next one becomes row count mod m
         self._clear(num_grads, _even(dim, len(self.shards)), dtype, compress)
         self.compute_dtype = self._cheap_dtype
@@ -212,28 +223,23 @@ class DynamicInverseFisher:
     def update_matvec(self, g: Tensor) -> Tensor:
         """Puts the gradient g (d,) into the window and returns F⁻¹g (d,), with g included in F.
 
-        Two reads of the window. Raises as `update`.
+        Two reads of the window, or, if it is compressed, three. Raises as `update`.
         """
         z, finite, condition = self._exchange(g)
-        # How far the terms of Gᵀz, of norms zᵢ²Kᵢᵢ, exceed their sum, of norm zᵀKz: parallel
-        # gradients cancel, and float32 has few digits to lose.
-        K = self.coefficients.K
-        terms = z.square() @ K.diagonal()
-        cancels = ~(terms < 1e3 * (z @ (K @ z)))
-        dtype = self.compute_dtype
-        if self._cancels if self.lazy else cancels:
-            dtype = torch.float64
-        result = self._transposed_window_times(self.num_grads * z, dtype)
-        terms, left = self.num_grads * terms.sqrt(), result.norm(dtype=torch.float64)
-        lost = ~(terms <= USABLE[torch.float64] * left)
+        dtype = torch.float64 if self.lazy and self._cancels else self.compute_dtype
+        solve = self._solve_newest if self.compress is None else self._solve_compressed
+        result, cancels, terms, dtype = solve(g, z, dtype)
+        if self.lazy or cancels:
+            left = self._norm(result)
+            lost = ~(terms <= USABLE[torch.float64] * left)
         if self.lazy:
-            lost &= dtype == torch.float64  # if not, the next step has a way out
-            self._leave_unread(finite, condition, cancels, lost)
             usable = terms <= USABLE[dtype] * left
             usable &= finite & (condition < USABLE[self.compute_dtype])
+            lost &= dtype == torch.float64  # if not, the next step has a way out
+            self._leave_unread(finite, condition, cancels, lost)
             self.accepted = usable.to(self._cheap_dtype)
             result = result.where(usable, 0)
-        elif lost:
+        elif cancels and lost:
             raise ValueError(self._advice(self.damp))
         return result.to(self._cheap_dtype)
 
@@ -262,12 +268,8 @@ class DynamicInverseFisher:
         self.settle()
         if not self._sound(self.condition):  # the last exchange was refused
             raise ValueError(self._advice(self.damp))
-        b = self._window_times(x, torch.float64)
-        y = self.coefficients.solve(b)
-        r = b - self._window_times(self._transposed_window_times(y, torch.float64), torch.float64)
-        y += self.coefficients.solve(r - self.num_grads * self.damp * y)
-        result = (x - self._transposed_window_times(y, torch.float64)) / self.damp
-        if self.damp * result.norm() < 1e-11 * x.norm():
+        result = self._solve_refined(x)
+        if self.damp * self._norm(result) < 1e-11 * self._norm(x):
             raise ValueError(self._advice(self.damp))
         return result.to(self._cheap_dtype)
 
@@ -284,7 +286,8 @@ class DynamicInverseFisher:
                 W = torch.linalg.solve_triangular(L, tile.to(self.device), upper=False)
                 left.append(1 - W.square().sum(0))
         result = torch.cat(left)
-        if bool(failed) or not bool((result > 1e-11).all()):  # fewer than five digits are left
+        few = self.ranks.sum((~(result > 1e-11)).sum())  # have fewer than five digits left
+        if bool(failed) or bool(few):
             raise ValueError(self._advice(self.damp))
         return (result / self.damp).to(self._cheap_dtype)
 
@@ -296,6 +299,11 @@ class DynamicInverseFisher:
         else:
             self.windows.append(self._window(columns, last.device))
 
+    def forget(self) -> None:
+        """Computes K and A⁻¹ anew from a window that has lost columns, O(dm²)."""
+        self.coefficients.K.copy_(self._gram())
+        self._refactor(self.damp)
+
     def columns(self, start: int, stop: int) -> Tensor:
         """Columns start to stop of a window that is not compressed (m, stop − start); a view if one
         shard has them."""
@@ -306,9 +314,10 @@ class DynamicInverseFisher:
         """Everything, by reference. "window" is a list of column blocks, or of what compressed
         windows hold."""
         self.settle()
+        compress = {} if self.compress is None else {"compress": self.compress}
         return {
             "window": [window.state for window in self.windows],
-            "compress": self.compress,
+            **compress,
             "count": self.count,
             "exact": self.compute_dtype == torch.float64,
             "coefficients": self.coefficients.state_dict(),
@@ -369,23 +378,71 @@ class DynamicInverseFisher:
         """Writes g into the oldest row j; returns z = A⁻¹e_j (m,), whether g is finite, and the
         condition. Both have been seen to unless `lazy`."""
         self.settle()
-        parts = zip(self.windows, self._split(self._checked(g)), strict=True)
-        entries = [window.entry(part) for window, part in parts]
-        finite = torch.stack([finite.to(self.device) for _, finite in entries]).all()
-        if not (self.lazy or finite):
-            raise NonFiniteGradientError("The gradient has NaN or Inf; the window is unchanged")
         j = self.count % self.num_grads
-        self.count += 1
         if j == 0 and self.condition < 0.5 * CONDITION_LIMIT[self._cheap_dtype]:
             self.compute_dtype = self._cheap_dtype  # once a round, the way back from float64
-        for window, (entry, _) in zip(self.windows, entries, strict=True):
-            window.write(j, entry, finite.to(window.device))
-        k = self._window_times([window.row(j) for window in self.windows], self.compute_dtype)
+        self.count += 1
+        parts = zip(self.windows, self._split(self._checked(g)), strict=True)
+        written = [window.write(j, part) for window, part in parts]
+        # Whether all of g is finite no rank knows alone, so that it travels with k.
+        broken = sum((~finite).to(self.device, torch.float64) for finite, _ in written)
+        row = [window.row(j) for window in self.windows]
+        k = self._local_window_times(row, self.compute_dtype)
+        sums = self.ranks.sum(torch.cat([k, broken.view(1)]))
+        k, finite = sums[:-1], sums[-1] == 0
+        if self.lazy or not finite:
+            for window, (_, before) in zip(self.windows, written, strict=True):
+                window.restore(j, before, (~finite).to(window.device))
+        if not (self.lazy or finite):
+            self.count -= 1
+            raise NonFiniteGradientError("The gradient has NaN or Inf; the window is unchanged")
+        k = k.where(finite, self.coefficients.K[j])
         z, condition = self.coefficients.exchange(j, k)
         if not (self.lazy or self._sound(condition)):
             self._refactor(self.damp)
             z = self.coefficients.solve(unit(j, k))
         return z, finite, condition
+
+    # Three ways to F⁻¹x. The first two say what cancels in them, with the norm of its terms, and
+    # in which type they were computed: if it need not wait for that, in float64 where they cancel.
+
+    def _solve_newest(
+        self, g: Tensor, z: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
+        """F⁻¹g for the newest row g, by (3)."""
+        # How far the terms of Gᵀz, of norms zᵢ²Kᵢᵢ, exceed their sum, of norm zᵀKz: parallel
+        # gradients cancel, and float32 has few digits to lose.
+        K = self.coefficients.K
+        terms = z.square() @ K.diagonal()
+        cancels = ~(terms < 1e3 * (z @ (K @ z)))
+        if not self.lazy and cancels:
+            dtype = torch.float64
+        result = self._transposed_window_times(self.num_grads * z, dtype)
+        return result, cancels, self.num_grads * terms.sqrt(), dtype
+
+    def _solve_compressed(
+        self, g: Tensor, z: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
+        """F⁻¹g, by (1): the newest row holds other entries than g does."""
+        g = g.detach().to(self.device, dtype)
+        square = g.square().sum(dtype=torch.float64).view(1)
+        sums = self.ranks.sum(torch.cat([self._local_window_times(g, dtype), square]))
+        b, square = sums[:-1], sums[-1]
+        y = self.coefficients.solve(b)
+        cancels = ~(square - b @ y > 1e-2 * square)  # of g and Gᵀy, by their products with g
+        if not self.lazy and cancels:
+            result, dtype = self._solve_refined(g.double()), torch.float64
+        else:
+            result = (g - self._transposed_window_times(y, dtype)) / self.damp
+        return result, cancels, square.sqrt() / self.damp, dtype
+
+    def _solve_refined(self, x: Tensor) -> Tensor:
+        """F⁻¹x, by (1), with a step of refinement of y = A⁻¹Gx in float64."""
+        b = self._window_times(x, torch.float64)
+        y = self.coefficients.solve(b)
+        r = b - self._window_times(self._transposed_window_times(y, torch.float64), torch.float64)
+        y += self.coefficients.solve(r - self.num_grads * self.damp * y)
+        return (x - self._transposed_window_times(y, torch.float64)) / self.damp
 
     def _leave_unread(self, *numbers: Tensor) -> None:
         if not (numbers[0].is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -434,10 +491,19 @@ class DynamicInverseFisher:
 
     def _gram(self) -> Tensor:
         """K (m, m), anew from the window."""
-        return sum(gram(window.tiles()).to(self.device) for window in self.windows)
+        return self.ranks.sum(sum(gram(window.tiles()).to(self.device) for window in self.windows))
 
-    def _window_times(self, x: Tensor | Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """Gx (m,) in float64 for x (d,), whole or split; rows not yet filled are left out."""
+    def _norm(self, x: Tensor) -> Tensor:
+        """The norm of x (d,) in float64."""
+        return self.ranks.sum(x.square().sum(dtype=torch.float64)).sqrt()
+
+    def _window_times(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Gx (m,) in float64 for x (d,)."""
+        return self.ranks.sum(self._local_window_times(x, dtype))
+
+    def _local_window_times(self, x: Tensor | Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """This rank's part of Gx (m,) in float64 for x (d,), whole or split; rows not yet filled
+        are left out."""
         rows = min(self.count, self.num_grads)
         parts = zip(self.windows, self._split(x) if isinstance(x, Tensor) else x, strict=True)
         # All products are started before any is collected, so that devices work side by side.
@@ -495,6 +561,11 @@ class MFAC(torch.optim.Optimizer):
         on_nonfinite: "skip" counts the step in `skipped_steps` and warns the first time; "raise"
             raises NonFiniteGradientError.
         maximize: climbs instead; the weight decay shrinks the weights all the same.
+        process_group: processes that train together, in each of which `step` is called: each keeps
+            its part of the window, and all end a step with the same weights. Parameters are the
+            same in all of them, with gradients that have been averaged, as by DDP, or DTensors, as
+            by FSDP2, whose window lives where they do. By default the default group, if there is
+            one, or that of the DTensors; False: this process alone.
 
     Raises:
         ValueError: for arguments outside these ranges, and in `step` where `damp` is too small for
@@ -525,6 +596,7 @@ class MFAC(torch.optim.Optimizer):
         coefficients: str = "incremental",
         on_nonfinite: str = "skip",
         maximize: bool = False,
+        process_group: "ProcessGroup | bool | None" = None,
     ):
         if on_nonfinite not in ("skip", "raise"):
             raise ValueError(f"Invalid on_nonfinite: {on_nonfinite!r}; it is 'skip' or 'raise'")
@@ -544,6 +616,8 @@ class MFAC(torch.optim.Optimizer):
         )
         # Masks belong to the parameters given now, not to groups that are added later.
         self.defaults["sparse"] = sparse is True
+        process_group = _process_group([p for p, _ in self._parameters()], process_group)
+        self._ranks = Ranks(process_group)
         first = next((p.device for p, _ in self._parameters()), "cpu")
         device = next((torch.device(d) for d in (optdev, moddev) if d is not None), first)
         self.fisher = DynamicInverseFisher(
@@ -555,7 +629,9 @@ class MFAC(torch.optim.Optimizer):
             dtype=_checked_dtype("window_dtype", window_dtype),
             compress=compress,
             coefficients=coefficients,
+            process_group=process_group,
         )
+        self._mark_state()
 
     @property
     def damp(self) -> float:
@@ -580,15 +656,18 @@ class MFAC(torch.optim.Optimizer):
         try:
             _check_group(group)
             masks = _masks(group["params"], group["sparse"])
+            if self.fisher is not None:
+                _process_group(group["params"], self._ranks.group or False)
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
         group["sparse"] = bool(group["sparse"])
         for p, mask in zip(group["params"], masks, strict=True):
             if mask is not None:
-                self.state[p]["mask"] = mask.to(p.device, copy=True)
+                self.state[p]["mask"] = _placed_as(p, mask)
         if self.fisher is not None:
             self.fisher.grow(sum(self._sizes()) - self.fisher.shape[0])
+            self._mark_state()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -602,18 +681,21 @@ class MFAC(torch.optim.Optimizer):
             return loss
         # Neighbours on one device go to the window as one vector, and come back as one.
         runs = [list(run) for _, run in itertools.groupby(parameters, lambda x: x[0].device)]
-        gradients = [[self._gradient(p, group) for p, group in run] for run in runs]
-        g = torch.cat([torch.cat(parts).to(self.fisher.device) for parts in gradients])
+        gradients = [torch.cat([self._gradient(p, group) for p, group in run]) for run in runs]
+        g = torch.cat([part.to(self.fisher.device) for part in gradients])
         self._unless_nonfinite(self.fisher.settle)  # what the last step left unread
         update = self._unless_nonfinite(self.fisher.update_matvec, g)
         if update is None:
             return loss
-        updates = update.split([sum(map(len, parts)) for parts in gradients])
-        for run, parts, u in zip(runs, gradients, updates, strict=True):
-            device, accepted = run[0][0].device, self.fisher.accepted
-            accepted = accepted.to(device) if isinstance(accepted, Tensor) else accepted
-            columns = u.to(device).split([len(part) for part in parts])
-            for (p, group), u in zip(run, columns, strict=True):
+        updates, accepted = iter(self._gathered(update)), self.fisher.accepted
+        for run in runs:
+            device = run[0][0].device
+            parts = list(itertools.islice(updates, len(run)))
+            if device != update.device:
+                parts = torch.cat(parts).to(device).split([len(part) for part in parts])
+            if isinstance(accepted, Tensor):
+                accepted = accepted.to(device)
+            for (p, group), u in zip(run, parts, strict=True):
                 if p.grad is not None:
                     self._descend(p, u, group, accepted)
         return loss
@@ -635,39 +717,57 @@ class MFAC(torch.optim.Optimizer):
             return None
 
     def _gradient(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """The columns of p in the gradient that enters the window."""
+        """This rank's columns of p in the gradient that enters the window."""
         g = torch.zeros_like(p) if p.grad is None else p.grad
         if g.layout != torch.strided:
             raise ValueError(
                 "MFAC does not support sparse gradients; use sparse=False in the module"
             )
-        g = g.to(torch.float32)
+        g, w = _local(g).to(torch.float32), _local(p)
         if group["maximize"]:
             g = -g
         if group["weight_decay"] != 0 and p.grad is not None:
-            g = g.add(p, alpha=group["weight_decay"])
-        index = self._index(p)
-        g = g.flatten()
-        return g if index is None else g[index]
+            g = g.add(w, alpha=group["weight_decay"])
+        if _sharded(p) is not None:
+            g = (g * _local(self.state[p]["mask"]) if "mask" in self.state[p] else g).flatten()
+        else:
+            index = self._index(p)
+            g = g.flatten()
+            g = self._ranks.part(g if index is None else g[index])
+        return _padded(g, self._size(p))
+
+    def _gathered(self, update: Tensor) -> list[Tensor]:
+        """The update of each parameter, flattened, from the columns (d,) of this rank: of the
+        trained weights, or of all here if it is sharded."""
+        parameters = [p for p, _ in self._parameters()]
+        parts = list(update.split(self._sizes()))
+        whole = [i for i, p in enumerate(parameters) if _sharded(p) is None]
+        if self._ranks.size > 1 and whole:
+            gathered = self._ranks.gather(torch.cat([parts[i] for i in whole]))
+            columns = gathered.split([len(parts[i]) for i in whole], dim=1)
+            for i, part in zip(whole, columns, strict=True):
+                parts[i] = part.flatten()
+        return [part[: self._weights(p)] for p, part in zip(parameters, parts, strict=True)]
 
     def _descend(
         self, p: Tensor, u: Tensor, group: dict[str, Any], accepted: float | Tensor
     ) -> None:
-        """Moves p against its columns u of the preconditioned gradient."""
-        state, index, momentum = self.state[p], self._index(p), group["momentum"]
+        """Moves p against the update u of its weights."""
+        state, index, momentum, w = self.state[p], self._index(p), group["momentum"], _local(p)
         if index is not None:
             u = u.new_zeros(p.numel()).index_put_((index,), u)
-        u = u.view(p.shape)
+        u = u.view(w.shape)
         if momentum != 0:
             if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(u)
-            u = state["momentum_buffer"].lerp_(u, (1 - momentum) * accepted)
-        p.sub_((group["lr"] * accepted * u).view(p.shape))
+                state["momentum_buffer"] = torch.zeros_like(p, dtype=u.dtype)
+            u = _local(state["momentum_buffer"]).lerp_(u, (1 - momentum) * accepted)
+        w.sub_((group["lr"] * accepted * u).view(w.shape))
 
     def _index(self, p: Tensor) -> Tensor | None:
-        """Positions of the trained weights in p, flattened; None if all are. Found once, as a GPU
-        has to be waited for."""
-        if "mask" not in self.state[p]:
+        """Positions of the trained weights in p, flattened; None if all are, or if p is sharded,
+        where those that are not have columns of zeros. Found once, as a GPU has to be waited for.
+        """
+        if "mask" not in self.state[p] or _sharded(p) is not None:
             return None
         if p not in self._indices:
             self._indices[p] = self.state[p]["mask"].flatten().nonzero()[:, 0]
@@ -677,17 +777,47 @@ class MFAC(torch.optim.Optimizer):
         """Every parameter with its group, in the order of the window's columns."""
         return [(p, group) for group in self.param_groups for p in group["params"]]
 
+    def _weights(self, p: Tensor) -> int:
+        """How many weights of p this process has an update for."""
+        if _sharded(p) is not None:
+            return _local(p).numel()
+        index = self._index(p)
+        return p.numel() if index is None else len(index)
+
+    def _size(self, p: Tensor) -> int:
+        """The number of columns of p in each rank's window, some of which may be unused."""
+        dim = _sharded(p)
+        if dim is None:
+            return self._ranks.chunk(self._weights(p))
+        return self._ranks.chunk(p.shape[dim]) * math.prod(p.shape[:dim] + p.shape[dim + 1 :])
+
     def _sizes(self) -> list[int]:
-        """The number of columns of each parameter."""
-        indices = [(p, self._index(p)) for p, _ in self._parameters()]
-        return [p.numel() if index is None else len(index) for p, index in indices]
+        return [self._size(p) for p, _ in self._parameters()]
 
     # --- state
 
+    def _mark_state(self) -> None:
+        """Enters what `state_dict` will have for each parameter, as None, into the state: for
+        torch.distributed.checkpoint, which goes by its keys, and takes steps where it is empty."""
+        parameters = [p for p, _ in self._parameters()]
+        for p in parameters:
+            for name in ("grads", "fisher"):
+                self.state[p].pop(name, None)
+            if self.fisher.compress is None:
+                self.state[p]["grads"] = None
+        if parameters:
+            self.state[self._shared_home()]["fisher"] = None
+
+    def _shared_home(self) -> Tensor:
+        """The parameter whose state has what all share: the first that is trained."""
+        parameters = [p for p, _ in self._parameters()]
+        return next((p for p in parameters if p.requires_grad), parameters[0])
+
     def state_dict(self) -> dict[str, Any]:
-        """As for any optimizer, with the window's columns beside each parameter's state ("grads"),
-        and what they share under "fisher", with a window that is compressed. By reference, except
-        for windows in several shards.
+        """As for any optimizer, with the window's columns in each parameter's state ("grads"), and
+        in that of the first what they share ("fisher"), with a window that is compressed. By
+        reference, except for windows in several shards. With a process group, what ranks have of
+        their own is a DTensor, for torch.distributed.checkpoint.
         """
         self._unless_nonfinite(self.fisher.settle)
         # As the first of the post-hooks, so that those of others see everything.
@@ -698,17 +828,50 @@ class MFAC(torch.optim.Optimizer):
             handle.remove()
 
     def _add_window(self, state_dict: dict[str, Any]) -> None:
-        shared = self.fisher.state_dict()
-        if self.fisher.compress is None:
-            del shared["window"]
-            start = 0
-            for i, n in enumerate(self._sizes()):
-                columns = self.fisher.columns(start, start := start + n)
-                state_dict["state"][i] = {**state_dict["state"].get(i, {}), "grads": columns}
-        state_dict["fisher"] = {**shared, "skipped_steps": self._skipped_steps}
+        shared = {**self.fisher.state_dict(), "skipped_steps": self._skipped_steps}
+        windows = shared.pop("window")
+        if self.fisher.compress is not None:
+            shared["ranks"] = self._ranks.size
+            shared["window"] = [
+                {name: self._as_saved(x, x.ndim - 1) for name, x in window.items()}
+                for window in windows
+            ]
+        start = 0
+        for i, (p, _) in enumerate(self._parameters()):
+            entries = dict(state_dict["state"][i])
+            if "grads" in entries:
+                columns = self.fisher.columns(start, start := start + self._size(p))
+                entries["grads"] = self._saved_columns(p, columns)
+            if "fisher" in entries:
+                entries["fisher"] = shared
+            state_dict["state"][i] = entries
+
+    def _saved_columns(self, p: Tensor, columns: Tensor) -> Tensor:
+        """The columns (m, ·) of p as they are saved: (m, weights), or (m, *shape) if sharded."""
+        dim, w = _sharded(p), _local(p)
+        if dim is not None:
+            columns = columns[:, : w.numel()].view(-1, *w.shape)
+            from torch.distributed.tensor import Shard
+
+            placements = [Shard(dim + 1) if x.is_shard() else x for x in p.placements]
+            return _as_dtensor(columns, (len(columns), *p.shape), p.device_mesh, placements)
+        used = len(self._ranks.part(torch.empty(self._weights(p), device="meta")))
+        return self._as_saved(columns[:, :used], 1, self._weights(p))
+
+    def _as_saved(self, x: Tensor, dim: int, length: int | None = None) -> Tensor:
+        """x, or, if other ranks have more of it, the DTensor of which it is a part along `dim`."""
+        if self._ranks.size == 1:
+            return x
+        from torch.distributed.tensor import DeviceMesh, Shard
+
+        shape = list(x.shape)
+        shape[dim] = self._ranks.size * x.shape[dim] if length is None else length
+        mesh = DeviceMesh.from_group(self._ranks.group, x.device.type)
+        return _as_dtensor(x, shape, mesh, [Shard(dim)])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes a copy of what `state_dict` gave: groups, momentum, masks, window, damp, ngrads.
+        """Takes a copy of what `state_dict` gave: groups, momentum, masks, window, damp, ngrads;
+        with a process group of what all gave, as DTensors or complete.
 
         Raises:
             ValueError: it belongs to other parameters, or to another optimizer.
@@ -718,23 +881,40 @@ class MFAC(torch.optim.Optimizer):
         def take(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             """Keeps from the base class what it would round to the types of the parameters."""
             saved.extend(self._checked_state(state_dict))
-            shared.update(state_dict["fisher"])
+            if saved:
+                shared.update(_shared(saved))
             ids = {i for group in state_dict["param_groups"] for i in group["params"]}
             others = {key: v for key, v in state_dict["state"].items() if key not in ids}
             return {**state_dict, "state": others}
 
         def put(_: torch.optim.Optimizer) -> None:
+            if not saved:
+                return
             for (p, _), entries in zip(self._parameters(), saved, strict=True):
                 self.state[p] = {
-                    name: value.to(p.device, copy=True)
+                    name: _placed_as(p, value)
                     for name, value in entries.items()
-                    if name != "grads"
+                    if name not in ("grads", "fisher")
                 }
-            self._skipped_steps = shared.pop("skipped_steps")
             self._indices.clear()
-            if "window" not in shared:
-                shared["window"] = [entries["grads"] for entries in saved]
+            self._skipped_steps = shared.pop("skipped_steps")
+            complete = True
+            if "window" in shared:
+                shared["window"] = [
+                    {name: self._own(x, x.ndim - 1) for name, x in window.items()}
+                    for window in shared["window"]
+                ]
+            else:
+                m = len(shared["coefficients"]["K"])
+                shared["window"] = [
+                    self._loaded_columns(p, entries, m)
+                    for (p, _), entries in zip(self._parameters(), saved, strict=True)
+                ]
+                complete = all("grads" in entries for entries in saved)
             self.fisher.load_state_dict(shared)
+            if not complete:  # frozen parameters may be left out on the way
+                self.fisher.forget()
+            self._mark_state()
 
         # The last of the pre-hooks and the first of the post-hooks: those of others see everything.
         handles = [
@@ -747,28 +927,51 @@ class MFAC(torch.optim.Optimizer):
             for handle in handles:
                 handle.remove()
 
+    def _loaded_columns(self, p: Tensor, entries: dict[str, Any], m: int) -> Tensor:
+        """This rank's columns (m, ·) of p, from its saved state; zeros if there are none."""
+        dim, size = _sharded(p), self._size(p)
+        if "grads" not in entries:
+            return torch.zeros(m, size, dtype=self.fisher.dtype, device=self.fisher.device)
+        grads = entries["grads"]
+        if dim is not None and not _is_dtensor(grads):
+            grads = grads.view(m, *p.shape)
+        columns = self._own(grads, 1 if dim is None else dim + 1).flatten(1)
+        return _padded(columns, size)
+
+    def _own(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's part of what was saved in parts along `dim`."""
+        return _local(x) if _is_dtensor(x) else self._ranks.part(x, dim)
+
     def _checked_state(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """One entry a parameter, if the state dict belongs to these parameters."""
-        if "fisher" not in state_dict:
-            raise ValueError("This state dict is not one of MFAC: it has no entry 'fisher'")
-        shared, saved_state = dict(state_dict["fisher"]), state_dict["state"]
-        parameters = [p for p, _ in self._parameters()]
+        parameters, saved_state = [p for p, _ in self._parameters()], state_dict["state"]
         saved = [
             saved_state.get(i, {}) for group in state_dict["param_groups"] for i in group["params"]
         ]
-        total = 0
+        if not saved:
+            return saved
+        shared, total = _shared(saved), 0
         for p, entries in zip(parameters, saved, strict=False):
-            weights = int(entries["mask"].sum()) if "mask" in entries else p.numel()
+            masked = "mask" in entries and _sharded(p) is None
+            weights = int(entries["mask"].sum()) if masked else p.numel()
             total += weights
-            shapes = [tuple(v.shape) for name, v in entries.items() if name != "grads"]
-            columns = entries["grads"].shape[1] if "grads" in entries else weights
+            others = [v for name, v in entries.items() if name not in ("grads", "fisher")]
+            shapes = [tuple(v.shape) for v in others]
+            columns = entries["grads"].shape[1:].numel() if "grads" in entries else weights
             if any(shape != p.shape for shape in shapes) or columns != weights:
                 raise ValueError(
                     f"The state dict belongs to another model: it has {columns} weights {shapes} "
                     f"where this one has a parameter of shape {tuple(p.shape)}"
                 )
-        columns = sum(len(block["error"]) for block in shared.get("window", []))
-        if "window" in shared and columns != total:
+        if "window" not in shared:
+            return saved
+        if shared["ranks"] != self._ranks.size:
+            raise ValueError(
+                f"A compressed window of {shared['ranks']} processes can't be loaded into "
+                f"{self._ranks.size}: go on with as many"
+            )
+        columns = sum(window["error"].numel() for window in shared["window"])
+        if self._ranks.size == 1 and columns != total:
             raise ValueError(
                 f"The state dict belongs to another model: it has {columns} weights, this one "
                 f"{total}"
@@ -779,13 +982,100 @@ class MFAC(torch.optim.Optimizer):
         """For copy and pickle: the base class keeps only the defaults, the state and the groups."""
         self._unless_nonfinite(self.fisher.settle)
         own = {"fisher": self.fisher, "on_nonfinite": self.on_nonfinite}
-        own |= {"_skipped_steps": self._skipped_steps, "_indices": {}}
+        own |= {"_skipped_steps": self._skipped_steps, "_indices": {}, "_ranks": self._ranks}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("maximize", False)  # saved before there was such a setting
+
+
+# --- parameters of several processes --------------------------------------------------------------
+
+
+def _is_dtensor(x: Tensor) -> bool:
+    return hasattr(x, "to_local")  # to import its class takes a second
+
+
+def _local(x: Tensor) -> Tensor:
+    """What this process has of x."""
+    return x.to_local() if _is_dtensor(x) else x
+
+
+def _sharded(p: Tensor) -> int | None:
+    """The dimension along which processes have a part of p each; None if they have all of it."""
+    shards = [x.dim for x in p.placements if x.is_shard()] if _is_dtensor(p) else []
+    return shards[0] if shards else None
+
+
+def _process_group(
+    params: list[Tensor], given: "ProcessGroup | bool | None"
+) -> "ProcessGroup | None":
+    """The group that shares the window; None if that is one process."""
+    if not dist.is_available():
+        return None
+    if not (given is None or given is False or isinstance(given, dist.ProcessGroup)):
+        raise ValueError(
+            f"Invalid process_group: {given!r}; it must be a process group, None for the default "
+            "one, or False for this process alone"
+        )
+    groups = {}
+    for p in filter(_is_dtensor, params):
+        shards = [i for i, x in enumerate(p.placements) if x.is_shard()]
+        if len(shards) > 1 or any(x.is_partial() for x in p.placements):
+            raise ValueError(
+                f"A parameter of shape {tuple(p.shape)} is placed as {p.placements}; MFAC takes "
+                "parameters that are sharded along one dimension of the device mesh"
+            )
+        for i in shards:
+            group = p.device_mesh.get_group(i)
+            if group.size() > 1:
+                groups[tuple(dist.get_process_group_ranks(group))] = group
+    if given is None and not groups and dist.is_initialized():
+        given = dist.group.WORLD
+    if given:
+        groups[tuple(dist.get_process_group_ranks(given))] = given
+    if len(groups) > 1 or (groups and given is False):
+        raise ValueError(
+            f"Parameters are sharded over the processes {list(groups)}, process_group being "
+            f"{given}; all must be of one group: leave process_group out"
+        )
+    group = next(iter(groups.values()), None)
+    return group if group is not None and group.size() > 1 else None
+
+
+def _as_dtensor(local: Tensor, shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> Any:
+    """The DTensor of this shape that has `local` here."""
+    from torch.distributed.tensor import DTensor
+
+    stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    size = torch.Size(shape)
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=size, stride=tuple(stride)
+    )
+
+
+def _placed_as(p: Tensor, value: Tensor) -> Tensor:
+    """A copy of `value`, of the shape of p, where p is and sharded like it."""
+    if _is_dtensor(p) and not _is_dtensor(value):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None).clone()
+    return value.to(p.device, copy=True)
+
+
+def _padded(x: Tensor, length: int) -> Tensor:
+    """x, with zeros at the end of its last dimension up to `length`."""
+    return x if x.shape[-1] == length else pad(x, (0, length - x.shape[-1]))
+
+
+def _shared(saved: list[dict[str, Any]]) -> dict[str, Any]:
+    """A copy of what all parameters share, which one of them has in its saved state."""
+    for entries in saved:
+        if "fisher" in entries:
+            return dict(entries["fisher"])
+    raise ValueError("This state dict is not one of MFAC: no parameter has an entry 'fisher'")
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -2,8 +2,9 @@
 
 `DenseWindow` keeps G (m, d), the m gradients of d weights as rows, as it is, and `CompressedWindow`
 the largest entries of each row. Both round what enters to their type, compute everything from what
-they keep, and have one interface: `entry` and `write`, `row`, `times` (Gx), `transposed_times`
-(Gᵀy), `tiles` (G a few columns at a time) and `state`. Nothing here waits for a GPU.
+they keep, and have one interface: `write` and `restore`, `row`, `times` (Gx), `transposed_times`
+(Gᵀy), `tiles` (G a few columns at a time) and `state`. Nothing here waits for a GPU. `Ranks` are
+the processes that have some of the columns each.
 
 What they cost is said beforehand by `window_bytes` and `step_traffic`.
 """
@@ -11,9 +12,14 @@ What they cost is said beforehand by `window_bytes` and `step_traffic`.
 import contextlib
 import math
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:  # torch may be built without
+    from torch.distributed import ProcessGroup
 
 CHUNK = 2**12  # columns, at most, summed in the type of the product; float64 sums the chunks
 TILE = 13 * 2**18  # numbers converted at a time: twelve rows of ResNet-20, which cache holds
@@ -33,6 +39,42 @@ def full_precision(device: torch.device) -> Iterator[None]:
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+
+
+class Ranks:
+    """The processes of a group, each of which keeps some columns of the window. Without a group
+    this one alone."""
+
+    def __init__(self, group: "ProcessGroup | None" = None):
+        self.group = group
+        self.rank, self.size = (group.rank(), group.size()) if group is not None else (0, 1)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of the x of all ranks, on each of them, to the same bits. May change x."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The x (n,) of all ranks, on each of them: (size, n)."""
+        if self.size == 1:
+            return x[None]
+        gathered = x.new_empty(self.size, len(x))
+        dist.all_gather_into_tensor(gathered, x.contiguous(), group=self.group)
+        return gathered
+
+    def part(self, x: Tensor, dim: int = 0) -> Tensor:
+        """This rank's part of x: `chunk` entries along `dim`, the last ranks what is left."""
+        chunk, length = self.chunk(x.shape[dim]), x.shape[dim]
+        start = min(self.rank * chunk, length)
+        return x.narrow(dim, start, min(chunk, length - start))
+
+    def chunk(self, length: int) -> int:
+        """How many of `length` entries a rank has, at most."""
+        return -(-length // self.size)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
+        return self
 
 
 class DenseWindow:
@@ -56,14 +98,15 @@ class DenseWindow:
         """All there is to save."""
         return self.G
 
-    def entry(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        """g (d,) as it will be stored, and whether that is finite."""
-        row = g.to(self.G.device, self.G.dtype)
-        return row, row.isfinite().all()
+    def write(self, j: int, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Makes g (d,), rounded, row j. Returns whether that is finite, and what was there."""
+        before = self.G[j].clone()
+        self.G[j] = g
+        return self.G[j].isfinite().all(), before
 
-    def write(self, j: int, row: Tensor, finite: Tensor) -> None:
-        """Makes an entry row j where it is finite; where not, row j stays."""
-        self.G[j] = row.where(finite, self.G[j])
+    def restore(self, j: int, before: Tensor, where: Tensor) -> None:
+        """Takes the last `write`, to row j, back where `where` is true."""
+        self.G[j] = before.where(where, self.G[j])
 
     def row(self, j: int) -> Tensor:
         """Row j (d,)."""
@@ -166,19 +209,24 @@ class CompressedWindow:
         """All there is to save."""
         return {"error": self.error, "columns": self.columns, "values": self.values}
 
-    def entry(self, g: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """What `write` takes for g (d,), and whether that is finite."""
-        a = self.error + g.to(self.error)
-        columns = _largest(a, self.compress)
-        values = a.index_select(0, columns).to(self.values.dtype)
-        return (a, columns, values), a.isfinite().all() & values.isfinite().all()
+    def write(self, j: int, g: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Makes the largest of g + error row j, and the rest the error. Returns whether all of it
+        is finite, and what was there."""
+        before = tuple(kept.clone() for kept in self._parts(j))
+        self.error += g.to(self.error)
+        self.columns[j] = _largest(self.error, self.compress)
+        self.values[j] = self.error.index_select(0, self.columns[j])
+        self.error.index_add_(0, self.columns[j], self.values[j].to(self.error), alpha=-1)
+        return self.error.isfinite().all() & self.values[j].isfinite().all(), before
 
-    def write(self, j: int, entry: tuple[Tensor, Tensor, Tensor], finite: Tensor) -> None:
-        """Makes an entry row j where it is finite; where not, row j and the error stay."""
-        a, columns, values = entry
-        left = a.index_add(0, columns, values.to(a), alpha=-1)
-        for kept, new in ((self.error, left), (self.columns[j], columns), (self.values[j], values)):
-            kept.copy_(new.where(finite, kept))
+    def restore(self, j: int, before: tuple[Tensor, ...], where: Tensor) -> None:
+        """Takes the last `write`, to row j, back where `where` is true."""
+        for kept, old in zip(self._parts(j), before, strict=True):
+            kept.copy_(old.where(where, kept))
+
+    def _parts(self, j: int) -> tuple[Tensor, ...]:
+        """All that `write` changes."""
+        return self.error, self.columns[j], self.values[j]
 
     def row(self, j: int) -> Tensor:
         """Row j (d,)."""

@@ -103,7 +103,7 @@ def test_huggingface_trainer(tmp_path):
 
     state, state_of_rest = (torch.load(path / "optimizer.pt") for path in (whole, rest))
     assert_same_optimizer(state_of_rest, state)
-    assert state["fisher"]["count"] == 160
+    assert state["state"][0]["fisher"]["count"] == 160
 
 
 def test_the_groups_are_those_that_trainer_makes(tmp_path):
@@ -144,7 +144,7 @@ def test_accelerate_loop(tmp_path):
     state, state_of_rest = (torch.load(path / "optimizer.bin") for path in (whole, rest))
     assert_same_optimizer(state_of_rest, state)
     # 8 epochs of 44 micro-batches of 32, two to a step; the rate has fallen to zero.
-    assert state["fisher"]["count"] == 176
+    assert state["state"][0]["fisher"]["count"] == 176
     assert state["param_groups"][0]["lr"] == pytest.approx(0, abs=1e-9)
     assert sorted(path.name for path in (tmp_path / "resumed").iterdir()) == [
         f"epoch-{n}" for n in (5, 6, 7, 8)
@@ -162,7 +162,7 @@ def test_lightning_module(tmp_path):
     assert_same_state(rest["state_dict"], whole["state_dict"])
     state, state_of_rest = whole["optimizer_states"][0], rest["optimizer_states"][0]
     assert_same_optimizer(state_of_rest, state)
-    assert state["fisher"]["count"] == whole["global_step"] == 176
+    assert state["state"][0]["fisher"]["count"] == whole["global_step"] == 176
     assert state["param_groups"][0]["lr"] == pytest.approx(0, abs=1e-9)
     assert sorted(path.name for path in (tmp_path / "resumed").iterdir()) == [
         f"epoch-{n}.ckpt" for n in (4, 5, 6, 7)

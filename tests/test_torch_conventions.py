@@ -413,7 +413,7 @@ def test_hooks_of_state_dict_see_all_of_it():
 
     def post(o, state_dict):
         seen.append((state_dict["state"]["note"], sorted(state_dict["state"][0])))
-        assert_same_state(state_dict["fisher"], plain["fisher"])
+        assert_same_state(state_dict["state"][0], plain["state"][0])
         return {**state_dict, "added": True}
 
     handles = [
@@ -423,7 +423,7 @@ def test_hooks_of_state_dict_see_all_of_it():
         optimizer.register_state_dict_post_hook(lambda o, s: s.update(first=1), prepend=True),
     ]
     state = optimizer.state_dict()
-    assert seen == [("of a hook", ["grads", "momentum_buffer"])]
+    assert seen == [("of a hook", ["fisher", "grads", "momentum_buffer"])]
     assert state["added"] and state["last"] and state["first"] == 1
     for handle in handles:
         handle.remove()
@@ -443,18 +443,21 @@ def test_hooks_of_load_state_dict_run_before_and_after_everything():
         p.grad = torch.randn(4)
         optimizer.step()
     saved = optimizer.state_dict()
-    given = copy.deepcopy({**saved, "mine": "wrapped"})
+    wrapped = copy.deepcopy({**saved, "mine": "wrapped"})
+    wrapped["state"][0]["wrapped"] = wrapped["state"][0].pop("fisher")
     after = []
 
     def rename(o, state_dict):
         assert o.fisher.count == 0, "nothing is loaded yet"
-        assert set(state_dict["state"][0]) == {"grads", "momentum_buffer"}
-        state_dict["fisher"] = state_dict.pop("wrapped")  # from another place in the file
+        assert set(state_dict["state"][0]) == {"grads", "momentum_buffer", "wrapped"}
+        state = dict(state_dict["state"][0])
+        state["fisher"] = state.pop("wrapped")  # from another place in the file
+        return {**state_dict, "state": {0: state}}
 
     def slower(o, state_dict):
         state_dict = copy.deepcopy(state_dict)
         state_dict["param_groups"][0]["lr"] = 0.003
-        state_dict["fisher"]["coefficients"]["damp"] = 0.7
+        state_dict["state"][0]["fisher"]["coefficients"]["damp"] = 0.7
         return state_dict
 
     def check(o):
@@ -466,7 +469,6 @@ def test_hooks_of_load_state_dict_run_before_and_after_everything():
     other.register_load_state_dict_pre_hook(rename, prepend=True)
     other.register_load_state_dict_post_hook(check)
     other.register_load_state_dict_post_hook(lambda o: after.append("first"), prepend=True)
-    wrapped = {("wrapped" if name == "fisher" else name): given[name] for name in given}
     untouched = copy.deepcopy(wrapped)
     other.load_state_dict(wrapped)
     assert after == ["first", (3, 0.7, 0.003, True)]
