@@ -850,7 +850,7 @@ class MFAC(torch.optim.Optimizer):
         """The columns (m, ·) of p as they are saved: (m, weights), or (m, *shape) if sharded."""
         dim, w = _sharded(p), _local(p)
         if dim is not None:
-            columns = columns[:, : w.numel()].view(-1, *w.shape)
+            columns = columns[:, : w.numel()].view(len(columns), *w.shape)
             from torch.distributed.tensor import Shard
 
             placements = [Shard(dim + 1) if x.is_shard() else x for x in p.placements]
