@@ -106,7 +106,8 @@ class Files:
                 for image, seed in zip(images, draws[:, 0].tolist(), strict=True):
                     torch.default_generator.manual_seed(seed)
                     views.append(self.random_view(image))
-        return _normalise(torch.stack(views), self.mean, self.std), self.labels[indices]
+        images = torch.stack(views) if views else torch.empty(0, 3, CROP, CROP, dtype=torch.uint8)
+        return _normalise(images, self.mean, self.std), self.labels[indices]
 
 
 @dataclass(frozen=True)
@@ -137,11 +138,13 @@ class Data:
         augment: bool | None = None,
         shuffle: bool | None = None,
         workers: int | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> "Loader":
         """Batches of the split "train" or "test".
 
         `augment` and `shuffle` default to True for "train" and to False for "test". `workers`
-        processes read images that are not held in memory (default: one a core, at most 8).
+        processes read images that are not held in memory (default: one a core, at most 8). With
+        `part` = (i, n), batches are the i-th of n parts of each, which may be empty.
         Raises ValueError for another split, or if `batch_size` is below 1.
         """
         if split not in self.splits:
@@ -161,6 +164,7 @@ class Data:
             augment=training if augment is None else augment,
             shuffle=training if shuffle is None else shuffle,
             workers=workers,
+            part=part,
         )
 
 
@@ -180,9 +184,11 @@ class Loader:
         augment: bool,
         shuffle: bool,
         workers: int,
+        part: tuple[int, int],
     ) -> None:
         self.source = source
         self.batch_size = batch_size
+        self.part = part
         self.num_samples = len(source.labels)
         self.seed = seed
         self.augment = augment
@@ -198,7 +204,7 @@ class Loader:
         return -(-self.num_samples // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch = _Epoch(self.source, self.batch_size, *self._draw())
+        epoch = _Epoch(self.source, self.batch_size, self.part, *self._draw())
         if self.workers == 0:
             return map(_checked, map(epoch.__getitem__, range(len(self))))
         # A generator of its own keeps DataLoader from drawing a seed from the global one.
@@ -224,11 +230,13 @@ class _Epoch:
         self,
         source: Pixels | Files,
         batch_size: int,
+        part: tuple[int, int],
         order: torch.Tensor,
         draws: torch.Tensor | None,
     ) -> None:
         self.source = source
         self.batch_size = batch_size
+        self.part = part
         self.order = order
         self.draws = draws
 
@@ -236,7 +244,8 @@ class _Epoch:
         return -(-len(self.order) // self.batch_size)
 
     def __getitem__(self, index: int) -> Batch | DataError:
-        batch = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        (i, n), start = self.part, index * self.batch_size
+        batch = slice(start + i, start + self.batch_size, n)
         draws = None if self.draws is None else self.draws[batch]
         try:
             return self.source.batch(self.order[batch], draws)

@@ -8,6 +8,11 @@ rewritten after each epoch: the model (--save), and with the same stem the train
 (.state), the figures of each epoch (.csv) and the curves (.png, at the end). Every file is
 derived from the training state, which is written first: a run killed at any moment goes on with
 --resume to the same bits as an uninterrupted one (on the CPU, with as many threads).
+
+    torchrun --nproc-per-node N main_optim.py ...
+
+does the same in N processes, each of which has its part of every batch and of the window. The
+first one writes; a run may go on in another number of processes.
 """
 
 import argparse
@@ -28,14 +33,19 @@ from typing import Any, BinaryIO
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import datautils
 import models
+from models.sync import sync_batch_norm
 from optim import MFAC, window_bytes
+from windows import Ranks
 
 # What a flag is when it is not given. First what holds for all runs, then by data and optimizer:
 # the paper's values, and for the digits those of a small search. A row has all the settings of its
@@ -67,10 +77,11 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence, without the usage."""
+    """A parser whose errors are one sentence, without the usage, from one process a machine."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        self.exit(2, f"{self.prog}: error: {message}\n" if first else None)
 
 
 def number(kind: type, rule: str, allowed: Callable[[Any], bool]) -> Callable[[str], Any]:
@@ -137,10 +148,40 @@ def available_memory(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def find_ranks() -> Ranks:
+    """The processes that torchrun has started, or this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Ranks()
+    if not dist.is_initialized():
+        dist.init_process_group()
+    return Ranks(dist.group.WORLD)
+
+
+def distributed(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """The model with gradients, and statistics of batch norm, of the batches of all `ranks`."""
+    if ranks.size == 1:
+        return model
+    return DistributedDataParallel(sync_batch_norm(model))
+
+
+LOST = "another process of this run has ended, see its message; --resume goes on"
+
+
+def lost_connection(error: RuntimeError) -> bool:
+    """Whether this is what the others find when one of the processes is gone."""
+    text = str(error)
+    return dist.is_initialized() and (
+        isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text
+    )
+
+
 def find_device(name: str) -> torch.device:
-    """The device called `name`. Raises UserError if it can't compute."""
+    """The device called `name`, of CUDA devices the one of this process. Raises UserError if it
+    can't compute."""
     try:
         device = torch.device(name)
+        if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         found = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -150,7 +191,8 @@ def find_device(name: str) -> torch.device:
 
 def batches(loader: Iterable, device: torch.device, title: str):
     """The batches of `loader` on `device`, with a progress bar on a terminal."""
-    for images, labels in (bar := tqdm(loader, title, leave=False, disable=None)):
+    silent = None if os.environ.get("RANK", "0") == "0" else True
+    for images, labels in (bar := tqdm(loader, title, leave=False, disable=silent)):
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
         yield bar, images, labels.to(device, non_blocking=True)
 
@@ -162,25 +204,28 @@ def train_epoch(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     *,
     device: torch.device,
+    ranks: Ranks,
     amp: bool = False,
     title: str = "train",
 ) -> dict[str, float]:
-    """One pass over `loader`; `scheduler` takes a step a batch. Returns the mean loss and the
-    accuracy (%) of the batches as they were trained on, the seconds, images a second, and the
-    seconds within optimizer.step(). Raises UserError if the loss is no longer finite, or if the
-    optimizer refuses the gradients."""
+    """One pass over `loader`, of which each of `ranks` has its part; `scheduler` takes a step a
+    batch. Returns the mean loss and the accuracy (%) of the batches as they were trained on, the
+    seconds, images a second, and the seconds within optimizer.step(). Raises UserError if the loss
+    is no longer finite, or if the optimizer refuses the gradients."""
     model.train()
     loss_sum, correct, seen, optimizer_seconds = 0.0, 0, 0, 0.0
     start = time.perf_counter()
     for bar, images, labels in batches(loader, device, title):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
             outputs = model(images)
-            loss = cross_entropy(outputs, labels)
-        if not math.isfinite(loss.item()):
+            loss = cross_entropy(outputs, labels, reduction="sum")
+        found = torch.stack([loss.detach(), (outputs.argmax(1) == labels).sum()]).tolist()
+        batch_loss, right, size = totals(ranks, *found, len(labels))
+        if not math.isfinite(batch_loss):
             damp = ", or a higher --damp" if isinstance(optimizer, MFAC) else ""
-            raise UserError(f"the loss became {loss.item()}: use a lower --lr{damp}")
+            raise UserError(f"the loss became {batch_loss / size}: use a lower --lr{damp}")
         optimizer.zero_grad()
-        loss.backward()
+        (loss * (ranks.size / size)).backward()  # gradients are averaged over processes
         before = synchronized_time(device)
         try:
             optimizer.step()
@@ -188,9 +233,9 @@ def train_epoch(
             raise UserError(str(error)) from error
         optimizer_seconds += synchronized_time(device) - before
         scheduler.step()
-        loss_sum += loss.item() * len(labels)
-        correct += (outputs.argmax(1) == labels).sum().item()
-        seen += len(labels)
+        loss_sum += batch_loss
+        correct += right
+        seen += size
         bar.set_postfix(loss=loss_sum / seen, accuracy=100 * correct / seen, refresh=False)
     seconds = time.perf_counter() - start
     return {
@@ -204,9 +249,10 @@ def train_epoch(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Iterable, *, device: torch.device, amp: bool = False
+    model: nn.Module, loader: Iterable, *, device: torch.device, ranks: Ranks, amp: bool = False
 ) -> tuple[float, float]:
-    """Mean loss and accuracy (%) over `loader`. The model is left as it was found."""
+    """Mean loss and accuracy (%) over `loader`, of which each of `ranks` has its part. The model is
+    left as it was found."""
     training = model.training
     model.eval()
     loss_sum, correct, seen = 0.0, 0, 0
@@ -217,7 +263,26 @@ def evaluate(
         correct += (outputs.argmax(1) == labels).sum().item()
         seen += len(labels)
     model.train(training)
+    loss_sum, correct, seen = totals(ranks, loss_sum, correct, seen)
     return loss_sum / seen, 100 * correct / seen
+
+
+def totals(ranks: Ranks, *numbers: float) -> list[float]:
+    """The sums of numbers that each of `ranks` has for its part."""
+    return ranks.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
+
+
+def gathered(state: Any, ranks: Ranks) -> Any:
+    """A state dict with DTensors made whole, to be called by all processes; the first one alone
+    keeps them."""
+
+    def whole(x: Any) -> Any:
+        if hasattr(x, "full_tensor"):
+            x = x.full_tensor()
+            return x if ranks.rank == 0 else None
+        return x
+
+    return tree_map(whole, state)
 
 
 def synchronized_time(device: torch.device) -> float:
@@ -340,7 +405,7 @@ def learning_rate_factor(settings: dict[str, Any], steps_per_epoch: int) -> Call
 
 
 def build_optimizer(
-    model: nn.Module, settings: dict[str, Any], device: torch.device
+    model: nn.Module, settings: dict[str, Any], device: torch.device, ranks: Ranks
 ) -> torch.optim.Optimizer:
     """The optimizer of `settings`. Raises UserError if the window of mfac can't fit."""
     options = {"lr": settings["lr"], "weight_decay": settings["weightdecay"]}
@@ -351,14 +416,17 @@ def build_optimizer(
         return torch.optim.SGD(model.parameters(), **options)
     m, d = settings["ngrads"], sum(weight.numel() for weight in model.parameters())
     chosen = {name: settings.get(name, default) for name, default in WINDOW.items()}
-    free = available_memory(device)
+    sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = available_memory(device) // sharing
 
     def needed(m: int = m, **others: Any) -> int:
         window = {**chosen, **others}
         dtype = getattr(torch, window["window_dtype"])
-        return window_bytes(m, d, dtype=dtype, compress=window["compress"])
+        options = {"compress": window["compress"], "world_size": ranks.size}
+        return window_bytes(m, d, dtype=dtype, **options)
 
-    size = f"a window of {m:,} gradients of {d:,} weights takes {needed() / 2**30:.2f} GiB"
+    where = f" in each of {ranks.size} processes" if ranks.size > 1 else ""
+    size = f"a window of {m:,} gradients of {d:,} weights takes {needed() / 2**30:.2f} GiB{where}"
     if needed() > free:
         smaller = {"window_dtype": "bfloat16", "compress": 0.01}
         advice = [
@@ -379,7 +447,13 @@ def build_optimizer(
 
 def note(message: str) -> None:
     """Tells the user what is no result."""
-    print(message, file=sys.stderr, flush=True)
+    say(message, file=sys.stderr)
+
+
+def say(message: str, **options: Any) -> None:
+    """Prints from the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True, **options)
 
 
 class Run:
@@ -404,7 +478,9 @@ class Run:
 
         self.device = find_device(settings["device"])
         self.data = datautils.load(settings["dataset"])
+        self.ranks = find_ranks()
         options = {"batch_size": settings["batchsize"], "seed": settings["seed"]}
+        options["part"] = (self.ranks.rank, self.ranks.size)
         self.train_loader = self.data.loader("train", **options)
         self.test_loader = self.data.loader("test", **options)
         if (self.train_loader.num_samples - 1) % settings["batchsize"] == 0:
@@ -417,7 +493,8 @@ class Run:
         if "checkpoint" in settings and not state:
             models.load_checkpoint(model, settings["checkpoint"])
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.optimizer = build_optimizer(self.model, settings, self.device)
+        self.trained = distributed(self.model, self.ranks)
+        self.optimizer = build_optimizer(self.model, settings, self.device, self.ranks)
         self.tested = self.model  # and saved
         if "ema" in settings:
             average = get_ema_multi_avg_fn(settings["ema"])
@@ -477,40 +554,44 @@ class Run:
     def train(self) -> None:
         """All epochs that are left, then the curves."""
         shown = ", ".join(f"{name} {value}" for name, value in self.settings.items())
-        print(f"# {shown}", flush=True)
+        say(f"# {shown}")
         epochs = self.settings["epochs"]
-        how = {"device": self.device, "amp": self.settings["amp"]}
+        how = {"device": self.device, "ranks": self.ranks, "amp": self.settings["amp"]}
         for epoch in range(len(self.history), epochs):
             # Like the order of the images a function of seed and epoch, so there is none to save.
             torch.manual_seed(self.settings["seed"] + epoch)
             self.train_loader.set_epoch(epoch)
             title = f"epoch {epoch + 1}/{epochs}"
             row = {"epoch": epoch + 1, "lr": float(self.optimizer.param_groups[0]["lr"])}
-            parts = self.model, self.train_loader, self.optimizer, self.scheduler
+            parts = self.trained, self.train_loader, self.optimizer, self.scheduler
             row |= train_epoch(*parts, title=title, **how)
             loss, accuracy = evaluate(self.tested, self.test_loader, **how)
             row |= {"test_loss": loss, "test_accuracy": accuracy}
             self.save_state([*self.history, row])
             self.history.append(row)
             self.save_results()
-            print(
+            say(
                 f"{title}  lr {row['lr']:.4g}  loss {row['train_loss']:.4f}  "
                 f"train {row['train_accuracy']:.2f} %  test {accuracy:.2f} %  "
                 f"{row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s  "
-                f"optimizer {row['optimizer_seconds']:.1f} s",
-                flush=True,
+                f"optimizer {row['optimizer_seconds']:.1f} s"
             )
         self.save_results()  # again: a run that goes on may have been killed before it came to it
-        save_curves(self.history, self.path.with_suffix(".png"))
+        if self.ranks.rank == 0:
+            save_curves(self.history, self.path.with_suffix(".png"))
 
     def save_state(self, history: list[dict[str, float]]) -> None:
         """Writes what --resume needs, from which the other files can be made again."""
         state = {"settings": self.settings, "classes": self.data.classes, "history": history}
-        state |= {part: getattr(self, part).state_dict() for part in self.STATEFUL}
-        save_atomically(self.state_path, lambda file: torch.save(state, file))
+        for part in self.STATEFUL:
+            state[part] = gathered(getattr(self, part).state_dict(), self.ranks)
+        if self.ranks.rank == 0:
+            save_atomically(self.state_path, lambda file: torch.save(state, file))
 
     def save_results(self) -> None:
         """Writes the model, on the CPU and in plain memory order, and the CSV."""
+        if self.ranks.rank > 0:
+            return
         weights = getattr(self.tested, "module", self.tested).state_dict()
         model = {
             "state_dict": {name: weight.cpu().contiguous() for name, weight in weights.items()},
@@ -563,6 +644,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
     except torch.OutOfMemoryError:
         parser.error("the GPU's memory is full: use a smaller --batchsize or --ngrads")
+    except RuntimeError as error:
+        if not lost_connection(error):
+            raise
+        parser.exit(1, f"{parser.prog}: error: {LOST}\n")
     except KeyboardInterrupt:
         if run and run.history:
             parser.exit(130, f"\ninterrupted; saved: {run.path}, to go on with --resume\n")

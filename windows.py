@@ -59,9 +59,9 @@ class Ranks:
         """The x (n,) of all ranks, on each of them: (size, n)."""
         if self.size == 1:
             return x[None]
-        gathered = x.new_empty(self.size * len(x))
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=self.group)
-        return gathered.view(self.size, len(x))
+        gathered = x.new_empty(self.size, len(x))
+        dist.all_gather(list(gathered.unbind()), x.contiguous(), group=self.group)
+        return gathered
 
     def part(self, x: Tensor, dim: int = 0) -> Tensor:
         """This rank's part of x: `chunk` entries along `dim`, the last ranks what is left."""
