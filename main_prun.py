@@ -11,6 +11,11 @@ sparsity (.png, at the end), and the state of the run (.state). The state is wri
 else is derived from it: a run killed at any moment goes on with --resume to the same bits as an
 uninterrupted one (on the CPU, with as many threads).
 
+    torchrun --nproc-per-node N main_prun.py ...
+
+does the same in N processes, each of which computes its share of the gradients, of F⁻¹, of the test
+and of fine-tuning. The first one writes.
+
 Gradients for the inverse Fisher F⁻¹ are those of training images as a model is trained on them,
 augmented, like in the paper's code.
 """
@@ -22,10 +27,12 @@ import io
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see main_optim.py
 
 import torch
 from torch.optim.swa_utils import update_bn
@@ -37,6 +44,7 @@ from main_optim import (
     COUNT,
     FACTOR,
     FRACTION,
+    LOST,
     NOT_NEGATIVE,
     POSITIVE,
     SEED,
@@ -44,12 +52,17 @@ from main_optim import (
     UserError,
     available_memory,
     check_same,
+    distributed,
     evaluate,
     find_device,
+    find_ranks,
+    gathered,
     load_saved,
+    lost_connection,
     note,
     number,
     save_atomically,
+    say,
     train_epoch,
 )
 from optim import MFAC, window_bytes
@@ -289,7 +302,13 @@ class Gradients:
         self.loader.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        yield from tqdm(self.loader, "gradients", self.total, leave=False, disable=None)
+        yield from progress(self.loader, "gradients", self.total)
+
+
+def progress(batches: Iterable, title: str, total: int | None = None) -> Iterable:
+    """The batches, with a progress bar if the first process is on a terminal."""
+    first = os.environ.get("RANK", "0") == "0"
+    return tqdm(batches, title, total, leave=False, disable=None if first else True)
 
 
 class Run:
@@ -320,6 +339,7 @@ class Run:
 
         self.device = find_device(settings["device"])
         self.data = datautils.load(settings["dataset"])
+        self.ranks = find_ranks()
         self.make_loaders()
         model = models.build(settings["model"], self.data.num_classes)
         if not state:
@@ -330,6 +350,7 @@ class Run:
         self.prunable = sum(mask.numel() for mask in self.pruner.masks.values())
         if settings.get("adjust_sparsities"):
             self.levels = [level * self.total / self.prunable for level in self.levels]
+        self.trained = None  # the model, as it is fine-tuned in several processes
         self.optimizer = self.scheduler = None  # between a pruning step and the next epoch
         self.history = []  # a dict a line, the rows of the CSV
         if state:
@@ -381,8 +402,9 @@ class Run:
     def make_loaders(self) -> None:
         """Sets the loaders, and the images a gradient if that is left open."""
         settings, seed = self.settings, self.settings["seed"]
-        self.test_loader = self.data.loader("test", settings["batchsize"])
-        self.train_loader = self.data.loader("train", settings["batchsize"], seed=seed)
+        options = {"seed": seed, "part": (self.ranks.rank, self.ranks.size)}
+        self.test_loader = self.data.loader("test", settings["batchsize"], **options)
+        self.train_loader = self.data.loader("train", settings["batchsize"], **options)
         images = self.train_loader.num_samples
         trains = settings["nepochs"] or settings["reset_bn"]
         if trains and (images - 1) % settings["batchsize"] == 0:
@@ -432,14 +454,16 @@ class Run:
         settings, needed = self.settings, {self.device: 0}
         if settings["pruner"] == "mfac":
             m = max(self.ngrads)
-            d = sum(int(mask.sum()) for mask in self.pruner.masks.values())
+            d = self.ranks.chunk(sum(int(mask.sum()) for mask in self.pruner.masks.values()))
             options = {"pages": pages, "perbatch": settings.get("perbatch"), "device": self.device}
             needed = inverse_bytes(
                 m, d, blocksize=None if blocksize == -1 else blocksize, **options
             )
         if settings.get("optim") == "mfac":
-            window = window_bytes(settings["ngrads"], self.total)
+            window = window_bytes(settings["ngrads"], self.total, world_size=self.ranks.size)
             needed[self.device] = max(needed[self.device], window)
+        if self.ranks.size > 1:  # gradients before they are exchanged
+            needed = {device: 2 * size for device, size in needed.items()}
         return needed
 
     def check_memory(self) -> None:
@@ -447,6 +471,8 @@ class Run:
         blocksize, pages = self.settings.get("blocksize", -1), self.settings.get("pages", 1)
         needed = self.bytes_needed(blocksize, pages)
         free = {device: available_memory(device) for device in needed}
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free |= {x: size // processes for x, size in free.items() if x.type == "cpu"}
 
         def fits(*choice: int) -> bool:
             return all(size <= free[device] for device, size in self.bytes_needed(*choice).items())
@@ -485,10 +511,10 @@ class Run:
     def go(self) -> None:
         """All that is left of the plan, then the picture."""
         shown = ", ".join(f"{name} {value}" for name, value in self.settings.items())
-        print(f"# {shown}", flush=True)
+        say(f"# {shown}")
         if self.history:  # again: the run may have been killed before it came to it
             self.save_results()
-        else:
+        elif self.ranks.rank == 0:
             for path in self.files():
                 path.unlink()
         for task, index in self.plan[len(self.history) :]:
@@ -497,22 +523,25 @@ class Run:
             row["sparsity_all"] = row["sparsity"] * self.prunable / self.total
             if task != "prune" or index in self.tests:
                 began = time.perf_counter()
-                loss, accuracy = evaluate(self.model, self.test_loader, device=self.device)
+                how = {"device": self.device, "ranks": self.ranks}
+                loss, accuracy = evaluate(self.model, self.test_loader, **how)
                 row |= {"test_loss": loss, "test_accuracy": accuracy}
                 row["evaluation_seconds"] = time.perf_counter() - began
             self.save_state([*self.history, row])
             self.history.append(row)
             self.save_results()
             line = [COLUMNS[name].format(row[name]) for name in row if row[name] is not None]
-            print("  ".join(line), flush=True)
+            say("  ".join(line))
             if self.verbose and task != "tune":
-                print(self.layers(), flush=True)
-        save_plot([(self.out.name, curve(self.history)), *self.curves], self.beside(".png"))
+                say(self.layers())
+        if self.ranks.rank == 0:
+            save_plot([(self.out.name, curve(self.history)), *self.curves], self.beside(".png"))
 
     def measure(self, _: int) -> dict[str, Any]:
         """The model as it is, with statistics of batch norm as asked for."""
         if self.settings["reset_bn"]:
-            loader = tqdm(self.train_loader, "reset_bn", leave=False, disable=None)
+            size, seed = self.settings["batchsize"], self.settings["seed"]
+            loader = progress(self.data.loader("train", size, seed=seed), "reset_bn")
             update_bn(loader, self.model, self.device)
         return {}
 
@@ -577,9 +606,11 @@ class Run:
         step = self.step_before(epoch)
         if self.optimizer is None:
             self.start_optimizer(step)
-        parts = self.model, self.train_loader, self.optimizer, self.scheduler
+        if self.trained is None:
+            self.trained = distributed(self.model, self.ranks)
+        parts = self.trained, self.train_loader, self.optimizer, self.scheduler
         title = f"epoch {epoch + 1}/{self.settings['nepochs']}"
-        figures = train_epoch(*parts, device=self.device, title=title)
+        figures = train_epoch(*parts, device=self.device, ranks=self.ranks, title=title)
         row = {name: figures[name] for name in ("train_loss", "train_accuracy")}
         row |= {"lr": self.learning_rate(epoch), "training_seconds": figures["seconds"]}
         return {"step": step, "epoch": epoch + 1, **row}
@@ -600,11 +631,14 @@ class Run:
         state = {"settings": self.settings, "classes": self.data.classes, "history": history}
         for part in ("model", "pruner", "optimizer", "scheduler"):
             found = getattr(self, part)
-            state[part] = found and found.state_dict()
-        save_atomically(self.beside(".state"), lambda file: torch.save(state, file))
+            state[part] = found and gathered(found.state_dict(), self.ranks)
+        if self.ranks.rank == 0:
+            save_atomically(self.beside(".state"), lambda file: torch.save(state, file))
 
     def save_results(self) -> None:
         """Writes the model of the last step, on the CPU and in plain memory order, and the CSV."""
+        if self.ranks.rank > 0:
+            return
         row = self.history[-1]
         if row["step"] is not None:
             weights, masks = self.model.state_dict(), self.pruner.masks
@@ -690,6 +724,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
     except torch.OutOfMemoryError:
         parser.error("the GPU's memory is full: use more --pages, a --blocksize or fewer gradients")
+    except RuntimeError as error:
+        if not lost_connection(error):
+            raise
+        parser.exit(1, f"{parser.prog}: error: {LOST}\n")
     except KeyboardInterrupt:
         if run and run.history:
             parser.exit(130, f"\ninterrupted; go on with --resume --out {run.out}\n")

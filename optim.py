@@ -616,7 +616,7 @@ class MFAC(torch.optim.Optimizer):
         )
         # Masks belong to the parameters given now, not to groups that are added later.
         self.defaults["sparse"] = sparse is True
-        process_group = _process_group([p for p, _ in self._parameters()], process_group)
+        process_group = find_process_group([p for p, _ in self._parameters()], process_group)
         self._ranks = Ranks(process_group)
         first = next((p.device for p, _ in self._parameters()), "cpu")
         device = next((torch.device(d) for d in (optdev, moddev) if d is not None), first)
@@ -657,7 +657,7 @@ class MFAC(torch.optim.Optimizer):
             _check_group(group)
             masks = _masks(group["params"], group["sparse"])
             if self.fisher is not None:
-                _process_group(group["params"], self._ranks.group or False)
+                find_process_group(group["params"], self._ranks.group or False)
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
@@ -1009,7 +1009,7 @@ def _sharded(p: Tensor) -> int | None:
     return shards[0] if shards else None
 
 
-def _process_group(
+def find_process_group(
     params: list[Tensor], given: "ProcessGroup | bool | None"
 ) -> "ProcessGroup | None":
     """The group that shares the window; None if that is one process."""

@@ -39,17 +39,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.nn.utils import prune as torch_prune
 from torch.utils.data import SequentialSampler
 
-from optim import check_damp, check_integer
-from windows import full_precision
+from optim import check_damp, check_integer, find_process_group
+from windows import Ranks, full_precision
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "BlockedInverseFisher",
@@ -280,6 +284,8 @@ class PagedInverseFisher(StaticInverseFisher):
         damp: λ > 0, in units of squared gradients.
         pages: from 1 to d; it need not divide anything.
         device: where to compute, that of `grads` if None.
+        process_group: processes that have some columns of G each and make the same calls at the
+            same time; d and all vectors are those of this process. None: this process alone.
 
     Raises:
         ValueError: for arguments outside these ranges, gradients that are not finite, and where λ
@@ -293,7 +299,9 @@ class PagedInverseFisher(StaticInverseFisher):
         *,
         pages: int = 1,
         device: torch.device | str | None = None,
+        process_group: "ProcessGroup | None" = None,
     ):
+        self.ranks = Ranks(process_group)
         self.G, self._mapping = as_matrix(grads)
         d = self.G.shape[1]
         self.shape, self.damp = (d, d), check_damp(damp)
@@ -314,7 +322,8 @@ class PagedInverseFisher(StaticInverseFisher):
         # The refinement squares the error of y, but not beyond what float64 allows.
         finest = self._roundings * torch.finfo(torch.float64).eps / torch.finfo(self.dtype).eps
         error = max((4 * self._roundings) ** 2, finest)
-        if not error * x64.norm() <= RESOLVABLE * left.norm():
+        norms = self.ranks.sum(torch.stack([x64.square().sum(), left.square().sum()])).sqrt()
+        if not error * norms[0] <= RESOLVABLE * norms[1]:
             self._to_float64()
             return self.matvec(x)
         return like(x, left / self.damp)
@@ -323,7 +332,7 @@ class PagedInverseFisher(StaticInverseFisher):
         """diag(F⁻¹) (d,) in float64, each entry in (0, 1/λ], by (2)."""
         if self._diagonal is None:
             c = self._leverages()
-            if not bool((self._roundings * c <= RESOLVABLE * (1 - c)).all()):
+            if self.ranks.sum((~(self._roundings * c <= RESOLVABLE * (1 - c))).sum()) > 0:
                 self._to_float64()
                 return self.diagonal()
             self._diagonal = (1 - c) / self.damp
@@ -355,7 +364,8 @@ class PagedInverseFisher(StaticInverseFisher):
         """L⁻¹ of mλI + G_R G_Rᵀ, R = those not dropped, from the smaller Gram if that will do."""
         drop, keep = dropped.nonzero()[:, 0], (~dropped).nonzero()[:, 0]
         scale = self._A.diagonal()
-        if len(drop) < len(keep):
+        dropped_more = self.ranks.sum(torch.tensor(len(drop) - len(keep), device=self.device)) >= 0
+        if not dropped_more:
             A = self._A - self._gram(self.dtype, drop)
         else:
             A = self._gram(self.dtype, keep)
@@ -397,7 +407,7 @@ class PagedInverseFisher(StaticInverseFisher):
         with full_precision(self.device):
             for _, tile in self._tiles(dtype, index):
                 add_gram_(K, tile)
-        return K
+        return self.ranks.sum(K)
 
     def _leverages(self) -> Tensor:
         """c (d,) in float64."""
@@ -408,7 +418,8 @@ class PagedInverseFisher(StaticInverseFisher):
 
     def _times(self, x: Tensor) -> Tensor:
         """Gx (m,) in float64."""
-        return sum(tile @ x[columns] for columns, tile in self._tiles(torch.float64))
+        tiles = self._tiles(torch.float64)
+        return self.ranks.sum(sum(tile @ x[columns] for columns, tile in tiles))
 
     def _transposed_times(self, y: Tensor) -> Tensor:
         """Gᵀy (d,) in float64."""
@@ -590,6 +601,32 @@ class BlockedInverseFisher(StaticInverseFisher):
         if m == 0:
             raise ValueError("Expected at least one gradient, got none")
         return sums, m
+
+
+class SharedInverseFisher:
+    """F⁻¹ of which each rank has `part`, that of its chunk of the columns; of d weights in all."""
+
+    def __init__(self, part: StaticInverseFisher, ranks: Ranks, d: int):
+        self.part, self.ranks, self.d = part, ranks, d
+
+    def diagonal(self) -> Tensor:
+        return self._whole(self.part.diagonal())
+
+    def joint_update(self, drop: Tensor, w: Tensor) -> Tensor:
+        return self._whole(self.part.joint_update(*self._own(drop, w)))
+
+    def independent_update(self, drop: Tensor, w: Tensor) -> Tensor:
+        return self._whole(self.part.independent_update(*self._own(drop, w)))
+
+    def _own(self, drop: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of this rank's weights go, and those weights, with zeros beyond the last one."""
+        chunk = self.part.shape[0]
+        start = self.ranks.rank * chunk
+        own = pad(w, (0, self.ranks.size * chunk - self.d))[start : start + chunk]
+        return drop[(start <= drop) & (drop < start + chunk)] - start, own
+
+    def _whole(self, x: Tensor) -> Tensor:
+        return self.ranks.gather(x.to(self.part.device)).flatten()[: self.d].to(x.device)
 
 
 # --- which weights go -----------------------------------------------------------------------------
@@ -884,6 +921,9 @@ class MFACPruner(MagnitudePruner):
         update: of the weights that stay: "joint", "independent" or "none".
         seed: of the samples, together with the number of the recomputation.
         device: for the inverse Fisher; that of the first parameter if None.
+        process_group: processes that prune the same model with the same loader: each computes its
+            share of the gradients and of F⁻¹. By default the default group, if there is one;
+            False: this process alone.
     """
 
     def __init__(
@@ -903,8 +943,10 @@ class MFACPruner(MagnitudePruner):
         update: str = "joint",
         seed: int = 0,
         device: torch.device | str | None = None,
+        process_group: "ProcessGroup | bool | None" = None,
     ):
         super().__init__(model, params, scope=scope, pattern=pattern)
+        self._ranks = Ranks(find_process_group(list(self.params.values()), process_group))
         if update not in ("joint", "independent", "none"):
             raise ValueError(
                 f"Invalid update: {update!r}; it must be 'joint', 'independent' or 'none'"
@@ -945,7 +987,7 @@ class MFACPruner(MagnitudePruner):
         self._base_masks: dict[str, Tensor] = {}  # and masks: a weight alive may happen to be 0
         self._written: dict[str, Tensor] = {}  # weights as the pruner left them
         self._index: dict[str, Tensor] = {}  # of the weights alive in each parameter, flattened
-        self._inverse: PagedInverseFisher | BlockedInverseFisher | None = None
+        self._inverse: StaticInverseFisher | SharedInverseFisher | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model's own state, saved at the same time. F⁻¹ is
@@ -1015,54 +1057,68 @@ class MFACPruner(MagnitudePruner):
         d = sum(map(len, self._index.values()))
         if d == 0:
             raise ValueError("All weights are pruned; there is no Fisher matrix to invert")
-        b = min(self.blocksize or d, d)
+        b, ranks = min(self.blocksize or d, d), self._ranks
+        # As one block F⁻¹ can't be shared, however few the weights are.
+        whole = b == d and (d > self.ngrads or ranks.size > 1)
+        chunk = ranks.chunk(d) if whole else b * ranks.chunk(-(-d // b))  # of columns for a rank
         began, before = time.perf_counter(), self.seconds["gradients"]
         wide = any(p.dtype == torch.float64 for p in self.params.values())
-        rows = min(BATCH, self.ngrads) if b <= self.ngrads else self.ngrads
+        share = ranks.chunk(self.ngrads)
+        at_once = whole or b > self.ngrads
+        rows = share if at_once else min(BATCH, share)
         buffer = torch.empty(rows, d, dtype=torch.float64 if wide else torch.float32)
         with self._as_found():
             for name, p in self.params.items():
                 p.copy_(base[name])
-            grads = self._gradients(number, buffer)
-            if b > self.ngrads:
+            grads = self._gradients(number, buffer, chunk)
+            if at_once:
                 (grads,) = grads
-            if b == d > self.ngrads:
-                pages = min(self.pages, d)
-                inverse = PagedInverseFisher(grads, self.damp, pages=pages, device=self.device)
-            else:
-                inverse = BlockedInverseFisher(
-                    grads, b, self.damp, perbatch=self.perbatch, device=self.device
-                )
-            inverse.diagonal()
-        self._inverse = inverse
+            with ranks.agreed():
+                options = {"damp": self.damp, "device": self.device}
+                if whole:
+                    options |= {"pages": min(self.pages, chunk), "process_group": ranks.group}
+                    inverse = PagedInverseFisher(grads, **options)
+                else:
+                    inverse = BlockedInverseFisher(grads, b, perbatch=self.perbatch, **options)
+                inverse.diagonal()
+        self._inverse = inverse if ranks.size == 1 else SharedInverseFisher(inverse, ranks, d)
         collecting = self.seconds["gradients"] - before
         self.seconds["inverse"] += time.perf_counter() - began - collecting
 
-    def _gradients(self, number: int, buffer: Tensor) -> Iterator[Tensor]:
-        """`ngrads` gradients (·, d) of the d weights alive, as many at a time as `buffer` holds."""
-        count, began = 0, time.perf_counter()
+    def _gradients(self, number: int, buffer: Tensor, chunk: int) -> Iterator[Tensor]:
+        """`ngrads` gradients (·, d) of the d weights alive, as many at a time as `buffer` holds in
+        each rank; of each this rank's `chunk` of the weights."""
+        count, row, began, ranks = 0, 0, time.perf_counter(), self._ranks
         params = list(self.params.values())
         for batch in islice(self._batches(number), self.ngrads):
-            with torch.enable_grad():
-                loss = self.loss(self.model, batch)
-                if not (is_real(loss) and loss.numel() == 1 and loss.requires_grad):
-                    raise ValueError(
-                        "Expected loss(model, batch) to return a tensor of one number, with a "
-                        f"graph, got {kind(loss)}; return the mean over the batch, not its item()"
-                    )
-                grads = torch.autograd.grad(loss, params, materialize_grads=True)
-            row = count % len(buffer)
-            buffer[row] = self._alive(dict(zip(self.params, grads, strict=True)))
+            if count % ranks.size == ranks.rank:
+                buffer[row] = self._gradient(batch, params)
+                row += 1
             count += 1
-            if row == len(buffer) - 1 or count == self.ngrads:
+            left = (count - 1) % (ranks.size * len(buffer)) + 1  # since the last exchange
+            if left == ranks.size * len(buffer) or count == self.ngrads:
+                counts = [-(-(left - r) // ranks.size) for r in range(ranks.size)]
+                rows, row = ranks.exchange(buffer[:row], counts, chunk), 0
                 self.seconds["gradients"] += time.perf_counter() - began
-                yield buffer[: row + 1]
+                yield rows
                 began = time.perf_counter()
         if count < self.ngrads:
             raise ValueError(
                 f"Wanted {self.ngrads} gradients, but the loader had only {count} full batches; "
                 "ask for fewer gradients or smaller batches, or give more data"
             )
+
+    def _gradient(self, batch: Any, params: list[Tensor]) -> Tensor:
+        """The gradient (d,) of the loss of a batch."""
+        with torch.enable_grad():
+            loss = self.loss(self.model, batch)
+            if not (is_real(loss) and loss.numel() == 1 and loss.requires_grad):
+                raise ValueError(
+                    "Expected loss(model, batch) to return a tensor of one number, with a "
+                    f"graph, got {kind(loss)}; return the mean over the batch, not its item()"
+                )
+            grads = torch.autograd.grad(loss, params, materialize_grads=True)
+        return self._alive(dict(zip(self.params, grads, strict=True)))
 
     def _batches(self, number: int) -> Iterator[Any]:
         """The full batches of the loader for recomputation `number`."""

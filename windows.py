@@ -11,12 +11,13 @@ What they cost is said beforehand by `window_bytes` and `step_traffic`.
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 if TYPE_CHECKING:  # torch may be built without
     from torch.distributed import ProcessGroup
@@ -62,6 +63,38 @@ class Ranks:
         gathered = x.new_empty(self.size, len(x))
         dist.all_gather(list(gathered.unbind()), x.contiguous(), group=self.group)
         return gathered
+
+    def exchange(self, rows: Tensor, counts: Sequence[int], chunk: int) -> Tensor:
+        """This rank's `chunk` of the columns of the rows that all ranks have, from the rows (n, d)
+        of each, of which there are as many as `counts` says; columns beyond d are zero."""
+        if self.size == 1:
+            return rows
+        n, d = rows.shape
+        sent = pad(rows, (0, self.size * chunk - d)).view(n, self.size, chunk)
+        received = rows.new_empty(sum(counts), chunk)
+        dist.all_to_all_single(
+            received,
+            sent.transpose(0, 1).reshape(-1, chunk),
+            list(counts),
+            [n] * self.size,
+            group=self.group,
+        )
+        return received
+
+    @contextlib.contextmanager
+    def agreed(self) -> Iterator[None]:
+        """A ValueError inside, in any rank, is one in all of them."""
+        if self.size == 1:
+            yield
+            return
+        error, errors = None, [None] * self.size
+        try:
+            yield
+        except ValueError as raised:
+            error = str(raised)
+        dist.all_gather_object(errors, error, group=self.group)
+        for error in filter(None, errors):
+            raise ValueError(error)
 
     def part(self, x: Tensor, dim: int = 0) -> Tensor:
         """This rank's part of x: `chunk` entries along `dim`, the last ranks what is left."""
