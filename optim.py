@@ -832,10 +832,10 @@ class MFAC(torch.optim.Optimizer):
         windows = shared.pop("window")
         if self.fisher.compress is not None:
             shared["ranks"] = self._ranks.size
-            shared["window"] = [
-                {name: self._as_saved(x, x.ndim - 1) for name, x in window.items()}
-                for window in windows
-            ]
+            shared["window"] = {
+                str(i): {name: self._as_saved(x, x.ndim - 1) for name, x in window.items()}
+                for i, window in enumerate(windows)
+            }
         start = 0
         for i, (p, _) in enumerate(self._parameters()):
             entries = dict(state_dict["state"][i])
@@ -900,9 +900,10 @@ class MFAC(torch.optim.Optimizer):
             self._skipped_steps = shared.pop("skipped_steps")
             complete = True
             if "window" in shared:
+                windows = shared["window"]
                 shared["window"] = [
-                    {name: self._own(x, x.ndim - 1) for name, x in window.items()}
-                    for window in shared["window"]
+                    {name: self._own(x, x.ndim - 1) for name, x in windows[str(i)].items()}
+                    for i in range(len(windows))
                 ]
             else:
                 m = len(shared["coefficients"]["K"])
@@ -970,7 +971,7 @@ class MFAC(torch.optim.Optimizer):
                 f"A compressed window of {shared['ranks']} processes can't be loaded into "
                 f"{self._ranks.size}: go on with as many"
             )
-        columns = sum(window["error"].numel() for window in shared["window"])
+        columns = sum(window["error"].numel() for window in shared["window"].values())
         if self._ranks.size == 1 and columns != total:
             raise ValueError(
                 f"The state dict belongs to another model: it has {columns} weights, this one "

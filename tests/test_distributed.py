@@ -1,0 +1,130 @@
+"""Several processes give the same results as one, to rounding; through torchrun, with gloo."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import models
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+
+def torchrun(processes, *arguments):
+    """A run in so many processes, as it is to be waited for."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def output(process, timeout=300):
+    """What a run has printed; it has to end well."""
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == 0, err[-5000:]
+    return out
+
+
+CHECKS = ["steps", "messages", "skipped", "checkpoints", "refused"]
+CHECKS += ["inverses", "pruning", "disagreement"]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_every_process_gets_what_one_process_would(processes, tmp_path):
+    """See distributed_worker.py."""
+    output(torchrun(processes, ROOT / "tests/distributed_worker.py", *CHECKS, tmp_path))
+
+
+def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
+    worker = ROOT / "tests/distributed_worker.py"
+    output(torchrun(4, worker, "save", tmp_path))
+    output(torchrun(2, worker, "go_on", tmp_path))
+    output(torchrun(1, worker, "go_on", tmp_path))
+
+
+def script(name, *arguments):
+    return [str(ROOT / name), "--model", "resnet20", *map(str, arguments)]
+
+
+def run_alone(arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, *arguments], env=environment, check=True, capture_output=True, timeout=300
+    )
+
+
+def state_dict(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def assert_close(path, other, tolerance):
+    """Models that are the same but for roundings, which the running means add up."""
+    a, b = state_dict(path), state_dict(other)
+    for name in a:
+        x, y = a[name].double(), b[name].double()
+        assert float((x - y).norm()) <= tolerance * (1 + float(y.norm())), name
+
+
+def test_both_scripts(dataset, tmp_path):
+    """Training in three processes goes on in one, and the other way round, like one run in one;
+    pruning with fine-tuning in two is like that in one. Batches of 27 leave one of 26."""
+    common = ["--dataset", dataset, "--batchsize", "27", "--seed", "3"]
+    train = [*common, "--lr", "1e-3", "--ngrads", "8", "--save"]
+    alone = tmp_path / "alone.pth"
+    run_alone(script("main_optim.py", *train, alone, "--epochs", 2))
+
+    path = tmp_path / "shared.pth"
+    running = torchrun(3, *script("main_optim.py", *train, path, "--epochs", 2))
+    out = output(running)
+    assert out.count("epoch 1/2") == 1 and out.count("epoch 2/2") == 1
+    assert_close(path, alone, 1e-3)
+    assert {file.suffix for file in tmp_path.glob("shared*")} == {".pth", ".state", ".csv", ".png"}
+    saved = torch.load(path.with_suffix(".state"), weights_only=True)["optimizer"]["state"]
+    assert all(type(entries["grads"]) is torch.Tensor for entries in saved.values())
+
+    prune = [*common, "--checkpoint", path, "--ngrads", "6", "--npergrad", "8"]
+    prune += ["--sparsities", "0.5", "--nepochs", "1", "--lr", "1e-3", "--out"]
+    run_alone(script("main_prun.py", *prune, tmp_path / "pruned-alone"))
+    out = output(torchrun(2, *script("main_prun.py", *prune, tmp_path / "pruned-shared")))
+    assert out.count("step 0") == 2, "pruned, and fine-tuned"
+    ending = "-step0.pth"
+    assert_close(tmp_path / f"pruned-shared{ending}", tmp_path / f"pruned-alone{ending}", 1e-3)
+
+
+def children(pid):
+    """The processes that `pid` has started."""
+    text = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(word) for word in text.stdout.split()]
+
+
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(dataset, tmp_path):
+    path = tmp_path / "net.pth"
+    call = script("main_optim.py", "--dataset", dataset, "--ngrads", 8, "--save", path)
+    running = torchrun(2, *call, "--epochs", 200)
+    deadline = time.monotonic() + 200
+    while not path.with_suffix(".state").exists():
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    os.kill(children(running.pid)[-1], signal.SIGKILL)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode != 0
+    assert "another process of this run has ended" in err or "SIGKILL" in err, err[-3000:]
+    done = len(torch.load(path.with_suffix(".state"), weights_only=True)["history"])
+    assert 1 <= done < 200
+    assert models.load_checkpoint(models.build("resnet20", 4), path) is None
+
+
+def test_a_mistake_is_reported_once():
+    running = torchrun(2, *script("main_optim.py", "--lr", "nothing"))
+    _, err = running.communicate(timeout=100)
+    assert running.returncode != 0
+    assert err.count("--lr: nothing is not a number above 0") == 1
