@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY = passive
 demo: .venv/installed
 	$(BIN)/python main_optim.py --model resnet20 --dataset digits --optim mfac --save runs/demo.pth --overwrite
 	$(BIN)/python main_prun.py $(DEMO) --pruner magnitude --out runs/demo-magnitude
-	$(BIN)/python main_prun.py $(DEMO) --pruner mfac --ngrads 256 --out runs/demo-mfac --compare runs/demo-magnitude.csv
+	$(BIN)/python main_prun.py $(DEMO) --pruner mfac --ngrads 256 --out runs/demo-mfac --plot runs/demo-magnitude.csv
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
