@@ -20,7 +20,12 @@ logger = logging.getLogger("optim")
 
 
 def cuda_kernels(device: torch.device) -> ModuleType | None:
-    """The extension hinv_cuda for a CUDA device if it is installed, else None."""
+    """The extension hinv_cuda for a CUDA device if it is installed, else None.
+
+    Example:
+        >>> cuda_kernels(torch.device("cpu")) is None
+        True
+    """
     return _extension() if device.type == "cuda" else None
 
 
@@ -42,7 +47,12 @@ def _factor(A: Tensor) -> Tensor:
 
 
 def unit(j: int, like: Tensor) -> Tensor:
-    """e_j, as long as `like`."""
+    """e_j, as long as `like`.
+
+    Example:
+        >>> unit(1, like=torch.ones(3))
+        tensor([0., 1., 0.])
+    """
     e = torch.zeros_like(like)
     e[j] = 1
     return e
@@ -52,6 +62,12 @@ class IncrementalCoefficients:
     """P = A⁻¹ (m, m) in float64, exchanged in O(m²) when a row of the window changes.
 
     P is computed anew from A once every m exchanges.
+
+    Example:
+        >>> side = IncrementalCoefficients(2, damp=0.5, device=torch.device("cpu"))
+        >>> z, condition = side.exchange(0, torch.tensor([3.0, 0.0], dtype=torch.float64))
+        >>> round(float(z[0]), 6)  # A is diag(4, 1)
+        0.25
     """
 
     def __init__(self, m: int, damp: float, device: torch.device):
@@ -149,6 +165,12 @@ class PaperCoefficients:
     """The paper's B and q, computed anew from K for each gradient: O(m³).
 
     With C = mI + K/λ = L̂ diag(q) L̂ᵀ and B = λ⁻¹L̂⁻¹, A⁻¹ = λ Bᵀ diag(1/q) B.
+
+    Example:
+        >>> side = PaperCoefficients(2, damp=0.5, device=torch.device("cpu"))
+        >>> z, condition = side.exchange(0, torch.tensor([3.0, 0.0], dtype=torch.float64))
+        >>> round(float(z[0]), 6)  # A is diag(4, 1)
+        0.25
     """
 
     def __init__(self, m: int, damp: float, device: torch.device):

@@ -5,9 +5,10 @@
 
 One line an epoch goes to standard output. Four files lie side by side, all but the curves
 rewritten after each epoch: the model (--save), and with the same stem the training state
-(.state), the figures of each epoch (.csv) and the curves (.png, at the end). Every file is
-derived from the training state, which is written first: a run killed at any moment goes on with
---resume to the same bits as an uninterrupted one (on the CPU, with as many threads).
+(.state), the figures of each epoch (.csv) and the curves (.png, at the end, with those of other
+runs if --plot names their CSVs). Every file is derived from the training state, which is written
+first: a run killed at any moment goes on with --resume to the same bits as an uninterrupted one (on
+the CPU, with as many threads).
 
     torchrun --nproc-per-node N main_optim.py ...
 
@@ -19,6 +20,7 @@ import argparse
 import bisect
 import csv
 import io
+import itertools
 import math
 import os
 import sys
@@ -67,6 +69,10 @@ DEFAULTS = {
     | WINDOW,
 }
 PAPER_EPOCHS = {"resnet": 164, "wideresnet": 200, "mobilenet": 100}  # by the start of the name
+
+# The figures that are drawn, and how large they may be in the CSV of an earlier run.
+DRAWN = dict(epoch=1e9, seconds=1e9, train_loss=None, test_loss=None)
+DRAWN |= dict(train_accuracy=100, test_accuracy=100)
 
 
 class UserError(Exception):
@@ -137,6 +143,14 @@ def load_saved(path: Path, mmap: bool = False) -> Any:
         raise UserError(f"{path} is damaged, or was not saved by this script") from error
 
 
+def check_folder(path: Path, flag: str) -> None:
+    """Raises UserError if `path`, of `flag`, neither is nor can become a folder to write into."""
+    path = path.absolute()
+    folder = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"{folder} is no folder that can be written into: see {flag}")
+
+
 def available_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on `device`."""
     if device.type == "cuda":
@@ -189,10 +203,15 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def progress(batches: Iterable, title: str, total: int | None = None) -> tqdm:
+    """The batches, with a progress bar if the first process is on a terminal."""
+    first = os.environ.get("RANK", "0") == "0"
+    return tqdm(batches, title, total, leave=False, disable=None if first else True)
+
+
 def batches(loader: Iterable, device: torch.device, title: str):
     """The batches of `loader` on `device`, with a progress bar on a terminal."""
-    silent = None if os.environ.get("RANK", "0") == "0" else True
-    for images, labels in (bar := tqdm(loader, title, leave=False, disable=silent)):
+    for images, labels in (bar := progress(loader, title)):
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
         yield bar, images, labels.to(device, non_blocking=True)
 
@@ -256,12 +275,13 @@ def evaluate(
     training = model.training
     model.eval()
     loss_sum, correct, seen = 0.0, 0, 0
-    for _, images, labels in batches(loader, device, "test"):
+    for bar, images, labels in batches(loader, device, "test"):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
             outputs = model(images)
         loss_sum += cross_entropy(outputs.float(), labels, reduction="sum").item()
         correct += (outputs.argmax(1) == labels).sum().item()
         seen += len(labels)
+        bar.set_postfix(loss=loss_sum / seen, accuracy=100 * correct / seen, refresh=False)
     model.train(training)
     loss_sum, correct, seen = totals(ranks, loss_sum, correct, seen)
     return loss_sum / seen, 100 * correct / seen
@@ -290,6 +310,107 @@ def synchronized_time(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def add_figure_flags(group: argparse._ArgumentGroup) -> None:
+    """--plot and --tensorboard."""
+    text = "CSV files of earlier runs, to be drawn into the same picture"
+    group.add_argument("--plot", type=Path, nargs="+", metavar="CSV", default=[], help=text)
+    text = "write the figures of the CSV for TensorBoard, too, into a folder of this run in DIR"
+    group.add_argument("--tensorboard", type=Path, metavar="DIR", help=text)
+
+
+class TensorBoard:
+    """The figures of a run as scalars, row by row, in a folder that a resumed run goes on with."""
+
+    def __init__(self, folder: Path | None, run: str):
+        """In the folder `run` of `folder`, or nowhere. Raises UserError if that can't be."""
+        self.folder, self.writer = folder and folder / run, None
+        if folder is None:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(
+                "--tensorboard needs the package tensorboard: install it with 'pip install "
+                "tensorboard', or leave the flag out"
+            ) from error
+        self.start = SummaryWriter
+        check_folder(self.folder, "--tensorboard")
+
+    def write(self, history: list[dict[str, Any]]) -> None:
+        """Adds the last row, and those before it to a folder that has none. To be called before the
+        state is saved: a row that was written but not saved is replaced when the run goes on."""
+        if self.folder is None or os.environ.get("RANK", "0") != "0":
+            return
+        first = len(history)
+        try:
+            if self.writer is None:
+                first = first if any(self.folder.glob("events.*")) else 1
+                self.writer = self.start(self.folder, purge_step=first)
+            for step, row in enumerate(history[first - 1 :], start=first):
+                for name, value in row.items():
+                    if value is not None:
+                        self.writer.add_scalar(name, value, step)
+            self.writer.flush()
+        except OSError as error:
+            raise UserError(f"cannot write into --tensorboard {self.folder}: {error}") from error
+
+
+# --- pictures -------------------------------------------------------------------------------
+
+# A run, by its name: rows of figures. Lines that the colour-blind tell apart, and anyone in print.
+Runs = list[tuple[str, list[dict[str, Any]]]]
+COLORS = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+STYLES = tuple(zip(COLORS, "os^Dvx", ("-", "--", "-.", ":", "-", "--"), strict=True))
+
+
+def read_runs(paths: list[Path], largest: dict[str, float | None]) -> Runs:
+    """From the CSVs of earlier runs the columns in `largest`, which says what they may hold beside
+    0 at least (None: anything), where all are filled. Raises UserError if a file is no such CSV."""
+    runs = []
+    for path in paths:
+        try:
+            with open(path, newline="") as file:
+                texts = [[row[name] for name in largest] for row in csv.DictReader(file)]
+            rows = [dict(zip(largest, map(float, row), strict=True)) for row in texts if all(row)]
+        except OSError as error:
+            raise UserError(f"--plot {path} cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            raise UserError(f"--plot {path} is no CSV that this script has written") from error
+        limits = [(row[name], most) for row in rows for name, most in largest.items()]
+        if not rows or not all(most is None or 0 <= value <= most for value, most in limits):
+            raise UserError(f"--plot {path} does not hold {', '.join(largest)} of a run")
+        runs.append((str(path.with_suffix("")), rows))
+    return runs
+
+
+def save_curves(runs: Runs, path: Path) -> None:
+    """Draws loss and accuracy against epochs and against time, two lines a run."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    grid = figure.subplots(2, 2, sharex="col", sharey="row")
+    for (name, rows), (color, marker, _) in zip(runs, itertools.cycle(STYLES), strict=False):
+        epochs = [row["epoch"] for row in rows]
+        seconds = list(itertools.accumulate(row["seconds"] for row in rows))
+        for axes, figures in zip(grid, ("loss", "accuracy"), strict=True):
+            for split, line in (("train", "--"), ("test", "-")):
+                style = {"linestyle": line, "color": color, "marker": marker, "markersize": 4}
+                values = [row[f"{split}_{figures}"] for row in rows]
+                axes[0].plot(epochs, values, **style, label=f"{name}, {split}")
+                axes[1].plot(seconds, values, **style)
+    for axes, label in zip(grid, ("Loss (nats)", "Accuracy (%)"), strict=True):
+        axes[0].set_ylabel(label)
+    for axes, label in zip(grid[1], ("Epoch", "Time in training (s)"), strict=True):
+        axes.set_xlabel(label)
+    grid[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+    lines = grid[0, 0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=min(3, len(runs)))
+    save_atomically(path, lambda file: figure.savefig(file, format="png", dpi=200))
 
 
 # --- the command line -----------------------------------------------------------------------
@@ -353,6 +474,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "go on with the run of --save, if there is one, after the last epoch that it saved"
     add("--resume", action="store_true", help=text)
     add("--overwrite", action="store_true", help="begin anew, whatever is at --save")
+    add_figure_flags(group)
     return parser
 
 
@@ -465,12 +587,14 @@ class Run:
         """Begins a run or goes on with a saved one. Whatever can be checked is checked here, and
         nothing is written but the folder. Raises UserError, and OSError or ValueError from what it
         uses."""
-        files = ("save", "resume", "overwrite")
+        files = ("save", "resume", "overwrite", "plot", "tensorboard")
         given = {k: v for k, v in vars(args).items() if v is not None and k not in files}
         names = {**COMMON, **given}
         data = Path(names["dataset"]).resolve().name
         self.path = args.save or Path("runs", f"{names['model']}-{data}-{names['optim']}.pth")
         self.state_path = self.path.with_suffix(".state")
+        self.tensorboard = TensorBoard(args.tensorboard, self.path.stem)
+        self.others = read_runs(args.plot, DRAWN)
         state = self.check_files(args.resume, args.overwrite)
         if state:
             check_same(given, state["settings"])
@@ -514,9 +638,7 @@ class Run:
         files would be lost."""
         if self.path.suffix not in (".pth", ".pt"):
             raise UserError(f"--save {self.path} must end in .pth or .pt")
-        folder = next(folder for folder in self.path.absolute().parents if folder.exists())
-        if not (folder.is_dir() and os.access(folder, os.W_OK)):
-            raise UserError(f"{folder} is no folder that can be written into: see --save")
+        check_folder(self.path.parent, "--save")
         beside = [self.path.with_suffix(suffix) for suffix in (".csv", ".png")]
         exist = [path for path in (self.state_path, self.path, *beside) if path.exists()]
         if folders := [path for path in exist if path.is_dir()]:
@@ -567,6 +689,7 @@ class Run:
             row |= train_epoch(*parts, title=title, **how)
             loss, accuracy = evaluate(self.tested, self.test_loader, **how)
             row |= {"test_loss": loss, "test_accuracy": accuracy}
+            self.tensorboard.write([*self.history, row])
             self.save_state([*self.history, row])
             self.history.append(row)
             self.save_results()
@@ -578,7 +701,8 @@ class Run:
             )
         self.save_results()  # again: a run that goes on may have been killed before it came to it
         if self.ranks.rank == 0:
-            save_curves(self.history, self.path.with_suffix(".png"))
+            runs = [(str(self.path.with_suffix("")), self.history), *self.others]
+            save_curves(runs, self.path.with_suffix(".png"))
 
     def save_state(self, history: list[dict[str, float]]) -> None:
         """Writes what --resume needs, from which the other files can be made again."""
@@ -606,27 +730,6 @@ class Run:
         table.writerows(self.history)
         csv_path = self.path.with_suffix(".csv")
         save_atomically(csv_path, lambda file: file.write(text.getvalue().encode()))
-
-
-def save_curves(history: list[dict[str, float]], path: Path) -> None:
-    """Draws loss and accuracy against epochs, in lines that differ in colour, also for the
-    colour-blind, and in style, for print."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in history]
-    for axes, name, label in ((left, "loss", "Loss"), (right, "accuracy", "Accuracy (%)")):
-        for split, style, color in (("train", "s--", "#0072B2"), ("test", "o-", "#D55E00")):
-            values = [row[f"{split}_{name}"] for row in history]
-            axes.plot(epochs, values, style, color=color, markersize=3, label=split)
-        axes.set(xlabel="Epoch", ylabel=label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.suptitle(path.stem)
-    save_atomically(path, lambda file: figure.savefig(file, format="png", dpi=200))
 
 
 def main(argv: list[str] | None = None) -> None:

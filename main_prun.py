@@ -7,9 +7,10 @@
 One line for the model as it is, then one a pruning step and one an epoch of fine-tuning go to
 standard output. Beside each other lie, all with names that begin as --out says, the model pruned
 to each level with its masks (-step0.pth, ...), the figures of every line (.csv), accuracy against
-sparsity (.png, at the end), and the state of the run (.state). The state is written first and all
-else is derived from it: a run killed at any moment goes on with --resume to the same bits as an
-uninterrupted one (on the CPU, with as many threads).
+sparsity (.png, at the end, with those of other runs if --plot names their CSVs), and the state of
+the run (.state). The state is written first and all else is derived from it: a run killed at any
+moment goes on with --resume to the same bits as an uninterrupted one (on the CPU, with as many
+threads).
 
     torchrun --nproc-per-node N main_prun.py ...
 
@@ -27,8 +28,8 @@ import io
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see main_optim.py
 
 import torch
 from torch.optim.swa_utils import update_bn
-from tqdm import tqdm
 
 import datautils
 import models
@@ -48,9 +48,14 @@ from main_optim import (
     NOT_NEGATIVE,
     POSITIVE,
     SEED,
+    STYLES,
     Parser,
+    Runs,
+    TensorBoard,
     UserError,
+    add_figure_flags,
     available_memory,
+    check_folder,
     check_same,
     distributed,
     evaluate,
@@ -61,6 +66,8 @@ from main_optim import (
     lost_connection,
     note,
     number,
+    progress,
+    read_runs,
     save_atomically,
     say,
     train_epoch,
@@ -96,6 +103,9 @@ COLUMNS = {
     "training_seconds": "training {:.1f} s",
     "evaluation_seconds": "evaluation {:.1f} s",
 }
+
+# The figures that are drawn, and how large they may be in the CSV of an earlier run.
+DRAWN = {"sparsity": 1, "test_accuracy": 100}
 
 STEP = number(int, "a whole number from 0", lambda value: value >= 0)
 BLOCK = number(int, "-1 or a whole number from 1", lambda value: value == -1 or value >= 1)
@@ -187,8 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help=text)
     add("--overwrite", action="store_true", help="begin anew, whatever is at --out")
-    text = "CSV files of other runs, to be drawn into the same picture"
-    group.add_argument("--compare", type=Path, nargs="+", metavar="CSV", default=[], help=text)
+    add_figure_flags(group)
     group.add_argument("--verbose", action="store_true", help="print the sparsity of each layer")
     return parser
 
@@ -305,12 +314,6 @@ class Gradients:
         yield from progress(self.loader, "gradients", self.total)
 
 
-def progress(batches: Iterable, title: str, total: int | None = None) -> Iterable:
-    """The batches, with a progress bar if the first process is on a terminal."""
-    first = os.environ.get("RANK", "0") == "0"
-    return tqdm(batches, title, total, leave=False, disable=None if first else True)
-
-
 class Run:
     """A pruning run: all that a step needs, and the files that keep it."""
 
@@ -318,13 +321,14 @@ class Run:
         """Begins a run or goes on with a saved one. Whatever can be checked is checked here, and
         nothing is written but the folder. Raises UserError, and OSError or ValueError from what it
         uses."""
-        output = ("out", "resume", "overwrite", "compare", "verbose")
+        output = ("out", "resume", "overwrite", "plot", "tensorboard", "verbose")
         given = {k: v for k, v in vars(args).items() if v is not None and k not in output}
         names = {**COMMON, **given}
         data = Path(names["dataset"]).resolve().name
         self.out = args.out or Path("runs", f"{names['model']}-{data}-pruned-{names['pruner']}")
         self.verbose = args.verbose
-        self.curves = [(str(path.with_suffix("")), read_curve(path)) for path in args.compare]
+        self.tensorboard = TensorBoard(args.tensorboard, self.out.name)
+        self.others = read_runs(args.plot, DRAWN)
         state = self.check_files(args.resume, args.overwrite)
         if state:
             check_same(given, state["settings"])
@@ -378,9 +382,7 @@ class Run:
         files would be lost."""
         if self.out.is_dir() or self.out.name in ("", ".."):
             raise UserError(f"--out {self.out} is a folder: add how the files in it shall begin")
-        folder = next(folder for folder in self.out.absolute().parents if folder.exists())
-        if not (folder.is_dir() and os.access(folder, os.W_OK)):
-            raise UserError(f"{folder} is no folder that can be written into: see --out")
+        check_folder(self.out.parent, "--out")
         exist, state_path = self.files(), self.beside(".state")
         if folders := [path for path in exist if path.is_dir()]:
             raise UserError(f"{folders[0]} is a folder: choose another --out")
@@ -527,6 +529,7 @@ class Run:
                 loss, accuracy = evaluate(self.model, self.test_loader, **how)
                 row |= {"test_loss": loss, "test_accuracy": accuracy}
                 row["evaluation_seconds"] = time.perf_counter() - began
+            self.tensorboard.write([*self.history, row])
             self.save_state([*self.history, row])
             self.history.append(row)
             self.save_results()
@@ -535,7 +538,7 @@ class Run:
             if self.verbose and task != "tune":
                 say(self.layers())
         if self.ranks.rank == 0:
-            save_plot([(self.out.name, curve(self.history)), *self.curves], self.beside(".png"))
+            save_plot([(str(self.out), self.history), *self.others], self.beside(".png"))
 
     def measure(self, _: int) -> dict[str, Any]:
         """The model as it is, with statistics of batch norm as asked for."""
@@ -674,35 +677,19 @@ def find_checkpoint(settings: dict[str, Any], data: str) -> Path:
 
 def curve(history: list[dict[str, Any]]) -> list[tuple[float, float]]:
     """(sparsity, accuracy) in order of sparsity: at each the last that was measured."""
-    tested = [row for row in history if row["test_accuracy"] not in (None, "")]
-    return sorted({float(r["sparsity"]): float(r["test_accuracy"]) for r in tested}.items())
+    tested = [row for row in history if row["test_accuracy"] is not None]
+    return sorted({row["sparsity"]: row["test_accuracy"] for row in tested}.items())
 
 
-def read_curve(path: Path) -> list[tuple[float, float]]:
-    """The curve of the CSV of another run. Raises UserError if it is none."""
-    try:
-        with open(path, newline="") as file:
-            points = curve(list(csv.DictReader(file)))
-    except OSError as error:
-        raise UserError(f"--compare {path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
-        raise UserError(f"--compare {path} is no CSV that this script has written") from error
-    if not points or not all(0 <= s <= 1 and 0 <= accuracy <= 100 for s, accuracy in points):
-        raise UserError(f"--compare {path} holds no sparsities with accuracies in percent")
-    return points
-
-
-def save_plot(curves: list[tuple[str, list[tuple[float, float]]]], path: Path) -> None:
-    """Draws accuracy against sparsity, a line a run, that differ in colour, also for the
-    colour-blind, and in markers, for print."""
+def save_plot(runs: Runs, path: Path) -> None:
+    """Draws accuracy against sparsity, a line a run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
-    colors = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-    for index, (name, points) in enumerate(curves):
-        style = {"color": colors[index % len(colors)], "marker": "os^Dvx"[index % 6]}
-        axes.plot(*zip(*points, strict=True), label=name, markersize=4, **style)
+    for (name, rows), (color, marker, line) in zip(runs, cycle(STYLES), strict=False):
+        style = {"linestyle": line, "color": color, "marker": marker, "markersize": 4}
+        axes.plot(*zip(*curve(rows), strict=True), **style, label=name)
     axes.set(xlabel="Sparsity (fraction of prunable weights)", ylabel="Test accuracy (%)")
     axes.grid(alpha=0.3)
     axes.legend()

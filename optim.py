@@ -47,7 +47,16 @@ __all__ = ["MFAC", "DynamicInverseFisher", "NonFiniteGradientError", "step_traff
 
 
 class NonFiniteGradientError(ValueError):
-    """A gradient with NaN or Inf was refused; the window is as it was."""
+    """A gradient with NaN or Inf was refused; the window is as it was.
+
+    Example:
+        >>> fisher = DynamicInverseFisher(num_grads=2, dim=1)
+        >>> try:
+        ...     fisher.update(torch.tensor([torch.nan]))
+        ... except NonFiniteGradientError as error:
+        ...     print(error)
+        The gradient has NaN or Inf; the window is unchanged
+    """
 
 
 # --- the inverse Fisher ---------------------------------------------------------------------------
@@ -149,6 +158,12 @@ class DynamicInverseFisher:
 
     Raises:
         ValueError: for arguments outside these ranges, and where λ is too small for the gradients.
+
+    Example:
+        >>> fisher = DynamicInverseFisher(num_grads=2, dim=3, damp=0.5)
+        >>> fisher.update(torch.tensor([1.0, 0.0, 0.0]))
+        >>> fisher.matvec(torch.tensor([1.0, 1.0, 1.0]))  # F is diag(1, 0.5, 0.5)
+        tensor([1., 2., 2.])
     """
 
     def __init__(

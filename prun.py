@@ -83,6 +83,12 @@ def inverse_bytes(
 
     The model and a backward pass come on top. The factors are for the most that a recomputation
     and the prunings after it hold at any time: gradients, matrices, vectors, and tiles.
+
+    Example:
+        >>> main = torch.device("cpu")
+        >>> full = inverse_bytes(1024, 270_896)[main]
+        >>> inverse_bytes(1024, 270_896, blocksize=128)[main] < full / 2
+        True
     """
     m, d, device = ngrads, dim, torch.device(device)
     main = device if device.type == "cpu" else torch.device("cpu")
@@ -290,6 +296,14 @@ class PagedInverseFisher(StaticInverseFisher):
     Raises:
         ValueError: for arguments outside these ranges, gradients that are not finite, and where λ
             is too small beside the gradients for float64. So do all methods.
+
+    Example:
+        >>> G = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+        >>> fisher = PagedInverseFisher(G, damp=0.5, pages=2)
+        >>> fisher.diagonal().round(decimals=6)  # F is diag(1, 1, 0.5)
+        tensor([1., 1., 2.], dtype=torch.float64)
+        >>> fisher.joint_update([0], torch.tensor([3.0, 3.0, 3.0]))
+        tensor([-3.,  0.,  0.])
     """
 
     def __init__(
@@ -522,6 +536,12 @@ class BlockedInverseFisher(StaticInverseFisher):
     Raises:
         ValueError: for arguments outside these ranges, gradients that are not finite, and where λ
             is too small beside the gradients for float64. So do all methods.
+
+    Example:
+        >>> G = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+        >>> fisher = BlockedInverseFisher(G, blocksize=2, damp=0.5)
+        >>> fisher.matvec(torch.ones(3))  # F is diag(1, 1, 0.5)
+        tensor([1., 1., 2.])
     """
 
     def __init__(
@@ -713,6 +733,15 @@ class MagnitudePruner:
 
     Raises:
         ValueError: for arguments outside these ranges. So do all methods.
+
+    Example:
+        >>> model = nn.Linear(4, 1)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.copy_(torch.tensor([1.0, -2.0, 3.0, -4.0]))
+        >>> MagnitudePruner(model).prune(0.5)
+        {'weight': tensor([[False, False,  True,  True]])}
+        >>> model.weight.data
+        tensor([[ 0.,  0.,  3., -4.]])
     """
 
     def __init__(
@@ -924,6 +953,14 @@ class MFACPruner(MagnitudePruner):
         process_group: processes that prune the same model with the same loader: each computes its
             share of the gradients and of F⁻¹. By default the default group, if there is one;
             False: this process alone.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> loader = [(torch.randn(8, 4), torch.randint(2, (8,))) for _ in range(16)]
+        >>> pruner = MFACPruner(model, loader, ngrads=16)  # a gradient a batch
+        >>> masks = pruner.prune(0.5)
+        >>> {name: int(mask.sum()) for name, mask in masks.items()}
+        {'weight': 4}
     """
 
     def __init__(

@@ -29,7 +29,14 @@ BLOCK = 2**12  # columns of a compressed window among which the largest entries 
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast, TF32 or bfloat16 inside, whatever the process has set: K needs the bits."""
+    """No autocast, TF32 or bfloat16 inside, whatever the process has set: K needs the bits.
+
+    Example:
+        >>> x = torch.ones(2, 2)
+        >>> with torch.autocast("cpu"), full_precision(x.device):
+        ...     print((x @ x).dtype)
+        torch.float32
+    """
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = [backend.fp32_precision for backend in backends]
     try:
@@ -112,7 +119,15 @@ class Ranks:
 
 class DenseWindow:
     """G (m, d), or some of its columns, on one device. Gradients are rounded to its type on entry;
-    products are computed from the rounded ones, in the type that is asked for."""
+    products are computed from the rounded ones, in the type that is asked for.
+
+    Example:
+        >>> window = DenseWindow(2, 3, torch.device("cpu"), torch.float32)
+        >>> row, finite = window.entry(torch.tensor([1.0, 2.0, 3.0]))
+        >>> window.write(0, row, finite)
+        >>> window.times(torch.ones(3), rows=2, dtype=torch.float32)
+        tensor([6., 0.], dtype=torch.float64)
+    """
 
     def __init__(self, m: int, d: int, device: torch.device, dtype: torch.dtype):
         self.G = torch.zeros(m, d, dtype=dtype, device=device)
@@ -220,6 +235,15 @@ class CompressedWindow:
 
     Products gather and scatter. On CUDA, scattered numbers are added in any order, so that the last
     bits may differ from run to run.
+
+    Example:
+        >>> window = CompressedWindow(2, 4, torch.device("cpu"), torch.float32, compress=0.5)
+        >>> entry, finite = window.entry(torch.tensor([1.0, -4.0, 3.0, 2.0]))
+        >>> window.write(0, entry, finite)
+        >>> window.row(0)
+        tensor([ 0., -4.,  3.,  0.])
+        >>> window.error
+        tensor([1., 0., 0., 2.])
     """
 
     def __init__(self, m: int, d: int, device: torch.device, dtype: torch.dtype, compress: float):
@@ -325,7 +349,13 @@ def _index_type(d: int) -> torch.dtype:
 
 
 def gram(tiles: Iterable[Tensor]) -> Tensor:
-    """GGᵀ (m, m), from G a few columns at a time."""
+    """GGᵀ (m, m), from G a few columns at a time.
+
+    Example:
+        >>> gram(torch.tensor([[3.0, 0.0], [0.0, 4.0]]).split(1, dim=1))
+        tensor([[ 9.,  0.],
+                [ 0., 16.]])
+    """
     tiles = iter(tiles)
     tile = next(tiles)
     K = tile @ tile.T
@@ -349,6 +379,10 @@ def window_bytes(
 
     m·d numbers of `dtype`, or, with `compress`, that part of them with 4 bytes each for its column,
     and d for the error; and 16m² for K and P.
+
+    Example:
+        >>> window_bytes(1024, 272_474)  # ResNet-20: 1.13 GB
+        1132830720
     """
     d = -(-dim // world_size)
     error = 0 if compress is None else d * torch.promote_types(dtype, torch.float32).itemsize
@@ -369,6 +403,10 @@ def step_traffic(
 
     In a ring of devices, Gg is reduced from m float64 numbers of each, and the d float32 numbers of
     the update are gathered, unless parameters are `sharded` like the window.
+
+    Example:
+        >>> step_traffic(1024, 272_474)
+        (2232107008, 0)
     """
     read = 2 * ngrads * _row_bytes(-(-dim // world_size), dtype, compress)
     passed_on = 2 * 8 * ngrads + (0 if sharded else 4 * dim)

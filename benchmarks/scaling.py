@@ -1,12 +1,13 @@
 """What windows of three kinds cost: tables from the formulas of windows.py, and measurements.
 
     python benchmarks/scaling.py --table
-    python benchmarks/scaling.py [--rounds 11] [--json FILE] [--plot FILE]
+    python benchmarks/scaling.py [--rounds 11] [--busy] [--json FILE] [--plot FILE]
 
 The first prints the tables of the README. The second measures one exchange with one preconditioned
 gradient (`update_matvec`) with full windows: its time, in rounds in which the kinds take turns, as
 median and as median of the ratios to float32; and the memory by which a process of its own grows
-(Linux), of which the window is foretold by `window_bytes`.
+(Linux), of which the window is foretold by `window_bytes`. On a machine with other work to do,
+`--busy` takes the processor time of one thread, from which waiting is left out.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads disturb each other
@@ -98,7 +100,7 @@ def filled(m: int, d: int, options: dict) -> DynamicInverseFisher:
     return fisher
 
 
-def seconds(m: int, d: int, rounds: int) -> dict[str, list[float]]:
+def seconds(m: int, d: int, rounds: int, busy: bool) -> dict[str, list[float]]:
     """Of each kind in every round."""
     fishers = {kind: filled(m, d, options) for kind, options in KINDS.items()}
     gradients = iter(torch.randn(len(KINDS) * (rounds + 1), d))
@@ -106,7 +108,7 @@ def seconds(m: int, d: int, rounds: int) -> dict[str, list[float]]:
         kind: lambda fisher=fisher: fisher.update_matvec(next(gradients))
         for kind, fisher in fishers.items()
     }
-    return timed(contestants, rounds)
+    return timed(contestants, rounds, time.process_time if busy else time.perf_counter)
 
 
 def memory(name: str) -> int:
@@ -126,9 +128,9 @@ def peak(m: int, d: int, kind: str) -> int:
     return memory("VmHWM") - before
 
 
-def measure(m: int, d: int, rounds: int) -> dict[str, dict]:
+def measure(m: int, d: int, rounds: int, busy: bool) -> dict[str, dict]:
     """All figures of all kinds."""
-    times, figures = seconds(m, d, rounds), {}
+    times, figures = seconds(m, d, rounds, busy), {}
     for kind, options in KINDS.items():
         command = [sys.executable, __file__, "--peak", str(m), str(d), kind]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -141,7 +143,7 @@ def measure(m: int, d: int, rounds: int) -> dict[str, dict]:
     return figures
 
 
-def draw(result: dict[str, dict], path: Path) -> None:
+def draw(result: dict, path: Path) -> None:
     """Time and memory against m and against d."""
     from matplotlib.figure import Figure
 
@@ -165,7 +167,8 @@ def draw(result: dict[str, dict], path: Path) -> None:
                 axes[row, column].set_xticks(x, [f"{value:,}" for value in x], fontsize=8)
                 axes[row, column].minorticks_off()
         other = "d = 272,474" if letter == "m" else "m = 256"
-        for row, label in enumerate(("Time of a step (ms)", "Peak memory (MB)")):
+        clock = "Processor time, one thread" if result["busy"] else "Time of a step"
+        for row, label in enumerate((f"{clock} (ms)", "Peak memory (MB)")):
             axes[row, column].set(xlabel=f"{letter}, at {other}", ylabel=label)
             axes[row, column].grid(alpha=0.3)
     axes[0, 0].legend()
@@ -177,6 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="print the tables, measure nothing")
     parser.add_argument("--rounds", type=int, default=11, help="timed runs of each kind")
+    parser.add_argument("--busy", action="store_true", help="measure processor time, one thread")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plot", type=Path, help="draw them into this PNG file")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # of a process of its own
@@ -187,12 +191,14 @@ def main() -> None:
     if args.peak:
         print(peak(int(args.peak[0]), int(args.peak[1]), args.peak[2]))
         return
-    result = {"environment": environment(), "rounds": args.rounds}
+    if args.busy:
+        torch.set_num_threads(1)
+    result = {"environment": environment(), "rounds": args.rounds, "busy": args.busy}
     print("  ".join(f"{k}: {v}" for k, v in result["environment"].items()) + "\n")
     print("| m | d | window | time, ms | of float32 | peak memory | of float32 | window_bytes |")
     print("|---|---|---|---|---|---|---|---|")
     for m, d in dict.fromkeys(POINTS):
-        figures = result[f"m = {m}, d = {d}"] = measure(m, d, args.rounds)
+        figures = result[f"m = {m}, d = {d}"] = measure(m, d, args.rounds, args.busy)
         for kind, f in figures.items():
             time = 1e3 * statistics.median(f["seconds"])
             part = f["peak"] / figures["float32"]["peak"]

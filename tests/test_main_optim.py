@@ -5,6 +5,8 @@ Most run on a folder of 8x8 images of handwritten digits, so that an epoch takes
 
 import contextlib
 import csv
+import functools
+import io
 import math
 import os
 import random
@@ -12,12 +14,14 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import datautils
@@ -92,6 +96,24 @@ def interrupt_after(monkeypatch, epochs: int) -> None:
         return evaluate(*args, **kwargs)
 
     monkeypatch.setattr(main_optim, "evaluate", interrupted)
+
+
+def scalars(folder: str) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of each scalar that TensorBoard shows for a folder."""
+    events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
+    tags = events.Tags()["scalars"]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def assert_shown(folder: str, table: list[dict[str, str]]) -> None:
+    """TensorBoard shows the figures of a CSV, each once."""
+    shown = scalars(folder)
+    expected = {tag: [] for tag in table[0]}
+    for step, row in enumerate(table, start=1):
+        for tag, value in row.items():
+            if value:
+                expected[tag].append((step, pytest.approx(float(value), rel=1e-6)))
+    assert shown == {tag: values for tag, values in expected.items() if values}
 
 
 def assert_same_run(one: str, other: str) -> None:
@@ -189,6 +211,109 @@ def test_files_and_lines(run, dataset, optim, capsys):
     loss, accuracy = main_optim.evaluate(model, loader, device=torch.device("cpu"))
     assert accuracy == pytest.approx(saved["accuracy"]) == float(table[-1]["test_accuracy"])
     assert loss == pytest.approx(float(table[-1]["test_loss"]), rel=1e-4)
+
+
+def test_earlier_runs_are_drawn(run, figures):
+    """With axes that have units, and lines that differ in colour, and in style or marker."""
+    for save, others in (("a.pth", []), ("b.pth", []), ("c.pth", ["--plot", "a.csv", "b.csv"])):
+        assert run(*small("sgd", save), *others) == 0
+    (one, *_), figure = figures[0].axes, figures[-1]
+    assert len(one.lines) == 2 and len(figure.legends) == 1
+    labels = [axes.get_ylabel() for axes in figure.axes] + [a.get_xlabel() for a in figure.axes]
+    assert [label for label in labels if label] == [
+        *("Loss (nats)", "Accuracy (%)", "Epoch", "Time in training (s)")
+    ]
+    splits = ("train", "test")
+    names = [f"{name}, {split}" for name in "cab" for split in splits]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+    for i, axes in enumerate(figure.axes):
+        styles = [(line.get_linestyle(), line.get_marker()) for line in axes.lines]
+        assert len(set(styles)) == 6 and len({line.get_color() for line in axes.lines}) == 3
+        for line, (name, split) in zip(
+            axes.lines, [(n, split) for n in "cab" for split in splits], strict=True
+        ):
+            table = rows(f"{name}.csv")
+            seconds = [float(row["seconds"]) for row in table]
+            x = [sum(seconds[: n + 1]) if i % 2 else n + 1 for n in range(3)]
+            y = [float(row[f"{split}_{('loss', 'accuracy')[i // 2]}"]) for row in table]
+            assert list(line.get_xdata()) == pytest.approx(x) and list(line.get_ydata()) == y
+
+
+def test_a_finished_run_is_drawn_again_with_others(run, figures):
+    for save in ("a.pth", "b.pth"):
+        assert run(*small("sgd", save)) == 0
+    assert run("--save", "a.pth", "--resume", "--plot", "b.csv") == 0
+    assert len(figures[-1].axes[0].lines) == 4
+
+
+def test_progress_on_a_terminal(run, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(main_optim, "tqdm", functools.partial(main_optim.tqdm, mininterval=0))
+    assert run(*small("sgd")) == 0
+    bars = terminal.getvalue().split("\r")
+    for title in ("epoch 2/3:", "test:"):
+        bar = next(bar for bar in bars if bar.startswith(title) and "%" in bar and "loss=" in bar)
+        assert "accuracy=" in bar
+    assert bars[-1] == "" and "\n" not in terminal.getvalue()  # nothing is left of them
+
+
+# --- TensorBoard ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", ["a whole epoch", "the scalars of an epoch", "one without"])
+def test_tensorboard_goes_on(run, monkeypatch, after, capsys):
+    """After Ctrl-C in an epoch, or between its scalars and its state; or asked for late."""
+    flags = [] if after == "one without" else ["--tensorboard", "tb/deep"]
+    with monkeypatch.context() as context:
+        if after == "the scalars of an epoch":
+            save = main_optim.Run.save_state
+
+            def interrupted(self, history):
+                if len(history) == 2:
+                    raise KeyboardInterrupt
+                save(self, history)
+
+            context.setattr(main_optim.Run, "save_state", interrupted)
+        else:
+            interrupt_after(context, 1)
+        assert run(*small("sgd"), *flags) == 130
+    assert len(rows("net.csv")) == 1
+    capsys.readouterr()
+    assert run("--save", "net.pth", "--resume", "--tensorboard", "tb/deep") == 0
+    assert capsys.readouterr().err == "going on after epoch 1 of 3\n"
+    assert list(Path("tb/deep").iterdir()) == [Path("tb/deep/net")]
+    assert_shown("tb/deep/net", rows("net.csv"))
+
+
+def test_tensorboard_begins_anew(run):
+    assert run(*small("sgd"), "--tensorboard", "tb") == 0
+    assert run(*small("adam"), "--epochs", 2, "--tensorboard", "tb", "--overwrite") == 0
+    assert len(rows("net.csv")) == 2
+    assert_shown("tb/net", rows("net.csv"))
+
+
+def test_without_tensorboard(run, monkeypatch, capsys):
+    """It says what to do, and does nothing."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert run(*small("sgd"), "--tensorboard", "tb") == 2
+    printed = capsys.readouterr()
+    assert "install it with 'pip install tensorboard'" in printed.err
+    assert printed.err.count("\n") == 1 and printed.out == ""
+    assert not list(Path().iterdir())
+    assert run(*small("sgd")) == 0  # needs none
+
+
+def test_no_room_for_tensorboard(run, monkeypatch, capsys):
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # the package writes in a thread
+    with largest_file(40):
+        assert run(*small("sgd"), "--tensorboard", "tb") == 2
+    error = capsys.readouterr().err
+    assert "cannot write into --tensorboard tb/net: " in error and error.count("\n") == 1
+
+
+# --- the same again -------------------------------------------------------------------------
 
 
 def test_the_seed_decides(run):
@@ -461,6 +586,8 @@ BAD_FLAGS = [
     (f"--ngrads {10**9}", "use at most --ngrads"),
     (f"--ngrads {10**9} --compress 0.01 --window_dtype bfloat16", "use at most --ngrads"),
     ("--epochs 3 extra", "extra"),
+    ("--plot missing.csv", "--plot missing.csv cannot be read: No such file or directory"),
+    ("--tensorboard /dev/null/tb", "/dev/null is no folder"),
 ]
 
 
@@ -471,6 +598,23 @@ def test_bad_flags(run, flags, sentence, capsys):
     assert sentence in printed.err
     assert printed.err.count("\n") == 1 and printed.out == ""
     assert not list(Path().iterdir())
+
+
+OF_MAIN_PRUN = "sparsity,test_accuracy\n0.5,50\n"
+
+
+@pytest.mark.parametrize(
+    "text", [OF_MAIN_PRUN, ",".join(COLUMNS), "{0}\n{1},1\n", "{0}\n{1},1,101\n"]
+)
+def test_bad_files_to_plot(run, text, capsys):
+    """Of main_prun.py, without an epoch, with too few figures or impossible ones."""
+    others = [name for name in COLUMNS if name not in ("epoch", "test_accuracy")]
+    text = text.format(",".join([*others, "epoch", "test_accuracy"]), ",".join("1" for _ in others))
+    Path("other.csv").write_text(text)
+    assert run(*small("sgd"), "--plot", "other.csv") == 2
+    printed = capsys.readouterr()
+    assert "--plot other.csv" in printed.err and printed.err.count("\n") == 1
+    assert printed.out == "" and len(list(Path().iterdir())) == 1
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from test_main_optim import assert_shown
 
 import datautils
 import main_optim
@@ -374,8 +375,9 @@ def test_fine_tuning_keeps_the_masks(run, optim):
     assert run(*untuned) == 0
     assert not same_weights("net-step0.pth", "untuned-step0.pth")
     # The curve has the accuracy after the last epoch at each sparsity.
-    curve = main_prun.read_curve(Path("net.csv"))
-    assert [accuracy for _, accuracy in curve] == [
+    ((name, history),) = main_optim.read_runs([Path("net.csv")], main_prun.DRAWN)
+    assert name == "net"
+    assert [accuracy for _, accuracy in main_prun.curve(history)] == [
         float(table[i]["test_accuracy"]) for i in (0, 3, 7)
     ]
 
@@ -631,7 +633,8 @@ BAD_FLAGS = [
     ("--out /dev/null/net", "/dev/null is no folder"),
     (f"--out {'x' * 300}", "too long"),
     ("--checkpoint missing.pth --ngrads 8", "missing.pth"),
-    ("--compare missing.csv", "--compare missing.csv cannot be read: No such file or directory"),
+    ("--plot missing.csv", "--plot missing.csv cannot be read: No such file or directory"),
+    ("--tensorboard /dev/null/tb", "/dev/null is no folder"),
     ("--sparsities 0.5 --tests 0 x", "x"),
     ("extra", "extra"),
 ]
@@ -653,20 +656,50 @@ def test_bad_flags(run, flags, sentence, capsys):
         *(f"sparsity,test_accuracy\n{row}\n" for row in ("", "x,50", "0.5,nan", "50,50")),
     ],
 )
-def test_bad_files_to_compare(run, text, capsys):
+def test_bad_files_to_plot(run, text, capsys):
     Path("other.csv").write_bytes(text.encode("latin-1"))
-    assert run("--compare", "other.csv", "--out", "net") == 2
+    assert run("--plot", "other.csv", "--out", "net") == 2
     printed = capsys.readouterr()
-    assert "--compare other.csv" in printed.err and printed.err.count("\n") == 1
+    assert "--plot other.csv" in printed.err and printed.err.count("\n") == 1
     assert "Error(" not in printed.err
     assert printed.out == "" and len(list(Path().iterdir())) == 1
 
 
-def test_runs_to_compare_are_drawn(run):
-    flags = ["--sparsities", 0.3, 0.6, "--pruner", "magnitude"]
-    assert run(*flags, "--out", "one") == 0
-    assert run(*flags, "--out", "two", "--compare", "one.csv") == 0
-    assert Path("one.png").read_bytes() != Path("two.png").read_bytes()
+def test_earlier_runs_are_drawn(run, figures):
+    """With axes that have units, and lines that differ in colour, style and marker."""
+    levels = ["--sparsities", 0.3, 0.6, "--pruner", "magnitude"]
+    Path("sub").mkdir()
+    assert run(*levels, "--out", "sub/one") == 0
+    assert run(*levels[:2], *levels[-2:], "--out", "two", "--plot", "sub/one.csv") == 0
+    (axes,) = figures[-1].axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["two", "sub/one"]
+    assert axes.get_xlabel() == "Sparsity (fraction of prunable weights)"
+    assert axes.get_ylabel() == "Test accuracy (%)"
+    for line, path in zip(axes.lines, ("two.csv", "sub/one.csv"), strict=True):
+        table = rows(path)
+        for values, name in ((line.get_xdata(), "sparsity"), (line.get_ydata(), "test_accuracy")):
+            assert list(values) == [float(row[name]) for row in table]
+    first, second = axes.lines
+    for style in ("color", "linestyle", "marker"):
+        assert getattr(first, f"get_{style}")() != getattr(second, f"get_{style}")()
+
+
+def test_tensorboard_goes_on(run, monkeypatch):
+    flags = [*RUNS["gradual sgd"].split(), "--out", "net", "--tensorboard", "tb"]
+    with monkeypatch.context() as context:
+        interrupt_after(context, 2)
+        assert run(*flags) == 130
+    assert run("--out", "net", "--resume", "--tensorboard", "tb") == 0
+    assert_shown("tb/net", rows("net.csv"))
+
+
+def test_without_tensorboard(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert run("--pruner", "magnitude", "--out", "net", "--tensorboard", "tb") == 2
+    printed = capsys.readouterr()
+    assert "install it with 'pip install tensorboard'" in printed.err
+    assert printed.err.count("\n") == 1 and printed.out == ""
+    assert not list(Path().iterdir())
 
 
 def test_gradients_that_can_not_fit(run, monkeypatch, capsys):

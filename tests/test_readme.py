@@ -64,6 +64,11 @@ def test_the_readme_has_what_is_tested_here():
     assert len(SCRIPT_CALLS) >= 1 and len(PYTHON_BLOCKS) >= 3
 
 
+def test_the_pictures_are_there():
+    pictures = re.findall(r"^!\[.+\]\((\S+)\)$", README, re.MULTILINE)
+    assert len(pictures) >= 3 and all((ROOT / picture).is_file() for picture in pictures)
+
+
 def test_the_tables_of_costs_are_those_of_the_formulas(tmp_path):
     for line in run([str(ROOT / "benchmarks" / "scaling.py"), "--table"], tmp_path).splitlines():
         assert line in README
