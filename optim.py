@@ -768,15 +768,20 @@ class MFAC(torch.optim.Optimizer):
         self, p: Tensor, u: Tensor, group: dict[str, Any], accepted: float | Tensor
     ) -> None:
         """Moves p against the update u of its weights."""
-        state, index, momentum, w = self.state[p], self._index(p), group["momentum"], _local(p)
+        index, momentum, w = self._index(p), group["momentum"], _local(p)
         if index is not None:
             u = u.new_zeros(p.numel()).index_put_((index,), u)
         u = u.view(w.shape)
         if momentum != 0:
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p, dtype=u.dtype)
-            u = _local(state["momentum_buffer"]).lerp_(u, (1 - momentum) * accepted)
+            u = _local(self._velocity(p)).lerp_(u, (1 - momentum) * accepted)
         w.sub_((group["lr"] * accepted * u).view(w.shape))
+
+    def _velocity(self, p: Tensor) -> Tensor:
+        """v of p."""
+        if "momentum_buffer" not in self.state[p]:
+            dtype = torch.promote_types(self.fisher.dtype, torch.float32)
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)
+        return self.state[p]["momentum_buffer"]
 
     def _index(self, p: Tensor) -> Tensor | None:
         """Positions of the trained weights in p, flattened; None if all are, or if p is sharded,
@@ -815,11 +820,13 @@ class MFAC(torch.optim.Optimizer):
         """Enters what `state_dict` will have for each parameter, as None, into the state: for
         torch.distributed.checkpoint, which goes by its keys, and takes steps where it is empty."""
         parameters = [p for p, _ in self._parameters()]
-        for p in parameters:
+        for p, group in self._parameters():
             for name in ("grads", "fisher"):
                 self.state[p].pop(name, None)
             if self.fisher.compress is None:
                 self.state[p]["grads"] = None
+            if group["momentum"] != 0:
+                self._velocity(p)
         if parameters:
             self.state[self._shared_home()]["fisher"] = None
 

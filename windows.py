@@ -51,7 +51,12 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 class Ranks:
     """The processes of a group, each of which keeps some columns of the window. Without a group
-    this one alone."""
+    this one alone.
+
+    Example:
+        >>> Ranks().part(torch.arange(3))  # all of it, as there are no others
+        tensor([0, 1, 2])
+    """
 
     def __init__(self, group: "ProcessGroup | None" = None):
         self.group = group
@@ -123,8 +128,7 @@ class DenseWindow:
 
     Example:
         >>> window = DenseWindow(2, 3, torch.device("cpu"), torch.float32)
-        >>> row, finite = window.entry(torch.tensor([1.0, 2.0, 3.0]))
-        >>> window.write(0, row, finite)
+        >>> finite, before = window.write(0, torch.tensor([1.0, 2.0, 3.0]))
         >>> window.times(torch.ones(3), rows=2, dtype=torch.float32)
         tensor([6., 0.], dtype=torch.float64)
     """
@@ -238,8 +242,7 @@ class CompressedWindow:
 
     Example:
         >>> window = CompressedWindow(2, 4, torch.device("cpu"), torch.float32, compress=0.5)
-        >>> entry, finite = window.entry(torch.tensor([1.0, -4.0, 3.0, 2.0]))
-        >>> window.write(0, entry, finite)
+        >>> finite, before = window.write(0, torch.tensor([1.0, -4.0, 3.0, 2.0]))
         >>> window.row(0)
         tensor([ 0., -4.,  3.,  0.])
         >>> window.error
