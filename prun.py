@@ -67,6 +67,7 @@ STRIP = 256  # rows of a triangle that are computed at once
 TILE = 2**21  # numbers in a tile of G: small enough to stay in a processor's cache
 PARTIAL_SUM = 2**12  # columns, at most, that are summed in float32 before float64 takes over
 FILE_ROWS = 64  # rows read from a mapped file at once: each may map 2 MiB, however short it is
+PARTIAL_ROWS = 64  # gradients, at most, that blocks sum in float32 before float64 takes over
 BATCH = 128  # gradients that are added to blocks at once, as each time goes through all blocks
 
 
@@ -112,10 +113,13 @@ def inverse_bytes(
 RESOLVABLE = 2.0**-18  # roundings x condition that leave an error of about 1e-5
 # What is computed in float32 is refined in float64 once, which squares the error.
 LIMIT = {torch.float32: 2.0**-12, torch.float64: RESOLVABLE}
+# Blocks are not refined. Measured: with the scale of `block_grams` 9 roundings x condition at most.
+BLOCK_LIMIT = {torch.float32: RESOLVABLE / 4, torch.float64: RESOLVABLE}
 
 
-def inverse_factor(A: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """L⁻¹ of A = LLᵀ (..., m, m), of which the lower triangles are read, and roundings x condition.
+def inverse_factor(A: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """L⁻¹ of A = LLᵀ (..., m, m), of which the lower triangles are read, and roundings x condition
+    (...).
 
     Aᵢᵢ was computed in `dtype` from numbers as large as scaleᵢ (..., m), so that the condition is
     max scaleᵢ(A⁻¹)ᵢᵢ. It is infinite if A is not positive definite, or not finite.
@@ -123,9 +127,9 @@ def inverse_factor(A: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor
     L, failed = torch.linalg.cholesky_ex(A)
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     inverse_L = torch.linalg.solve_triangular(L, eye.expand_as(A), upper=False)
-    condition = float((scale * inverse_L.square().sum(-2)).max())
-    sound = not bool(failed.any()) and np.isfinite(condition)
-    return inverse_L, condition * torch.finfo(dtype).eps if sound else float("inf")
+    condition = (scale * inverse_L.square().sum(-2)).amax(-1)
+    sound = (failed == 0) & condition.isfinite()
+    return inverse_L, torch.where(sound, condition * torch.finfo(dtype).eps, torch.inf)
 
 
 def too_small(damp: float, trace: float) -> ValueError:
@@ -147,6 +151,31 @@ def add_gram_(K: Tensor, tile: Tensor) -> None:
     for i in range(0, len(tile), STRIP):
         stop = i + STRIP
         K[i:stop, :stop] += tile[i:stop] @ tile[:stop].T
+
+
+def add_block_grams_(sums: Tensor, G: Tensor) -> None:
+    """Adds GᵀG, all in float64, to sums (k, b, b) for G (m, k·b) in k blocks of columns."""
+    for rows in G.split(BATCH):
+        X = rows.double().unflatten(1, sums.shape[:2]).transpose(0, 1)  # (k, n, b)
+        sums.baddbmm_(X.mT, X)
+
+
+def block_grams(G: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """GᵀG (k, b, b) in float64 from products in float32, for G (m, k·b) in k blocks of columns, and
+    numbers (k, b) as large as those whose roundings are its error."""
+    blocks = G.unflatten(1, (-1, b)).permute(1, 2, 0)
+    sums = torch.zeros(len(blocks), b, b, dtype=torch.float64, device=G.device)
+    partial = torch.empty_like(sums, dtype=torch.float32)
+    diagonals = []
+    with full_precision(G.device):
+        for X in blocks.split(PARTIAL_ROWS, dim=2):
+            X = X.float()
+            sums += torch.bmm(X, X.mT, out=partial)
+            diagonals.append(partial.diagonal(dim1=1, dim2=2).clone())
+    # Errors of partial sums are independent: one large gradient counts in full, many alike do not.
+    # Beside them, `tiny` stands for products that float32 cannot hold.
+    scale = torch.stack(diagonals).double().norm(dim=0)
+    return sums, scale + len(G) * torch.finfo(torch.float32).tiny
 
 
 def leverage(inverse_L: Tensor, tile: Tensor) -> Tensor:
@@ -364,7 +393,8 @@ class PagedInverseFisher(StaticInverseFisher):
         """Sets A, L⁻¹ and how far they are off, from products in `dtype`."""
         self.dtype, self._A = dtype, self._gram(dtype)
         self._A.diagonal().add_(self._shift)
-        self._inverse_L, self._roundings = inverse_factor(self._A, self._A.diagonal(), dtype)
+        self._inverse_L, roundings = inverse_factor(self._A, self._A.diagonal(), dtype)
+        self._roundings = float(roundings)
 
     def _to_float64(self) -> None:
         """The way out when float32 does not resolve something, or the error if nothing does."""
@@ -490,15 +520,22 @@ class PagedInverseFisher(StaticInverseFisher):
 
 
 class DenseBlocks:
-    """V = H⁻¹ (k, b, b) in float64 for k blocks H of F, made in place of the sums GᵀG."""
+    """V = H⁻¹ (k, b, b) in float64 for k blocks H of F, made in place of the sums GᵀG.
 
-    def __init__(self, sums: Tensor, num_grads: int, damp: float):
+    Sums from float32 come with their `scale`. Which of their blocks are not resolved is in `lost`;
+    of float64 there must be none.
+    """
+
+    def __init__(self, sums: Tensor, num_grads: int, damp: float, scale: Tensor | None = None):
         H = sums.div_(num_grads)
         diagonal = H.diagonal(dim1=1, dim2=2)
         trace = float(diagonal.sum(1).max())
         diagonal.add_(damp)
-        inverse_L, roundings = inverse_factor(H, diagonal, H.dtype)
-        if roundings > RESOLVABLE:
+        dtype = torch.float64 if scale is None else torch.float32
+        scale = diagonal if scale is None else scale / num_grads
+        inverse_L, roundings = inverse_factor(H, scale, dtype)
+        self.lost = (roundings > BLOCK_LIMIT[dtype]).nonzero()[:, 0].tolist()
+        if dtype == torch.float64 and self.lost:
             raise too_small(damp, trace)
         self.V = torch.matmul(inverse_L.mT, inverse_L, out=H)
 
@@ -519,10 +556,13 @@ class DenseBlocks:
 class BlockedInverseFisher(StaticInverseFisher):
     """F⁻¹ for F = λI + (1/m) GᵀG, of which only blocks of b x b on the diagonal are kept.
 
-    A block of at most m weights is formed and inverted, O(b²m + b³), a larger one is a
-    PagedInverseFisher of its own, O(m²b + m³). The former needs no G: gradients are added up as
-    they come, to 8·d·b bytes on `device` in all. Of a mapped file, all that was read may stay in
-    memory until the system wants it.
+    A block of at most m weights is formed and inverted, O(b²m + b³), to 8·d·b bytes on `device` in
+    all. G in memory is multiplied in float32 where that leaves an error of less than 1e-5 in the
+    diagonal, else in float64. Gradients that are iterated over, and those of a mapped file, are
+    added up in float64 as they come and never kept: beside sums and the gradients that came last
+    this takes up to 20 MB. What was read of a file may stay in memory until the system wants it.
+
+    A larger block is a PagedInverseFisher of its own, O(m²b + m³).
 
     Args:
         grads: G (m, d) as a tensor or array, or the path of a .npy file; or anything else that can
@@ -557,15 +597,14 @@ class BlockedInverseFisher(StaticInverseFisher):
         perbatch = max(1, 2**18 // b**2) if perbatch is None else perbatch
         self.perbatch = check_integer("perbatch", perbatch)
         self.damp = check_damp(damp)
-        stored = isinstance(grads, (Tensor, np.ndarray, str, PathLike))
+        stored, mapping = isinstance(grads, (Tensor, np.ndarray, str, PathLike)), None
         if stored or not isinstance(grads, Iterable):
-            grads, _ = as_matrix(grads)
+            grads, mapping = as_matrix(grads)
         self.device = check_device(device or getattr(grads, "device", "cpu"))
-        if stored and b > len(grads):
+        if stored and (b > len(grads) or mapping is None):
             self.shape = (grads.shape[1], grads.shape[1])
-            self._parts = [
-                (columns, self._block(grads[:, columns])) for columns in self._layout(perbatch=1)
-            ]
+            layout = self._layout(1 if b > len(grads) else self.perbatch)
+            self._parts = [(columns, self._part(grads[:, columns])) for columns in layout]
         else:
             sums, m = self._sum(grads.split(BATCH) if stored else grads)
             self._parts = [(columns, DenseBlocks(H, m, damp)) for columns, H in sums]
@@ -586,12 +625,23 @@ class BlockedInverseFisher(StaticInverseFisher):
             for columns, part in self._parts
         )
 
-    def _block(self, grads: Tensor) -> StaticInverseFisher:
-        """F⁻¹ of one block."""
-        m, b = grads.shape
+    def _part(self, G: Tensor) -> PagedInverseFisher | DenseBlocks:
+        """F⁻¹ of the blocks of which these are the columns (m, ·)."""
+        m, width = G.shape
+        b = min(self.blocksize, width)
         if b > m:
-            return PagedInverseFisher(grads, self.damp, device=self.device)
-        return BlockedInverseFisher(grads, b, self.damp, device=self.device)
+            return PagedInverseFisher(G, self.damp, device=self.device)
+        G = G.to(self.device)
+        if G.dtype == torch.float64:
+            sums = torch.zeros(width // b, b, b, dtype=torch.float64, device=self.device)
+            add_block_grams_(sums, G)
+            return DenseBlocks(sums, m, self.damp)
+        sums, scale = block_grams(G, b)
+        blocks = DenseBlocks(sums, m, self.damp, scale)
+        if blocks.lost:
+            again = G.unflatten(1, (-1, b))[:, blocks.lost].flatten(1)
+            blocks.V[blocks.lost] = self._part(again.double()).V
+        return blocks
 
     def _layout(self, perbatch: int) -> list[slice]:
         """The columns of each batch of blocks; a smaller last block is a batch of its own."""
@@ -616,8 +666,7 @@ class BlockedInverseFisher(StaticInverseFisher):
                 raise ValueError(f"Expected gradients of {self.shape[0]} weights, got {d}")
             m, rows = m + n, rows.to(self.device)
             for columns, H in sums:
-                X = rows[:, columns].double().unflatten(1, H.shape[:2]).transpose(0, 1)  # (k, n, b)
-                H.baddbmm_(X.mT, X)
+                add_block_grams_(H, rows[:, columns])
         if m == 0:
             raise ValueError("Expected at least one gradient, got none")
         return sums, m

@@ -90,12 +90,13 @@ def test_gradients_of_any_precision_are_taken_as_they_are(dtype):
 def test_the_precision_of_float32_products_is_the_callers_affair():
     """The caller's switches for TF32, bfloat16 and autocast neither matter nor change."""
     G = torch.randn(256, 2048)
-    plain = PagedInverseFisher(G, 1e-2).diagonal()
+    makes = (PagedInverseFisher, lambda G, damp: BlockedInverseFisher(G, 64, damp))
+    plain = [make(G, 1e-2).diagonal() for make in makes]
     found = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            fast = PagedInverseFisher(G, 1e-2).diagonal()
+            fast = [make(G, 1e-2).diagonal() for make in makes]
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(found)
@@ -175,6 +176,110 @@ def test_right_to_1e_5_or_refused(m, d, size, seed, log_damp, log_scale, kind):
                 reference = inverse * mpmath.matrix(x.tolist())
                 reference = torch.tensor([float(v) for v in reference], dtype=torch.float64)
                 assert (y - reference).norm() <= 2e-5 * reference.norm()
+
+
+def watch_float64_sums(monkeypatch):
+    """A list of the widths of all gradients that blocks will sum in float64."""
+    widths, add_block_grams_ = [], prun.add_block_grams_
+
+    def watched(sums, G):
+        widths.append(G.shape[1])
+        add_block_grams_(sums, G)
+
+    monkeypatch.setattr(prun, "add_block_grams_", watched)
+    return widths
+
+
+def block_errors(fisher, G, damp, size):
+    """Of the diagonal and of products with gradients, relative to the dense inverse."""
+    inverse = torch.linalg.inv(block_diagonal(dense_fisher(G, damp), size))
+    products = [relative_error(fisher.matvec(g), inverse @ g) for g in G[:5].double()]
+    return float((fisher.diagonal() / inverse.diagonal() - 1).abs().max()), max(products)
+
+
+@pytest.mark.parametrize("m", [70, 300, 1000])
+@pytest.mark.parametrize("kind", ["plain", "common part", "positive"])
+def test_blocks_of_ordinary_gradients_take_the_fast_way_within_1e_5(m, kind, monkeypatch):
+    G = torch.randn(m, 256) * torch.randn(256).exp()
+    if kind == "common part":
+        G += 0.5 * torch.randn(256)
+    elif kind == "positive":
+        G = G.abs()
+    widths = watch_float64_sums(monkeypatch)
+    fisher = BlockedInverseFisher(G, 32, 0.1)
+    assert max(block_errors(fisher, G, 0.1, 32)) < 1e-5
+    assert not widths
+
+
+@pytest.mark.parametrize("kind", ["two alike", "one huge gradient", "nearly parallel", "of 1e20"])
+def test_blocks_that_float32_does_not_resolve_are_summed_in_float64(kind, monkeypatch):
+    """And no others. From sums of float32 alone, the diagonal would be off by more than 1e-5."""
+    G, size, damp = torch.randn(200, 96), 16, 1e-3
+    lost = torch.zeros(6, dtype=torch.bool).index_fill_(0, torch.tensor([1, 4]), True)
+    block = G.view(200, 6, 16)[:, lost]
+    if kind == "two alike":
+        block[:, :, 3] = block[:, :, 8] + 1e-2 * block[:, :, 3]
+    elif kind == "one huge gradient":
+        block[7] *= 1e3
+    elif kind == "nearly parallel":
+        block = torch.randn(1, 2, 16) + 1e-2 * block
+    elif kind == "of 1e20":  # squares overflow
+        block *= 1e20
+    G.view(200, 6, 16)[:, lost] = block
+    sums, _ = prun.block_grams(G[:, lost.repeat_interleave(16)], size)
+    reference = torch.linalg.inv(block_diagonal(dense_fisher(G, damp), size)).diagonal().view(6, 16)
+    if kind != "of 1e20":
+        H = sums / 200 + damp * torch.eye(size, dtype=torch.float64)
+        error = torch.linalg.inv(H).diagonal(dim1=1, dim2=2) / reference[lost] - 1
+        assert (error.abs().amax(1) > 1e-5).all()
+    for perbatch in (1, 4, 6):
+        with monkeypatch.context() as context:
+            widths = watch_float64_sums(context)
+            fisher = BlockedInverseFisher(G, size, damp, perbatch=perbatch)
+        error = fisher.diagonal().view(6, 16) / reference - 1
+        assert sum(widths) == 2 * size
+        assert error[~lost].abs().max() < 1e-5
+        assert error[lost].abs().max() < 1e-7
+        streamed = BlockedInverseFisher(iter(G), size, damp).diagonal().view(6, 16)
+        assert (streamed / reference - 1).abs().max() < 1e-7
+
+
+def test_gradients_too_small_for_float32_products_are_summed_in_float64(monkeypatch):
+    G, damp = 1e-22 * torch.randn(100, 24), 1e-44
+    reference = torch.linalg.inv(block_diagonal(dense_fisher(G * 1e22, damp * 1e44), 8)) * 1e44
+    widths = watch_float64_sums(monkeypatch)
+    diagonal = BlockedInverseFisher(G, 8, damp).diagonal()
+    assert sum(widths) == 24
+    torch.testing.assert_close(diagonal, reference.diagonal(), rtol=1e-6, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(65, 500),
+    size=st.integers(1, 40),
+    seed=st.integers(0, 2**32),
+    log_damp=st.floats(-6, 0),
+    common=st.floats(0, 3),
+    spread=st.floats(0, 3),
+    tail=st.floats(0, 3),
+)
+def test_blocks_are_right_to_1e_5_of_many_gradients(m, size, seed, log_damp, common, spread, tail):
+    """With a common part, weights of different gradients, and a few large gradients."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    G = (common * normal(1, 2 * size + 1) + normal(m, 2 * size + 1)) * (tail * normal(m, 1)).exp()
+    G, damp = G * (spread * normal(2 * size + 1)).exp(), 10**log_damp
+    inverse = torch.linalg.inv(block_diagonal(dense_fisher(G, damp), size))
+    try:
+        diagonal = BlockedInverseFisher(G, size, damp).diagonal()
+    except ValueError as refusal:
+        assert "is too small" in str(refusal)
+        assert damp < 1e-5 * float(G.double().square().sum()) / m
+        return
+    torch.testing.assert_close(diagonal, inverse.diagonal(), rtol=1e-5, atol=0)
 
 
 # --- pages ----------------------------------------------------------------------------------------
@@ -274,14 +379,15 @@ def test_pages_travel_to_the_device_and_back(pages):
 def test_blocks_are_those_of_the_dense_matrix_with_a_smaller_last_one(d, size, perbatch):
     G = torch.randn(24, d)
     inverse = torch.linalg.inv(block_diagonal(dense_fisher(G, 1e-3), size))
-    fisher = BlockedInverseFisher(G, size, 1e-3, perbatch=perbatch)
     eye = torch.eye(d, dtype=torch.float64)
-    assert relative_error(torch.stack([fisher.matvec(e) for e in eye]), inverse) < 1e-9
+    for grads, tolerance in ((G, 1e-5), (G.double(), 1e-9), (iter(G), 1e-9)):
+        fisher = BlockedInverseFisher(grads, size, 1e-3, perbatch=perbatch)
+        assert relative_error(torch.stack([fisher.matvec(e) for e in eye]), inverse) < tolerance
 
 
 def test_gradients_may_come_in_any_portions_in_memory_that_is_used_again():
     G = torch.randn(50, 33)
-    reference = BlockedInverseFisher(G, 8, 1e-3).diagonal()
+    reference = torch.linalg.inv(block_diagonal(dense_fisher(G, 1e-3), 8)).diagonal()
 
     def portions(sizes):
         buffer, start = torch.empty(max(sizes), 33), 0
@@ -302,7 +408,7 @@ def test_the_form_with_fewer_operations_is_taken():
     assert isinstance(BlockedInverseFisher(G, 10)._parts[0][1], prun.DenseBlocks)
     parts = [part for _, part in BlockedInverseFisher(G, 11)._parts]
     assert all(isinstance(part, PagedInverseFisher) for part in parts[:-1])
-    assert isinstance(parts[-1], BlockedInverseFisher)  # of 64 - 5 x 11 = 9 weights
+    assert isinstance(parts[-1], prun.DenseBlocks)  # of 64 - 5 x 11 = 9 weights
 
 
 @pytest.mark.parametrize("d", [20, 85])
