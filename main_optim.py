@@ -669,7 +669,8 @@ class Run:
             first = str(error).splitlines()[0]
             raise UserError(f"{self.state_path} does not fit the model: {first}") from error
         for entries in self.optimizer.state.values():  # SGD and Adam take what they load uncopied
-            entries.update({name: tensor.clone() for name, tensor in entries.items()})
+            tensors = {name: x for name, x in entries.items() if isinstance(x, torch.Tensor)}
+            entries.update({name: tensor.clone() for name, tensor in tensors.items()})
         self.history = state["history"]
         note(f"going on after epoch {len(self.history)} of {self.settings['epochs']}")
 
