@@ -16,9 +16,9 @@ import csv
 import io
 import math
 import os
+import shutil
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -56,6 +56,8 @@ DEFAULTS = {
     )
     | WINDOW,
 }
+COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "seconds", "images_per_second")
+COLUMNS += ("optimizer_seconds", "test_loss", "test_accuracy")  # of the CSV
 PAPER_EPOCHS = {"resnet": 164, "wideresnet": 200, "mobilenet": 100}  # by the start of the name
 
 
@@ -70,6 +72,10 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence, without the usage."""
 
     def error(self, message: str):
+        raise UserError(message)
+
+    def fail(self, message: str):
+        """Ends the process with that sentence."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -88,7 +94,7 @@ def number(kind: type, rule: str, allowed: Callable[[Any], bool]) -> Callable[[s
     return convert
 
 
-COUNT = number(int, "a whole number from 1", lambda value: value >= 1)
+COUNT = number(int, "a whole number from 1 to 2^31 - 1", lambda value: 1 <= value < 2**31)
 SEED = number(int, "a whole number from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
 POSITIVE = number(float, "a number above 0", lambda value: 0 < value < math.inf)
 FACTOR = number(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
@@ -117,13 +123,99 @@ def load_saved(path: Path, mmap: bool = False) -> Any:
     """What torch.save wrote to `path`, on the CPU. With `mmap` it takes no memory, but must be
     copied before the file may change. Raises UserError if the file is damaged."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
-            damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"{damaged} has another checksum")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return models.read_tensors(path, zipped=True, mmap=mmap)
     except Exception as error:  # there is no end to what a damaged file can set off
         raise UserError(f"{path} is damaged, or was not saved by this script") from error
+
+
+def alike(saved: Any, present: Any) -> bool:
+    """Whether what was loaded has the keys, the types, and the tensors of the shapes and types of
+    `present`, whatever their numbers."""
+    if isinstance(present, torch.Tensor):
+        kinds = [
+            (tensor.shape, tensor.dtype) for tensor in (saved, present) if torch.is_tensor(tensor)
+        ]
+        return len(kinds) == 2 and kinds[0] == kinds[1] and models.is_plain(saved)
+    if isinstance(present, dict):
+        if not isinstance(saved, dict) or saved.keys() != present.keys():
+            return False
+        return all(alike(saved[key], value) for key, value in present.items())
+    if isinstance(present, list | tuple):
+        same = type(saved) is type(present) and len(saved) == len(present)
+        return same and all(map(alike, saved, present))
+    return type(saved) is type(present)
+
+
+def are_settings(saved: Any, parser: Parser, choose: Callable[[dict[str, Any]], Any]) -> bool:
+    """Whether these are the settings that `choose` makes of some command line."""
+    flags = []
+    try:
+        for name, value in saved.items():
+            listed = value if isinstance(value, list) else [value]
+            if not all(isinstance(x, str | int | float | None) for x in listed):
+                return False
+            if isinstance(value, list):
+                flags += [f"--{name}", *map(str, value)]
+            elif value is not None and value is not False:
+                flags.append(f"--{name}" if value is True else f"--{name}={value}")
+        parsed = vars(parser.parse_args(flags))
+        return choose({name: parsed[name] for name in saved if parsed[name] is not None}) == saved
+    except (UserError, AttributeError, KeyError, TypeError):
+        return False
+
+
+def are_rows(saved: Any, columns: Iterable[str], most: int) -> bool:
+    """Whether these are 1 to `most` rows of numbers, some of them empty."""
+    if not (isinstance(saved, list) and 1 <= len(saved) <= most):
+        return False
+    wanted = dict.fromkeys(columns)
+    return all(
+        isinstance(row, dict)
+        and row.keys() == wanted.keys()
+        and all(x is None or type(x) in (int, float) for x in row.values())
+        for row in saved
+    )
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Has a new optimizer go on from a state. Raises ValueError if it is not of such an one."""
+    expected = optimizer.state_dict()
+    for group, numbers in zip(optimizer.param_groups, expected["param_groups"], strict=True):
+        for weight, number in zip(group["params"], numbers["params"], strict=True):
+            entries = {}  # that the first step makes
+            if isinstance(optimizer, torch.optim.Adam):
+                entries = {"step": torch.tensor(0.0), "exp_avg": weight, "exp_avg_sq": weight}
+            elif group["momentum"]:
+                entries = {"momentum_buffer": weight}
+            if entries:
+                expected["state"][number] = {**expected["state"].get(number, {}), **entries}
+    groups = [
+        [{**group, "lr": 0.0} for group in state["param_groups"]] for state in (saved, expected)
+    ]
+    if not alike(saved, expected) or groups[0] != groups[1]:
+        raise ValueError("the optimizer is another one")
+    optimizer.load_state_dict(saved)
+    for entries in optimizer.state.values():  # SGD and Adam take what they load uncopied
+        entries.update({name: tensor.clone() for name, tensor in entries.items()})
+
+
+def check_space(path: Path, size: int) -> None:
+    """Raises UserError if there is no space for `size` bytes where `path` will be."""
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise UserError(
+            f"{folder} has {free / 2**30:.2f} GiB of free space, but the state of the run needs "
+            f"{size / 2**30:.2f} GiB, as it is there twice while it is replaced: make space"
+        )
+
+
+def tensor_bytes(state: Any) -> int:
+    """Bytes of all tensors in nested containers."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, dict | list | tuple):
+        return sum(map(tensor_bytes, state.values() if isinstance(state, dict) else state))
+    return 0
 
 
 def available_memory(device: torch.device) -> int:
@@ -135,6 +227,20 @@ def available_memory(device: torch.device) -> int:
             return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux: all the memory there is
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def say(line: str) -> None:
+    """Prints a result. Raises UserError if standard output is full or closed."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left of it
+        raise UserError(f"cannot write to standard output: {error.strerror}") from error
+
+
+def note(message: str) -> None:
+    """Tells the user what is no result."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def find_device(name: str) -> torch.device:
@@ -177,8 +283,7 @@ def train_epoch(
             outputs = model(images)
             loss = cross_entropy(outputs, labels)
         if not math.isfinite(loss.item()):
-            damp = ", or a higher --damp" if isinstance(optimizer, MFAC) else ""
-            raise UserError(f"the loss became {loss.item()}: use a lower --lr{damp}")
+            raise UserError(f"the loss became {loss.item()}: {lower_rate(optimizer)}")
         optimizer.zero_grad()
         loss.backward()
         before = synchronized_time(device)
@@ -192,6 +297,8 @@ def train_epoch(
         correct += (outputs.argmax(1) == labels).sum().item()
         seen += len(labels)
         bar.set_postfix(loss=loss_sum / seen, accuracy=100 * correct / seen, refresh=False)
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise UserError(f"the last step made weights NaN or Inf: {lower_rate(optimizer)}")
     seconds = time.perf_counter() - start
     return {
         "train_loss": loss_sum / seen,
@@ -200,6 +307,11 @@ def train_epoch(
         "images_per_second": seen / seconds,
         "optimizer_seconds": optimizer_seconds,
     }
+
+
+def lower_rate(optimizer: torch.optim.Optimizer) -> str:
+    """What to do if a training diverges."""
+    return "use a lower --lr" + (", or a higher --damp" if isinstance(optimizer, MFAC) else "")
 
 
 @torch.no_grad()
@@ -305,9 +417,9 @@ def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
     if schedule == "step":
         drops = [math.ceil(settings["epochs"] * part) for part in (0.5, 0.75)]
         settings = {"drop_at": drops, "drop_by": 0.1, **settings}
-        if max(given.get("drop_at", [0])) >= settings["epochs"]:
+        if settings["drop_at"] != drops and max(settings["drop_at"]) >= settings["epochs"]:
             raise UserError(
-                f"--drop_at {max(given['drop_at'])} never comes: choose epochs below --epochs "
+                f"--drop_at {max(settings['drop_at'])} never comes: choose epochs below --epochs "
                 f"{settings['epochs']}"
             )
     elif given.keys() & {"drop_at", "drop_by"}:
@@ -341,14 +453,15 @@ def learning_rate_factor(settings: dict[str, Any], steps_per_epoch: int) -> Call
 
 def build_optimizer(
     model: nn.Module, settings: dict[str, Any], device: torch.device
-) -> torch.optim.Optimizer:
-    """The optimizer of `settings`. Raises UserError if the window of mfac can't fit."""
+) -> tuple[torch.optim.Optimizer, str]:
+    """The optimizer of `settings`, and what to tell of its memory. Raises UserError if the window
+    of mfac can't fit."""
     options = {"lr": settings["lr"], "weight_decay": settings["weightdecay"]}
     if settings["optim"] == "adam":
-        return torch.optim.Adam(model.parameters(), **options)
+        return torch.optim.Adam(model.parameters(), **options), ""
     options["momentum"] = settings["momentum"]
     if settings["optim"] == "sgd":
-        return torch.optim.SGD(model.parameters(), **options)
+        return torch.optim.SGD(model.parameters(), **options), ""
     m, d = settings["ngrads"], sum(weight.numel() for weight in model.parameters())
     chosen = {name: settings.get(name, default) for name, default in WINDOW.items()}
     free = available_memory(device)
@@ -371,15 +484,9 @@ def build_optimizer(
             f"{size}, but {device} has {free / 2**30:.2f} GiB free: use "
             f"{''.join(advice[:1])}at most --ngrads {fits}"
         )
-    note(size)
     options |= {"ngrads": m, "damp": settings["damp"], "compress": chosen["compress"]}
     options["window_dtype"] = getattr(torch, chosen["window_dtype"])
-    return MFAC(model.parameters(), **options)
-
-
-def note(message: str) -> None:
-    """Tells the user what is no result."""
-    print(message, file=sys.stderr, flush=True)
+    return MFAC(model.parameters(), **options), size
 
 
 class Run:
@@ -417,7 +524,7 @@ class Run:
         if "checkpoint" in settings and not state:
             models.load_checkpoint(model, settings["checkpoint"])
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.optimizer = build_optimizer(self.model, settings, self.device)
+        self.optimizer, memory = build_optimizer(self.model, settings, self.device)
         self.tested = self.model  # and saved
         if "ema" in settings:
             average = get_ema_multi_avg_fn(settings["ema"])
@@ -430,6 +537,12 @@ class Run:
         self.history = []  # a dict an epoch, the rows of the CSV
         if state:
             self.restore(state)
+        size = tensor_bytes([self.model.state_dict(), self.optimizer.state_dict()])
+        check_space(self.state_path, size if state else 2 * size)
+        if memory:
+            note(memory)
+        if state:
+            note(f"going on after epoch {len(self.history)} of {settings['epochs']}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def check_files(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
@@ -447,7 +560,8 @@ class Run:
         if resume and self.state_path.exists():
             state = load_saved(self.state_path, mmap=True)  # a window must not be there twice
             wanted = {"settings", "classes", "history", *self.STATEFUL}
-            if not isinstance(state, dict) or state.keys() != wanted:
+            good = isinstance(state, dict) and state.keys() == wanted
+            if not (good and are_settings(state["settings"], build_parser(), choose_settings)):
                 raise UserError(f"{self.state_path} was not saved by this script")
             return state
         if resume and exist:
@@ -464,20 +578,24 @@ class Run:
         if state["classes"] != self.data.classes:
             raise UserError(f"{self.settings['dataset']} has other classes than the saved run")
         try:
+            if not are_rows(state["history"], COLUMNS, self.settings["epochs"]):
+                raise ValueError("the figures of the epochs are others")
             for part in self.STATEFUL:
-                getattr(self, part).load_state_dict(state[part])
-        except (KeyError, RuntimeError, ValueError) as error:
+                if part == "optimizer":
+                    load_optimizer(self.optimizer, state[part])
+                elif alike(state[part], getattr(self, part).state_dict()):
+                    getattr(self, part).load_state_dict(state[part])
+                else:
+                    raise ValueError(f"the {part} is another one")
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
             first = str(error).splitlines()[0]
-            raise UserError(f"{self.state_path} does not fit the model: {first}") from error
-        for entries in self.optimizer.state.values():  # SGD and Adam take what they load uncopied
-            entries.update({name: tensor.clone() for name, tensor in entries.items()})
+            raise UserError(f"{self.state_path} does not fit the run: {first}") from error
         self.history = state["history"]
-        note(f"going on after epoch {len(self.history)} of {self.settings['epochs']}")
 
     def train(self) -> None:
         """All epochs that are left, then the curves."""
         shown = ", ".join(f"{name} {value}" for name, value in self.settings.items())
-        print(f"# {shown}", flush=True)
+        say(f"# {shown}")
         epochs = self.settings["epochs"]
         how = {"device": self.device, "amp": self.settings["amp"]}
         for epoch in range(len(self.history), epochs):
@@ -493,12 +611,11 @@ class Run:
             self.save_state([*self.history, row])
             self.history.append(row)
             self.save_results()
-            print(
+            say(
                 f"{title}  lr {row['lr']:.4g}  loss {row['train_loss']:.4f}  "
                 f"train {row['train_accuracy']:.2f} %  test {accuracy:.2f} %  "
                 f"{row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s  "
-                f"optimizer {row['optimizer_seconds']:.1f} s",
-                flush=True,
+                f"optimizer {row['optimizer_seconds']:.1f} s"
             )
         self.save_results()  # again: a run that goes on may have been killed before it came to it
         save_curves(self.history, self.path.with_suffix(".png"))
@@ -520,7 +637,7 @@ class Run:
         }
         save_atomically(self.path, lambda file: torch.save(model, file))
         text = io.StringIO()
-        table = csv.DictWriter(text, self.history[0], lineterminator="\n")
+        table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows(self.history)
         csv_path = self.path.with_suffix(".csv")
@@ -550,19 +667,18 @@ def save_curves(history: list[dict[str, float]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Trains as the command line, or `argv`, says."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    run = None
+    parser, run = build_parser(), None
     try:
+        args = parser.parse_args(argv)
         try:
             run = Run(args)
         except (OSError, ValueError) as error:
             raise UserError(str(error)) from error
         run.train()
     except (UserError, datautils.DataError) as error:
-        parser.error(str(error))
+        parser.fail(str(error))
     except torch.OutOfMemoryError:
-        parser.error("the GPU's memory is full: use a smaller --batchsize or --ngrads")
+        parser.fail("the GPU's memory is full: use a smaller --batchsize or --ngrads")
     except KeyboardInterrupt:
         if run and run.history:
             parser.exit(130, f"\ninterrupted; saved: {run.path}, to go on with --resume\n")

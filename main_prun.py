@@ -42,14 +42,21 @@ from main_optim import (
     SEED,
     Parser,
     UserError,
+    alike,
+    are_rows,
+    are_settings,
     available_memory,
     check_same,
+    check_space,
     evaluate,
     find_device,
+    load_optimizer,
     load_saved,
     note,
     number,
     save_atomically,
+    say,
+    tensor_bytes,
     train_epoch,
 )
 from optim import MFAC, window_bytes
@@ -84,8 +91,10 @@ COLUMNS = {
     "evaluation_seconds": "evaluation {:.1f} s",
 }
 
-STEP = number(int, "a whole number from 0", lambda value: value >= 0)
-BLOCK = number(int, "-1 or a whole number from 1", lambda value: value == -1 or value >= 1)
+STEP = number(int, "a whole number from 0 to 1,000,000", lambda value: 0 <= value <= 10**6)
+BLOCK = number(
+    int, "-1 or a whole number from 1 to 2^31 - 1", lambda value: value == -1 or 1 <= value < 2**31
+)
 
 
 # --- the command line -----------------------------------------------------------------------
@@ -224,10 +233,10 @@ def choose_levels(settings: dict[str, Any]) -> list[float]:
     levels = settings.get("sparsities", LEVELS)
     if "cubic" in settings:  # Zhu and Gupta, 2017
         start, end, steps = settings["cubic"]
-        if not (start < end < 1 and steps >= 2 and steps == int(steps)):
+        if not (start < end < 1 and 2 <= steps <= 10_000 and steps == int(steps)):
             raise UserError(
                 f"--cubic {start:g} {end:g} {steps:g} is not FROM TO STEPS with FROM < TO < 1 and "
-                "at least 2 STEPS"
+                "2 to 10,000 STEPS"
             )
         steps = int(steps)
         levels = [end + (start - end) * (1 - k / (steps - 1)) ** 3 for k in range(steps)]
@@ -336,7 +345,13 @@ class Run:
             self.restore(state)
         else:
             self.rehearse()
+        size = tensor_bytes([model.state_dict(), self.pruner.state_dict()])
+        if settings.get("optim") == "mfac":
+            size += window_bytes(settings["ngrads"], self.total)
+        check_space(self.out, size if state else 2 * size)
         self.check_memory()
+        if state:
+            note(f"going on after line {len(self.history)} of {len(self.plan)}")
         self.out.parent.mkdir(parents=True, exist_ok=True)
 
     # --- before it starts
@@ -366,7 +381,8 @@ class Run:
         if resume and state_path in exist:
             state = load_saved(state_path)
             wanted = {"settings", "classes", "history", "model", "pruner", "optimizer", "scheduler"}
-            if not isinstance(state, dict) or state.keys() != wanted:
+            good = isinstance(state, dict) and state.keys() == wanted
+            if not (good and are_settings(state["settings"], build_parser(), choose_settings)):
                 raise UserError(f"{state_path} was not saved by this script")
             return state
         if resume and exist:
@@ -468,24 +484,50 @@ class Run:
         if state["classes"] != self.data.classes:
             raise UserError(f"{self.settings['dataset']} has other classes than the saved run")
         try:
+            if not are_rows(state["history"], COLUMNS, len(self.plan)):
+                raise ValueError("the figures are others")
+            task, index = self.plan[len(state["history"]) - 1]
+            step = None if task == "measure" else index
+            if task == "tune":
+                step = self.step_before(index)
+            if state["history"][-1]["step"] != step:
+                raise ValueError("the figures are of another step")
+            if not alike(state["model"], self.model.state_dict()):
+                raise ValueError("the model is another one")
             self.model.load_state_dict(state["model"])
-            self.pruner.load_state_dict(state["pruner"])
-            if state["optimizer"]:
-                self.start_optimizer(state["history"][-1]["step"])
-                self.optimizer.load_state_dict(state["optimizer"])
+            self.load_pruner(state["pruner"])
+            if (state["optimizer"] is None) != (task != "tune"):
+                raise ValueError("the optimizer is not of this epoch")
+            if task == "tune":
+                self.start_optimizer(step)
+                load_optimizer(self.optimizer, state["optimizer"])
+                if not alike(state["scheduler"], self.scheduler.state_dict()):
+                    raise ValueError("the scheduler is another one")
                 self.scheduler.load_state_dict(state["scheduler"])
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             first = str(error).splitlines()[0]
-            raise UserError(f"{self.beside('.state')} does not fit the model: {first}") from error
+            raise UserError(f"{self.beside('.state')} does not fit the run: {first}") from error
         self.history = state["history"]
-        note(f"going on after line {len(self.history)} of {len(self.plan)}")
+
+    def load_pruner(self, saved: dict[str, Any]) -> None:
+        """Has the pruner go on with the model. Raises ValueError if masks do not fit."""
+        pruner, expected = self.pruner, self.pruner.state_dict()
+        if "base" in expected and saved["base"]:
+            expected |= {"base": pruner.params, "base_masks": pruner.masks}
+        if not alike(saved, expected):
+            raise ValueError("the masks are of another model or pruner")
+        if any(
+            (weight[~saved["masks"][name]] != 0).any() for name, weight in pruner.params.items()
+        ):
+            raise ValueError("the masks are of other weights")
+        pruner.load_state_dict(saved)
 
     # --- while it runs
 
     def go(self) -> None:
         """All that is left of the plan, then the picture."""
         shown = ", ".join(f"{name} {value}" for name, value in self.settings.items())
-        print(f"# {shown}", flush=True)
+        say(f"# {shown}")
         if self.history:  # again: the run may have been killed before it came to it
             self.save_results()
         else:
@@ -504,9 +546,9 @@ class Run:
             self.history.append(row)
             self.save_results()
             line = [COLUMNS[name].format(row[name]) for name in row if row[name] is not None]
-            print("  ".join(line), flush=True)
+            say("  ".join(line))
             if self.verbose and task != "tune":
-                print(self.layers(), flush=True)
+                say(self.layers())
         save_plot([(self.out.name, curve(self.history)), *self.curves], self.beside(".png"))
 
     def measure(self, _: int) -> dict[str, Any]:
@@ -646,6 +688,8 @@ def curve(history: list[dict[str, Any]]) -> list[tuple[float, float]]:
 
 def read_curve(path: Path) -> list[tuple[float, float]]:
     """The curve of the CSV of another run. Raises UserError if it is none."""
+    if path.exists() and not path.is_file():  # such as a pipe, which may never end
+        raise UserError(f"--compare {path} is no file")
     try:
         with open(path, newline="") as file:
             points = curve(list(csv.DictReader(file)))
@@ -677,19 +721,18 @@ def save_plot(curves: list[tuple[str, list[tuple[float, float]]]], path: Path) -
 
 def main(argv: list[str] | None = None) -> None:
     """Prunes as the command line, or `argv`, says."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    run = None
+    parser, run = build_parser(), None
     try:
+        args = parser.parse_args(argv)
         try:
             run = Run(args)
         except (OSError, ValueError) as error:
             raise UserError(str(error)) from error
         run.go()
     except (UserError, datautils.DataError) as error:
-        parser.error(str(error))
+        parser.fail(str(error))
     except torch.OutOfMemoryError:
-        parser.error("the GPU's memory is full: use more --pages, a --blocksize or fewer gradients")
+        parser.fail("the GPU's memory is full: use more --pages, a --blocksize or fewer gradients")
     except KeyboardInterrupt:
         if run and run.history:
             parser.exit(130, f"\ninterrupted; go on with --resume --out {run.out}\n")

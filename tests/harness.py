@@ -17,10 +17,10 @@ from typing import Any
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import matplotlib.backends.backend_agg  # noqa: F401: once here rather than in each child
+import matplotlib.backends.backend_agg  # once here rather than in each child
 import matplotlib.figure  # noqa: F401
 import torch
-import torch._dynamo  # noqa: F401: of optimizers
+import torch._dynamo  # which optimizers import
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
@@ -154,7 +154,8 @@ def check_same(one: Path, other: Path) -> None:
         if path.suffix == ".state":
             assert same(main_optim.load_saved(path), main_optim.load_saved(match)), path
         elif path.suffix == ".csv":
-            assert same(*(list(csv.DictReader(open(p))) for p in (path, match))), path
+            tables = [list(csv.DictReader(p.read_text().splitlines())) for p in (path, match)]
+            assert same(*tables), path
         else:
             assert path.read_bytes() == match.read_bytes(), path
 

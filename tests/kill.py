@@ -87,9 +87,10 @@ class Calls:
             def flush(self) -> None:
                 calls.watched("flush", super().flush)()
 
-        main_optim.open = lambda path, mode="r", **_: (
-            File(Raw(path, mode)) if "w" in mode else open(path, mode)
-        )
+        def watched_open(path, mode="r"):
+            return File(Raw(path, mode)) if "w" in mode else open(path, mode)
+
+        main_optim.open = watched_open
         for name in ("fsync", "replace", "unlink"):
             setattr(os, name, self.watched(name, getattr(os, name)))
 
@@ -210,9 +211,11 @@ class Mode:
             if end.status == 0:
                 return self.fill(mounted)  # all that was left to write was small
             lines = [line for line in end.err.splitlines() if "error" in line]
-            good = end.status == 2 and len(lines) == 1 and "cannot write" in lines[0]
+            refused = len(lines) == 1 and "of free space" in lines[0] and not end.out
+            good = end.status == 2 and len(lines) == 1 and ("cannot write" in lines[0] or refused)
             self.expect(good and "Traceback" not in end.err, f"size {size}: {end}")
             self.expect(not any(folder.glob("*.tmp")), f"size {size}: a part is left")
+            self.counts["refused at the start"] += refused
             self.counts["with a checkpoint to keep"] += any(folder.glob("*.state"))
             self.verify(folder)
         finally:
