@@ -503,6 +503,8 @@ class Run:
         names = {**COMMON, **given}
         data = Path(names["dataset"]).resolve().name
         self.path = args.save or Path("runs", f"{names['model']}-{data}-{names['optim']}.pth")
+        if self.path.suffix not in (".pth", ".pt"):
+            raise UserError(f"--save {self.path} must end in .pth or .pt")
         self.state_path = self.path.with_suffix(".state")
         state = self.check_files(args.resume, args.overwrite)
         if state:
@@ -548,8 +550,6 @@ class Run:
     def check_files(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
         """The saved state, if there is one to go on with. Raises UserError if it is none, or if
         files would be lost."""
-        if self.path.suffix not in (".pth", ".pt"):
-            raise UserError(f"--save {self.path} must end in .pth or .pt")
         folder = next(folder for folder in self.path.absolute().parents if folder.exists())
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise UserError(f"{folder} is no folder that can be written into: see --save")

@@ -314,7 +314,8 @@ class Run:
         data = Path(names["dataset"]).resolve().name
         self.out = args.out or Path("runs", f"{names['model']}-{data}-pruned-{names['pruner']}")
         self.verbose = args.verbose
-        self.curves = [(str(path.with_suffix("")), read_curve(path)) for path in args.compare]
+        curves = [(path, read_curve(path)) for path in args.compare]
+        self.curves = [(str(path.with_suffix("")), points) for path, points in curves]
         state = self.check_files(args.resume, args.overwrite)
         if state:
             check_same(given, state["settings"])
@@ -345,11 +346,7 @@ class Run:
             self.restore(state)
         else:
             self.rehearse()
-        size = tensor_bytes([model.state_dict(), self.pruner.state_dict()])
-        if settings.get("optim") == "mfac":
-            size += window_bytes(settings["ngrads"], self.total)
-        check_space(self.out, size if state else 2 * size)
-        self.check_memory()
+        self.check_memory(resumed=bool(state))
         if state:
             note(f"going on after line {len(self.history)} of {len(self.plan)}")
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -458,8 +455,9 @@ class Run:
             needed[self.device] = max(needed[self.device], window)
         return needed
 
-    def check_memory(self) -> None:
-        """Says how much memory the run takes. Raises UserError with advice if it can't fit."""
+    def check_memory(self, resumed: bool = False) -> None:
+        """Says how much memory the run takes. Raises UserError with advice if it can't fit, or if
+        the state has no space."""
         blocksize, pages = self.settings.get("blocksize", -1), self.settings.get("pages", 1)
         needed = self.bytes_needed(blocksize, pages)
         free = {device: available_memory(device) for device in needed}
@@ -476,6 +474,10 @@ class Run:
             advice.append(f"fewer {self.ngrads_flag}")
             left = [f"{size / 2**30:.2f} GiB on {device}" for device, size in free.items()]
             raise UserError(f"{size}, but free are {' and '.join(left)}: use {advice[0]}")
+        saved = tensor_bytes([self.model.state_dict(), self.pruner.state_dict()])
+        if self.settings.get("optim") == "mfac":
+            saved += window_bytes(self.settings["ngrads"], self.total)
+        check_space(self.out, saved if resumed else 2 * saved)
         if any(needed.values()):
             note(size)
 

@@ -461,6 +461,20 @@ BAD_FLAGS = [
     (f"--ngrads {10**9}", "use at most --ngrads"),
     (f"--ngrads {10**9} --compress 0.01 --window_dtype bfloat16", "use at most --ngrads"),
     ("--epochs 3 extra", "extra"),
+    ("--dataset /dev/null", "is a file"),
+    ("--dataset .", "holds no data set"),
+    ("--checkpoint .", "There is no checkpoint file"),
+    ("--checkpoint /dev/zero", "There is no checkpoint file /dev/zero"),
+    *((f"--ema {value}", "from 0 and below 1") for value in ("-0.1", "1", "nan", "x")),
+    *((f"--{flag} {10**30}", "2^31") for flag in ("epochs", "batchsize", "ngrads", "drop_at")),
+    *((f"--{flag} 1e400", f"--{flag}: 1e400 is not") for flag in ("lr", "damp", "weightdecay")),
+    ("--seed x", "--seed: x is not"),
+    ("--ngrads 1e3", "--ngrads: 1e3 is not"),
+    *((f"--{flag} yes", "yes") for flag in ("amp", "resume", "overwrite")),
+    ("--device", "--device: expected one argument"),
+    ("--damp 1e-320 --ngrads 4", "1e-320"),
+    ("--save .", "must end in .pth"),
+    ("--save missing/../net.txt", "must end in .pth"),
 ]
 
 
