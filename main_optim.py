@@ -146,22 +146,27 @@ def alike(saved: Any, present: Any) -> bool:
     return type(saved) is type(present)
 
 
-def are_settings(saved: Any, parser: Parser, choose: Callable[[dict[str, Any]], Any]) -> bool:
-    """Whether these are the settings that `choose` makes of some command line."""
+def saved_settings(
+    saved: Any, parser: Parser, choose: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Saved settings, with the defaults of what came later; None if `choose` makes them of no
+    command line."""
     flags = []
     try:
         for name, value in saved.items():
-            listed = value if isinstance(value, list) else [value]
-            if not all(isinstance(x, str | int | float | None) for x in listed):
-                return False
+            if name == "help" or not isinstance(value, list | str | int | float | None):
+                return None
             if isinstance(value, list):
+                if not all(isinstance(x, int | float) for x in value):
+                    return None
                 flags += [f"--{name}", *map(str, value)]
             elif value is not None and value is not False:
                 flags.append(f"--{name}" if value is True else f"--{name}={value}")
         parsed = vars(parser.parse_args(flags))
-        return choose({name: parsed[name] for name in saved if parsed[name] is not None}) == saved
+        chosen = choose({name: parsed[name] for name in saved if parsed[name] is not None})
+        return chosen if {name: chosen[name] for name in saved} == saved else None
     except (UserError, AttributeError, KeyError, TypeError):
-        return False
+        return None
 
 
 def are_rows(saved: Any, columns: Iterable[str], most: int) -> bool:
@@ -560,10 +565,12 @@ class Run:
         if resume and self.state_path.exists():
             state = load_saved(self.state_path, mmap=True)  # a window must not be there twice
             wanted = {"settings", "classes", "history", *self.STATEFUL}
-            good = isinstance(state, dict) and state.keys() == wanted
-            if not (good and are_settings(state["settings"], build_parser(), choose_settings)):
+            settings = None
+            if isinstance(state, dict) and state.keys() == wanted:
+                settings = saved_settings(state["settings"], build_parser(), choose_settings)
+            if settings is None:
                 raise UserError(f"{self.state_path} was not saved by this script")
-            return state
+            return {**state, "settings": settings}
         if resume and exist:
             raise UserError(f"{exist[0]} is there but {self.state_path}, to go on from, is not")
         if exist and not overwrite:

@@ -44,7 +44,6 @@ from main_optim import (
     UserError,
     alike,
     are_rows,
-    are_settings,
     available_memory,
     check_same,
     check_space,
@@ -55,6 +54,7 @@ from main_optim import (
     note,
     number,
     save_atomically,
+    saved_settings,
     say,
     tensor_bytes,
     train_epoch,
@@ -378,10 +378,12 @@ class Run:
         if resume and state_path in exist:
             state = load_saved(state_path)
             wanted = {"settings", "classes", "history", "model", "pruner", "optimizer", "scheduler"}
-            good = isinstance(state, dict) and state.keys() == wanted
-            if not (good and are_settings(state["settings"], build_parser(), choose_settings)):
+            settings = None
+            if isinstance(state, dict) and state.keys() == wanted:
+                settings = saved_settings(state["settings"], build_parser(), choose_settings)
+            if settings is None:
                 raise UserError(f"{state_path} was not saved by this script")
-            return state
+            return {**state, "settings": settings}
         if resume and exist:
             raise UserError(f"{exist[0]} is there but {state_path}, to go on from, is not")
         if exist and not overwrite:

@@ -611,6 +611,15 @@ def test_state_of_another_model(run, capsys):
     assert "does not fit" in capsys.readouterr().err
 
 
+def test_state_of_an_older_version(run):
+    """A flag that it did not know has its default."""
+    assert run(*small("mfac")) == 0
+    state = main_optim.load_saved(Path("net.state"))
+    del state["settings"]["compress"], state["settings"]["window_dtype"]
+    torch.save(state, "net.state")
+    assert run("--save", "net.pth", "--resume") == 0
+
+
 # --- the parts ------------------------------------------------------------------------------
 
 
