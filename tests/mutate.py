@@ -144,6 +144,10 @@ def put(state: dict, key: Any, value: Any) -> dict:
     return {**state, key: value}
 
 
+def without(state: dict, missing: str) -> dict:
+    return {key: value for key, value in state.items() if key != missing}
+
+
 def poke(tensor: torch.Tensor, value: float, chance: random.Random) -> torch.Tensor:
     tensor = tensor.clone(memory_format=torch.contiguous_format)
     tensor.view(-1)[chance.randrange(tensor.numel())] = value
@@ -161,9 +165,7 @@ def changed_weight(change: Callable[[torch.Tensor, random.Random], Any]) -> Call
 CONTENTS = {  # of a state dict; none of them is to be taken
     "other model": lambda state, _: {f"layer{key}": value for key, value in state.items()},
     "other classes": lambda state, _: harness.tiny(7).state_dict(),
-    "weight missing": lambda state, chance: {
-        k: v for k, v in state.items() if k != other_key(state, chance)[0]
-    },
+    "weight missing": lambda state, chance: without(state, other_key(state, chance)[0]),
     "weight too many": lambda state, _: put(state, "more", torch.ones(2)),
     "key no text": lambda state, _: put(state, 3, torch.ones(2)),
     "weight no tensor": changed_weight(lambda w, chance: chance.choice((None, "x", 1.0, [1, 2]))),
