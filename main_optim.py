@@ -23,9 +23,9 @@ import io
 import itertools
 import math
 import os
+import shutil
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -54,6 +54,7 @@ from windows import Ranks
 # optimizer: one that it lacks is refused. The paper's number of epochs depends on the model.
 COMMON = dict(model="resnet20", dataset="digits", optim="mfac", schedule="step", seed=0, amp=False)
 WINDOW = dict(window_dtype="float32", compress=None)
+COMPRESSED = dict(lr=1e-3, damp=1e-3)  # a step goes lr/damp along what the window does not hold
 DEFAULTS = {
     ("paper", "sgd"): dict(lr=0.1, momentum=0.9, weightdecay=5e-4, batchsize=128),
     ("paper", "adam"): dict(lr=1e-3, weightdecay=5e-4, batchsize=128),
@@ -68,11 +69,16 @@ DEFAULTS = {
     )
     | WINDOW,
 }
+COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "seconds", "images_per_second")
+COLUMNS += ("optimizer_seconds", "test_loss", "test_accuracy")  # of the CSV
 PAPER_EPOCHS = {"resnet": 164, "wideresnet": 200, "mobilenet": 100}  # by the start of the name
 
 # The figures that are drawn, and how large they may be in the CSV of an earlier run.
 DRAWN = dict(epoch=1e9, seconds=1e9, train_loss=None, test_loss=None)
 DRAWN |= dict(train_accuracy=100, test_accuracy=100)
+
+
+ALONE = Ranks()
 
 
 class UserError(Exception):
@@ -86,6 +92,10 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence, without the usage, from one process a machine."""
 
     def error(self, message: str):
+        raise UserError(message)
+
+    def fail(self, message: str):
+        """Ends the process with that sentence."""
         first = os.environ.get("LOCAL_RANK", "0") == "0"
         self.exit(2, f"{self.prog}: error: {message}\n" if first else None)
 
@@ -105,7 +115,7 @@ def number(kind: type, rule: str, allowed: Callable[[Any], bool]) -> Callable[[s
     return convert
 
 
-COUNT = number(int, "a whole number from 1", lambda value: value >= 1)
+COUNT = number(int, "a whole number from 1 to 2^31 - 1", lambda value: 1 <= value < 2**31)
 SEED = number(int, "a whole number from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
 POSITIVE = number(float, "a number above 0", lambda value: 0 < value < math.inf)
 FACTOR = number(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
@@ -134,11 +144,7 @@ def load_saved(path: Path, mmap: bool = False) -> Any:
     """What torch.save wrote to `path`, on the CPU. With `mmap` it takes no memory, but must be
     copied before the file may change. Raises UserError if the file is damaged."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
-            damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"{damaged} has another checksum")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return models.read_tensors(path, zipped=True, mmap=mmap)
     except Exception as error:  # there is no end to what a damaged file can set off
         raise UserError(f"{path} is damaged, or was not saved by this script") from error
 
@@ -149,6 +155,102 @@ def check_folder(path: Path, flag: str) -> None:
     folder = next(folder for folder in (path, *path.parents) if folder.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise UserError(f"{folder} is no folder that can be written into: see {flag}")
+
+
+def alike(saved: Any, present: Any) -> bool:
+    """Whether what was loaded has the keys, the types, and the tensors of the shapes and types of
+    `present`, whatever their numbers."""
+    if isinstance(present, torch.Tensor):
+        kinds = [
+            (tensor.shape, tensor.dtype) for tensor in (saved, present) if torch.is_tensor(tensor)
+        ]
+        return len(kinds) == 2 and kinds[0] == kinds[1] and models.is_plain(saved)
+    if isinstance(present, dict):
+        if not isinstance(saved, dict) or saved.keys() != present.keys():
+            return False
+        return all(alike(saved[key], value) for key, value in present.items())
+    if isinstance(present, list | tuple):
+        same = type(saved) is type(present) and len(saved) == len(present)
+        return same and all(map(alike, saved, present))
+    return type(saved) is type(present)
+
+
+def saved_settings(
+    saved: Any, parser: Parser, choose: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Saved settings, with the defaults of what came later; None if `choose` makes them of no
+    command line."""
+    flags = []
+    try:
+        for name, value in saved.items():
+            if name == "help" or not isinstance(value, list | str | int | float | None):
+                return None
+            if isinstance(value, list):
+                if not all(isinstance(x, int | float) for x in value):
+                    return None
+                flags += [f"--{name}", *map(str, value)]
+            elif value is not None and value is not False:
+                flags.append(f"--{name}" if value is True else f"--{name}={value}")
+        parsed = vars(parser.parse_args(flags))
+        chosen = choose({name: parsed[name] for name in saved if parsed[name] is not None})
+        return chosen if {name: chosen[name] for name in saved} == saved else None
+    except (UserError, AttributeError, KeyError, TypeError):
+        return None
+
+
+def are_rows(saved: Any, columns: Iterable[str], most: int) -> bool:
+    """Whether these are 1 to `most` rows of numbers, some of them empty."""
+    if not (isinstance(saved, list) and 1 <= len(saved) <= most):
+        return False
+    wanted = dict.fromkeys(columns)
+    return all(
+        isinstance(row, dict)
+        and row.keys() == wanted.keys()
+        and all(x is None or type(x) in (int, float) for x in row.values())
+        for row in saved
+    )
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Has a new optimizer go on from a state. Raises ValueError if it is not of such an one."""
+    expected = optimizer.state_dict()
+    for group, numbers in zip(optimizer.param_groups, expected["param_groups"], strict=True):
+        for weight, number in zip(group["params"], numbers["params"], strict=True):
+            entries = {}  # that the first step makes
+            if isinstance(optimizer, torch.optim.Adam):
+                entries = {"step": torch.tensor(0.0), "exp_avg": weight, "exp_avg_sq": weight}
+            elif group["momentum"]:
+                entries = {"momentum_buffer": weight}
+            if entries:
+                expected["state"][number] = {**expected["state"].get(number, {}), **entries}
+    groups = [
+        [{**group, "lr": 0.0} for group in state["param_groups"]] for state in (saved, expected)
+    ]
+    if not alike(saved, expected) or groups[0] != groups[1]:
+        raise ValueError("the optimizer is another one")
+    optimizer.load_state_dict(saved)
+    for entries in optimizer.state.values():  # SGD and Adam take what they load uncopied
+        tensors = {name: x for name, x in entries.items() if isinstance(x, torch.Tensor)}
+        entries.update({name: tensor.clone() for name, tensor in tensors.items()})
+
+
+def check_space(path: Path, size: int) -> None:
+    """Raises UserError if there is no space for `size` bytes where `path` will be."""
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise UserError(
+            f"{folder} has {free / 2**30:.2f} GiB of free space, but the state of the run needs "
+            f"{size / 2**30:.2f} GiB, as it is there twice while it is replaced: make space"
+        )
+
+
+def tensor_bytes(state: Any) -> int:
+    """Bytes of all tensors in nested containers."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, dict | list | tuple):
+        return sum(map(tensor_bytes, state.values() if isinstance(state, dict) else state))
+    return 0
 
 
 def available_memory(device: torch.device) -> int:
@@ -189,6 +291,24 @@ def lost_connection(error: RuntimeError) -> bool:
     )
 
 
+def say(line: str) -> None:
+    """Prints a result, from the first process. Raises UserError if standard output is full or
+    closed."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left of it
+        raise UserError(f"cannot write to standard output: {error.strerror}") from error
+
+
+def note(message: str) -> None:
+    """Tells the user what is no result, from the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+
+
 def find_device(name: str) -> torch.device:
     """The device called `name`, of CUDA devices the one of this process. Raises UserError if it
     can't compute."""
@@ -223,7 +343,7 @@ def train_epoch(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     *,
     device: torch.device,
-    ranks: Ranks,
+    ranks: Ranks = ALONE,
     amp: bool = False,
     title: str = "train",
 ) -> dict[str, float]:
@@ -241,8 +361,7 @@ def train_epoch(
         found = torch.stack([loss.detach(), (outputs.argmax(1) == labels).sum()]).tolist()
         batch_loss, right, size = totals(ranks, *found, len(labels))
         if not math.isfinite(batch_loss):
-            damp = ", or a higher --damp" if isinstance(optimizer, MFAC) else ""
-            raise UserError(f"the loss became {batch_loss / size}: use a lower --lr{damp}")
+            raise UserError(f"the loss became {batch_loss / size}: {lower_rate(optimizer)}")
         optimizer.zero_grad()
         (loss * (ranks.size / size)).backward()  # gradients are averaged over processes
         before = synchronized_time(device)
@@ -256,6 +375,8 @@ def train_epoch(
         correct += right
         seen += size
         bar.set_postfix(loss=loss_sum / seen, accuracy=100 * correct / seen, refresh=False)
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise UserError(f"the last step made weights NaN or Inf: {lower_rate(optimizer)}")
     seconds = time.perf_counter() - start
     return {
         "train_loss": loss_sum / seen,
@@ -266,9 +387,19 @@ def train_epoch(
     }
 
 
+def lower_rate(optimizer: torch.optim.Optimizer) -> str:
+    """What to do if a training diverges."""
+    return "use a lower --lr" + (", or a higher --damp" if isinstance(optimizer, MFAC) else "")
+
+
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Iterable, *, device: torch.device, ranks: Ranks, amp: bool = False
+    model: nn.Module,
+    loader: Iterable,
+    *,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+    amp: bool = False,
 ) -> tuple[float, float]:
     """Mean loss and accuracy (%) over `loader`, of which each of `ranks` has its part. The model is
     left as it was found."""
@@ -370,6 +501,8 @@ def read_runs(paths: list[Path], largest: dict[str, float | None]) -> Runs:
     0 at least (None: anything), where all are filled. Raises UserError if a file is no such CSV."""
     runs = []
     for path in paths:
+        if path.exists() and not path.is_file():  # such as a pipe, which may never end
+            raise UserError(f"--plot {path} is no file")
         try:
             with open(path, newline="") as file:
                 texts = [[row[name] for name in largest] for row in csv.DictReader(file)]
@@ -488,13 +621,14 @@ def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
         if name in given and name not in defaults:
             raise UserError(f"--{name} is no setting of --optim {optim}: leave it out")
     family = next((name for name in PAPER_EPOCHS if settings["model"].startswith(name)), "resnet")
-    settings = {"epochs": PAPER_EPOCHS[family], **defaults, **settings}
+    compressed = COMPRESSED if "compress" in given else {}
+    settings = {"epochs": PAPER_EPOCHS[family], **defaults, **compressed, **settings}
     if schedule == "step":
         drops = [math.ceil(settings["epochs"] * part) for part in (0.5, 0.75)]
         settings = {"drop_at": drops, "drop_by": 0.1, **settings}
-        if max(given.get("drop_at", [0])) >= settings["epochs"]:
+        if settings["drop_at"] != drops and max(settings["drop_at"]) >= settings["epochs"]:
             raise UserError(
-                f"--drop_at {max(given['drop_at'])} never comes: choose epochs below --epochs "
+                f"--drop_at {max(settings['drop_at'])} never comes: choose epochs below --epochs "
                 f"{settings['epochs']}"
             )
     elif given.keys() & {"drop_at", "drop_by"}:
@@ -528,14 +662,15 @@ def learning_rate_factor(settings: dict[str, Any], steps_per_epoch: int) -> Call
 
 def build_optimizer(
     model: nn.Module, settings: dict[str, Any], device: torch.device, ranks: Ranks
-) -> torch.optim.Optimizer:
-    """The optimizer of `settings`. Raises UserError if the window of mfac can't fit."""
+) -> tuple[torch.optim.Optimizer, str]:
+    """The optimizer of `settings`, and what to tell of its memory. Raises UserError if the window
+    of mfac can't fit."""
     options = {"lr": settings["lr"], "weight_decay": settings["weightdecay"]}
     if settings["optim"] == "adam":
-        return torch.optim.Adam(model.parameters(), **options)
+        return torch.optim.Adam(model.parameters(), **options), ""
     options["momentum"] = settings["momentum"]
     if settings["optim"] == "sgd":
-        return torch.optim.SGD(model.parameters(), **options)
+        return torch.optim.SGD(model.parameters(), **options), ""
     m, d = settings["ngrads"], sum(weight.numel() for weight in model.parameters())
     chosen = {name: settings.get(name, default) for name, default in WINDOW.items()}
     sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -561,21 +696,9 @@ def build_optimizer(
             f"{size}, but {device} has {free / 2**30:.2f} GiB free: use "
             f"{''.join(advice[:1])}at most --ngrads {fits}"
         )
-    note(size)
     options |= {"ngrads": m, "damp": settings["damp"], "compress": chosen["compress"]}
     options["window_dtype"] = getattr(torch, chosen["window_dtype"])
-    return MFAC(model.parameters(), **options)
-
-
-def note(message: str) -> None:
-    """Tells the user what is no result."""
-    say(message, file=sys.stderr)
-
-
-def say(message: str, **options: Any) -> None:
-    """Prints from the first process."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True, **options)
+    return MFAC(model.parameters(), **options), size
 
 
 class Run:
@@ -592,6 +715,8 @@ class Run:
         names = {**COMMON, **given}
         data = Path(names["dataset"]).resolve().name
         self.path = args.save or Path("runs", f"{names['model']}-{data}-{names['optim']}.pth")
+        if self.path.suffix not in (".pth", ".pt"):
+            raise UserError(f"--save {self.path} must end in .pth or .pt")
         self.state_path = self.path.with_suffix(".state")
         self.tensorboard = TensorBoard(args.tensorboard, self.path.stem)
         self.others = read_runs(args.plot, DRAWN)
@@ -618,7 +743,7 @@ class Run:
             models.load_checkpoint(model, settings["checkpoint"])
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.trained = distributed(self.model, self.ranks)
-        self.optimizer = build_optimizer(self.model, settings, self.device, self.ranks)
+        self.optimizer, memory = build_optimizer(self.model, settings, self.device, self.ranks)
         self.tested = self.model  # and saved
         if "ema" in settings:
             average = get_ema_multi_avg_fn(settings["ema"])
@@ -631,13 +756,17 @@ class Run:
         self.history = []  # a dict an epoch, the rows of the CSV
         if state:
             self.restore(state)
+        size = tensor_bytes([self.model.state_dict(), self.optimizer.state_dict()])
+        check_space(self.state_path, size if state else 2 * size)
+        if memory:
+            note(memory)
+        if state:
+            note(f"going on after epoch {len(self.history)} of {settings['epochs']}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def check_files(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
         """The saved state, if there is one to go on with. Raises UserError if it is none, or if
         files would be lost."""
-        if self.path.suffix not in (".pth", ".pt"):
-            raise UserError(f"--save {self.path} must end in .pth or .pt")
         check_folder(self.path.parent, "--save")
         beside = [self.path.with_suffix(suffix) for suffix in (".csv", ".png")]
         exist = [path for path in (self.state_path, self.path, *beside) if path.exists()]
@@ -646,9 +775,12 @@ class Run:
         if resume and self.state_path.exists():
             state = load_saved(self.state_path, mmap=True)  # a window must not be there twice
             wanted = {"settings", "classes", "history", *self.STATEFUL}
-            if not isinstance(state, dict) or state.keys() != wanted:
+            settings = None
+            if isinstance(state, dict) and state.keys() == wanted:
+                settings = saved_settings(state["settings"], build_parser(), choose_settings)
+            if settings is None:
                 raise UserError(f"{self.state_path} was not saved by this script")
-            return state
+            return {**state, "settings": settings}
         if resume and exist:
             raise UserError(f"{exist[0]} is there but {self.state_path}, to go on from, is not")
         if exist and not overwrite:
@@ -663,16 +795,19 @@ class Run:
         if state["classes"] != self.data.classes:
             raise UserError(f"{self.settings['dataset']} has other classes than the saved run")
         try:
+            if not are_rows(state["history"], COLUMNS, self.settings["epochs"]):
+                raise ValueError("the figures of the epochs are others")
             for part in self.STATEFUL:
-                getattr(self, part).load_state_dict(state[part])
-        except (KeyError, RuntimeError, ValueError) as error:
+                if part == "optimizer":
+                    load_optimizer(self.optimizer, state[part])
+                elif alike(state[part], getattr(self, part).state_dict()):
+                    getattr(self, part).load_state_dict(state[part])
+                else:
+                    raise ValueError(f"the {part} is another one")
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
             first = str(error).splitlines()[0]
-            raise UserError(f"{self.state_path} does not fit the model: {first}") from error
-        for entries in self.optimizer.state.values():  # SGD and Adam take what they load uncopied
-            tensors = {name: x for name, x in entries.items() if isinstance(x, torch.Tensor)}
-            entries.update({name: tensor.clone() for name, tensor in tensors.items()})
+            raise UserError(f"{self.state_path} does not fit the run: {first}") from error
         self.history = state["history"]
-        note(f"going on after epoch {len(self.history)} of {self.settings['epochs']}")
 
     def train(self) -> None:
         """All epochs that are left, then the curves."""
@@ -726,7 +861,7 @@ class Run:
         }
         save_atomically(self.path, lambda file: torch.save(model, file))
         text = io.StringIO()
-        table = csv.DictWriter(text, self.history[0], lineterminator="\n")
+        table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows(self.history)
         csv_path = self.path.with_suffix(".csv")
@@ -735,19 +870,18 @@ class Run:
 
 def main(argv: list[str] | None = None) -> None:
     """Trains as the command line, or `argv`, says."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    run = None
+    parser, run = build_parser(), None
     try:
+        args = parser.parse_args(argv)
         try:
             run = Run(args)
         except (OSError, ValueError) as error:
             raise UserError(str(error)) from error
         run.train()
     except (UserError, datautils.DataError) as error:
-        parser.error(str(error))
+        parser.fail(str(error))
     except torch.OutOfMemoryError:
-        parser.error("the GPU's memory is full: use a smaller --batchsize or --ngrads")
+        parser.fail("the GPU's memory is full: use a smaller --batchsize or --ngrads")
     except RuntimeError as error:
         if not lost_connection(error):
             raise

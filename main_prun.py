@@ -54,14 +54,18 @@ from main_optim import (
     TensorBoard,
     UserError,
     add_figure_flags,
+    alike,
+    are_rows,
     available_memory,
     check_folder,
     check_same,
+    check_space,
     distributed,
     evaluate,
     find_device,
     find_ranks,
     gathered,
+    load_optimizer,
     load_saved,
     lost_connection,
     note,
@@ -69,7 +73,9 @@ from main_optim import (
     progress,
     read_runs,
     save_atomically,
+    saved_settings,
     say,
+    tensor_bytes,
     train_epoch,
 )
 from optim import MFAC, window_bytes
@@ -107,8 +113,10 @@ COLUMNS = {
 # The figures that are drawn, and how large they may be in the CSV of an earlier run.
 DRAWN = {"sparsity": 1, "test_accuracy": 100}
 
-STEP = number(int, "a whole number from 0", lambda value: value >= 0)
-BLOCK = number(int, "-1 or a whole number from 1", lambda value: value == -1 or value >= 1)
+STEP = number(int, "a whole number from 0 to 1,000,000", lambda value: 0 <= value <= 10**6)
+BLOCK = number(
+    int, "-1 or a whole number from 1 to 2^31 - 1", lambda value: value == -1 or 1 <= value < 2**31
+)
 
 
 # --- the command line -----------------------------------------------------------------------
@@ -246,10 +254,10 @@ def choose_levels(settings: dict[str, Any]) -> list[float]:
     levels = settings.get("sparsities", LEVELS)
     if "cubic" in settings:  # Zhu and Gupta, 2017
         start, end, steps = settings["cubic"]
-        if not (start < end < 1 and steps >= 2 and steps == int(steps)):
+        if not (start < end < 1 and 2 <= steps <= 10_000 and steps == int(steps)):
             raise UserError(
                 f"--cubic {start:g} {end:g} {steps:g} is not FROM TO STEPS with FROM < TO < 1 and "
-                "at least 2 STEPS"
+                "2 to 10,000 STEPS"
             )
         steps = int(steps)
         levels = [end + (start - end) * (1 - k / (steps - 1)) ** 3 for k in range(steps)]
@@ -361,7 +369,9 @@ class Run:
             self.restore(state)
         else:
             self.rehearse()
-        self.check_memory()
+        self.check_memory(resumed=bool(state))
+        if state:
+            note(f"going on after line {len(self.history)} of {len(self.plan)}")
         self.out.parent.mkdir(parents=True, exist_ok=True)
 
     # --- before it starts
@@ -389,9 +399,12 @@ class Run:
         if resume and state_path in exist:
             state = load_saved(state_path)
             wanted = {"settings", "classes", "history", "model", "pruner", "optimizer", "scheduler"}
-            if not isinstance(state, dict) or state.keys() != wanted:
+            settings = None
+            if isinstance(state, dict) and state.keys() == wanted:
+                settings = saved_settings(state["settings"], build_parser(), choose_settings)
+            if settings is None:
                 raise UserError(f"{state_path} was not saved by this script")
-            return state
+            return {**state, "settings": settings}
         if resume and exist:
             raise UserError(f"{exist[0]} is there but {state_path}, to go on from, is not")
         if exist and not overwrite:
@@ -468,8 +481,9 @@ class Run:
             needed = {device: 2 * size for device, size in needed.items()}
         return needed
 
-    def check_memory(self) -> None:
-        """Says how much memory the run takes. Raises UserError with advice if it can't fit."""
+    def check_memory(self, resumed: bool = False) -> None:
+        """Says how much memory the run takes. Raises UserError with advice if it can't fit, or if
+        the state has no space."""
         blocksize, pages = self.settings.get("blocksize", -1), self.settings.get("pages", 1)
         needed = self.bytes_needed(blocksize, pages)
         free = {device: available_memory(device) for device in needed}
@@ -488,6 +502,10 @@ class Run:
             advice.append(f"fewer {self.ngrads_flag}")
             left = [f"{size / 2**30:.2f} GiB on {device}" for device, size in free.items()]
             raise UserError(f"{size}, but free are {' and '.join(left)}: use {advice[0]}")
+        saved = tensor_bytes([self.model.state_dict(), self.pruner.state_dict()])
+        if self.settings.get("optim") == "mfac":
+            saved += window_bytes(self.settings["ngrads"], self.total)
+        check_space(self.out, saved if resumed else 2 * saved)
         if any(needed.values()):
             note(size)
 
@@ -496,17 +514,43 @@ class Run:
         if state["classes"] != self.data.classes:
             raise UserError(f"{self.settings['dataset']} has other classes than the saved run")
         try:
+            if not are_rows(state["history"], COLUMNS, len(self.plan)):
+                raise ValueError("the figures are others")
+            task, index = self.plan[len(state["history"]) - 1]
+            step = None if task == "measure" else index
+            if task == "tune":
+                step = self.step_before(index)
+            if state["history"][-1]["step"] != step:
+                raise ValueError("the figures are of another step")
+            if not alike(state["model"], self.model.state_dict()):
+                raise ValueError("the model is another one")
             self.model.load_state_dict(state["model"])
-            self.pruner.load_state_dict(state["pruner"])
-            if state["optimizer"]:
-                self.start_optimizer(state["history"][-1]["step"])
-                self.optimizer.load_state_dict(state["optimizer"])
+            self.load_pruner(state["pruner"])
+            if (state["optimizer"] is None) != (task != "tune"):
+                raise ValueError("the optimizer is not of this epoch")
+            if task == "tune":
+                self.start_optimizer(step)
+                load_optimizer(self.optimizer, state["optimizer"])
+                if not alike(state["scheduler"], self.scheduler.state_dict()):
+                    raise ValueError("the scheduler is another one")
                 self.scheduler.load_state_dict(state["scheduler"])
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             first = str(error).splitlines()[0]
-            raise UserError(f"{self.beside('.state')} does not fit the model: {first}") from error
+            raise UserError(f"{self.beside('.state')} does not fit the run: {first}") from error
         self.history = state["history"]
-        note(f"going on after line {len(self.history)} of {len(self.plan)}")
+
+    def load_pruner(self, saved: dict[str, Any]) -> None:
+        """Has the pruner go on with the model. Raises ValueError if masks do not fit."""
+        pruner, expected = self.pruner, self.pruner.state_dict()
+        if "base" in expected and saved["base"]:
+            expected |= {"base": pruner.params, "base_masks": pruner.masks}
+        if not alike(saved, expected):
+            raise ValueError("the masks are of another model or pruner")
+        if any(
+            (weight[~saved["masks"][name]] != 0).any() for name, weight in pruner.params.items()
+        ):
+            raise ValueError("the masks are of other weights")
+        pruner.load_state_dict(saved)
 
     # --- while it runs
 
@@ -698,19 +742,18 @@ def save_plot(runs: Runs, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Prunes as the command line, or `argv`, says."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    run = None
+    parser, run = build_parser(), None
     try:
+        args = parser.parse_args(argv)
         try:
             run = Run(args)
         except (OSError, ValueError) as error:
             raise UserError(str(error)) from error
         run.go()
     except (UserError, datautils.DataError) as error:
-        parser.error(str(error))
+        parser.fail(str(error))
     except torch.OutOfMemoryError:
-        parser.error("the GPU's memory is full: use more --pages, a --blocksize or fewer gradients")
+        parser.fail("the GPU's memory is full: use more --pages, a --blocksize or fewer gradients")
     except RuntimeError as error:
         if not lost_connection(error):
             raise

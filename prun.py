@@ -955,7 +955,8 @@ class MagnitudePruner:
             raise ValueError(f"Expected {names} as in state_dict() of {maker}, got {found}")
         shapes = {name: p.shape for name, p in self.params.items()}
         for what in ("masks", *(part for part in ("base", "base_masks") if state.get(part))):
-            if {name: saved.shape for name, saved in state[what].items()} != shapes:
+            found = state[what].items() if isinstance(state[what], Mapping) else [(None, None)]
+            if {name: getattr(saved, "shape", None) for name, saved in found} != shapes:
                 raise ValueError(f"The saved {what} belong to other parameters than this pruner's")
 
     def _replace(self, masks: dict[str, Tensor]) -> None:

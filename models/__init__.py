@@ -6,9 +6,12 @@ a module for images with three channels. A new entry is all that a new model nee
     models.MODELS["mlp"] = lambda num_classes: MLP(hidden=512, num_classes=num_classes)
 """
 
+import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +21,7 @@ from models.mobilenet import MobileNet
 from models.resnet import ResNet
 from models.wideresnet import WideResNet
 
-__all__ = ["MODELS", "build", "load_checkpoint"]
+__all__ = ["MODELS", "build", "load_checkpoint", "read_tensors"]
 
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     "resnet20": partial(ResNet, 20),
@@ -79,7 +82,42 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
                 f"classes: {key!r} is {tuple(tensor.shape)} there and "
                 f"{tuple(wanted[key].shape)} here; use the model and data set it was saved from."
             )
+        if tensor.is_floating_point() != wanted[key].is_floating_point() or not is_plain(tensor):
+            raise ValueError(
+                f"The checkpoint {path} has another kind of numbers: {key!r} is a "
+                f"{'meta' if tensor.is_meta else tensor.layout} tensor of {tensor.dtype} where "
+                f"{wanted[key].dtype} is needed; save the weights as these."
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"The checkpoint {path} has NaN or Inf in {key!r}: use one of a training that did "
+                f"not diverge."
+            )
     model.load_state_dict(state)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor from a file has its numbers, one after the other."""
+    return tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized)
+
+
+def read_tensors(path: str | Path, zipped: bool = False, mmap: bool = False) -> Any:
+    """What torch.save wrote to `path`, on the CPU: tensors, numbers and plain containers.
+
+    A file that is no zip archive, as those of torch before 1.6, has no checksums, and is refused if
+    it must be `zipped`. There is no end to what a damaged file can raise.
+    """
+    with open(path, "rb") as file:
+        zipped = zipped or file.read(4) == b"PK\3\4"
+    if zipped:  # torch.load does not compare the checksums, and would unfold what is compressed
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("It has compressed records, which torch.save does not write.")
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} has another checksum.")
+    with warnings.catch_warnings(), torch.serialization.safe_globals(SAFE):
+        warnings.simplefilter("ignore")  # what is of a kind that torch warns of is refused below
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
@@ -87,8 +125,7 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise ValueError(f"There is no checkpoint file {path}: check the path.")
     try:
-        with torch.serialization.safe_globals(SAFE):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_tensors(path)
     except Exception as error:  # depending on the bytes: UnpicklingError, RuntimeError, EOFError, …
         raise ValueError(
             f"The file {path} is not a checkpoint of tensors that torch.load can read "

@@ -588,6 +588,20 @@ BAD_FLAGS = [
     ("--epochs 3 extra", "extra"),
     ("--plot missing.csv", "--plot missing.csv cannot be read: No such file or directory"),
     ("--tensorboard /dev/null/tb", "/dev/null is no folder"),
+    ("--dataset /dev/null", "is a file"),
+    ("--dataset .", "holds no data set"),
+    ("--checkpoint .", "There is no checkpoint file"),
+    ("--checkpoint /dev/zero", "There is no checkpoint file /dev/zero"),
+    *((f"--ema {value}", "from 0 and below 1") for value in ("-0.1", "1", "nan", "x")),
+    *((f"--{flag} {10**30}", "2^31") for flag in ("epochs", "batchsize", "ngrads", "drop_at")),
+    *((f"--{flag} 1e400", f"--{flag}: 1e400 is not") for flag in ("lr", "damp", "weightdecay")),
+    ("--seed x", "--seed: x is not"),
+    ("--ngrads 1e3", "--ngrads: 1e3 is not"),
+    *((f"--{flag} yes", "yes") for flag in ("amp", "resume", "overwrite")),
+    ("--device", "--device: expected one argument"),
+    ("--damp 1e-320 --ngrads 4", "1e-320"),
+    ("--save .", "must end in .pth"),
+    ("--save missing/../net.txt", "must end in .pth"),
 ]
 
 
@@ -739,6 +753,15 @@ def test_state_of_another_model(run, capsys):
     capsys.readouterr()
     assert run("--save", "net.pth", "--resume") == 2
     assert "does not fit" in capsys.readouterr().err
+
+
+def test_state_of_an_older_version(run):
+    """A flag that it did not know has its default."""
+    assert run(*small("mfac")) == 0
+    state = main_optim.load_saved(Path("net.state"))
+    del state["settings"]["compress"], state["settings"]["window_dtype"]
+    torch.save(state, "net.state")
+    assert run("--save", "net.pth", "--resume") == 0
 
 
 # --- the parts ------------------------------------------------------------------------------

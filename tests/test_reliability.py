@@ -1,0 +1,111 @@
+"""Small parts of what kill.py and mutate.py do, and what holds for both scripts alike."""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_main_optim
+import test_main_prun
+import torch
+
+import main_optim
+import main_prun
+import models
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = {"optim": (main_optim, test_main_optim), "prun": (main_prun, test_main_prun)}
+
+
+def call(script: Path, *flags, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(script), *map(str, flags)]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=300, **options)
+
+
+def test_killed_and_full():
+    """Two kills and a full disk of each mode; `tests/kill.py` does more."""
+    end = call(HERE / "kill.py", "--kills", 2, "--full", 1, stdout=subprocess.PIPE)
+    assert end.returncode == 0, end.stderr
+    assert end.stdout.count("2 kills, all files readable, all resumed to the same bits") == 3
+
+
+def test_changed_files():
+    """Thirty files that are damaged or do not fit; `tests/mutate.py` does more."""
+    end = call(HERE / "mutate.py", "--files", 30, "--seed", 1, stdout=subprocess.PIPE)
+    assert end.returncode == 0, end.stdout + end.stderr
+    assert "30 files, 0 failures" in end.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full file here")
+def test_standard_output_is_full(dataset, tmp_path):
+    with open("/dev/full", "w") as full:
+        flags = ["--dataset", dataset, "--optim", "sgd", "--epochs", 1, "--batchsize", 32]
+        end = call(HERE.parent / "main_optim.py", *flags, stdout=full, cwd=tmp_path)
+    expected = "cannot write to standard output: No space left on device"
+    assert (end.returncode, end.stderr) == (2, f"main_optim.py: error: {expected}\n")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_same_bits_again(name, threads, dataset, tmp_path, monkeypatch):
+    script, tests = SCRIPTS[name]
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.manual_seed(0)
+        torch.save(models.build("resnet20", 4).state_dict(), "trained.pth")
+        flags = {
+            "optim": "--optim mfac --epochs 2 --batchsize 32 --ngrads 5 --momentum 0.5",
+            "prun": "--checkpoint trained.pth --sparsities 0.5 0.9 --nepochs 2 --batchsize 32 "
+            "--ngrads 8 --npergrad 4 --optim mfac",
+        }[name].split()
+        for run in ("a", "b"):
+            place = ["--save", f"{run}.pth"] if name == "optim" else ["--out", run]
+            script.main([*flags, "--dataset", str(dataset), *place])
+    finally:
+        torch.set_num_threads(before)
+    tests.assert_same_run("a", "b")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_too_little_space_is_seen_before(name, dataset, tmp_path, monkeypatch, capsys):
+    script, _ = SCRIPTS[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(main_optim.shutil, "disk_usage", lambda folder: argparse.Namespace(free=9))
+    torch.save(models.build("resnet20", 4).state_dict(), "trained.pth")
+    with pytest.raises(SystemExit) as end:
+        script.main(["--dataset", str(dataset), "--checkpoint", "trained.pth", "--ngrads", "8"])
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and "0.00 GiB of free space" in printed.err
+    assert printed.out == "" and printed.err.count("\n") == 1
+    assert os.listdir() == ["trained.pth"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_has_bad_cases(name):
+    """One that blames it; for numbers, one that is no number and one that is not allowed."""
+    script, tests = SCRIPTS[name]
+    texts = [f"{flags} " for flags, _ in tests.BAD_FLAGS]
+    assert len(set(texts)) >= 100
+    for action in script.build_parser()._actions:
+        flag = action.option_strings[0]
+        given = [
+            m[1].split() for text in texts for m in re.finditer(rf"{flag} ((?:(?!--).)*)", text)
+        ]
+        assert given or flag == "-h", flag
+        if action.type not in (None, Path, getattr(script, "current_name", None)):
+            values = {value for values in given for value in values}
+            assert "x" in values and any(map(is_number, values)), flag
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
