@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coefficients import COEFFICIENTS, unit
+from coefficients import COEFFICIENTS, factor, unit
 from windows import CompressedWindow, DenseWindow, gram, step_traffic, window_bytes
 
 __all__ = ["MFAC", "DynamicInverseFisher", "NonFiniteGradientError", "step_traffic", "window_bytes"]
@@ -92,9 +92,15 @@ def _checked_compress(compress: float | None) -> float | None:
 # everything is computed in float64, beyond the second nothing is.
 CONDITION_LIMIT = {torch.float32: 1e1, torch.float64: 1e11}
 
-# A GPU's checks are read a step late, so there a step moves nothing if more than three digits of
-# its result may be wrong: by the condition, or by what cancels in Gᵀz.
-USABLE = {torch.float32: 1e4, torch.float64: 1e11}
+# What cancels in Gᵀz multiplies the error again. Beyond this much of both, five digits are no longer
+# certain, and the result is computed in another way.
+LOST = {torch.float32: 1e2, torch.float64: 2e10}
+
+# A GPU's checks are read a step late, so there the first such step moves nothing if three digits are
+# not certain, either.
+USABLE = {torch.float32: 1e4, torch.float64: 4e12}
+
+EPS, RESOLVED = torch.finfo(torch.float64).eps, 1e-5  # relative errors: of numbers, of results
 
 
 class _Unread:
@@ -171,7 +177,13 @@ class DynamicInverseFisher:
         self.lazy = self.device.type == "cuda"  # checks are read a step late, without waiting
         self.accepted: float | Tensor = 1.0  # 0 if the last F⁻¹g is refused: then it is zero
         self._cancels = False  # whether Gᵀz did, when it was last read
+        self._strained = False  # whether it did beyond LOST
         self._unread: _Unread | None = None
+
+    @property
+    def _late(self) -> bool:
+        """Whether to leave checks unread; where much cancels, results have to wait for them."""
+        return self.lazy and not self._strained
 
     @property
     def _cheap_dtype(self) -> torch.dtype:
@@ -205,9 +217,9 @@ class DynamicInverseFisher:
             ValueError: g has another shape, or λ is too small for these gradients.
         """
         _, finite, condition = self._exchange(g)
-        if self.lazy:
+        if self._late:
             no = torch.zeros_like(finite)
-            self._leave_unread(finite, condition, no, no)
+            self._leave_unread(finite, condition, no, torch.ones_like(condition))
 
     def update_matvec(self, g: Tensor) -> Tensor:
         """Puts the gradient g (d,) into the window and returns F⁻¹g (d,), with g included in F.
@@ -215,78 +227,101 @@ class DynamicInverseFisher:
         Two reads of the window. Raises as `update`.
         """
         z, finite, condition = self._exchange(g)
-        # How far the terms of Gᵀz, of norms zᵢ²Kᵢᵢ, exceed their sum, of norm zᵀKz: parallel
-        # gradients cancel, and float32 has few digits to lose.
+        result, cancels, error = self._column(z, condition)
+        if self._late:
+            self._leave_unread(finite, condition, cancels, error)
+            usable = finite & (error <= USABLE[self.compute_dtype])
+            self.accepted = usable.to(self._cheap_dtype)
+            return result.where(usable, 0).to(self._cheap_dtype)
+        self.accepted, self._strained = 1.0, not error <= LOST[self.compute_dtype]
+        if self._strained:
+            if self.compute_dtype != torch.float64:
+                self._to_float64(self.damp)
+            j = (self.count - 1) % self.num_grads
+            row = torch.cat([window.row(j).to(self.device) for window in self.windows])
+            return self.matvec(row)
+        return result.to(self._cheap_dtype)
+
+    def _column(self, z: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """mGᵀz (d,), whether its terms cancel so far that float32 is too short for them, and by how
+        much the roundings in K are multiplied in it."""
+        # The terms are of norms zᵢ²Kᵢᵢ, their sum is of norm zᵀKz.
         K = self.coefficients.K
         terms = z.square() @ K.diagonal()
         cancels = ~(terms < 1e3 * (z @ (K @ z)))
-        dtype = self.compute_dtype
-        if self._cancels if self.lazy else cancels:
-            dtype = torch.float64
+        extreme = not 1e-15 < self.damp < 1e15  # z, up to 1/mλ, may leave the range of float32
+        exactly = extreme or (self._cancels if self._late else cancels)
+        dtype = torch.float64 if exactly else self.compute_dtype
         result = self._transposed_window_times(self.num_grads * z, dtype)
-        terms, left = self.num_grads * terms.sqrt(), result.norm(dtype=torch.float64)
-        lost = ~(terms <= USABLE[torch.float64] * left)
-        if self.lazy:
-            lost &= dtype == torch.float64  # if not, the next step has a way out
-            self._leave_unread(finite, condition, cancels, lost)
-            usable = terms <= USABLE[dtype] * left
-            usable &= finite & (condition < USABLE[self.compute_dtype])
-            self.accepted = usable.to(self._cheap_dtype)
-            result = result.where(usable, 0)
-        elif lost:
-            raise ValueError(self._advice(self.damp))
-        return result.to(self._cheap_dtype)
+        left = result.norm(dtype=torch.float64)
+        terms = self.num_grads * terms.sqrt()
+        error = condition * (terms / left).where(terms > 0, 1)
+        return result, cancels, error
 
     def settle(self) -> None:
         """Reads what the last exchange on CUDA found out, and sees to it. Raises as `update`."""
         if self._unread is None:
             return
-        (finite, condition, self._cancels, lost), self._unread = self._unread.read(), None
+        (finite, condition, self._cancels, error), self._unread = self._unread.read(), None
         if not finite:  # the row was written with what it held before
             self.count -= 1
-        sound = self._sound(condition)
+        self._strained = not error <= LOST[self.compute_dtype]
+        sound, exactly = self._sound(condition), self.compute_dtype == torch.float64
         if not sound:
             self._refactor(self.damp)
+        elif self._strained and not exactly:
+            self._to_float64(self.damp)
         if not finite:
             raise NonFiniteGradientError("The gradient has NaN or Inf; the window is unchanged")
-        if sound and lost:
-            raise ValueError(self._advice(self.damp))
 
     def matvec(self, x: Tensor) -> Tensor:
-        """F⁻¹x (d,) for x (d,), by (1): four reads of the window.
+        """F⁻¹x (d,) for x (d,), by (1): four reads of the window, and up to 12 more where that
+        does not resolve the result.
 
-        In float64, as (1) cancels where x resembles the gradients; and y = A⁻¹Gx takes a step of
-        refinement with G itself, as K may be of float32 precision only.
+        In float64, as (1) cancels where x resembles the gradients.
         """
         x = self._checked(x).to(self.device, torch.float64)
+        if not bool(x.isfinite().all()):
+            raise ValueError("Expected finite numbers in x, got NaN or Inf")
         self.settle()
         if not self._sound(self.condition):  # the last exchange was refused
             raise ValueError(self._advice(self.damp))
-        b = self._window_times(x, torch.float64)
-        y = self.coefficients.solve(b)
-        r = b - self._window_times(self._transposed_window_times(y, torch.float64), torch.float64)
-        y += self.coefficients.solve(r - self.num_grads * self.damp * y)
-        result = (x - self._transposed_window_times(y, torch.float64)) / self.damp
-        if self.damp * result.norm() < 1e-11 * x.norm():
-            raise ValueError(self._advice(self.damp))
-        return result.to(self._cheap_dtype)
+        # y of (1) is as far off as K, squared by its refinement, but not beyond float64.
+        rounding = 4 * torch.finfo(self.compute_dtype).eps * self.condition
+        rounding = max(rounding**2, EPS * self.condition)
+        result, residual = torch.zeros_like(x), x
+        for _ in range(3):
+            result += self._woodbury(residual)
+            error = rounding * residual.norm() + 4 * EPS * x.norm()
+            if error <= RESOLVED * self.damp * result.norm():
+                return self._fitting(result)
+            residual = x - self._fisher_times(result)
+        raise ValueError(self._advice(self.damp))
 
     def diagonal(self) -> Tensor:
-        """diag(F⁻¹) (d,), each entry in (0, 1/λ], by (2), O(dm²): (1 − Σᵢ Wᵢⱼ²) / λ, W = L⁻¹G,
-        A = LLᵀ in float64."""
+        """diag(F⁻¹) (d,), each entry in (0, 1/λ], in float64. By (2), O(dm²): (1 − Σᵢ Wᵢⱼ²) / λ,
+        W = L⁻¹G, A = LLᵀ; for d ≤ m from F itself, O(d²m)."""
         self.settle()
-        A = self._gram()
-        A.diagonal().add_(self.num_grads * self.damp)
-        L, failed = torch.linalg.cholesky_ex(A)
-        left = []
-        for window in self.windows:
-            for tile in window.tiles():
-                W = torch.linalg.solve_triangular(L, tile.to(self.device), upper=False)
-                left.append(1 - W.square().sum(0))
-        result = torch.cat(left)
-        if bool(failed) or not bool((result > 1e-11).all()):  # fewer than five digits are left
+        m, tiles = self.num_grads, (tile for window in self.windows for tile in window.tiles())
+        direct = self.shape[0] <= m
+        if direct:
+            G = torch.cat([tile.to(self.device) for tile in tiles], 1)
+            A = G.T @ G
+        else:
+            A = self._gram()
+        A.diagonal().add_(m * self.damp)
+        L = factor(A)
+        inverse = torch.cholesky_inverse(L).diagonal()
+        error = EPS * inverse * A.diagonal()
+        if direct:
+            result = m * self.damp * inverse
+        else:
+            W = (torch.linalg.solve_triangular(L, t.to(self.device), upper=False) for t in tiles)
+            result = 1 - torch.cat([w.square().sum(0) for w in W])
+            error = error.max() * (1 - result) / result
+        if not bool(((0 <= error) & (error <= RESOLVED)).all()):  # nor are NaN
             raise ValueError(self._advice(self.damp))
-        return (result / self.damp).to(self._cheap_dtype)
+        return self._fitting(result / self.damp)
 
     def grow(self, columns: int) -> None:
         """Appends `columns` weights with past gradients of zero; K and P stay as they are."""
@@ -372,7 +407,7 @@ class DynamicInverseFisher:
         parts = zip(self.windows, self._split(self._checked(g)), strict=True)
         entries = [window.entry(part) for window, part in parts]
         finite = torch.stack([finite.to(self.device) for _, finite in entries]).all()
-        if not (self.lazy or finite):
+        if not (self._late or finite):
             raise NonFiniteGradientError("The gradient has NaN or Inf; the window is unchanged")
         j = self.count % self.num_grads
         self.count += 1
@@ -382,7 +417,7 @@ class DynamicInverseFisher:
             window.write(j, entry, finite.to(window.device))
         k = self._window_times([window.row(j) for window in self.windows], self.compute_dtype)
         z, condition = self.coefficients.exchange(j, k)
-        if not (self.lazy or self._sound(condition)):
+        if not (self._late or self._sound(condition)):
             self._refactor(self.damp)
             z = self.coefficients.solve(unit(j, k))
         return z, finite, condition
@@ -401,6 +436,10 @@ class DynamicInverseFisher:
         self.coefficients.refactor(damp)
         if self._sound(self.coefficients.condition()):
             return
+        self._to_float64(damp)
+
+    def _to_float64(self, damp: float) -> None:
+        """Computes K and A⁻¹ anew in float64, for damping λ, O(dm²)."""
         self.compute_dtype = torch.float64
         self.coefficients.K.copy_(self._gram())
         self.coefficients.refactor(damp)
@@ -408,16 +447,28 @@ class DynamicInverseFisher:
             raise ValueError(self._advice(damp))
 
     def _advice(self, damp: float) -> str:
+        """What to do. The first damp does for A, the second for any product with F⁻¹, too."""
         largest = float(self.coefficients.K.diagonal().max())
         return (
             f"damp = {damp:g} is too small for gradients of squared norm up to {largest:g}, even "
-            f"in float64; raise damp to about {1e-10 * largest:.0e}"
+            f"in float64; raise damp to about {1e-10 * largest:.0e} or, if that is not enough, to "
+            f"{1e-6 * largest:.0e}"
         )
 
     def _checked(self, x: Tensor) -> Tensor:
         if x.shape != self.shape[:1]:
             raise ValueError(f"Expected a vector of shape {self.shape[:1]}, got {tuple(x.shape)}")
         return x.detach()
+
+    def _fitting(self, result: Tensor) -> Tensor:
+        """The result in the type of all results."""
+        fitted = result.to(self._cheap_dtype)
+        if not bool(fitted.isfinite().all()):
+            raise ValueError(
+                f"Results of up to {float(result.abs().max()):.3g} do not fit {fitted.dtype}; use "
+                "dtype=torch.float64, or a higher damp"
+            )
+        return fitted
 
     def _split(self, x: Tensor) -> tuple[Tensor, ...]:
         """x (d,) cut up among the windows."""
@@ -431,6 +482,20 @@ class DynamicInverseFisher:
                 views.append(window.G[:, max(start, 0) : stop])
             start, stop = start - window.dim, stop - window.dim
         return views
+
+    def _woodbury(self, x: Tensor) -> Tensor:
+        """F⁻¹x (d,) by (1). y = A⁻¹Gx takes a step of refinement with G itself, as K may be of
+        float32 precision only."""
+        b = self._window_times(x, torch.float64)
+        y = self.coefficients.solve(b)
+        r = b - self._window_times(self._transposed_window_times(y, torch.float64), torch.float64)
+        y += self.coefficients.solve(r - self.num_grads * self.damp * y)
+        return (x - self._transposed_window_times(y, torch.float64)) / self.damp
+
+    def _fisher_times(self, x: Tensor) -> Tensor:
+        """Fx (d,)."""
+        y = self._window_times(x, torch.float64) / self.num_grads
+        return self.damp * x + self._transposed_window_times(y, torch.float64)
 
     def _gram(self) -> Tensor:
         """K (m, m), anew from the window."""
