@@ -26,7 +26,6 @@ Information", NeurIPS 2021, arXiv 2107.03356, section 3.2 (dynamic algorithm).
 """
 
 import itertools
-import numbers
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -35,7 +34,22 @@ import torch
 from torch import Tensor
 
 from coefficients import COEFFICIENTS, factor, unit
-from windows import CompressedWindow, DenseWindow, gram, step_traffic, window_bytes
+from windows import (
+    IN_FLOATS,
+    CompressedWindow,
+    DenseWindow,
+    check_damp,
+    check_device,
+    check_devices,
+    check_integer,
+    checked_compress,
+    checked_dtype,
+    gram,
+    is_real,
+    kind,
+    step_traffic,
+    window_bytes,
+)
 
 __all__ = ["MFAC", "DynamicInverseFisher", "NonFiniteGradientError", "step_traffic", "window_bytes"]
 
@@ -53,51 +67,17 @@ def _even(d: int, parts: int) -> list[int]:
     return [stop - start for start, stop in itertools.pairwise(bounds)]
 
 
-def check_damp(damp: float) -> float:
-    if not (isinstance(damp, numbers.Real) and 1e-300 < damp < 1e300):  # 1/damp is finite, too
-        raise ValueError(
-            f"Invalid damp: {damp!r}; it must be a number between 1e-300 and 1e300, such as 1e-5"
-        )
-    return float(damp)
-
-
-def check_integer(name: str, value: int, least: int = 1, largest: int | None = None) -> int:
-    integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not (integral and least <= value <= (largest or value)):
-        limit = f"from {least} to {largest}" if largest else f"of at least {least}"
-        raise ValueError(f"Invalid {name}: {value!r}; it must be an integer {limit}")
-    return int(value)
-
-
-def _checked_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    allowed = torch.bfloat16, torch.float16, torch.float32, torch.float64
-    if dtype not in allowed:
-        raise ValueError(f"Invalid {name}: {dtype!r}; it must be one of {list(allowed)}")
-    return dtype
-
-
-def _checked_compress(compress: float | None) -> float | None:
-    if compress is None:
-        return None
-    if not (isinstance(compress, numbers.Real) and 0.0 < compress <= 1.0):
-        raise ValueError(
-            f"Invalid compress: {compress!r}; it must be above 0 and at most 1, the part of each "
-            "gradient that is kept, or None for all of it"
-        )
-    return float(compress)
-
-
 # The entries of K are off by about 1e-8 of the squared gradient norms when summed over float32
 # products, by 1e-16 in float64, and A⁻¹ multiplies that by the condition. Beyond the first limit
 # everything is computed in float64, beyond the second nothing is.
 CONDITION_LIMIT = {torch.float32: 1e1, torch.float64: 1e11}
 
-# What cancels in Gᵀz multiplies the error again. Beyond this much of both, five digits are no longer
+# What cancels in Gᵀz multiplies the error again. Beyond this much of both, five digits are not
 # certain, and the result is computed in another way.
 LOST = {torch.float32: 1e2, torch.float64: 2e10}
 
-# A GPU's checks are read a step late, so there the first such step moves nothing if three digits are
-# not certain, either.
+# A GPU's checks are read a step late, so there the first such step moves nothing if three digits
+# are not certain, either.
 USABLE = {torch.float32: 1e4, torch.float64: 4e12}
 
 EPS, RESOLVED = torch.finfo(torch.float64).eps, 1e-5  # relative errors: of numbers, of results
@@ -162,13 +142,14 @@ class DynamicInverseFisher:
     ):
         num_grads, dim = check_integer("num_grads", num_grads), check_integer("dim", dim, least=0)
         damp = check_damp(damp)
-        dtype, compress = _checked_dtype("dtype", dtype), _checked_compress(compress)
-        if coefficients not in COEFFICIENTS:
+        dtype, compress = checked_dtype("dtype", dtype), checked_compress(compress)
+        if coefficients not in list(COEFFICIENTS):
             raise ValueError(
                 f"Invalid coefficients: {coefficients!r}; they must be one of {list(COEFFICIENTS)}"
             )
-        self.shards = [torch.device(s) for s in shards or [device or "cpu"]]
-        self.device = torch.device(device) if device is not None else self.shards[0]
+        devices = [] if device is None else [check_device(device)]
+        self.shards = check_devices("shards", shards or []) or devices or [torch.device("cpu")]
+        self.device = (devices or self.shards)[0]
         self.count = 0  # gradients seen; the next one becomes row count mod m
         self._clear(num_grads, _even(dim, len(self.shards)), dtype, compress)
         self.compute_dtype = self._cheap_dtype
@@ -325,7 +306,7 @@ class DynamicInverseFisher:
 
     def grow(self, columns: int) -> None:
         """Appends `columns` weights with past gradients of zero; K and P stay as they are."""
-        last = self.windows[-1]
+        columns, last = check_integer("columns", columns, least=0), self.windows[-1]
         if self.compress is None:
             last.G = torch.cat([last.G, last.G.new_zeros(self.num_grads, columns)], dim=1)
         else:
@@ -334,6 +315,12 @@ class DynamicInverseFisher:
     def columns(self, start: int, stop: int) -> Tensor:
         """Columns start to stop of a window that is not compressed (m, stop − start); a view if one
         shard has them."""
+        start, stop = check_integer("start", start, 0), check_integer("stop", stop, 0)
+        if not (self.compress is None and start <= stop <= self.shape[0]):
+            raise ValueError(
+                f"Invalid columns: {start} to {stop} of a window of {self.shape[0]} with compress "
+                f"= {self.compress}; they must be within one that is not compressed"
+            )
         views = self._views(start, stop) or [self.windows[0].G[:, :0]]
         return views[0] if len(views) == 1 else torch.cat([v.to(self.device) for v in views], 1)
 
@@ -354,7 +341,8 @@ class DynamicInverseFisher:
 
         The window takes on the saved sizes m and d, type and compression.
         """
-        self._unread = None
+        _check_state(state)
+        self._unread, self._strained = None, False
         m, blocks = len(state["coefficients"]["K"]), state["window"]
         compress = state.get("compress")
         if compress is None:
@@ -456,6 +444,8 @@ class DynamicInverseFisher:
         )
 
     def _checked(self, x: Tensor) -> Tensor:
+        if not is_real(x):
+            raise ValueError(f"Expected a vector {IN_FLOATS}, got {kind(x)}")
         if x.shape != self.shape[:1]:
             raise ValueError(f"Expected a vector of shape {self.shape[:1]}, got {tuple(x.shape)}")
         return x.detach()
@@ -517,6 +507,33 @@ class DynamicInverseFisher:
         y = y[: self.count]
         products = [window.transposed_times(y.to(window.device), dtype) for window in self.windows]
         return torch.cat([product.to(self.device) for product in products])
+
+
+def _check_state(state: Any) -> None:
+    """Raises ValueError if this is no state of a DynamicInverseFisher."""
+    names = {"window", "count", "exact", "coefficients"}
+    if not (isinstance(state, dict) and names <= state.keys()):
+        found = list(state) if isinstance(state, dict) else kind(state)
+        raise ValueError(f"Expected a state dict with {sorted(names)}, got {found}")
+    check_integer("count", state["count"], least=0)
+    compress, blocks = checked_compress(state.get("compress")), state["window"]
+    shared = state["coefficients"] if isinstance(state["coefficients"], dict) else {}
+    K, P = shared.get("K"), shared.get("P", shared.get("K"))
+    check_damp(shared.get("damp"))
+    square = is_real(K) and is_real(P) and K.ndim == 2 and K.shape == K.T.shape == P.shape
+    if not (square and len(K) and bool(K.isfinite().all()) and isinstance(blocks, list)):
+        raise ValueError("The state dict is damaged: K must be a finite square matrix, P like it")
+    for block in blocks:
+        if compress is not None:
+            tensors = [block.get(n) if isinstance(block, dict) else None for n in _COMPRESSED]
+            rows, fits = tensors[1:], isinstance(tensors[1], Tensor) and is_real(tensors[0])
+        else:
+            rows, fits = [block], True
+        if not (fits and is_real(rows[-1]) and all(r.ndim == 2 and len(r) == len(K) for r in rows)):
+            raise ValueError(f"The state dict is damaged: its window must have {len(K)} rows")
+
+
+_COMPRESSED = "error", "columns", "values"  # of the state of a CompressedWindow
 
 
 # --- the optimizer --------------------------------------------------------------------------------
@@ -610,14 +627,16 @@ class MFAC(torch.optim.Optimizer):
         # Masks belong to the parameters given now, not to groups that are added later.
         self.defaults["sparse"] = sparse is True
         first = next((p.device for p, _ in self._parameters()), "cpu")
-        device = next((torch.device(d) for d in (optdev, moddev) if d is not None), first)
+        given = {"optdev": optdev, "moddev": moddev}
+        devices = [check_device(d, name) for name, d in given.items() if d is not None]
+        shards = check_devices("gpus", gpus or [])
         self.fisher = DynamicInverseFisher(
             ngrads,
             sum(self._sizes()),
             damp,
-            device=device,
-            shards=gpus,
-            dtype=_checked_dtype("window_dtype", window_dtype),
+            device=(devices or [first])[0],
+            shards=shards,
+            dtype=checked_dtype("window_dtype", window_dtype),
             compress=compress,
             coefficients=coefficients,
         )
@@ -778,6 +797,8 @@ class MFAC(torch.optim.Optimizer):
         Raises:
             ValueError: it belongs to other parameters, or to another optimizer.
         """
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"Expected a state dict of MFAC, got {kind(state_dict)}")
         saved, shared = [], {}
 
         def take(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -814,7 +835,7 @@ class MFAC(torch.optim.Optimizer):
 
     def _checked_state(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """One entry a parameter, if the state dict belongs to these parameters."""
-        if "fisher" not in state_dict:
+        if not isinstance(state_dict.get("fisher"), dict):
             raise ValueError("This state dict is not one of MFAC: it has no entry 'fisher'")
         shared, saved_state = dict(state_dict["fisher"]), state_dict["state"]
         parameters = [p for p, _ in self._parameters()]
@@ -823,15 +844,21 @@ class MFAC(torch.optim.Optimizer):
         ]
         total = 0
         for p, entries in zip(parameters, saved, strict=False):
+            if not all(isinstance(value, Tensor) for value in entries.values()):
+                raise ValueError(
+                    f"The state dict is damaged: not all of {list(entries)} are tensors"
+                )
             weights = int(entries["mask"].sum()) if "mask" in entries else p.numel()
             total += weights
             shapes = [tuple(v.shape) for name, v in entries.items() if name != "grads"]
-            columns = entries["grads"].shape[1] if "grads" in entries else weights
+            columns = entries["grads"].shape[-1] if "grads" in entries else weights
             if any(shape != p.shape for shape in shapes) or columns != weights:
                 raise ValueError(
                     f"The state dict belongs to another model: it has {columns} weights {shapes} "
                     f"where this one has a parameter of shape {tuple(p.shape)}"
                 )
+        check_integer("skipped_steps", shared.get("skipped_steps"), least=0)
+        _check_state({"window": [entries.get("grads") for entries in saved], **shared})
         columns = sum(len(block["error"]) for block in shared.get("window", []))
         if "window" in shared and columns != total:
             raise ValueError(
@@ -863,6 +890,8 @@ def _check_group(group: dict[str, Any]) -> None:
     if not 0.0 <= group["weight_decay"]:
         raise ValueError(f"Invalid weight_decay: {group['weight_decay']}; it must be at least 0")
     for p in group["params"]:
+        if not (p.is_complex() or p.is_floating_point()):
+            raise ValueError(f"MFAC trains floating-point parameters, got one of {p.dtype}")
         if p.is_complex():
             raise ValueError(
                 f"MFAC does not support complex parameters, got one of {p.dtype}; keep real and "

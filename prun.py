@@ -48,8 +48,15 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 from torch.utils.data import SequentialSampler
 
-from optim import check_damp, check_integer
-from windows import full_precision
+from windows import (
+    IN_FLOATS,
+    check_damp,
+    check_device,
+    check_integer,
+    full_precision,
+    is_real,
+    kind,
+)
 
 __all__ = [
     "BlockedInverseFisher",
@@ -80,7 +87,12 @@ def inverse_bytes(
     The model and a backward pass come on top. The factors are for the most that a recomputation
     and the prunings after it hold at any time: gradients, matrices, vectors, and tiles.
     """
-    m, d, device = ngrads, dim, torch.device(device)
+    m, d = check_integer("ngrads", ngrads), check_integer("dim", dim)
+    pages = check_integer("pages", pages)
+    for name, value in (("blocksize", blocksize), ("perbatch", perbatch)):
+        if value is not None:
+            check_integer(name, value)
+    device = check_device(device, present=False)
     main = device if device.type == "cpu" else torch.device("cpu")
     b = min(blocksize or d, d)
     if b <= m:  # the blocks of F, and the parts of a batch of them while it is inverted
@@ -151,20 +163,6 @@ def leverage(inverse_L: Tensor, tile: Tensor) -> Tensor:
 # --- arguments ------------------------------------------------------------------------------------
 
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-IN_FLOATS = "as a dense tensor in a floating point of 16 to 64 bits"
-
-
-def is_real(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dtype in FLOATS and x.layout == torch.strided
-
-
-def kind(x: Any) -> str:
-    """What x is, for messages."""
-    shape = f" of {x.dtype} {tuple(x.shape)}" if hasattr(x, "dtype") else ""
-    return type(x).__name__ + shape
-
-
 def as_matrix(grads: Any) -> tuple[Tensor, mmap.mmap | None]:
     """The gradients (m, d) as a tensor on the same memory, and the file mapping if that is one."""
     if isinstance(grads, (str, PathLike)):
@@ -183,14 +181,6 @@ def as_matrix(grads: Any) -> tuple[Tensor, mmap.mmap | None]:
     if 0 in grads.shape:
         raise ValueError(f"Expected at least one gradient of one weight, got {tuple(grads.shape)}")
     return grads.detach(), mapping
-
-
-def check_device(device: torch.device | str) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (TypeError, RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"Invalid device: {device!r}; {reason}; 'cpu' always works") from error
 
 
 def check_vector(name: str, x: Tensor, d: int, device: torch.device) -> Tensor:
@@ -688,6 +678,8 @@ class MagnitudePruner:
     ):
         if scope not in ("global", "layer"):
             raise ValueError(f"Invalid scope: {scope!r}; it must be 'global' or 'layer'")
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"Invalid model: {kind(model)}; it must be a torch.nn.Module")
         if torch_prune.is_pruned(model):
             raise ValueError(
                 "The model carries masks of torch.nn.utils.prune; make them permanent with its "
@@ -741,6 +733,8 @@ class MagnitudePruner:
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Any:
         """Has the masks applied after each step of any optimizer; the handle's remove() ends it."""
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(f"Expected an optimizer of torch.optim, got {kind(optimizer)}")
         return optimizer.register_step_post_hook(lambda *_: self.apply_masks())
 
     def register(self) -> None:
@@ -786,6 +780,8 @@ class MagnitudePruner:
             layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
             weights = {id(m.weight) for m in self.model.modules() if isinstance(m, layers)}
             names = [n for n, p in known.items() if id(p) in weights and self.pattern.fits(p)]
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise ValueError(f"Invalid params: {names!r}; it must be a list of names")
         for name in names:
             if name not in known:
                 raise ValueError(f"The model has no parameter {name!r}; it has {list(known)}")
@@ -805,7 +801,10 @@ class MagnitudePruner:
         groups = [names] if self.scope == "global" else [[name] for name in names]
         try:
             listed = isinstance(target, Iterable)
-            targets = [float(each) for each in (target if listed else [target] * len(groups))]
+            targets = list(target) if listed else [target] * len(groups)
+            if isinstance(target, (set, frozenset)) or any(isinstance(t, bool) for t in targets):
+                raise TypeError  # of no order, or a mask of one entry perhaps
+            targets = [float(each) for each in targets]
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"Invalid sparsity: {target!r}; it must be a number, or one for each of {names}"
@@ -834,7 +833,8 @@ class MagnitudePruner:
             raise ValueError(f"Expected {names} as in state_dict() of {maker}, got {found}")
         shapes = {name: p.shape for name, p in self.params.items()}
         for what in ("masks", *(part for part in ("base", "base_masks") if state.get(part))):
-            if {name: saved.shape for name, saved in state[what].items()} != shapes:
+            saved = state[what] if isinstance(state[what], Mapping) else {}
+            if {name: getattr(value, "shape", None) for name, value in saved.items()} != shapes:
                 raise ValueError(f"The saved {what} belong to other parameters than this pruner's")
 
     def _replace(self, masks: dict[str, Tensor]) -> None:
@@ -851,6 +851,9 @@ class MagnitudePruner:
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """The mean cross entropy of a batch (inputs, targets)."""
+    tensors = isinstance(batch, (list, tuple)) and all(isinstance(t, Tensor) for t in batch)
+    if not (tensors and len(batch) == 2):
+        raise ValueError(f"Expected batches of (inputs, targets), got {kind(batch)}; give a loss")
     device = next(model.parameters()).device
     inputs, targets = (part.to(device) for part in batch)
     return nn.functional.cross_entropy(model(inputs), targets)
@@ -913,7 +916,9 @@ class MFACPruner(MagnitudePruner):
         sampler = getattr(loader if batch_sampler is None else batch_sampler, "sampler", None)
         if isinstance(sampler, SequentialSampler):
             raise ValueError("The loader yields the same samples each time; it must shuffle")
-        if not isinstance(loader, Iterable):
+        if not callable(loss):
+            raise ValueError(f"Invalid loss: {loss!r}; it must be a function of (model, batch)")
+        if isinstance(loader, str) or not isinstance(loader, Iterable):
             raise ValueError(f"Invalid loader: {loader!r}; it must yield batches, as a list does")
         self.loader, self.loss, self.update = loader, loss, update
         self._sources = (loader, batch_sampler, sampler)  # of the choice of samples
@@ -958,8 +963,10 @@ class MFACPruner(MagnitudePruner):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state; load the model's own state before."""
+        self._check_fit(state)
+        recomputations = check_integer("recomputations", state["recomputations"], least=0)
         super().load_state_dict(state)
-        self.recomputations = state["recomputations"]
+        self.recomputations = recomputations
         self._base, self._base_masks = state["base"], state["base_masks"]
         self._written, self._inverse = self._weights(), None
 

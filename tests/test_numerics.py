@@ -214,10 +214,10 @@ def test_late_checks_let_nothing_wrong_through(case):
     """As on CUDA: three digits are right, or the result is zero and not accepted."""
     fisher = DynamicInverseFisher(case.m, case.d, case.damp)
     fisher.lazy = True
-    for t, g in enumerate(case.G):
+    for g in case.G:
         try:
             result = fisher.update_matvec(g)
-        except ValueError as refusal:  # of the gradient before; g is not in the window
+        except ValueError as refusal:
             fisher.damp = advised(refusal)[1]
             result = fisher.update_matvec(g)
         if fisher.accepted == 0:
