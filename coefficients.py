@@ -192,4 +192,7 @@ class PaperCoefficients:
         self.refactor(state["damp"])
 
 
-COEFFICIENTS = {"incremental": IncrementalCoefficients, "paper": PaperCoefficients}
+COEFFICIENTS: dict[str, type[IncrementalCoefficients] | type[PaperCoefficients]] = {
+    "incremental": IncrementalCoefficients,
+    "paper": PaperCoefficients,
+}

@@ -25,10 +25,11 @@ Source: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations 
 Information", NeurIPS 2021, arXiv 2107.03356, section 3.2 (dynamic algorithm).
 """
 
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -157,7 +158,7 @@ class DynamicInverseFisher:
         self.condition = 1.0  # as last read
         self.lazy = self.device.type == "cuda"  # checks are read a step late, without waiting
         self.accepted: float | Tensor = 1.0  # 0 if the last F⁻¹g is refused: then it is zero
-        self._cancels = False  # whether Gᵀz did, when it was last read
+        self._cancels: float = False  # whether Gᵀz did, when it was last read
         self._strained = False  # whether it did beyond LOST
         self._unread: _Unread | None = None
 
@@ -376,7 +377,9 @@ class DynamicInverseFisher:
     def _clear(self, m: int, dims: list[int], dtype: torch.dtype, compress: float | None) -> None:
         """Makes windows of zeros, with as many columns as `dims` says, spread over the shards."""
         self.num_grads, self.dtype, self.compress = m, dtype, compress
-        self.windows = []  # those that were are gone before the new ones come
+        self.windows: list[
+            Any
+        ] = []  # of one kind; those that were are gone before the new ones come
         stop, twice = 0, max(1, 2 * sum(dims))
         for dim in dims:
             stop += dim
@@ -489,7 +492,8 @@ class DynamicInverseFisher:
 
     def _gram(self) -> Tensor:
         """K (m, m), anew from the window."""
-        return sum(gram(window.tiles()).to(self.device) for window in self.windows)
+        grams = (gram(window.tiles()).to(self.device) for window in self.windows)
+        return functools.reduce(torch.add, grams)
 
     def _window_times(self, x: Tensor | Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Gx (m,) in float64 for x (d,), whole or split; rows not yet filled are left out."""
@@ -517,15 +521,19 @@ def _check_state(state: Any) -> None:
         raise ValueError(f"Expected a state dict with {sorted(names)}, got {found}")
     check_integer("count", state["count"], least=0)
     compress, blocks = checked_compress(state.get("compress")), state["window"]
-    shared = state["coefficients"] if isinstance(state["coefficients"], dict) else {}
-    K, P = shared.get("K"), shared.get("P", shared.get("K"))
+    given = state["coefficients"]
+    shared: dict[str, Any] = given if isinstance(given, dict) else {}
+    K: Any = shared.get("K")
+    P: Any = shared.get("P", K)
     check_damp(shared.get("damp"))
     square = is_real(K) and is_real(P) and K.ndim == 2 and K.shape == K.T.shape == P.shape
     if not (square and len(K) and bool(K.isfinite().all()) and isinstance(blocks, list)):
         raise ValueError("The state dict is damaged: K must be a finite square matrix, P like it")
     for block in blocks:
         if compress is not None:
-            tensors = [block.get(n) if isinstance(block, dict) else None for n in _COMPRESSED]
+            tensors: list[Any] = [
+                block.get(n) if isinstance(block, dict) else None for n in _COMPRESSED
+            ]
             rows, fits = tensors[1:], isinstance(tensors[1], Tensor) and is_real(tensors[0])
         else:
             rows, fits = [block], True
@@ -613,7 +621,6 @@ class MFAC(torch.optim.Optimizer):
         self.on_nonfinite = on_nonfinite
         self._skipped_steps = 0
         self._indices: dict[Tensor, Tensor] = {}  # of the weights that a mask lets through
-        self.fisher: DynamicInverseFisher | None = None
         super().__init__(
             params,
             {
@@ -626,7 +633,7 @@ class MFAC(torch.optim.Optimizer):
         )
         # Masks belong to the parameters given now, not to groups that are added later.
         self.defaults["sparse"] = sparse is True
-        first = next((p.device for p, _ in self._parameters()), "cpu")
+        first = next((p.device for p, _ in self._parameters()), torch.device("cpu"))
         given = {"optdev": optdev, "moddev": moddev}
         devices = [check_device(d, name) for name, d in given.items() if d is not None]
         shards = check_devices("gpus", gpus or [])
@@ -671,7 +678,7 @@ class MFAC(torch.optim.Optimizer):
         for p, mask in zip(group["params"], masks, strict=True):
             if mask is not None:
                 self.state[p]["mask"] = mask.to(p.device, copy=True)
-        if self.fisher is not None:
+        if hasattr(self, "fisher"):
             self.fisher.grow(sum(self._sizes()) - self.fisher.shape[0])
 
     @torch.no_grad()
@@ -775,7 +782,7 @@ class MFAC(torch.optim.Optimizer):
         """
         self._unless_nonfinite(self.fisher.settle)
         # As the first of the post-hooks, so that those of others see everything.
-        handle = self.register_state_dict_post_hook(MFAC._add_window, prepend=True)
+        handle = self.register_state_dict_post_hook(cast(Any, MFAC._add_window), prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -799,7 +806,8 @@ class MFAC(torch.optim.Optimizer):
         """
         if not isinstance(state_dict, dict):
             raise ValueError(f"Expected a state dict of MFAC, got {kind(state_dict)}")
-        saved, shared = [], {}
+        saved: list[dict[str, Any]] = []
+        shared: dict[str, Any] = {}
 
         def take(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             """Keeps from the base class what it would round to the types of the parameters."""
@@ -810,7 +818,7 @@ class MFAC(torch.optim.Optimizer):
             return {**state_dict, "state": others}
 
         def put(_: torch.optim.Optimizer) -> None:
-            for (p, _), entries in zip(self._parameters(), saved, strict=True):
+            for (p, _group), entries in zip(self._parameters(), saved, strict=True):
                 self.state[p] = {
                     name: value.to(p.device, copy=True)
                     for name, value in entries.items()
@@ -870,7 +878,7 @@ class MFAC(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: the base class keeps only the defaults, the state and the groups."""
         self._unless_nonfinite(self.fisher.settle)
-        own = {"fisher": self.fisher, "on_nonfinite": self.on_nonfinite}
+        own: dict[str, Any] = {"fisher": self.fisher, "on_nonfinite": self.on_nonfinite}
         own |= {"_skipped_steps": self._skipped_steps, "_indices": {}}
         return {**super().__getstate__(), **own}
 

@@ -37,6 +37,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from itertools import islice, pairwise
 from os import PathLike
 from typing import Any
@@ -230,6 +231,15 @@ class StaticInverseFisher:
     shape: tuple[int, int]
     device: torch.device
 
+    def matvec(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def diagonal(self) -> Tensor:
+        raise NotImplementedError
+
+    def _joint_update(self, dropped: Tensor, weights: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def joint_update(self, drop: Any, w: Tensor) -> Tensor:
         """The exact update δ (d,) of the weights w (d,) when those at the indices `drop` are
         removed together: the least ½ δᵀFδ with δ = −w at `drop`."""
@@ -398,7 +408,8 @@ class PagedInverseFisher(StaticInverseFisher):
 
     def _times(self, x: Tensor) -> Tensor:
         """Gx (m,) in float64."""
-        return sum(tile @ x[columns] for columns, tile in self._tiles(torch.float64))
+        products = (tile @ x[columns] for columns, tile in self._tiles(torch.float64))
+        return reduce(torch.add, products)
 
     def _transposed_times(self, y: Tensor) -> Tensor:
         """Gᵀy (d,) in float64."""
@@ -438,7 +449,7 @@ class PagedInverseFisher(StaticInverseFisher):
                 self._fill(page, columns)
             else:
                 page = self.G[:, columns].to(self.device)
-            if to_cuda:
+            if self._copying is not None:
                 with torch.cuda.stream(self._copying):
                     page = page.to(self.device, non_blocking=True)
                 working = torch.cuda.current_stream(self.device)
@@ -522,7 +533,7 @@ class BlockedInverseFisher(StaticInverseFisher):
         self.device = check_device(device or getattr(grads, "device", "cpu"))
         if stored and b > len(grads):
             self.shape = (grads.shape[1], grads.shape[1])
-            self._parts = [
+            self._parts: list[tuple[slice, Any]] = [
                 (columns, self._block(grads[:, columns])) for columns in self._layout(perbatch=1)
             ]
         else:
@@ -714,7 +725,7 @@ class MagnitudePruner:
         start, saliency = self._prepare()
         if not all(bool(values.isfinite().all()) for values in saliency.values()):
             raise ValueError("The weights or their saliencies have NaN or Inf; nothing was pruned")
-        masks = {}
+        masks: dict[str, Tensor] = {}
         for names, zeros in wanted:
             # On the CPU, so that any device leads to the same choice.
             alive = [start[name].cpu() for name in names]
@@ -800,11 +811,12 @@ class MagnitudePruner:
         names = list(self.params)
         groups = [names] if self.scope == "global" else [[name] for name in names]
         try:
-            listed = isinstance(target, Iterable)
-            targets = list(target) if listed else [target] * len(groups)
-            if isinstance(target, (set, frozenset)) or any(isinstance(t, bool) for t in targets):
+            given: list[Any] = [target] * len(groups)
+            if isinstance(target, Iterable):
+                given = list(target)
+            if isinstance(target, (set, frozenset)) or any(isinstance(t, bool) for t in given):
                 raise TypeError  # of no order, or a mask of one entry perhaps
-            targets = [float(each) for each in targets]
+            targets = [float(each) for each in given]
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"Invalid sparsity: {target!r}; it must be a number, or one for each of {names}"
@@ -921,7 +933,11 @@ class MFACPruner(MagnitudePruner):
         if isinstance(loader, str) or not isinstance(loader, Iterable):
             raise ValueError(f"Invalid loader: {loader!r}; it must yield batches, as a list does")
         self.loader, self.loss, self.update = loader, loss, update
-        self._sources = (loader, batch_sampler, sampler)  # of the choice of samples
+        self._sources: tuple[Any, ...] = (
+            loader,
+            batch_sampler,
+            sampler,
+        )  # of the choice of samples
         self.seed = check_integer("seed", seed, least=0)
         self.ngrads, self.damp = check_integer("ngrads", ngrads), check_damp(damp)
         self.blocksize = None if blocksize is None else check_integer("blocksize", blocksize)
@@ -946,11 +962,11 @@ class MFACPruner(MagnitudePruner):
 
     def release(self) -> None:
         """Forgets F⁻¹ and frees its memory, as before fine-tuning; the next pruning recomputes."""
-        self._base: dict[str, Tensor] = {}  # weights at the last recomputation
-        self._base_masks: dict[str, Tensor] = {}  # and masks: a weight alive may happen to be 0
-        self._written: dict[str, Tensor] = {}  # weights as the pruner left them
+        self._base = {}  # weights at the last recomputation
+        self._base_masks = {}  # and masks: a weight alive may happen to be 0
+        self._written = {}  # weights as the pruner left them
         self._index: dict[str, Tensor] = {}  # of the weights alive in each parameter, flattened
-        self._inverse: PagedInverseFisher | BlockedInverseFisher | None = None
+        self._inverse: StaticInverseFisher | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model's own state, saved at the same time. F⁻¹ is
@@ -976,6 +992,7 @@ class MFACPruner(MagnitudePruner):
             self.recompute()
         elif self._inverse is None:  # resumed
             self._invert(self._base, self._base_masks, self.recomputations - 1)
+        assert self._inverse is not None
         rho = self._alive(self._base).double().square() / (2 * self._inverse.diagonal().cpu())
         return self._base_masks, self._full(rho)
 
@@ -983,6 +1000,7 @@ class MFACPruner(MagnitudePruner):
         """Updates the weights that stay."""
         w, stays = self._alive(self._base).double(), self._alive(masks)
         drop = (~stays).nonzero()[:, 0]
+        assert self._inverse is not None  # _prepare has been here
         if self.update == "joint":
             w = w + self._inverse.joint_update(drop, w)
         elif self.update == "independent":
@@ -1030,9 +1048,10 @@ class MFACPruner(MagnitudePruner):
         with self._as_found():
             for name, p in self.params.items():
                 p.copy_(base[name])
-            grads = self._gradients(number, buffer)
+            grads: Any = self._gradients(number, buffer)
             if b > self.ngrads:
                 (grads,) = grads
+            inverse: StaticInverseFisher
             if b == d > self.ngrads:
                 pages = min(self.pages, d)
                 inverse = PagedInverseFisher(grads, self.damp, pages=pages, device=self.device)

@@ -26,7 +26,8 @@ BLOCK = 2**12  # columns of a compressed window among which the largest entries 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """No autocast, TF32 or bfloat16 inside, whatever the process has set: K needs the bits."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn  # the annotations of torch lack its matmul
+    backends = torch.backends.cuda.matmul, mkldnn.matmul
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
@@ -275,7 +276,7 @@ def kind(x: Any) -> str:
     return type(x).__name__ + shape
 
 
-def check_damp(damp: float) -> float:
+def check_damp(damp: Any) -> float:
     number = isinstance(damp, numbers.Real) and not isinstance(damp, bool)
     if not (number and 1e-300 < damp < 1e300):  # 1/damp is finite, too
         raise ValueError(
@@ -284,7 +285,7 @@ def check_damp(damp: float) -> float:
     return float(damp)
 
 
-def check_integer(name: str, value: int, least: int = 1, largest: int | None = None) -> int:
+def check_integer(name: str, value: Any, least: int = 1, largest: int | None = None) -> int:
     integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not (integral and least <= value <= (largest or value)):
         limit = f"from {least} to {largest}" if largest else f"of at least {least}"
