@@ -206,7 +206,7 @@ class DynamicInverseFisher:
     def update_matvec(self, g: Tensor) -> Tensor:
         """Puts the gradient g (d,) into the window and returns F⁻¹g (d,), with g included in F.
 
-        Two reads of the window. Raises as `update`.
+        Two reads of the window, or more where roundings would take over. Raises as `update`.
         """
         z, finite, condition = self._exchange(g)
         result, cancels, error = self._column(z, condition)
