@@ -343,7 +343,7 @@ def window_bytes(
     m·d numbers of `dtype`, or, with `compress`, that part of them with 4 bytes each for its column,
     and d for the error; and 16m² for K and P.
     """
-    ngrads, dim = check_integer("ngrads", ngrads), check_integer("dim", dim, least=0)
+    ngrads, dim = check_integer("ngrads", ngrads, least=0), check_integer("dim", dim, least=0)
     dtype, compress = checked_dtype("dtype", dtype), checked_compress(compress)
     world_size = check_integer("world_size", world_size)
     d = -(-dim // world_size)
@@ -366,7 +366,7 @@ def step_traffic(
     In a ring of devices, Gg is reduced from m float64 numbers of each, and the d float32 numbers of
     the update are gathered, unless parameters are `sharded` like the window.
     """
-    ngrads, dim = check_integer("ngrads", ngrads), check_integer("dim", dim, least=0)
+    ngrads, dim = check_integer("ngrads", ngrads, least=0), check_integer("dim", dim, least=0)
     dtype, compress = checked_dtype("dtype", dtype), checked_compress(compress)
     world_size = check_integer("world_size", world_size)
     read = 2 * ngrads * _row_bytes(-(-dim // world_size), dtype, compress)
