@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = ["IncrementalCoefficients", "PaperCoefficients", "cuda_kernels", "unit"]
+
 logger = logging.getLogger("optim")
 
 
@@ -40,7 +42,7 @@ def _extension() -> ModuleType | None:
     return hinv_cuda
 
 
-def _factor(A: Tensor) -> Tensor:
+def factor(A: Tensor) -> Tensor:
     """L (m, m) of A = LLᵀ, all NaN if A is not positive definite."""
     L, failed = torch.linalg.cholesky_ex(A)
     return L.masked_fill_(failed != 0, torch.nan)
@@ -80,7 +82,7 @@ class IncrementalCoefficients:
         """Computes P from K for damping λ = `damp`, O(m³)."""
         A = self.K.clone()
         A.diagonal().add_(len(A) * damp)
-        self.P = torch.cholesky_inverse(_factor(A)).contiguous()  # the old one may be in a state
+        self.P = torch.cholesky_inverse(factor(A)).contiguous()  # the old one may be in a state
         self.damp, self.age = damp, 0
 
     def exchange(self, j: int, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +183,7 @@ class PaperCoefficients:
         """Computes B and q from K for damping λ = `damp`."""
         C = self.K / damp
         C.diagonal().add_(len(C))
-        L = _factor(C)
+        L = factor(C)
         self.q = L.diagonal().square()
         L_hat = (L / L.diagonal()).contiguous()
         self.B = torch.eye(len(C), dtype=C.dtype, device=C.device) / damp
@@ -214,4 +216,7 @@ class PaperCoefficients:
         self.refactor(state["damp"])
 
 
-COEFFICIENTS = {"incremental": IncrementalCoefficients, "paper": PaperCoefficients}
+COEFFICIENTS: dict[str, type[IncrementalCoefficients] | type[PaperCoefficients]] = {
+    "incremental": IncrementalCoefficients,
+    "paper": PaperCoefficients,
+}

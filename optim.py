@@ -25,23 +25,40 @@ Source: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations 
 Information", NeurIPS 2021, arXiv 2107.03356, section 3.2 (dynamic algorithm).
 """
 
+import functools
 import itertools
 import math
-import numbers
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from coefficients import COEFFICIENTS, unit
-from windows import CompressedWindow, DenseWindow, Ranks, gram, step_traffic, window_bytes
+from coefficients import COEFFICIENTS, factor, unit
+from windows import (
+    IN_FLOATS,
+    CompressedWindow,
+    DenseWindow,
+    Ranks,
+    check_damp,
+    check_device,
+    check_devices,
+    check_integer,
+    checked_compress,
+    checked_dtype,
+    gram,
+    is_real,
+    kind,
+    step_traffic,
+    window_bytes,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["MFAC", "DynamicInverseFisher", "NonFiniteGradientError", "step_traffic", "window_bytes"]
 
@@ -68,48 +85,20 @@ def _even(d: int, parts: int) -> list[int]:
     return [stop - start for start, stop in itertools.pairwise(bounds)]
 
 
-def check_damp(damp: float) -> float:
-    if not (isinstance(damp, numbers.Real) and 1e-300 < damp < 1e300):  # 1/damp is finite, too
-        raise ValueError(
-            f"Invalid damp: {damp!r}; it must be a number between 1e-300 and 1e300, such as 1e-5"
-        )
-    return float(damp)
-
-
-def check_integer(name: str, value: int, least: int = 1, largest: int | None = None) -> int:
-    integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not (integral and least <= value <= (largest or value)):
-        limit = f"from {least} to {largest}" if largest else f"of at least {least}"
-        raise ValueError(f"Invalid {name}: {value!r}; it must be an integer {limit}")
-    return int(value)
-
-
-def _checked_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    allowed = torch.bfloat16, torch.float16, torch.float32, torch.float64
-    if dtype not in allowed:
-        raise ValueError(f"Invalid {name}: {dtype!r}; it must be one of {list(allowed)}")
-    return dtype
-
-
-def _checked_compress(compress: float | None) -> float | None:
-    if compress is None:
-        return None
-    if not (isinstance(compress, numbers.Real) and 0.0 < compress <= 1.0):
-        raise ValueError(
-            f"Invalid compress: {compress!r}; it must be above 0 and at most 1, the part of each "
-            "gradient that is kept, or None for all of it"
-        )
-    return float(compress)
-
-
 # The entries of K are off by about 1e-8 of the squared gradient norms when summed over float32
 # products, by 1e-16 in float64, and A⁻¹ multiplies that by the condition. Beyond the first limit
 # everything is computed in float64, beyond the second nothing is.
 CONDITION_LIMIT = {torch.float32: 1e1, torch.float64: 1e11}
 
-# A GPU's checks are read a step late, so there a step moves nothing if more than three digits of
-# its result may be wrong: by the condition, or by what cancels in Gᵀz.
-USABLE = {torch.float32: 1e4, torch.float64: 1e11}
+# What cancels in Gᵀz multiplies the error again. Beyond this much of both, five digits are not
+# certain, and the result is computed in another way.
+LOST = {torch.float32: 1e2, torch.float64: 2e10}
+
+# A GPU's checks are read a step late, so there the first such step moves nothing if three digits
+# are not certain, either.
+USABLE = {torch.float32: 1e4, torch.float64: 4e12}
+
+EPS, RESOLVED = torch.finfo(torch.float64).eps, 1e-5  # relative errors: of numbers, of results
 
 
 class _Unread:
@@ -181,13 +170,14 @@ class DynamicInverseFisher:
     ):
         num_grads, dim = check_integer("num_grads", num_grads), check_integer("dim", dim, least=0)
         damp = check_damp(damp)
-        dtype, compress = _checked_dtype("dtype", dtype), _checked_compress(compress)
-        if coefficients not in COEFFICIENTS:
+        dtype, compress = checked_dtype("dtype", dtype), checked_compress(compress)
+        if coefficients not in list(COEFFICIENTS):
             raise ValueError(
                 f"Invalid coefficients: {coefficients!r}; they must be one of {list(COEFFICIENTS)}"
             )
-        self.shards = [torch.device(s) for s in shards or [device or "cpu"]]
-        self.device = torch.device(device) if device is not None else self.shards[0]
+        devices = [] if device is None else [check_device(device)]
+        self.shards = check_devices("shards", shards or []) or devices or [torch.device("cpu")]
+        self.device = (devices or self.shards)[0]
         self.ranks = Ranks(process_group)
         self.count = 0  # gradients seen; the next one becomes row count mod m
         self._clear(num_grads, _even(dim, len(self.shards)), dtype, compress)
@@ -196,8 +186,14 @@ class DynamicInverseFisher:
         self.condition = 1.0  # as last read
         self.lazy = self.device.type == "cuda"  # checks are read a step late, without waiting
         self.accepted: float | Tensor = 1.0  # 0 if the last F⁻¹g is refused: then it is zero
-        self._cancels = False  # whether Gᵀz did, when it was last read
+        self._cancels: float = False  # whether Gᵀz did, when it was last read
+        self._strained = False  # whether it did beyond LOST
         self._unread: _Unread | None = None
+
+    @property
+    def _late(self) -> bool:
+        """Whether to leave checks unread; where much cancels, results have to wait for them."""
+        return self.lazy and not self._strained
 
     @property
     def _cheap_dtype(self) -> torch.dtype:
@@ -231,84 +227,139 @@ class DynamicInverseFisher:
             ValueError: g has another shape, or λ is too small for these gradients.
         """
         _, finite, condition = self._exchange(g)
-        if self.lazy:
+        if self._late:
             no = torch.zeros_like(finite)
-            self._leave_unread(finite, condition, no, no)
+            self._leave_unread(finite, condition, no, torch.ones_like(condition))
 
     def update_matvec(self, g: Tensor) -> Tensor:
         """Puts the gradient g (d,) into the window and returns F⁻¹g (d,), with g included in F.
 
-        Two reads of the window, or, if it is compressed, three. Raises as `update`.
+        Two reads of the window, three if it is compressed, or more where roundings would take over.
+        Raises as `update`.
         """
         z, finite, condition = self._exchange(g)
-        dtype = torch.float64 if self.lazy and self._cancels else self.compute_dtype
-        solve = self._solve_newest if self.compress is None else self._solve_compressed
-        result, cancels, terms, dtype = solve(g, z, dtype)
-        if self.lazy or cancels:
-            left = self._norm(result)
-            lost = ~(terms <= USABLE[torch.float64] * left)
-        if self.lazy:
-            usable = terms <= USABLE[dtype] * left
-            usable &= finite & (condition < USABLE[self.compute_dtype])
-            lost &= dtype == torch.float64  # if not, the next step has a way out
-            self._leave_unread(finite, condition, cancels, lost)
+        if self.compress is None:
+            result, cancels, error = self._column(z, condition)
+        else:
+            result, cancels, error = self._compressed_matvec(g, condition)
+        if self._late:
+            self._leave_unread(finite, condition, cancels, error)
+            usable = finite & (error <= USABLE[self.compute_dtype])
             self.accepted = usable.to(self._cheap_dtype)
-            result = result.where(usable, 0)
-        elif cancels and lost:
-            raise ValueError(self._advice(self.damp))
+            return result.where(usable, 0).to(self._cheap_dtype)
+        self.accepted, self._strained = 1.0, not error <= LOST[self.compute_dtype]
+        if self._strained:
+            if self.compute_dtype != torch.float64:
+                self._to_float64(self.damp)
+            if self.compress is None:  # g as rounded
+                j = (self.count - 1) % self.num_grads
+                g = torch.cat([window.row(j).to(self.device) for window in self.windows])
+            return self.matvec(g)
         return result.to(self._cheap_dtype)
+
+    def _column(self, z: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """mGᵀz (d,), whether its terms cancel so far that float32 is too short for them, and by how
+        much the roundings in K are multiplied in it."""
+        # The terms are of norms zᵢ²Kᵢᵢ, their sum is of norm zᵀKz.
+        K = self.coefficients.K
+        terms, left = z.square() @ K.diagonal(), z @ (K @ z)
+        cancels = ~(terms < 1e3 * left)
+        dtype = self._dtype(cancels)
+        result = self._transposed_window_times(self.num_grads * z, dtype)
+        terms, left = self.num_grads * terms.sqrt(), self.num_grads * left.sqrt()
+        if self._late or cancels:  # left is mostly rounding
+            left = self._norm(result)
+        error = condition * (terms / left).where(terms > 0, 1)
+        return result, cancels, error
+
+    def _compressed_matvec(self, g: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """F⁻¹g (d,) by (1), as the newest row holds other entries than g, and the same of it."""
+        dtype = self._dtype(torch.zeros_like(condition, dtype=torch.bool))
+        g = g.detach().to(self.device, dtype)
+        square = g.square().sum(dtype=torch.float64).view(1)
+        sums = self.ranks.sum(torch.cat([self._local_window_times(g, dtype), square]))
+        b, square = sums[:-1], sums[-1]
+        y = self.coefficients.solve(b)
+        result = (g - self._transposed_window_times(y, dtype)) / self.damp
+        # λ‖F⁻¹g‖ is at least λ gᵀF⁻¹g / ‖g‖.
+        ratio = (square / (square - b @ y)).where(square > 0, 1)
+        ratio = ratio.where(ratio > 0, torch.inf)
+        return result, ~(ratio < 1e2), condition * ratio
+
+    def _dtype(self, cancels: Tensor) -> torch.dtype:
+        """That of products: float64 where they cancel, or did when that was last read."""
+        extreme = not 1e-15 < self.damp < 1e15  # z, up to 1/mλ, may leave the range of float32
+        exactly = extreme or (self._cancels if self._late else cancels)
+        return torch.float64 if exactly else self.compute_dtype
 
     def settle(self) -> None:
         """Reads what the last exchange on CUDA found out, and sees to it. Raises as `update`."""
         if self._unread is None:
             return
-        (finite, condition, self._cancels, lost), self._unread = self._unread.read(), None
+        (finite, condition, self._cancels, error), self._unread = self._unread.read(), None
         if not finite:  # the row was written with what it held before
             self.count -= 1
-        sound = self._sound(condition)
+        self._strained = not error <= LOST[self.compute_dtype]
+        sound, exactly = self._sound(condition), self.compute_dtype == torch.float64
         if not sound:
             self._refactor(self.damp)
+        elif self._strained and not exactly:
+            self._to_float64(self.damp)
         if not finite:
             raise NonFiniteGradientError("The gradient has NaN or Inf; the window is unchanged")
-        if sound and lost:
-            raise ValueError(self._advice(self.damp))
 
     def matvec(self, x: Tensor) -> Tensor:
-        """F⁻¹x (d,) for x (d,), by (1): four reads of the window.
+        """F⁻¹x (d,) for x (d,), by (1): four reads of the window, and up to 12 more where that
+        does not resolve the result.
 
-        In float64, as (1) cancels where x resembles the gradients; and y = A⁻¹Gx takes a step of
-        refinement with G itself, as K may be of float32 precision only.
+        In float64, as (1) cancels where x resembles the gradients.
         """
         x = self._checked(x).to(self.device, torch.float64)
+        if not self._everywhere(x.isfinite()):
+            raise ValueError("Expected finite numbers in x, got NaN or Inf")
         self.settle()
         if not self._sound(self.condition):  # the last exchange was refused
             raise ValueError(self._advice(self.damp))
-        result = self._solve_refined(x)
-        if self.damp * self._norm(result) < 1e-11 * self._norm(x):
-            raise ValueError(self._advice(self.damp))
-        return result.to(self._cheap_dtype)
+        # y of (1) is as far off as K, squared by its refinement, but not beyond float64.
+        rounding = 4 * torch.finfo(self.compute_dtype).eps * self.condition
+        rounding = max(rounding**2, EPS * self.condition)
+        result, residual = torch.zeros_like(x), x
+        for _ in range(3):
+            result += self._woodbury(residual)
+            error = rounding * self._norm(residual) + 4 * EPS * self._norm(x)
+            if error <= RESOLVED * self.damp * self._norm(result):
+                return self._fitting(result)
+            residual = x - self._fisher_times(result)
+        raise ValueError(self._advice(self.damp))
 
     def diagonal(self) -> Tensor:
-        """diag(F⁻¹) (d,), each entry in (0, 1/λ], by (2), O(dm²): (1 − Σᵢ Wᵢⱼ²) / λ, W = L⁻¹G,
-        A = LLᵀ in float64."""
+        """diag(F⁻¹) (d,), each entry in (0, 1/λ], in float64. By (2), O(dm²): (1 − Σᵢ Wᵢⱼ²) / λ,
+        W = L⁻¹G, A = LLᵀ; for d ≤ m from F itself, O(d²m)."""
         self.settle()
-        A = self._gram()
-        A.diagonal().add_(self.num_grads * self.damp)
-        L, failed = torch.linalg.cholesky_ex(A)
-        left = []
-        for window in self.windows:
-            for tile in window.tiles():
-                W = torch.linalg.solve_triangular(L, tile.to(self.device), upper=False)
-                left.append(1 - W.square().sum(0))
-        result = torch.cat(left)
-        few = self.ranks.sum((~(result > 1e-11)).sum())  # have fewer than five digits left
-        if bool(failed) or bool(few):
+        m, tiles = self.num_grads, (tile for window in self.windows for tile in window.tiles())
+        direct = self.ranks.size == 1 and self.shape[0] <= m
+        if direct:
+            G = torch.cat([tile.to(self.device) for tile in tiles], 1)
+            A = G.T @ G
+        else:
+            A = self._gram()
+        A.diagonal().add_(m * self.damp)
+        L = factor(A)
+        inverse = torch.cholesky_inverse(L).diagonal()
+        error = EPS * inverse * A.diagonal()
+        if direct:
+            result = m * self.damp * inverse
+        else:
+            W = (torch.linalg.solve_triangular(L, t.to(self.device), upper=False) for t in tiles)
+            result = 1 - torch.cat([w.square().sum(0) for w in W])
+            error = error.max() * (1 - result) / result
+        if not self._everywhere((0 <= error) & (error <= RESOLVED)):  # nor are NaN
             raise ValueError(self._advice(self.damp))
-        return (result / self.damp).to(self._cheap_dtype)
+        return self._fitting(result / self.damp)
 
     def grow(self, columns: int) -> None:
         """Appends `columns` weights with past gradients of zero; K and P stay as they are."""
-        last = self.windows[-1]
+        columns, last = check_integer("columns", columns, least=0), self.windows[-1]
         if self.compress is None:
             last.G = torch.cat([last.G, last.G.new_zeros(self.num_grads, columns)], dim=1)
         else:
@@ -322,6 +373,12 @@ class DynamicInverseFisher:
     def columns(self, start: int, stop: int) -> Tensor:
         """Columns start to stop of a window that is not compressed (m, stop − start); a view if one
         shard has them."""
+        start, stop = check_integer("start", start, 0), check_integer("stop", stop, 0)
+        if not (self.compress is None and start <= stop <= self.shape[0]):
+            raise ValueError(
+                f"Invalid columns: {start} to {stop} of a window of {self.shape[0]} with compress "
+                f"= {self.compress}; they must be within one that is not compressed"
+            )
         views = self._views(start, stop) or [self.windows[0].G[:, :0]]
         return views[0] if len(views) == 1 else torch.cat([v.to(self.device) for v in views], 1)
 
@@ -343,7 +400,8 @@ class DynamicInverseFisher:
 
         The window takes on the saved sizes m and d, type and compression.
         """
-        self._unread = None
+        _check_state(state)
+        self._unread, self._strained = None, False
         m, blocks = len(state["coefficients"]["K"]), state["window"]
         compress = state.get("compress")
         if compress is None:
@@ -377,7 +435,9 @@ class DynamicInverseFisher:
     def _clear(self, m: int, dims: list[int], dtype: torch.dtype, compress: float | None) -> None:
         """Makes windows of zeros, with as many columns as `dims` says, spread over the shards."""
         self.num_grads, self.dtype, self.compress = m, dtype, compress
-        self.windows = []  # those that were are gone before the new ones come
+        self.windows: list[
+            Any
+        ] = []  # of one kind; those that were are gone before the new ones come
         stop, twice = 0, max(1, 2 * sum(dims))
         for dim in dims:
             stop += dim
@@ -405,59 +465,18 @@ class DynamicInverseFisher:
         k = self._local_window_times(row, self.compute_dtype)
         sums = self.ranks.sum(torch.cat([k, broken.view(1)]))
         k, finite = sums[:-1], sums[-1] == 0
-        if self.lazy or not finite:
+        if self._late or not finite:
             for window, (_, before) in zip(self.windows, written, strict=True):
                 window.restore(j, before, (~finite).to(window.device))
-        if not (self.lazy or finite):
+        if not (self._late or finite):
             self.count -= 1
             raise NonFiniteGradientError("The gradient has NaN or Inf; the window is unchanged")
         k = k.where(finite, self.coefficients.K[j])
         z, condition = self.coefficients.exchange(j, k)
-        if not (self.lazy or self._sound(condition)):
+        if not (self._late or self._sound(condition)):
             self._refactor(self.damp)
             z = self.coefficients.solve(unit(j, k))
         return z, finite, condition
-
-    # Three ways to F⁻¹x. The first two say what cancels in them, with the norm of its terms, and
-    # in which type they were computed: if it need not wait for that, in float64 where they cancel.
-
-    def _solve_newest(
-        self, g: Tensor, z: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
-        """F⁻¹g for the newest row g, by (3)."""
-        # How far the terms of Gᵀz, of norms zᵢ²Kᵢᵢ, exceed their sum, of norm zᵀKz: parallel
-        # gradients cancel, and float32 has few digits to lose.
-        K = self.coefficients.K
-        terms = z.square() @ K.diagonal()
-        cancels = ~(terms < 1e3 * (z @ (K @ z)))
-        if not self.lazy and cancels:
-            dtype = torch.float64
-        result = self._transposed_window_times(self.num_grads * z, dtype)
-        return result, cancels, self.num_grads * terms.sqrt(), dtype
-
-    def _solve_compressed(
-        self, g: Tensor, z: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
-        """F⁻¹g, by (1): the newest row holds other entries than g does."""
-        g = g.detach().to(self.device, dtype)
-        square = g.square().sum(dtype=torch.float64).view(1)
-        sums = self.ranks.sum(torch.cat([self._local_window_times(g, dtype), square]))
-        b, square = sums[:-1], sums[-1]
-        y = self.coefficients.solve(b)
-        cancels = ~(square - b @ y > 1e-2 * square)  # of g and Gᵀy, by their products with g
-        if not self.lazy and cancels:
-            result, dtype = self._solve_refined(g.double()), torch.float64
-        else:
-            result = (g - self._transposed_window_times(y, dtype)) / self.damp
-        return result, cancels, square.sqrt() / self.damp, dtype
-
-    def _solve_refined(self, x: Tensor) -> Tensor:
-        """F⁻¹x, by (1), with a step of refinement of y = A⁻¹Gx in float64."""
-        b = self._window_times(x, torch.float64)
-        y = self.coefficients.solve(b)
-        r = b - self._window_times(self._transposed_window_times(y, torch.float64), torch.float64)
-        y += self.coefficients.solve(r - self.num_grads * self.damp * y)
-        return (x - self._transposed_window_times(y, torch.float64)) / self.damp
 
     def _leave_unread(self, *numbers: Tensor) -> None:
         if not (numbers[0].is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -473,6 +492,10 @@ class DynamicInverseFisher:
         self.coefficients.refactor(damp)
         if self._sound(self.coefficients.condition()):
             return
+        self._to_float64(damp)
+
+    def _to_float64(self, damp: float) -> None:
+        """Computes K and A⁻¹ anew in float64, for damping λ, O(dm²)."""
         self.compute_dtype = torch.float64
         self.coefficients.K.copy_(self._gram())
         self.coefficients.refactor(damp)
@@ -480,16 +503,30 @@ class DynamicInverseFisher:
             raise ValueError(self._advice(damp))
 
     def _advice(self, damp: float) -> str:
+        """What to do. The first damp does for A, the second for any product with F⁻¹, too."""
         largest = float(self.coefficients.K.diagonal().max())
         return (
             f"damp = {damp:g} is too small for gradients of squared norm up to {largest:g}, even "
-            f"in float64; raise damp to about {1e-10 * largest:.0e}"
+            f"in float64; raise damp to about {1e-10 * largest:.0e} or, if that is not enough, to "
+            f"{1e-6 * largest:.0e}"
         )
 
     def _checked(self, x: Tensor) -> Tensor:
+        if not is_real(x):
+            raise ValueError(f"Expected a vector {IN_FLOATS}, got {kind(x)}")
         if x.shape != self.shape[:1]:
             raise ValueError(f"Expected a vector of shape {self.shape[:1]}, got {tuple(x.shape)}")
         return x.detach()
+
+    def _fitting(self, result: Tensor) -> Tensor:
+        """The result in the type of all results."""
+        fitted = result.to(self._cheap_dtype)
+        if not self._everywhere(fitted.isfinite()):
+            raise ValueError(
+                f"Results of up to {float(result.abs().max()):.3g} do not fit {fitted.dtype}; use "
+                "dtype=torch.float64, or a higher damp"
+            )
+        return fitted
 
     def _split(self, x: Tensor) -> tuple[Tensor, ...]:
         """x (d,) cut up among the windows."""
@@ -504,9 +541,28 @@ class DynamicInverseFisher:
             start, stop = start - window.dim, stop - window.dim
         return views
 
+    def _woodbury(self, x: Tensor) -> Tensor:
+        """F⁻¹x (d,) by (1). y = A⁻¹Gx takes a step of refinement with G itself, as K may be of
+        float32 precision only."""
+        b = self._window_times(x, torch.float64)
+        y = self.coefficients.solve(b)
+        r = b - self._window_times(self._transposed_window_times(y, torch.float64), torch.float64)
+        y += self.coefficients.solve(r - self.num_grads * self.damp * y)
+        return (x - self._transposed_window_times(y, torch.float64)) / self.damp
+
+    def _fisher_times(self, x: Tensor) -> Tensor:
+        """Fx (d,)."""
+        y = self._window_times(x, torch.float64) / self.num_grads
+        return self.damp * x + self._transposed_window_times(y, torch.float64)
+
     def _gram(self) -> Tensor:
         """K (m, m), anew from the window."""
-        return self.ranks.sum(sum(gram(window.tiles()).to(self.device) for window in self.windows))
+        grams = (gram(window.tiles()).to(self.device) for window in self.windows)
+        return self.ranks.sum(functools.reduce(torch.add, grams))
+
+    def _everywhere(self, holds: Tensor) -> bool:
+        """Whether it holds for all entries, in all processes."""
+        return not bool(self.ranks.sum((~holds).sum()))
 
     def _norm(self, x: Tensor) -> Tensor:
         """The norm of x (d,) in float64."""
@@ -533,6 +589,37 @@ class DynamicInverseFisher:
         y = y[: self.count]
         products = [window.transposed_times(y.to(window.device), dtype) for window in self.windows]
         return torch.cat([product.to(self.device) for product in products])
+
+
+def _check_state(state: Any) -> None:
+    """Raises ValueError if this is no state of a DynamicInverseFisher."""
+    names = {"window", "count", "exact", "coefficients"}
+    if not (isinstance(state, dict) and names <= state.keys()):
+        found = list(state) if isinstance(state, dict) else kind(state)
+        raise ValueError(f"Expected a state dict with {sorted(names)}, got {found}")
+    check_integer("count", state["count"], least=0)
+    compress, blocks = checked_compress(state.get("compress")), state["window"]
+    given = state["coefficients"]
+    shared: dict[str, Any] = given if isinstance(given, dict) else {}
+    K: Any = shared.get("K")
+    P: Any = shared.get("P", K)
+    check_damp(shared.get("damp"))
+    square = is_real(K) and is_real(P) and K.ndim == 2 and K.shape == K.T.shape == P.shape
+    if not (square and len(K) and bool(K.isfinite().all()) and isinstance(blocks, list)):
+        raise ValueError("The state dict is damaged: K must be a finite square matrix, P like it")
+    for block in blocks:
+        if compress is not None:
+            tensors: list[Any] = [
+                block.get(n) if isinstance(block, dict) else None for n in _COMPRESSED
+            ]
+            rows, fits = tensors[1:], isinstance(tensors[1], Tensor) and is_real(tensors[0])
+        else:
+            rows, fits = [block], True
+        if not (fits and is_real(rows[-1]) and all(r.ndim == 2 and len(r) == len(K) for r in rows)):
+            raise ValueError(f"The state dict is damaged: its window must have {len(K)} rows")
+
+
+_COMPRESSED = "error", "columns", "values"  # of the state of a CompressedWindow
 
 
 # --- the optimizer --------------------------------------------------------------------------------
@@ -618,7 +705,6 @@ class MFAC(torch.optim.Optimizer):
         self.on_nonfinite = on_nonfinite
         self._skipped_steps = 0
         self._indices: dict[Tensor, Tensor] = {}  # of the weights that a mask lets through
-        self.fisher: DynamicInverseFisher | None = None
         super().__init__(
             params,
             {
@@ -631,20 +717,22 @@ class MFAC(torch.optim.Optimizer):
         )
         # Masks belong to the parameters given now, not to groups that are added later.
         self.defaults["sparse"] = sparse is True
-        process_group = find_process_group([p for p, _ in self._parameters()], process_group)
-        self._ranks = Ranks(process_group)
-        first = next((p.device for p, _ in self._parameters()), "cpu")
-        device = next((torch.device(d) for d in (optdev, moddev) if d is not None), first)
+        ranks = Ranks(find_process_group([p for p, _ in self._parameters()], process_group))
+        self._ranks = ranks
+        first = next((p.device for p, _ in self._parameters()), torch.device("cpu"))
+        given = {"optdev": optdev, "moddev": moddev}
+        devices = [check_device(d, name) for name, d in given.items() if d is not None]
+        shards = check_devices("gpus", gpus or [])
         self.fisher = DynamicInverseFisher(
             ngrads,
             sum(self._sizes()),
             damp,
-            device=device,
-            shards=gpus,
-            dtype=_checked_dtype("window_dtype", window_dtype),
+            device=(devices or [first])[0],
+            shards=shards,
+            dtype=checked_dtype("window_dtype", window_dtype),
             compress=compress,
             coefficients=coefficients,
-            process_group=process_group,
+            process_group=ranks.group,
         )
         self._mark_state()
 
@@ -671,7 +759,7 @@ class MFAC(torch.optim.Optimizer):
         try:
             _check_group(group)
             masks = _masks(group["params"], group["sparse"])
-            if self.fisher is not None:
+            if hasattr(self, "fisher"):
                 find_process_group(group["params"], self._ranks.group or False)
         except (TypeError, ValueError):
             del self.param_groups[-1]
@@ -680,7 +768,7 @@ class MFAC(torch.optim.Optimizer):
         for p, mask in zip(group["params"], masks, strict=True):
             if mask is not None:
                 self.state[p]["mask"] = _placed_as(p, mask)
-        if self.fisher is not None:
+        if hasattr(self, "fisher"):
             self.fisher.grow(sum(self._sizes()) - self.fisher.shape[0])
             self._mark_state()
 
@@ -843,7 +931,7 @@ class MFAC(torch.optim.Optimizer):
         """
         self._unless_nonfinite(self.fisher.settle)
         # As the first of the post-hooks, so that those of others see everything.
-        handle = self.register_state_dict_post_hook(MFAC._add_window, prepend=True)
+        handle = self.register_state_dict_post_hook(cast(Any, MFAC._add_window), prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -871,7 +959,7 @@ class MFAC(torch.optim.Optimizer):
     def _saved_columns(self, p: Tensor, columns: Tensor) -> Tensor:
         """The columns (m, ·) of p as they are saved: (m, weights), or (m, *shape) if sharded."""
         dim, w = _sharded(p), _local(p)
-        if dim is not None:
+        if dim is not None and _is_dtensor(p):
             columns = columns[:, : w.numel()].view(len(columns), *w.shape)
             from torch.distributed.tensor import Shard
 
@@ -888,7 +976,7 @@ class MFAC(torch.optim.Optimizer):
 
         shape = list(x.shape)
         shape[dim] = self._ranks.size * x.shape[dim] if length is None else length
-        mesh = DeviceMesh.from_group(self._ranks.group, x.device.type)
+        mesh = DeviceMesh.from_group(cast("ProcessGroup", self._ranks.group), x.device.type)
         return _as_dtensor(x, shape, mesh, [Shard(dim)])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -898,7 +986,10 @@ class MFAC(torch.optim.Optimizer):
         Raises:
             ValueError: it belongs to other parameters, or to another optimizer.
         """
-        saved, shared = [], {}
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"Expected a state dict of MFAC, got {kind(state_dict)}")
+        saved: list[dict[str, Any]] = []
+        shared: dict[str, Any] = {}
 
         def take(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             """Keeps from the base class what it would round to the types of the parameters."""
@@ -912,7 +1003,7 @@ class MFAC(torch.optim.Optimizer):
         def put(_: torch.optim.Optimizer) -> None:
             if not saved:
                 return
-            for (p, _), entries in zip(self._parameters(), saved, strict=True):
+            for (p, _group), entries in zip(self._parameters(), saved, strict=True):
                 self.state[p] = {
                     name: _placed_as(p, value)
                     for name, value in entries.items()
@@ -967,6 +1058,8 @@ class MFAC(torch.optim.Optimizer):
 
     def _checked_state(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """One entry a parameter, if the state dict belongs to these parameters."""
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(f"This state dict is not one of MFAC: it has {list(state_dict)} only")
         parameters, saved_state = [p for p, _ in self._parameters()], state_dict["state"]
         saved = [
             saved_state.get(i, {}) for group in state_dict["param_groups"] for i in group["params"]
@@ -975,17 +1068,23 @@ class MFAC(torch.optim.Optimizer):
             return saved
         shared, total = _shared(saved), 0
         for p, entries in zip(parameters, saved, strict=False):
+            named = {name: value for name, value in entries.items() if name != "fisher"}
+            if not all(isinstance(value, Tensor) for value in named.values()):
+                raise ValueError(f"The state dict is damaged: not all of {list(named)} are tensors")
             masked = "mask" in entries and _sharded(p) is None
             weights = int(entries["mask"].sum()) if masked else p.numel()
             total += weights
-            others = [v for name, v in entries.items() if name not in ("grads", "fisher")]
-            shapes = [tuple(v.shape) for v in others]
+            shapes = [tuple(v.shape) for name, v in named.items() if name != "grads"]
             columns = entries["grads"].shape[1:].numel() if "grads" in entries else weights
             if any(shape != p.shape for shape in shapes) or columns != weights:
                 raise ValueError(
                     f"The state dict belongs to another model: it has {columns} weights {shapes} "
                     f"where this one has a parameter of shape {tuple(p.shape)}"
                 )
+        check_integer("skipped_steps", shared.get("skipped_steps"), least=0)
+        grads = [_local(entries["grads"]).flatten(1) for entries in saved if "grads" in entries]
+        windows = list(shared["window"].values()) if "window" in shared else grads
+        _check_state({**shared, "window": windows})
         if "window" not in shared:
             return saved
         if shared["ranks"] != self._ranks.size:
@@ -1004,7 +1103,7 @@ class MFAC(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: the base class keeps only the defaults, the state and the groups."""
         self._unless_nonfinite(self.fisher.settle)
-        own = {"fisher": self.fisher, "on_nonfinite": self.on_nonfinite}
+        own: dict[str, Any] = {"fisher": self.fisher, "on_nonfinite": self.on_nonfinite}
         own |= {"_skipped_steps": self._skipped_steps, "_indices": {}, "_ranks": self._ranks}
         return {**super().__getstate__(), **own}
 
@@ -1017,7 +1116,7 @@ class MFAC(torch.optim.Optimizer):
 # --- parameters of several processes --------------------------------------------------------------
 
 
-def _is_dtensor(x: Tensor) -> bool:
+def _is_dtensor(x: Tensor) -> "TypeGuard[DTensor]":
     return hasattr(x, "to_local")  # to import its class takes a second
 
 
@@ -1028,8 +1127,8 @@ def _local(x: Tensor) -> Tensor:
 
 def _sharded(p: Tensor) -> int | None:
     """The dimension along which processes have a part of p each; None if they have all of it."""
-    shards = [x.dim for x in p.placements if x.is_shard()] if _is_dtensor(p) else []
-    return shards[0] if shards else None
+    placements: Sequence[Any] = p.placements if _is_dtensor(p) else ()
+    return next((x.dim for x in placements if x.is_shard()), None)
 
 
 def find_process_group(
@@ -1064,8 +1163,8 @@ def find_process_group(
             f"Parameters are sharded over the processes {list(groups)}, process_group being "
             f"{given}; all must be of one group: leave process_group out"
         )
-    group = next(iter(groups.values()), None)
-    return group if group is not None and group.size() > 1 else None
+    shared = next(iter(groups.values()), None)
+    return shared if shared is not None and shared.size() > 1 else None
 
 
 def _as_dtensor(local: Tensor, shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> Any:
@@ -1096,7 +1195,7 @@ def _padded(x: Tensor, length: int) -> Tensor:
 def _shared(saved: list[dict[str, Any]]) -> dict[str, Any]:
     """A copy of what all parameters share, which one of them has in its saved state."""
     for entries in saved:
-        if "fisher" in entries:
+        if isinstance(entries.get("fisher"), dict):
             return dict(entries["fisher"])
     raise ValueError("This state dict is not one of MFAC: no parameter has an entry 'fisher'")
 
@@ -1111,6 +1210,8 @@ def _check_group(group: dict[str, Any]) -> None:
     if not 0.0 <= group["weight_decay"]:
         raise ValueError(f"Invalid weight_decay: {group['weight_decay']}; it must be at least 0")
     for p in group["params"]:
+        if not (p.is_complex() or p.is_floating_point()):
+            raise ValueError(f"MFAC trains floating-point parameters, got one of {p.dtype}")
         if p.is_complex():
             raise ValueError(
                 f"MFAC does not support complex parameters, got one of {p.dtype}; keep real and "

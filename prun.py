@@ -37,9 +37,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from itertools import islice, pairwise
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from zipfile import BadZipFile
 
 import numpy as np
@@ -49,8 +50,17 @@ from torch.nn.functional import pad
 from torch.nn.utils import prune as torch_prune
 from torch.utils.data import SequentialSampler
 
-from optim import check_damp, check_integer, find_process_group
-from windows import Ranks, full_precision
+from optim import find_process_group
+from windows import (
+    IN_FLOATS,
+    Ranks,
+    check_damp,
+    check_device,
+    check_integer,
+    full_precision,
+    is_real,
+    kind,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -91,7 +101,12 @@ def inverse_bytes(
         >>> inverse_bytes(1024, 270_896, blocksize=128)[main] < full / 2
         True
     """
-    m, d, device = ngrads, dim, torch.device(device)
+    m, d = check_integer("ngrads", ngrads), check_integer("dim", dim)
+    pages = check_integer("pages", pages)
+    for name, value in (("blocksize", blocksize), ("perbatch", perbatch)):
+        if value is not None:
+            check_integer(name, value)
+    device = check_device(device, present=False)
     main = device if device.type == "cpu" else torch.device("cpu")
     b = min(blocksize or d, d)
     if b <= m:  # the blocks of F, and the parts of a batch of them while it is inverted
@@ -190,20 +205,6 @@ def leverage(inverse_L: Tensor, tile: Tensor) -> Tensor:
 # --- arguments ------------------------------------------------------------------------------------
 
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-IN_FLOATS = "as a dense tensor in a floating point of 16 to 64 bits"
-
-
-def is_real(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dtype in FLOATS and x.layout == torch.strided
-
-
-def kind(x: Any) -> str:
-    """What x is, for messages."""
-    shape = f" of {x.dtype} {tuple(x.shape)}" if hasattr(x, "dtype") else ""
-    return type(x).__name__ + shape
-
-
 def as_matrix(grads: Any) -> tuple[Tensor, mmap.mmap | None]:
     """The gradients (m, d) as a tensor on the same memory, and the file mapping if that is one."""
     if isinstance(grads, (str, PathLike)):
@@ -222,14 +223,6 @@ def as_matrix(grads: Any) -> tuple[Tensor, mmap.mmap | None]:
     if 0 in grads.shape:
         raise ValueError(f"Expected at least one gradient of one weight, got {tuple(grads.shape)}")
     return grads.detach(), mapping
-
-
-def check_device(device: torch.device | str) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (TypeError, RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"Invalid device: {device!r}; {reason}; 'cpu' always works") from error
 
 
 def check_vector(name: str, x: Tensor, d: int, device: torch.device) -> Tensor:
@@ -278,6 +271,15 @@ class StaticInverseFisher:
 
     shape: tuple[int, int]
     device: torch.device
+
+    def matvec(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def diagonal(self) -> Tensor:
+        raise NotImplementedError
+
+    def _joint_update(self, dropped: Tensor, weights: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def joint_update(self, drop: Any, w: Tensor) -> Tensor:
         """The exact update δ (d,) of the weights w (d,) when those at the indices `drop` are
@@ -462,8 +464,8 @@ class PagedInverseFisher(StaticInverseFisher):
 
     def _times(self, x: Tensor) -> Tensor:
         """Gx (m,) in float64."""
-        tiles = self._tiles(torch.float64)
-        return self.ranks.sum(sum(tile @ x[columns] for columns, tile in tiles))
+        products = (tile @ x[columns] for columns, tile in self._tiles(torch.float64))
+        return self.ranks.sum(reduce(torch.add, products))
 
     def _transposed_times(self, y: Tensor) -> Tensor:
         """Gᵀy (d,) in float64."""
@@ -503,7 +505,7 @@ class PagedInverseFisher(StaticInverseFisher):
                 self._fill(page, columns)
             else:
                 page = self.G[:, columns].to(self.device)
-            if to_cuda:
+            if self._copying is not None:
                 with torch.cuda.stream(self._copying):
                     page = page.to(self.device, non_blocking=True)
                 working = torch.cuda.current_stream(self.device)
@@ -604,7 +606,9 @@ class BlockedInverseFisher(StaticInverseFisher):
         if stored and (b > len(grads) or mapping is None):
             self.shape = (grads.shape[1], grads.shape[1])
             layout = self._layout(1 if b > len(grads) else self.perbatch)
-            self._parts = [(columns, self._part(grads[:, columns])) for columns in layout]
+            self._parts: list[tuple[slice, Any]] = [
+                (columns, self._part(grads[:, columns])) for columns in layout
+            ]
         else:
             sums, m = self._sum(grads.split(BATCH) if stored else grads)
             self._parts = [(columns, DenseBlocks(H, m, damp)) for columns, H in sums]
@@ -640,7 +644,7 @@ class BlockedInverseFisher(StaticInverseFisher):
         blocks = DenseBlocks(sums, m, self.damp, scale)
         if blocks.lost:
             again = G.unflatten(1, (-1, b))[:, blocks.lost].flatten(1)
-            blocks.V[blocks.lost] = self._part(again.double()).V
+            blocks.V[blocks.lost] = cast(DenseBlocks, self._part(again.double())).V
         return blocks
 
     def _layout(self, perbatch: int) -> list[slice]:
@@ -809,6 +813,8 @@ class MagnitudePruner:
     ):
         if scope not in ("global", "layer"):
             raise ValueError(f"Invalid scope: {scope!r}; it must be 'global' or 'layer'")
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"Invalid model: {kind(model)}; it must be a torch.nn.Module")
         if torch_prune.is_pruned(model):
             raise ValueError(
                 "The model carries masks of torch.nn.utils.prune; make them permanent with its "
@@ -843,7 +849,7 @@ class MagnitudePruner:
         start, saliency = self._prepare()
         if not all(bool(values.isfinite().all()) for values in saliency.values()):
             raise ValueError("The weights or their saliencies have NaN or Inf; nothing was pruned")
-        masks = {}
+        masks: dict[str, Tensor] = {}
         for names, zeros in wanted:
             # On the CPU, so that any device leads to the same choice.
             alive = [start[name].cpu() for name in names]
@@ -862,6 +868,8 @@ class MagnitudePruner:
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Any:
         """Has the masks applied after each step of any optimizer; the handle's remove() ends it."""
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(f"Expected an optimizer of torch.optim, got {kind(optimizer)}")
         return optimizer.register_step_post_hook(lambda *_: self.apply_masks())
 
     def register(self) -> None:
@@ -907,6 +915,8 @@ class MagnitudePruner:
             modules = [m for m in self.model.modules() if isinstance(m, LAYERS)]
             weights = {id(getattr(m, name, None)) for m in modules for name in WEIGHTS}
             names = [n for n, p in known.items() if id(p) in weights and self.pattern.fits(p)]
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise ValueError(f"Invalid params: {names!r}; it must be a list of names")
         for name in names:
             if name not in known:
                 raise ValueError(f"The model has no parameter {name!r}; it has {list(known)}")
@@ -925,8 +935,12 @@ class MagnitudePruner:
         names = list(self.params)
         groups = [names] if self.scope == "global" else [[name] for name in names]
         try:
-            listed = isinstance(target, Iterable)
-            targets = [float(each) for each in (target if listed else [target] * len(groups))]
+            given: list[Any] = [target] * len(groups)
+            if isinstance(target, Iterable):
+                given = list(target)
+            if isinstance(target, (set, frozenset)) or any(isinstance(t, bool) for t in given):
+                raise TypeError  # of no order, or a mask of one entry perhaps
+            targets = [float(each) for each in given]
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"Invalid sparsity: {target!r}; it must be a number, or one for each of {names}"
@@ -955,8 +969,8 @@ class MagnitudePruner:
             raise ValueError(f"Expected {names} as in state_dict() of {maker}, got {found}")
         shapes = {name: p.shape for name, p in self.params.items()}
         for what in ("masks", *(part for part in ("base", "base_masks") if state.get(part))):
-            found = state[what].items() if isinstance(state[what], Mapping) else [(None, None)]
-            if {name: getattr(saved, "shape", None) for name, saved in found} != shapes:
+            saved = state[what] if isinstance(state[what], Mapping) else {}
+            if {name: getattr(value, "shape", None) for name, value in saved.items()} != shapes:
                 raise ValueError(f"The saved {what} belong to other parameters than this pruner's")
 
     def _replace(self, masks: dict[str, Tensor]) -> None:
@@ -973,6 +987,9 @@ class MagnitudePruner:
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """The mean cross entropy of a batch (inputs, targets)."""
+    tensors = isinstance(batch, (list, tuple)) and all(isinstance(t, Tensor) for t in batch)
+    if not (tensors and len(batch) == 2):
+        raise ValueError(f"Expected batches of (inputs, targets), got {kind(batch)}; give a loss")
     device = next(model.parameters()).device
     inputs, targets = (part.to(device) for part in batch)
     return nn.functional.cross_entropy(model(inputs), targets)
@@ -1048,10 +1065,16 @@ class MFACPruner(MagnitudePruner):
         sampler = getattr(loader if batch_sampler is None else batch_sampler, "sampler", None)
         if isinstance(sampler, SequentialSampler):
             raise ValueError("The loader yields the same samples each time; it must shuffle")
-        if not isinstance(loader, Iterable):
+        if not callable(loss):
+            raise ValueError(f"Invalid loss: {loss!r}; it must be a function of (model, batch)")
+        if isinstance(loader, str) or not isinstance(loader, Iterable):
             raise ValueError(f"Invalid loader: {loader!r}; it must yield batches, as a list does")
         self.loader, self.loss, self.update = loader, loss, update
-        self._sources = (loader, batch_sampler, sampler)  # of the choice of samples
+        self._sources: tuple[Any, ...] = (
+            loader,
+            batch_sampler,
+            sampler,
+        )  # of the choice of samples
         self.seed = check_integer("seed", seed, least=0)
         self.ngrads, self.damp = check_integer("ngrads", ngrads), check_damp(damp)
         self.blocksize = None if blocksize is None else check_integer("blocksize", blocksize)
@@ -1076,9 +1099,9 @@ class MFACPruner(MagnitudePruner):
 
     def release(self) -> None:
         """Forgets F⁻¹ and frees its memory, as before fine-tuning; the next pruning recomputes."""
-        self._base: dict[str, Tensor] = {}  # weights at the last recomputation
-        self._base_masks: dict[str, Tensor] = {}  # and masks: a weight alive may happen to be 0
-        self._written: dict[str, Tensor] = {}  # weights as the pruner left them
+        self._base = {}  # weights at the last recomputation
+        self._base_masks = {}  # and masks: a weight alive may happen to be 0
+        self._written = {}  # weights as the pruner left them
         self._index: dict[str, Tensor] = {}  # of the weights alive in each parameter, flattened
         self._inverse: StaticInverseFisher | SharedInverseFisher | None = None
 
@@ -1093,8 +1116,10 @@ class MFACPruner(MagnitudePruner):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state; load the model's own state before."""
+        self._check_fit(state)
+        recomputations = check_integer("recomputations", state["recomputations"], least=0)
         super().load_state_dict(state)
-        self.recomputations = state["recomputations"]
+        self.recomputations = recomputations
         self._base, self._base_masks = state["base"], state["base_masks"]
         self._written, self._inverse = self._weights(), None
 
@@ -1104,6 +1129,7 @@ class MFACPruner(MagnitudePruner):
             self.recompute()
         elif self._inverse is None:  # resumed
             self._invert(self._base, self._base_masks, self.recomputations - 1)
+        assert self._inverse is not None
         rho = self._alive(self._base).double().square() / (2 * self._inverse.diagonal().cpu())
         return self._base_masks, self._full(rho)
 
@@ -1111,6 +1137,7 @@ class MFACPruner(MagnitudePruner):
         """Updates the weights that stay."""
         w, stays = self._alive(self._base).double(), self._alive(masks)
         drop = (~stays).nonzero()[:, 0]
+        assert self._inverse is not None  # _prepare has been here
         if self.update == "joint":
             w = w + self._inverse.joint_update(drop, w)
         elif self.update == "independent":
@@ -1163,11 +1190,12 @@ class MFACPruner(MagnitudePruner):
         with self._as_found():
             for name, p in self.params.items():
                 p.copy_(base[name])
-            grads = self._gradients(number, buffer, chunk)
+            grads: Any = self._gradients(number, buffer, chunk)
             if at_once:
                 (grads,) = grads
             with ranks.agreed():
-                options = {"damp": self.damp, "device": self.device}
+                options: dict[str, Any] = {"damp": self.damp, "device": self.device}
+                inverse: StaticInverseFisher
                 if whole:
                     options |= {"pages": min(self.pages, chunk), "process_group": ranks.group}
                     inverse = PagedInverseFisher(grads, **options)
@@ -1201,7 +1229,7 @@ class MFACPruner(MagnitudePruner):
                 "ask for fewer gradients or smaller batches, or give more data"
             )
 
-    def _gradient(self, batch: Any, params: list[Tensor]) -> Tensor:
+    def _gradient(self, batch: Any, params: Sequence[Tensor]) -> Tensor:
         """The gradient (d,) of the loss of a batch."""
         torch.clear_autocast_cache()  # casts of other weights, or without a graph
         with torch.enable_grad():
@@ -1212,8 +1240,8 @@ class MFACPruner(MagnitudePruner):
                     f"graph, got {kind(loss)}; return the mean over the batch, not its item()"
                 )
             grads = torch.autograd.grad(loss, params, materialize_grads=True)
-        grads = [grad.to_dense() for grad in grads]  # those of an Embedding may be sparse
-        return self._alive(dict(zip(self.params, grads, strict=True)))
+        dense = [grad.to_dense() for grad in grads]  # those of an Embedding may be sparse
+        return self._alive(dict(zip(self.params, dense, strict=True)))
 
     def _batches(self, number: int) -> Iterator[Any]:
         """The full batches of the loader for recomputation `number`."""

@@ -6,11 +6,13 @@ they keep, and have one interface: `write` and `restore`, `row`, `times` (Gx), `
 (Gᵀy), `tiles` (G a few columns at a time) and `state`. Nothing here waits for a GPU. `Ranks` are
 the processes that have some of the columns each.
 
-What they cost is said beforehand by `window_bytes` and `step_traffic`.
+What they cost is said beforehand by `window_bytes` and `step_traffic`. The checks of arguments that
+`optim` and `prun` have in common are here, too.
 """
 
 import contextlib
 import math
+import numbers
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,16 @@ from torch.nn.functional import pad
 
 if TYPE_CHECKING:  # torch may be built without
     from torch.distributed import ProcessGroup
+
+__all__ = [
+    "CompressedWindow",
+    "DenseWindow",
+    "Ranks",
+    "full_precision",
+    "gram",
+    "step_traffic",
+    "window_bytes",
+]
 
 CHUNK = 2**12  # columns, at most, summed in the type of the product; float64 sums the chunks
 TILE = 13 * 2**18  # numbers converted at a time: twelve rows of ResNet-20, which cache holds
@@ -37,7 +49,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
         ...     print((x @ x).dtype)
         torch.float32
     """
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn  # the annotations of torch lack its matmul
+    backends = torch.backends.cuda.matmul, mkldnn.matmul
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
@@ -99,7 +112,8 @@ class Ranks:
         if self.size == 1:
             yield
             return
-        error, errors = None, [None] * self.size
+        error: str | None = None
+        errors: list[str | None] = [None] * self.size
         try:
             yield
         except ValueError as raised:
@@ -367,6 +381,76 @@ def gram(tiles: Iterable[Tensor]) -> Tensor:
     return K
 
 
+# --- arguments ------------------------------------------------------------------------------------
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+IN_FLOATS = "as a dense tensor in a floating point of 16 to 64 bits"
+
+
+def is_real(x: Any) -> bool:
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+        return False
+    return x.layout == torch.strided and not x.is_meta
+
+
+def kind(x: Any) -> str:
+    """What x is, for messages."""
+    shape = f" of {x.dtype} {tuple(x.shape)}" if hasattr(x, "dtype") else ""
+    return type(x).__name__ + shape
+
+
+def check_damp(damp: Any) -> float:
+    number = isinstance(damp, numbers.Real) and not isinstance(damp, bool)
+    if not (number and 1e-300 < damp < 1e300):  # 1/damp is finite, too
+        raise ValueError(
+            f"Invalid damp: {damp!r}; it must be a number between 1e-300 and 1e300, such as 1e-5"
+        )
+    return float(damp)
+
+
+def check_integer(name: str, value: Any, least: int = 1, largest: int | None = None) -> int:
+    integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not (integral and least <= value <= (largest or value)):
+        limit = f"from {least} to {largest}" if largest else f"of at least {least}"
+        raise ValueError(f"Invalid {name}: {value!r}; it must be an integer {limit}")
+    return int(value)
+
+
+def checked_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    allowed = torch.bfloat16, torch.float16, torch.float32, torch.float64
+    if dtype not in allowed:
+        raise ValueError(f"Invalid {name}: {dtype!r}; it must be one of {list(allowed)}")
+    return dtype
+
+
+def checked_compress(compress: float | None) -> float | None:
+    if compress is None:
+        return None
+    number = isinstance(compress, numbers.Real) and not isinstance(compress, bool)
+    if not (number and 0.0 < compress <= 1.0):
+        raise ValueError(
+            f"Invalid compress: {compress!r}; it must be above 0 and at most 1, the part of each "
+            "gradient that is kept, or None for all of it"
+        )
+    return float(compress)
+
+
+def check_device(device: Any, name: str = "device", present: bool = True) -> torch.device:
+    try:
+        found = torch.device(device)
+        return torch.empty(0, device=found).device if present else found
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"Invalid {name}: {device!r}; {reason}; 'cpu' always works") from error
+
+
+def check_devices(name: str, devices: Any) -> list[torch.device]:
+    if isinstance(devices, (str, torch.device)) or not isinstance(devices, Iterable):
+        raise ValueError(f"Invalid {name}: {devices!r}; it must be a list such as ['cpu', 'cpu']")
+    return [check_device(device, name) for device in devices]
+
+
 # --- cost, before it is paid ----------------------------------------------------------------------
 
 
@@ -387,6 +471,9 @@ def window_bytes(
         >>> window_bytes(1024, 272_474)  # ResNet-20: 1.13 GB
         1132830720
     """
+    ngrads, dim = check_integer("ngrads", ngrads, least=0), check_integer("dim", dim, least=0)
+    dtype, compress = checked_dtype("dtype", dtype), checked_compress(compress)
+    world_size = check_integer("world_size", world_size)
     d = -(-dim // world_size)
     error = 0 if compress is None else d * torch.promote_types(dtype, torch.float32).itemsize
     return ngrads * _row_bytes(d, dtype, compress) + error + 16 * ngrads**2
@@ -411,6 +498,9 @@ def step_traffic(
         >>> step_traffic(1024, 272_474)
         (2232107008, 0)
     """
+    ngrads, dim = check_integer("ngrads", ngrads, least=0), check_integer("dim", dim, least=0)
+    dtype, compress = checked_dtype("dtype", dtype), checked_compress(compress)
+    world_size = check_integer("world_size", world_size)
     read = 2 * ngrads * _row_bytes(-(-dim // world_size), dtype, compress)
     passed_on = 2 * 8 * ngrads + (0 if sharded else 4 * dim)
     return read, passed_on * (world_size - 1) // world_size

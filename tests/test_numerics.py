@@ -1,0 +1,386 @@
+"""Right to a stated error, or refused: every inverse Fisher against exact arithmetic.
+
+Gradients of any scale, equal, parallel, zero, of any rank, one huge among small ones. An answer is
+right to ERROR, relative to its norm, or a ValueError says what to do. MFAC_EXAMPLES=5000 in the
+environment looks at that many cases, other ones each time.
+"""
+
+import math
+import os
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import exact_inverse, exact_times
+
+from optim import DynamicInverseFisher, NonFiniteGradientError
+from prun import BlockedInverseFisher, PagedInverseFisher
+
+ERROR = 2e-5
+EXAMPLES = os.environ.get("MFAC_EXAMPLES")
+examples = settings(
+    max_examples=int(EXAMPLES or 30), deadline=None, derandomize=EXAMPLES is None, database=None
+)
+# Below, float32 has few digits left, in results or in what they are made of.
+UNDERFLOW = 1e-36
+
+DYNAMIC = {
+    "float32": {},
+    "paper": {"coefficients": "paper"},
+    "shards": {"shards": ["cpu", "cpu"]},
+    "float64": {"dtype": torch.float64},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "compressed": {"compress": 0.5},
+    "compressed bfloat16, paper": {
+        "compress": 0.5,
+        "dtype": torch.bfloat16,
+        "coefficients": "paper",
+    },
+}
+
+
+def spread(low, high, *shape, generator):
+    """10 to the power of numbers evenly spread between low and high."""
+    return 10 ** (low + (high - low) * torch.rand(*shape, generator=generator).double())
+
+
+def gradients(kind, n, d, scale, generator):
+    """n gradients (n, d) in float32."""
+    r = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    G = r(n, d)
+    if kind == "common part":
+        G += 10 * r(d)
+    elif kind == "equal":
+        G[::2] = G[0].clone()
+    elif kind == "zero":
+        G[torch.rand(n, generator=generator) < 0.5] = 0
+    elif kind == "rank one":
+        G = r(n, 1) * G[:1]
+    elif kind == "one huge":
+        G[int(torch.randint(n, (), generator=generator))] *= 1e6
+    elif kind == "nearly parallel":
+        G = G[0] + float(spread(-7, -2, (), generator=generator)) * r(n, d)
+    elif kind == "1e-10 and 1e10 in turn":
+        G[::2] *= 1e-10
+        G[1::2] *= 1e10
+    elif kind == "each of another scale":
+        G *= spread(-20, 18, n, 1, generator=generator) / scale
+    elif kind == "each weight of another scale":
+        G *= spread(-8, 8, d, generator=generator)
+    elif kind == "mostly zeros":
+        G[torch.rand(n, d, generator=generator) < 0.7] = 0
+    return (scale * G).clamp(-1e30, 1e30).float()
+
+
+KINDS = [
+    "plain",
+    "common part",
+    "equal",
+    "zero",
+    "rank one",
+    "one huge",
+    "nearly parallel",
+    "1e-10 and 1e10 in turn",
+    "each of another scale",
+    "each weight of another scale",
+    "mostly zeros",
+]
+
+
+@dataclass
+class Case:
+    m: int
+    damp: float
+    G: torch.Tensor  # (n, d), twice through a window of m and a little more
+    x: torch.Tensor  # (2, d)
+    size: int  # of blocks
+
+    @property
+    def d(self):
+        return self.G.shape[1]
+
+
+@st.composite
+def cases(draw):
+    m, d, size = draw(st.integers(1, 6)), draw(st.integers(1, 8)), draw(st.integers(1, 8))
+    scale = 10 ** draw(st.floats(-20, 18) | st.floats(-3, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    n = 2 * m + draw(st.integers(0, 2))
+    return Case(
+        m,
+        10 ** draw(st.floats(-10, 3)),
+        gradients(draw(st.sampled_from(KINDS)), n, d, scale, generator),
+        torch.randn(2, d, generator=generator, dtype=torch.float64),
+        size,
+    )
+
+
+def assert_close(result, expected, tolerance=ERROR):
+    """Relative to the norm, of numbers whose squares may leave float64."""
+    error = (result.double() - expected).abs()
+    error[error < UNDERFLOW] = 0
+    largest = max(float(expected.abs().max()), 1e-300)
+    assert (error / largest).norm() <= tolerance * (expected / largest).norm()
+
+
+def answer(call, *arguments):
+    """What it returns, or None if it refuses with advice."""
+    try:
+        return call(*arguments)
+    except ValueError as refusal:
+        assert re.search("too small for gradients .*(damp to about|is large enough)", str(refusal))
+        return None
+
+
+def advised(refusal):
+    """The two values of damp that a window's refusal names."""
+    found = re.search(r"damp to about (\S+) or, if that is not enough, to (\S+)$", str(refusal))
+    return float(found[1]), float(found[2])
+
+
+def check_operator(fisher, inverse, G, x, tolerance=ERROR):
+    """matvec and diagonal, if they answer, and how many did not."""
+    d, damp = len(inverse), fisher.damp
+    refused, products = 0, []
+    for v in (*x, G[0].double(), G.double().sum(0)):
+        y = answer(fisher.matvec, v)
+        refused += y is None
+        products.append(y)
+        if y is not None:
+            assert_close(y, exact_times(inverse, v), tolerance)
+            y = y.double()
+            slack = tolerance * v.norm() * y.norm() + UNDERFLOW
+            assert -slack <= v @ y <= (1 + 1e-6) * v @ v / damp + UNDERFLOW
+    if products[0] is not None and products[1] is not None:
+        (u, v), (Fu, Fv) = x, (y.double() for y in products[:2])
+        slack = tolerance * (u.norm() * Fv.norm() + v.norm() * Fu.norm()) + UNDERFLOW
+        assert abs(u @ Fv - v @ Fu) <= slack
+        both = answer(fisher.matvec, 2 * u - 3 * v)
+        if both is not None:
+            slack = tolerance * (both.norm() + 2 * Fu.norm() + 3 * Fv.norm()) + UNDERFLOW
+            assert (both.double() - (2 * Fu - 3 * Fv)).norm() <= slack
+    diagonal = answer(fisher.diagonal)
+    if diagonal is None:
+        return refused + 1
+    diagonal = diagonal.double()
+    expected = torch.tensor([float(inverse[i, i]) for i in range(d)], dtype=torch.float64)
+    error = (diagonal - expected).abs()
+    assert ((error <= tolerance * expected) | (error < UNDERFLOW)).all()
+    assert ((diagonal > 0) | (expected < UNDERFLOW)).all()
+    assert (diagonal <= (1 + 1e-6) / damp).all()
+    return refused
+
+
+def window(fisher):
+    """G (m, d) in float64, as it is kept."""
+    return torch.cat([tile for w in fisher.windows for tile in w.tiles()], 1)
+
+
+# --- the dynamic one ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", DYNAMIC.values(), ids=list(DYNAMIC))
+@examples
+@given(case=cases())
+def test_a_window_is_right_after_every_exchange_or_says_what_to_do(options, case):
+    fisher = DynamicInverseFisher(case.m, case.d, case.damp, **options)
+    for t, g in enumerate(case.G):
+        compressed = "compress" in options
+        try:
+            result = fisher.update(g) if compressed else fisher.update_matvec(g)
+        except ValueError as refusal:
+            about, enough = advised(refusal)
+            fisher.damp = about  # does for the window
+            fisher.damp = enough  # and this for every product with it
+            fisher.matvec(case.x[0])
+            continue
+        G = window(fisher)
+        if not compressed:
+            assert torch.equal(G[t % case.m], g.to(options.get("dtype", torch.float32)).double())
+            inverse = exact_inverse(G, fisher.damp)
+            assert_close(result, exact_times(inverse, G[t % case.m]))
+    if 1e-20 < fisher.damp < 1e20:
+        G = window(fisher)
+        check_operator(fisher, exact_inverse(G, fisher.damp), G, case.x)
+
+
+@examples
+@given(case=cases())
+def test_late_checks_let_nothing_wrong_through(case):
+    """As on CUDA: three digits are right, or the result is zero and not accepted."""
+    fisher = DynamicInverseFisher(case.m, case.d, case.damp)
+    fisher.lazy = True
+    for g in case.G:
+        try:
+            result = fisher.update_matvec(g)
+        except ValueError as refusal:
+            fisher.damp = advised(refusal)[1]
+            result = fisher.update_matvec(g)
+        if fisher.accepted == 0:
+            assert not result.any()
+            continue
+        G = window(fisher)
+        row = (fisher.count - 1) % case.m
+        assert torch.equal(G[row], g.double())
+        assert_close(result, exact_times(exact_inverse(G, fisher.damp), G[row]), 1e-3)
+
+
+@pytest.mark.parametrize("options", DYNAMIC.values(), ids=list(DYNAMIC))
+@examples
+@given(
+    seed=st.integers(0, 2**32),
+    bad=st.sampled_from([math.nan, math.inf, -math.inf]),
+    places=st.sets(st.integers(0, 9), max_size=4),
+)
+def test_nan_and_inf_anywhere_leave_the_window_that_would_be_without(options, seed, bad, places):
+    m, d = 3, 7
+    generator = torch.Generator().manual_seed(seed)
+    G = torch.randn(10, d, generator=generator)
+    for t in places:
+        G[t, int(torch.randint(d, (), generator=generator))] = bad
+    fisher, other = (DynamicInverseFisher(m, d, 1e-3, **options) for _ in range(2))
+    for t, g in enumerate(G):
+        if t in places:
+            with pytest.raises(NonFiniteGradientError):
+                fisher.update_matvec(g)
+        else:
+            assert torch.equal(fisher.update_matvec(g), other.update_matvec(g))
+    for tensors in (
+        (window(fisher), window(other)),
+        (fisher.diagonal(), other.diagonal()),
+        (fisher.coefficients.K, other.coefficients.K),
+    ):
+        assert torch.equal(*tensors)
+    x = torch.ones(d).index_fill_(0, torch.tensor([seed % d]), bad)
+    with pytest.raises(ValueError, match="finite numbers in x"):
+        fisher.matvec(x)
+
+
+# --- the static ones ------------------------------------------------------------------------------
+
+STATIC = {
+    "paged": lambda case: (PagedInverseFisher(case.G, case.damp, pages=case.d), case.d),
+    "paged, float64": lambda case: (PagedInverseFisher(case.G.double(), case.damp), case.d),
+    "blocked": lambda case: (BlockedInverseFisher(case.G, case.size, case.damp), case.size),
+    "accumulated": lambda case: (
+        BlockedInverseFisher(iter(case.G), case.size, case.damp, perbatch=2),
+        case.size,
+    ),
+    "bfloat16": lambda case: (
+        BlockedInverseFisher(case.G.bfloat16(), case.size, case.damp),
+        case.size,
+    ),
+}
+
+
+@pytest.mark.parametrize("form", STATIC)
+@examples
+@given(case=cases())
+def test_fixed_gradients_are_inverted_or_refused(form, case):
+    if form == "bfloat16":
+        case.G = case.G.bfloat16().float()
+    case.G = case.G[: case.m]
+    made = answer(STATIC[form], case)
+    if made is None:
+        assert case.damp < 1e-5 * float(case.G.double().square().sum()) / case.m
+        return
+    fisher, size = made
+    check_operator(fisher, exact_inverse(case.G, case.damp, size), case.G, case.x)
+
+
+@pytest.mark.parametrize("form", STATIC)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [(0, 0), (2, 3), (4, 7)])
+def test_nan_and_inf_anywhere_are_refused(form, bad, place):
+    case = Case(5, 1e-3, torch.randn(5, 8), torch.zeros(2, 8), 3)
+    case.G[place] = bad
+    with pytest.raises(ValueError, match="NaN"):
+        STATIC[form](case)[0].diagonal()
+
+
+@examples
+@given(case=cases(), seed=st.integers(0, 2**32))
+def test_order_pages_blocks_and_portions_do_not_matter(case, seed):
+    """Every way is right to ERROR, so that two are within twice that of each other."""
+    order = np.random.default_rng(seed).permutation(len(case.G))
+    shuffled, size, d = case.G[order], case.size, case.d
+    for groups in (
+        [lambda G, p=p: PagedInverseFisher(G, case.damp, pages=p) for p in {1, d, -(-d // 2)}],
+        [
+            lambda G: BlockedInverseFisher(G, size, case.damp),
+            lambda G: BlockedInverseFisher(G, size, case.damp, perbatch=1),
+            lambda G: BlockedInverseFisher(iter(G), size, case.damp),
+            lambda G: BlockedInverseFisher(iter(G.split(2)), size, case.damp, perbatch=3),
+        ],
+    ):
+        found = [answer(lambda: make(G).diagonal()) for make in groups for G in (case.G, shuffled)]  # noqa: B023
+        found = [diagonal for diagonal in found if diagonal is not None]
+        for diagonal in found[1:]:
+            torch.testing.assert_close(diagonal, found[0], rtol=2 * ERROR, atol=0)
+
+
+# --- many exchanges -------------------------------------------------------------------------------
+
+
+def rebuilt(fisher, damp):
+    """A⁻¹ from the window, in units of rows and columns, and these units."""
+    G = window(fisher)
+    A = G @ G.T
+    A.diagonal().add_(len(G) * damp)
+    units = A.diagonal().rsqrt()
+    return torch.linalg.inv(A * units[:, None] * units), units
+
+
+def drift(fisher):
+    """How far P is from A⁻¹, relative to its largest entry, once columns are of one scale."""
+    expected, units = rebuilt(fisher, fisher.damp)
+    found = fisher.coefficients.P / units[:, None] / units
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def adversary(kind, t, m, d, generator):
+    """Gradient t of a sequence that is meant to break an incremental inverse."""
+    common = torch.linspace(-1, 1, d)
+    g = torch.randn(d, generator=generator)
+    return {
+        "plain": lambda: g,
+        "huge, in and out": lambda: 1e6 * g if t % (m + 3) == 0 else g,
+        "parallel": lambda: 100 * common + 0.1 * g,
+        "equal": lambda: common,
+        "1e-10 and 1e10 in turn": lambda: g * (1e-10 if t % 2 else 1e10),
+        "zero": lambda: g if t % (3 * m) < m else 0 * g,
+    }[kind]()
+
+
+ADVERSARIES = ["plain", "huge, in and out", "parallel", "equal", "1e-10 and 1e10 in turn", "zero"]
+
+
+def drifts(kind, steps, m=16, d=40, damp=1e-3, rebuild=True):
+    """{number of exchanges: the largest drift in the m before}, and the condition at the end.
+
+    Without `rebuild`, P is never computed anew from A once every m exchanges.
+    """
+    fisher = DynamicInverseFisher(m, d, damp, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(len(kind))
+    found, recent = {}, []
+    for t in range(max(steps)):
+        fisher.update(adversary(kind, t, m, d, generator))
+        if not rebuild:
+            fisher.coefficients.age = 0
+        if any(n - m <= t < n for n in steps):
+            recent.append(drift(fisher))
+        if t + 1 in steps:
+            found[t + 1], recent = max(recent), []
+    return found, fisher.condition
+
+
+@pytest.mark.parametrize("rebuild", [True, False])
+@pytest.mark.parametrize("kind", ADVERSARIES)
+def test_a_thousand_exchanges_leave_no_more_error_than_a_hundred(kind, rebuild):
+    """Of what float64 and the condition allow; tests/long_run.py has 10,000."""
+    found, condition = drifts(kind, [100, 1000], rebuild=rebuild)
+    assert max(found.values()) <= 1e-14 * max(condition, 10)
