@@ -37,7 +37,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map
@@ -428,10 +428,16 @@ def gathered(state: Any, ranks: Ranks) -> Any:
     keeps them."""
 
     def whole(x: Any) -> Any:
-        if hasattr(x, "full_tensor"):
-            x = x.full_tensor()
-            return x if ranks.rank == 0 else None
-        return x
+        if not hasattr(x, "placements"):
+            return x
+        # Not by its full_tensor, whose threads can abort a process at its end (torch 2.14, gloo).
+        dim = x.placements[0].dim
+        part = x.to_local().movedim(dim, -1)
+        part = pad(part, (0, ranks.chunk(x.shape[dim]) - part.shape[-1]))
+        parts = ranks.gather(part.flatten()).view(ranks.size, *part.shape)
+        if ranks.rank > 0:
+            return None
+        return torch.cat(list(parts), -1)[..., : x.shape[dim]].movedim(-1, dim).contiguous()
 
     return tree_map(whole, state)
 
