@@ -488,11 +488,11 @@ def step_traffic(
     world_size: int = 1,
     sharded: bool = False,
 ) -> tuple[int, int]:
-    """Bytes that a step moves on each device: those read of the window, twice its part, and those
-    sent over the network.
+    """Bytes that a step moves on each device: those read of the window, twice its part, or three
+    times if it is compressed, and those sent over the network.
 
-    In a ring of devices, Gg is reduced from m float64 numbers of each, and the d float32 numbers of
-    the update are gathered, unless parameters are `sharded` like the window.
+    In a ring of devices, m + 1 float64 numbers of each are summed up, with `compress` twice, and the
+    d float32 numbers of the update are gathered, unless parameters are `sharded` like the window.
 
     Example:
         >>> step_traffic(1024, 272_474)
@@ -501,8 +501,9 @@ def step_traffic(
     ngrads, dim = check_integer("ngrads", ngrads, least=0), check_integer("dim", dim, least=0)
     dtype, compress = checked_dtype("dtype", dtype), checked_compress(compress)
     world_size = check_integer("world_size", world_size)
-    read = 2 * ngrads * _row_bytes(-(-dim // world_size), dtype, compress)
-    passed_on = 2 * 8 * ngrads + (0 if sharded else 4 * dim)
+    products = 1 if compress is None else 2  # of the window with a vector, beside its transposed
+    read = (products + 1) * ngrads * _row_bytes(-(-dim // world_size), dtype, compress)
+    passed_on = products * 16 * (ngrads + 1) + (0 if sharded else 4 * dim)
     return read, passed_on * (world_size - 1) // world_size
 
 
