@@ -491,8 +491,8 @@ def step_traffic(
     """Bytes that a step moves on each device: those read of the window, twice its part, or three
     times if it is compressed, and those sent over the network.
 
-    In a ring of devices, m + 1 float64 numbers of each are summed up, with `compress` twice, and the
-    d float32 numbers of the update are gathered, unless parameters are `sharded` like the window.
+    In a ring of devices, m + 1 float64 numbers of each are summed up, twice if it is compressed, and
+    the d float32 numbers of the update are gathered, unless parameters are `sharded` likewise.
 
     Example:
         >>> step_traffic(1024, 272_474)

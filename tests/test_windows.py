@@ -290,13 +290,13 @@ def test_the_compressed_window_of_resnet20_takes_at_most_three_hundredths():
 def test_step_traffic():
     assert step_traffic(10, 1000) == (2 * 10 * 4000, 0)
     assert step_traffic(10, 1000, dtype=torch.bfloat16) == (2 * 10 * 2000, 0)
-    # Two reads of a quarter; three quarters of 2·8·10 and of 4·1000 bytes are sent by each.
+    # Two reads of a quarter; three quarters of 2·8·11 and of 4·1000 bytes are sent by each.
     assert step_traffic(10, 1000, world_size=4) == (20_000, 3 * (176 + 4000) // 4)
     assert step_traffic(10, 1000, world_size=4, sharded=True) == (20_000, 132)
     assert step_traffic(10, 10 * 4096, compress=0.01)[0] == 3 * 10 * 410 * 8
     # Columns beyond the range of int32 take 8 bytes each.
     wide = step_traffic(1, 2**31, compress=0.5)[0], step_traffic(1, 2**31 - 4096, compress=0.5)[0]
-    assert wide == (2 * 2**30 * 12, 2 * (2**30 - 2048) * 8)
+    assert wide == (3 * 2**30 * 12, 3 * (2**30 - 2048) * 8)
 
 
 def peak_of_steps(options):
