@@ -491,7 +491,7 @@ def step_traffic(
     """Bytes that a step moves on each device: those read of the window, twice its part, or three
     times if it is compressed, and those sent over the network.
 
-    In a ring of devices, m + 1 float64 numbers of each are summed up, twice if it is compressed, and
+    In a ring of devices, m + 1 float64 numbers of each are summed up, twice if compressed, and
     the d float32 numbers of the update are gathered, unless parameters are `sharded` likewise.
 
     Example:
