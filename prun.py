@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import islice, pairwise
 from os import PathLike
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -77,7 +77,7 @@ STRIP = 256  # rows of a triangle that are computed at once
 TILE = 2**21  # numbers in a tile of G: small enough to stay in a processor's cache
 PARTIAL_SUM = 2**12  # columns, at most, that are summed in float32 before float64 takes over
 FILE_ROWS = 64  # rows read from a mapped file at once: each may map 2 MiB, however short it is
-PARTIAL_ROWS = 64  # gradients, at most, that blocks sum in float32 before float64 takes over
+PARTIAL_ROWS = 128  # gradients, at most, that blocks sum in float32 before float64 takes over
 BATCH = 128  # gradients that are added to blocks at once, as each time goes through all blocks
 
 
@@ -128,8 +128,8 @@ def inverse_bytes(
 RESOLVABLE = 2.0**-18  # roundings x condition that leave an error of about 1e-5
 # What is computed in float32 is refined in float64 once, which squares the error.
 LIMIT = {torch.float32: 2.0**-12, torch.float64: RESOLVABLE}
-# Blocks are not refined. Measured: with the scale of `block_grams` 9 roundings x condition at most.
-BLOCK_LIMIT = {torch.float32: RESOLVABLE / 4, torch.float64: RESOLVABLE}
+# Blocks are not refined. Measured with `block_grams`' scale: at most 12 roundings x condition.
+BLOCK_LIMIT = {torch.float32: RESOLVABLE / 6, torch.float64: RESOLVABLE}
 
 
 def inverse_factor(A: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -525,7 +525,7 @@ class DenseBlocks:
     """V = H⁻¹ (k, b, b) in float64 for k blocks H of F, made in place of the sums GᵀG.
 
     Sums from float32 come with their `scale`. Which of their blocks are not resolved is in `lost`;
-    of float64 there must be none.
+    of float64 there must be none. `hard`: float32 would not do for most.
     """
 
     def __init__(self, sums: Tensor, num_grads: int, damp: float, scale: Tensor | None = None):
@@ -537,6 +537,8 @@ class DenseBlocks:
         scale = diagonal if scale is None else scale / num_grads
         inverse_L, roundings = inverse_factor(H, scale, dtype)
         self.lost = (roundings > BLOCK_LIMIT[dtype]).nonzero()[:, 0].tolist()
+        in_float32 = roundings * (torch.finfo(torch.float32).eps / torch.finfo(dtype).eps)
+        self.hard = bool((in_float32 > BLOCK_LIMIT[torch.float32]).double().mean() > 0.5)
         if dtype == torch.float64 and self.lost:
             raise too_small(damp, trace)
         self.V = torch.matmul(inverse_L.mT, inverse_L, out=H)
@@ -572,7 +574,7 @@ class BlockedInverseFisher(StaticInverseFisher):
             use its memory again for the next ones. In this case blocks are always formed.
         blocksize: b ≥ 1. The last block is smaller where b does not divide d.
         damp: λ > 0, in units of squared gradients.
-        perbatch: blocks worked on at once; by default as many as make up 2 MiB.
+        perbatch: blocks worked on at once; by default as make up 2 MiB, 4 of G in memory.
         device: where to compute, that of `grads` if None (the CPU if that is no tensor).
 
     Raises:
@@ -596,14 +598,15 @@ class BlockedInverseFisher(StaticInverseFisher):
         device: torch.device | str | None = None,
     ):
         b = self.blocksize = check_integer("blocksize", blocksize)
-        perbatch = max(1, 2**18 // b**2) if perbatch is None else perbatch
-        self.perbatch = check_integer("perbatch", perbatch)
-        self.damp = check_damp(damp)
+        self.damp, self._exactly = check_damp(damp), False
         stored, mapping = isinstance(grads, (Tensor, np.ndarray, str, PathLike)), None
         if stored or not isinstance(grads, Iterable):
             grads, mapping = as_matrix(grads)
         self.device = check_device(device or getattr(grads, "device", "cpu"))
-        if stored and (b > len(grads) or mapping is None):
+        in_memory = stored and mapping is None
+        perbatch = max(1, 2 ** (19 if in_memory else 18) // b**2) if perbatch is None else perbatch
+        self.perbatch = check_integer("perbatch", perbatch)
+        if stored and (b > len(grads) or in_memory):
             self.shape = (grads.shape[1], grads.shape[1])
             layout = self._layout(1 if b > len(grads) else self.perbatch)
             self._parts: list[tuple[slice, Any]] = [
@@ -636,16 +639,22 @@ class BlockedInverseFisher(StaticInverseFisher):
         if b > m:
             return PagedInverseFisher(G, self.damp, device=self.device)
         G = G.to(self.device)
-        if G.dtype == torch.float64:
-            sums = torch.zeros(width // b, b, b, dtype=torch.float64, device=self.device)
-            add_block_grams_(sums, G)
-            return DenseBlocks(sums, m, self.damp)
-        sums, scale = block_grams(G, b)
-        blocks = DenseBlocks(sums, m, self.damp, scale)
+        if G.dtype == torch.float64 or self._exactly:
+            blocks = self._exact(G, b)
+        else:
+            sums, scale = block_grams(G, b)
+            blocks = DenseBlocks(sums, m, self.damp, scale)
+        self._exactly = blocks.hard  # the next ones are likely to be alike
         if blocks.lost:
             again = G.unflatten(1, (-1, b))[:, blocks.lost].flatten(1)
-            blocks.V[blocks.lost] = cast(DenseBlocks, self._part(again.double())).V
+            blocks.V[blocks.lost] = self._exact(again, b).V
         return blocks
+
+    def _exact(self, G: Tensor, b: int) -> DenseBlocks:
+        """The same from sums in float64."""
+        sums = torch.zeros(G.shape[1] // b, b, b, dtype=torch.float64, device=self.device)
+        add_block_grams_(sums, G)
+        return DenseBlocks(sums, len(G), self.damp)
 
     def _layout(self, perbatch: int) -> list[slice]:
         """The columns of each batch of blocks; a smaller last block is a batch of its own."""
