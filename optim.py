@@ -878,7 +878,7 @@ class MFAC(torch.optim.Optimizer):
         if "mask" not in self.state[p] or _sharded(p) is not None:
             return None
         if p not in self._indices:
-            self._indices[p] = self.state[p]["mask"].flatten().nonzero()[:, 0]
+            self._indices[p] = _local(self.state[p]["mask"]).flatten().nonzero()[:, 0]
         return self._indices[p]
 
     def _parameters(self) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -1047,10 +1047,21 @@ class MFAC(torch.optim.Optimizer):
         if "grads" not in entries:
             return torch.zeros(m, size, dtype=self.fisher.dtype, device=self.fisher.device)
         grads = entries["grads"]
-        if dim is not None and not _is_dtensor(grads):
-            grads = grads.view(m, *p.shape)
+        if not _is_dtensor(grads):
+            grads = self._fitted(p, grads.flatten(1), entries.get("mask"))
         columns = self._own(grads, 1 if dim is None else dim + 1).flatten(1)
         return _padded(columns, size)
+
+    def _fitted(self, p: Tensor, grads: Tensor, mask: Tensor | None) -> Tensor:
+        """Complete columns (m, ·) of p as `_saved_columns` has them, from those of all its weights
+        or of the trained ones: p may have been sharded when they were saved, or not."""
+        m, weights = len(grads), p.numel()
+        index = None if mask is None else _local(mask).flatten().nonzero()[:, 0].to(grads.device)
+        if _sharded(p) is None:
+            return grads if index is None or len(index) == grads.shape[1] else grads[:, index]
+        if index is not None and grads.shape[1] != weights:
+            grads = grads.new_zeros(m, weights).index_copy_(1, index, grads)
+        return grads.view(m, *p.shape)
 
     def _own(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part of what was saved in parts along `dim`."""
@@ -1071,12 +1082,14 @@ class MFAC(torch.optim.Optimizer):
             named = {name: value for name, value in entries.items() if name != "fisher"}
             if not all(isinstance(value, Tensor) for value in named.values()):
                 raise ValueError(f"The state dict is damaged: not all of {list(named)} are tensors")
-            masked = "mask" in entries and _sharded(p) is None
-            weights = int(entries["mask"].sum()) if masked else p.numel()
-            total += weights
+            mask, weights = entries.get("mask"), p.numel()
+            some = mask is not None and _sharded(mask) is None
+            trained = int(_local(mask).sum()) if some else weights
+            total += trained if _sharded(p) is None else weights
             shapes = [tuple(v.shape) for name, v in named.items() if name != "grads"]
-            columns = entries["grads"].shape[1:].numel() if "grads" in entries else weights
-            if any(shape != p.shape for shape in shapes) or columns != weights:
+            columns = entries["grads"].shape[1:].numel() if "grads" in entries else trained
+            fits = columns in (trained, weights)  # as they are saved if whole, or if sharded
+            if any(shape != p.shape for shape in shapes) or not fits:
                 raise ValueError(
                     f"The state dict belongs to another model: it has {columns} weights {shapes} "
                     f"where this one has a parameter of shape {tuple(p.shape)}"

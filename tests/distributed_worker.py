@@ -28,10 +28,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map
 
+import main_optim
 import windows
-from optim import MFAC, DynamicInverseFisher
+from models.sync import BatchNorm
+from optim import MFAC, DynamicInverseFisher, _Unread
 from prun import MFACPruner, PagedInverseFisher
 
 OPTIONS = {"lr": 0.05, "ngrads": 6, "damp": 1e-2}
@@ -126,6 +130,41 @@ def steps(folder):
             assert_same_everywhere(weights(model))
             if "sparse" in extra:
                 assert not whole(model[0].weight)[:, ::3].any()
+
+
+def mixed(folder):
+    """Parameters that are sharded, replicated DTensors and plain ones, all with masks, train like
+    those of one process; the window of one process goes on in all of them, and back."""
+    model, alone = network(), network()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model[0], mesh=mesh)
+    for name, p in list(model[2].named_parameters()):
+        copied = distribute_tensor(p.detach(), mesh, [Replicate()])
+        setattr(model[2], name, nn.Parameter(copied, requires_grad=p.requires_grad))
+
+    def train_both(optimizers, data):
+        for batch in data:
+            train(alone, optimizers[1], [batch], shared=False)
+            for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+                if q.grad is not None:
+                    p.grad = q.grad.clone()
+                    if hasattr(p, "placements"):
+                        p.grad = distribute_tensor(q.grad, p.device_mesh, p.placements)
+            optimizers[0].step()
+
+    def new():
+        options = {"sparse": True, **OPTIONS}
+        return MFAC(groups(model), **options), MFAC(groups(alone), process_group=False, **options)
+
+    optimizers = new()
+    train_both(optimizers, batches(4))
+    others = new()
+    others[0].load_state_dict(optimizers[1].state_dict())
+    state = optimizers[0].state_dict()
+    others[1].load_state_dict(tree_map(lambda x: whole(x) if torch.is_tensor(x) else x, state))
+    train_both(others, batches(9, seed=2))
+    assert_close(weights(model), weights(alone))
+    assert_same_everywhere(weights(model))
 
 
 def messages(folder):
