@@ -292,6 +292,12 @@ class DynamicInverseFisher:
         exactly = extreme or (self._cancels if self._late else cancels)
         return torch.float64 if exactly else self.compute_dtype
 
+    @property
+    def refused(self) -> bool:
+        """Whether `settle` will say that the last gradient had NaN or Inf. Other than that, which
+        may compute K anew, this takes no other process."""
+        return self._unread is not None and not self._unread.read()[0]
+
     def settle(self) -> None:
         """Reads what the last exchange on CUDA found out, and sees to it. Raises as `update`."""
         if self._unread is None:
@@ -748,9 +754,8 @@ class MFAC(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps skipped for a gradient with NaN or Inf."""
-        self._unless_nonfinite(self.fisher.settle)
-        return self._skipped_steps
+        """Steps skipped for a gradient with NaN or Inf. One process of several may ask alone."""
+        return self._skipped_steps + (self.on_nonfinite == "skip" and self.fisher.refused)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; the window gets columns for it whose history is zero."""
