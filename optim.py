@@ -376,6 +376,18 @@ class DynamicInverseFisher:
         self.coefficients.K.copy_(self._gram())
         self._refactor(self.damp)
 
+    def check_window(self) -> None:
+        """Raises ValueError if K is not of this window: of several processes each may have loaded
+        what the first one saved of its own."""
+        tiles = (tile.to(self.device) for window in self.windows for tile in window.tiles())
+        squares = functools.reduce(torch.add, (tile.square().sum(1) for tile in tiles))
+        found, expected = self.ranks.sum(squares), self.coefficients.K.diagonal()
+        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-30):
+            raise ValueError(
+                "The window is not the one that belongs to the state dict; each process must load "
+                "what it saved itself, or a state that was made whole, as by full_state_dict=True"
+            )
+
     def columns(self, start: int, stop: int) -> Tensor:
         """Columns start to stop of a window that is not compressed (m, stop − start); a view if one
         shard has them."""
@@ -1033,6 +1045,8 @@ class MFAC(torch.optim.Optimizer):
             self.fisher.load_state_dict(shared)
             if not complete:  # frozen parameters may be left out on the way
                 self.fisher.forget()
+            elif self._ranks.size > 1:
+                self.fisher.check_window()
             self._mark_state()
 
         # The last of the pre-hooks and the first of the post-hooks: those of others see everything.

@@ -211,6 +211,35 @@ def skipped(folder):
         torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
+def alone(folder):
+    """What one process asks for alone exchanges nothing; what it saved alone is refused."""
+    model = nn.Linear(8, 4, bias=False)
+    optimizer = MFAC(model.parameters(), **OPTIONS)
+    optimizer.fisher.lazy = True
+    torch.manual_seed(0)
+    for _ in range(3):
+        model.weight.grad = torch.randn(4, 8)
+        optimizer.step()
+    checks = [torch.tensor(x) for x in (0.0, torch.inf, 0.0, 1.0)]  # refused; K is to be renewed
+    optimizer.fisher._unread = _Unread(checks)
+    if dist.get_rank() == 0:
+        assert optimizer.skipped_steps == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = optimizer.state_dict()
+    assert optimizer.skipped_steps == 1
+    if dist.get_rank() == 0:
+        torch.save(state, folder / "first.pt")
+    dist.barrier()
+    state = torch.load(folder / "first.pt", weights_only=False)
+    try:
+        MFAC(model.parameters(), **OPTIONS).load_state_dict(state)
+    except ValueError as error:
+        assert "must load what it saved itself" in str(error)
+    else:
+        raise AssertionError("loaded")
+
+
 def checkpoints(folder):
     """Saved and loaded by torch.distributed.checkpoint, in each of its forms; bit for bit."""
     for kind, extra in (("ddp", {}), ("fsdp", {"sparse": True}), ("ddp", {"compress": 0.3})):
