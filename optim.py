@@ -541,7 +541,8 @@ class DynamicInverseFisher:
         fitted = result.to(self._cheap_dtype)
         if not self._everywhere(fitted.isfinite()):
             raise ValueError(
-                f"Results of up to {float(result.abs().max()):.3g} do not fit {fitted.dtype}; use "
+                f"Results of up to {float(pad(result.abs(), (0, 1)).max()):.3g} do not fit "
+                f"{fitted.dtype}; use "
                 "dtype=torch.float64, or a higher damp"
             )
         return fitted
