@@ -96,8 +96,9 @@ class Parser(argparse.ArgumentParser):
 
     def fail(self, message: str):
         """Ends the process with that sentence."""
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
-        self.exit(2, f"{self.prog}: error: {message}\n" if first else None)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(5)  # if the first process says the same, torchrun ends this one meanwhile
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def number(kind: type, rule: str, allowed: Callable[[Any], bool]) -> Callable[[str], Any]:

@@ -322,6 +322,31 @@ def refused(folder):
             raise AssertionError(message)
 
 
+# --- what the scripts need ------------------------------------------------------------------------
+
+
+def batch_norm(folder):
+    """It is torch's on the whole batch, with autocast's types, too."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-3)):
+        x = (torch.randn(6, 3, 2, 2) + 30).to(dtype)
+        together, single = BatchNorm(3), nn.BatchNorm2d(3)
+        y, expected = together(x[rank::size]), single(x)[rank::size]
+        assert y.dtype == expected.dtype == dtype
+        if y.numel():
+            assert_close(y.detach().float(), expected.detach().float(), tolerance)
+        assert_close(together.running_var, single.running_var)
+
+
+def one_fails(folder):
+    """A process that fails alone says why, though the first one does not know."""
+    main_optim.time.sleep = lambda seconds: None
+    if dist.get_rank() == 1:
+        main_optim.Parser(prog="script").fail("only here")
+    dist.barrier()
+
+
 # --- the inverse Fishers ------------------------------------------------------------------------
 
 
