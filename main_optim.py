@@ -96,8 +96,9 @@ class Parser(argparse.ArgumentParser):
 
     def fail(self, message: str):
         """Ends the process with that sentence."""
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
-        self.exit(2, f"{self.prog}: error: {message}\n" if first else None)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(5)  # if the first process says the same, torchrun ends this one meanwhile
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def number(kind: type, rule: str, allowed: Callable[[Any], bool]) -> Callable[[str], Any]:
@@ -227,7 +228,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
         [{**group, "lr": 0.0} for group in state["param_groups"]] for state in (saved, expected)
     ]
     if not alike(saved, expected) or groups[0] != groups[1]:
-        raise ValueError("the optimizer is another one")
+        compressed = isinstance(optimizer, MFAC) and optimizer.fisher.compress is not None
+        others = ", or it was in another number of processes, which --compress does not allow"
+        raise ValueError("the optimizer is another one" + (others if compressed else ""))
     optimizer.load_state_dict(saved)
     for entries in optimizer.state.values():  # SGD and Adam take what they load uncopied
         tensors = {name: x for name, x in entries.items() if isinstance(x, torch.Tensor)}

@@ -292,6 +292,12 @@ class DynamicInverseFisher:
         exactly = extreme or (self._cancels if self._late else cancels)
         return torch.float64 if exactly else self.compute_dtype
 
+    @property
+    def refused(self) -> bool:
+        """Whether `settle` will say that the last gradient had NaN or Inf. Other than that, which
+        may compute K anew, this takes no other process."""
+        return self._unread is not None and not self._unread.read()[0]
+
     def settle(self) -> None:
         """Reads what the last exchange on CUDA found out, and sees to it. Raises as `update`."""
         if self._unread is None:
@@ -369,6 +375,18 @@ class DynamicInverseFisher:
         """Computes K and A⁻¹ anew from a window that has lost columns, O(dm²)."""
         self.coefficients.K.copy_(self._gram())
         self._refactor(self.damp)
+
+    def check_window(self) -> None:
+        """Raises ValueError if K is not of this window: of several processes each may have loaded
+        what the first one saved of its own."""
+        tiles = (tile.to(self.device) for window in self.windows for tile in window.tiles())
+        squares = functools.reduce(torch.add, (tile.square().sum(1) for tile in tiles))
+        found, expected = self.ranks.sum(squares), self.coefficients.K.diagonal()
+        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-30):
+            raise ValueError(
+                "The window is not the one that belongs to the state dict; each process must load "
+                "what it saved itself, or a state that was made whole, as by full_state_dict=True"
+            )
 
     def columns(self, start: int, stop: int) -> Tensor:
         """Columns start to stop of a window that is not compressed (m, stop − start); a view if one
@@ -523,7 +541,8 @@ class DynamicInverseFisher:
         fitted = result.to(self._cheap_dtype)
         if not self._everywhere(fitted.isfinite()):
             raise ValueError(
-                f"Results of up to {float(result.abs().max()):.3g} do not fit {fitted.dtype}; use "
+                f"Results of up to {float(pad(result.abs(), (0, 1)).max()):.3g} do not fit "
+                f"{fitted.dtype}; use "
                 "dtype=torch.float64, or a higher damp"
             )
         return fitted
@@ -748,9 +767,8 @@ class MFAC(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps skipped for a gradient with NaN or Inf."""
-        self._unless_nonfinite(self.fisher.settle)
-        return self._skipped_steps
+        """Steps skipped for a gradient with NaN or Inf. One process of several may ask alone."""
+        return self._skipped_steps + (self.on_nonfinite == "skip" and self.fisher.refused)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; the window gets columns for it whose history is zero."""
@@ -878,7 +896,7 @@ class MFAC(torch.optim.Optimizer):
         if "mask" not in self.state[p] or _sharded(p) is not None:
             return None
         if p not in self._indices:
-            self._indices[p] = self.state[p]["mask"].flatten().nonzero()[:, 0]
+            self._indices[p] = _local(self.state[p]["mask"]).flatten().nonzero()[:, 0]
         return self._indices[p]
 
     def _parameters(self) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -1028,6 +1046,8 @@ class MFAC(torch.optim.Optimizer):
             self.fisher.load_state_dict(shared)
             if not complete:  # frozen parameters may be left out on the way
                 self.fisher.forget()
+            elif self._ranks.size > 1:
+                self.fisher.check_window()
             self._mark_state()
 
         # The last of the pre-hooks and the first of the post-hooks: those of others see everything.
@@ -1047,10 +1067,21 @@ class MFAC(torch.optim.Optimizer):
         if "grads" not in entries:
             return torch.zeros(m, size, dtype=self.fisher.dtype, device=self.fisher.device)
         grads = entries["grads"]
-        if dim is not None and not _is_dtensor(grads):
-            grads = grads.view(m, *p.shape)
+        if not _is_dtensor(grads):
+            grads = self._fitted(p, grads.flatten(1), entries.get("mask"))
         columns = self._own(grads, 1 if dim is None else dim + 1).flatten(1)
         return _padded(columns, size)
+
+    def _fitted(self, p: Tensor, grads: Tensor, mask: Tensor | None) -> Tensor:
+        """Complete columns (m, ·) of p as `_saved_columns` has them, from those of all its weights
+        or of the trained ones: p may have been sharded when they were saved, or not."""
+        m, weights = len(grads), p.numel()
+        index = None if mask is None else _local(mask).flatten().nonzero()[:, 0].to(grads.device)
+        if _sharded(p) is None:
+            return grads if index is None or len(index) == grads.shape[1] else grads[:, index]
+        if index is not None and grads.shape[1] != weights:
+            grads = grads.new_zeros(m, weights).index_copy_(1, index, grads)
+        return grads.view(m, *p.shape)
 
     def _own(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part of what was saved in parts along `dim`."""
@@ -1071,12 +1102,14 @@ class MFAC(torch.optim.Optimizer):
             named = {name: value for name, value in entries.items() if name != "fisher"}
             if not all(isinstance(value, Tensor) for value in named.values()):
                 raise ValueError(f"The state dict is damaged: not all of {list(named)} are tensors")
-            masked = "mask" in entries and _sharded(p) is None
-            weights = int(entries["mask"].sum()) if masked else p.numel()
-            total += weights
+            mask, weights = entries.get("mask"), p.numel()
+            some = mask is not None and _sharded(mask) is None
+            trained = int(_local(mask).sum()) if some else weights
+            total += trained if _sharded(p) is None else weights
             shapes = [tuple(v.shape) for name, v in named.items() if name != "grads"]
-            columns = entries["grads"].shape[1:].numel() if "grads" in entries else weights
-            if any(shape != p.shape for shape in shapes) or columns != weights:
+            columns = entries["grads"].shape[1:].numel() if "grads" in entries else trained
+            fits = columns in (trained, weights)  # as they are saved if whole, or if sharded
+            if any(shape != p.shape for shape in shapes) or not fits:
                 raise ValueError(
                     f"The state dict belongs to another model: it has {columns} weights {shapes} "
                     f"where this one has a parameter of shape {tuple(p.shape)}"

@@ -37,7 +37,8 @@ class BatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        shape, axes = (1, -1, 1, 1), (0, 2, 3)
+        shape, axes, dtype = (1, -1, 1, 1), (0, 2, 3), x.dtype
+        x = x.to(torch.promote_types(dtype, torch.float32))  # under autocast, as torch's does
         size = torch.tensor(float(x[:, 0].numel()), dtype=torch.float64, device=x.device)
         dist.all_reduce(size)
         mean = AllReduce.apply(x.sum(axes, dtype=torch.float64)) / size
@@ -49,4 +50,4 @@ class BatchNorm(nn.BatchNorm2d):
             unbiased = variance * size / (size - 1)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt().to(self.weight.dtype)
-        return x * scale.view(shape) + self.bias.view(shape)
+        return (x * scale.view(shape) + self.bias.view(shape)).to(dtype)

@@ -28,10 +28,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map
 
+import main_optim
 import windows
-from optim import MFAC, DynamicInverseFisher
+from models.sync import BatchNorm
+from optim import MFAC, DynamicInverseFisher, _Unread
 from prun import MFACPruner, PagedInverseFisher
 
 OPTIONS = {"lr": 0.05, "ngrads": 6, "damp": 1e-2}
@@ -128,6 +132,41 @@ def steps(folder):
                 assert not whole(model[0].weight)[:, ::3].any()
 
 
+def mixed(folder):
+    """Parameters that are sharded, replicated DTensors and plain ones, all with masks, train like
+    those of one process; the window of one process goes on in all of them, and back."""
+    model, alone = network(), network()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model[0], mesh=mesh)
+    for name, p in list(model[2].named_parameters()):
+        copied = distribute_tensor(p.detach(), mesh, [Replicate()])
+        setattr(model[2], name, nn.Parameter(copied, requires_grad=p.requires_grad))
+
+    def train_both(optimizers, data):
+        for batch in data:
+            train(alone, optimizers[1], [batch], shared=False)
+            for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+                if q.grad is not None:
+                    p.grad = q.grad.clone()
+                    if hasattr(p, "placements"):
+                        p.grad = distribute_tensor(q.grad, p.device_mesh, p.placements)
+            optimizers[0].step()
+
+    def new():
+        options = {"sparse": True, **OPTIONS}
+        return MFAC(groups(model), **options), MFAC(groups(alone), process_group=False, **options)
+
+    optimizers = new()
+    train_both(optimizers, batches(4))
+    others = new()
+    others[0].load_state_dict(optimizers[1].state_dict())
+    state = optimizers[0].state_dict()
+    others[1].load_state_dict(tree_map(lambda x: whole(x) if torch.is_tensor(x) else x, state))
+    train_both(others, batches(9, seed=2))
+    assert_close(weights(model), weights(alone))
+    assert_same_everywhere(weights(model))
+
+
 def messages(folder):
     """A step sums up m + 1 float64 numbers and gathers d numbers where weights are replicated."""
     sent, all_reduce, all_gather = [], dist.all_reduce, dist.all_gather
@@ -170,6 +209,35 @@ def skipped(folder):
         assert optimizer.skipped_steps == 1 and "NaN or Inf" in str(caught[0].message)
         after = weights(model), optimizer.fisher.state_dict()
         torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def alone(folder):
+    """What one process asks for alone exchanges nothing; what it saved alone is refused."""
+    model = nn.Linear(8, 4, bias=False)
+    optimizer = MFAC(model.parameters(), **OPTIONS)
+    optimizer.fisher.lazy = True
+    torch.manual_seed(0)
+    for _ in range(3):
+        model.weight.grad = torch.randn(4, 8)
+        optimizer.step()
+    checks = [torch.tensor(x) for x in (0.0, torch.inf, 0.0, 1.0)]  # refused; K is to be renewed
+    optimizer.fisher._unread = _Unread(checks)
+    if dist.get_rank() == 0:
+        assert optimizer.skipped_steps == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = optimizer.state_dict()
+    assert optimizer.skipped_steps == 1
+    if dist.get_rank() == 0:
+        torch.save(state, folder / "first.pt")
+    dist.barrier()
+    state = torch.load(folder / "first.pt", weights_only=False)
+    try:
+        MFAC(model.parameters(), **OPTIONS).load_state_dict(state)
+    except ValueError as error:
+        assert "must load what it saved itself" in str(error)
+    else:
+        raise AssertionError("loaded")
 
 
 def checkpoints(folder):
@@ -252,6 +320,31 @@ def refused(folder):
             assert message in str(error), error
         else:
             raise AssertionError(message)
+
+
+# --- what the scripts need ------------------------------------------------------------------------
+
+
+def batch_norm(folder):
+    """It is torch's on the whole batch, with autocast's types, too."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-3)):
+        x = (torch.randn(6, 3, 2, 2) + 30).to(dtype)
+        together, single = BatchNorm(3), nn.BatchNorm2d(3)
+        y, expected = together(x[rank::size]), single(x)[rank::size]
+        assert y.dtype == expected.dtype == dtype
+        if y.numel():
+            assert_close(y.detach().float(), expected.detach().float(), tolerance)
+        assert_close(together.running_var, single.running_var)
+
+
+def one_fails(folder):
+    """A process that fails alone says why, though the first one does not know."""
+    main_optim.time.sleep = lambda seconds: None
+    if dist.get_rank() == 1:
+        main_optim.Parser(prog="script").fail("only here")
+    dist.barrier()
 
 
 # --- the inverse Fishers ------------------------------------------------------------------------

@@ -32,8 +32,8 @@ def output(process, timeout=300):
     return out
 
 
-CHECKS = ["steps", "messages", "skipped", "checkpoints", "refused"]
-CHECKS += ["inverses", "pruning", "disagreement"]
+CHECKS = ["steps", "mixed", "messages", "skipped", "alone", "checkpoints", "refused"]
+CHECKS += ["batch_norm", "inverses", "pruning", "disagreement"]
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -129,3 +129,9 @@ def test_a_mistake_is_reported_once():
     _, err = running.communicate(timeout=100)
     assert running.returncode != 0
     assert err.count("--lr: nothing is not a number above 0") == 1
+
+
+def test_a_process_that_fails_alone_says_why(tmp_path):
+    running = torchrun(2, ROOT / "tests/distributed_worker.py", "one_fails", tmp_path)
+    _, err = running.communicate(timeout=100)
+    assert running.returncode != 0 and err.count("script: error: only here") == 1
