@@ -896,9 +896,9 @@ def main(argv: list[str] | None = None) -> None:
             raise
         parser.exit(1, f"{parser.prog}: error: {LOST}\n")
     except KeyboardInterrupt:
-        if run and run.history:
-            parser.exit(130, f"\ninterrupted; saved: {run.path}, to go on with --resume\n")
-        parser.exit(130, "\ninterrupted before an epoch was saved\n")
+        saved = f"; saved: {run.path}, to go on with --resume" if run and run.history else ""
+        note("\ninterrupted" + (saved or " before an epoch was saved"))
+        parser.exit(130)
 
 
 if __name__ == "__main__":

@@ -759,9 +759,9 @@ def main(argv: list[str] | None = None) -> None:
             raise
         parser.exit(1, f"{parser.prog}: error: {LOST}\n")
     except KeyboardInterrupt:
-        if run and run.history:
-            parser.exit(130, f"\ninterrupted; go on with --resume --out {run.out}\n")
-        parser.exit(130, "\ninterrupted before anything new was saved\n")
+        saved = f"; go on with --resume --out {run.out}" if run and run.history else ""
+        note("\ninterrupted" + (saved or " before anything new was saved"))
+        parser.exit(130)
 
 
 if __name__ == "__main__":

@@ -685,8 +685,9 @@ class MFAC(torch.optim.Optimizer):
         process_group: processes that train together, in each of which `step` is called: each keeps
             its part of the window, and all end a step with the same weights. Parameters are the
             same in all of them, with gradients that have been averaged, as by DDP, or DTensors, as
-            by FSDP2, whose window lives where they do. By default the default group, if there is
-            one, or that of the DTensors; False: this process alone.
+            by FSDP2, whose window lives where they do. A `grad` is None in all of them or in none:
+            one without any would leave the others waiting. By default the default group, if there
+            is one, or that of the DTensors; False: this process alone.
 
     Raises:
         ValueError: for arguments outside these ranges, and in `step` where `damp` is too small for
