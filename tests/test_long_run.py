@@ -59,7 +59,7 @@ WAYS = {
     "perbatch": (
         lambda G, n: static(BlockedInverseFisher(G, 16, 1e-4, perbatch=n)),
         [1, 5, 64, 1000],
-        1e-12,
+        2e-6,
     ),
     "shards": (window, [1, 2, 7], 2e-6),
 }
