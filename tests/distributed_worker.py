@@ -249,7 +249,10 @@ def checkpoints(folder):
         train(net, optimizer, batches(9))
         x = torch.randn(optimizer.fisher.shape[0])
         expected = optimizer.fisher.matvec(x)
-        for options in (None, StateDictOptions(flatten_optimizer_state_dict=True)):
+        forms = [None, StateDictOptions(flatten_optimizer_state_dict=True)]
+        if torch.__version__ < "2.10":  # which flattens no nested entries
+            forms.pop()
+        for options in forms:
             path = folder / f"{kind}-{len(extra)}-{options is None}-{dist.get_world_size()}"
             state = {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
             dcp.save(state, checkpoint_id=path)
