@@ -156,7 +156,7 @@ def check_same(one: Path, other: Path) -> None:
         elif path.suffix == ".csv":
             tables = [list(csv.DictReader(p.read_text().splitlines())) for p in (path, match)]
             assert same(*tables), path
-        else:
+        elif path.suffix != ".png":  # curves of training show times
             assert path.read_bytes() == match.read_bytes(), path
 
 
