@@ -14,6 +14,7 @@ import ast
 import collections
 import contextlib
 import copy
+import gc
 import os
 import pickle
 import random
@@ -30,6 +31,7 @@ from typing import Any
 
 # Before torch is imported: a process with one thread may fork.
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import hypothesis  # what tests import, once here rather than in each child
@@ -200,8 +202,9 @@ def run(module: str, tree: ast.Module, plugin: Any) -> int:
     if isinstance(plugin, Selected):
         files = [file for file in files if any(Path(file).name in name for name in plugin.order)]
     with tempfile.TemporaryDirectory() as folder:
-        options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}/tests"]
-        return int(pytest.main([*options, f"--rootdir={ROOT}", *files], plugins=[plugin]))
+        without = ["-p", "no:cacheprovider", "-p", "no:unraisableexception", "--assert=plain"]
+        options = ["-x", f"--basetemp={folder}/tests", f"--rootdir={ROOT}"]
+        return int(pytest.main([*options, *without, *files], plugins=[plugin]))
 
 
 def forked(call: Callable[[], int], limit: int = 0) -> int:
@@ -229,6 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     path, noted = ROOT / f"{args.module}.py", Noted(str(ROOT / f"{args.module}.py"))
     tree = ast.parse(path.read_text())
+    gc.freeze()
     with tempfile.NamedTemporaryFile() as file:
 
         def baseline() -> int:
