@@ -34,6 +34,7 @@ os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY
 os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import coverage
 import hypothesis  # what tests import, once here rather than in each child
 import matplotlib.figure  # noqa: F401
 import pytest
@@ -163,26 +164,24 @@ class Selected:
 
 
 class Noted:
-    """Which lines of a file each test reaches, and how long that takes."""
+    """Which tests reach each line of a file, and how long they take."""
 
     def __init__(self, path: str):
-        self.path, self.lines, self.seconds = path, collections.defaultdict(set), {}
+        self.path, self.seconds = path, {}
+        self.coverage = coverage.Coverage(data_file=None, include=[path])
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
-        # Time of processors, as other work may be going on.
-        reached, began = self.lines[item.nodeid], sum(os.times()[:4])
-
-        def line(frame: Any, event: str, _: Any) -> Any:
-            reached.add(frame.f_lineno)
-            return line
-
-        sys.settrace(lambda frame, *_: line if frame.f_code.co_filename == self.path else None)
+        self.coverage.switch_context(item.nodeid)
+        began = sum(os.times()[:4])  # of processors, as other work may be going on
         try:
             return (yield)
         finally:
-            sys.settrace(None)
             self.seconds[item.nodeid] = sum(os.times()[:4]) - began
+
+    def reached(self) -> dict[int, set[str]]:
+        lines = self.coverage.get_data().contexts_by_lineno(self.path)
+        return collections.defaultdict(set, {line: {*names} for line, names in lines.items()})
 
 
 def run(module: str, tree: ast.Module, plugin: Any) -> int:
@@ -236,8 +235,9 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.NamedTemporaryFile() as file:
 
         def baseline() -> int:
-            status = run(args.module, tree, noted)
-            Path(file.name).write_bytes(pickle.dumps((dict(noted.lines), noted.seconds)))
+            with noted.coverage.collect():
+                status = run(args.module, tree, noted)
+            Path(file.name).write_bytes(pickle.dumps((noted.reached(), noted.seconds)))
             return status
 
         if forked(baseline) != 0:
@@ -255,8 +255,11 @@ def main(arguments: list[str] | None = None) -> int:
     with contextlib.suppress(KeyboardInterrupt):
         for change in found[: args.number]:
             near, least = [], 0.0
+            tests = (
+                names if change.lines is None else set().union(*(reached[i] for i in change.lines))
+            )
             for name in names:
-                if change.lines is None or reached[name] & {*change.lines}:
+                if name in tests:
                     least += seconds[name]
                     if least < args.budget or not near:
                         near.append(name)
