@@ -958,6 +958,14 @@ def test_low_precision_models_keep_float32_momentum_on_resume():
     assert_same_state(other.state_dict(), optimizer.state_dict())
 
 
+def test_a_learning_rate_of_zero_fills_the_window_alone():
+    p = nn.Parameter(torch.randn(4))
+    before, optimizer = p.detach().clone(), MFAC([p], lr=0, weight_decay=0, ngrads=3)
+    p.grad = torch.randn(4)
+    optimizer.step()
+    assert torch.equal(p, before) and torch.equal(optimizer.fisher.columns(0, 4)[0], p.grad)
+
+
 def test_without_momentum_none_is_kept():
     p = nn.Parameter(torch.randn(4))
     optimizer = MFAC([p], ngrads=3)

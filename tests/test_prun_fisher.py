@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from reference import dense_fisher, independent_removal, joint_removal
 
 import prun
-from prun import BlockedInverseFisher, PagedInverseFisher, inverse_bytes
+from prun import TILE, BlockedInverseFisher, PagedInverseFisher, inverse_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -630,3 +630,21 @@ def test_memory_goes_to_the_device_but_for_the_gradients():
     assert there[1][cuda] > 4 * m * d > there[16][cuda]
     assert inverse_bytes(m, d, pages=16) == here  # nothing is copied
     assert inverse_bytes(m, d, blocksize=16)[cpu] < 4 * m * d
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # Gradients, vectors, tiles; and one factor, of which pages make no difference here.
+        ({"pages": 3}, 4 * 50 * 700 + 130 * 700 + 24 * TILE + 80 * 50**2),
+        # 12 blocks, the last of which is smaller, and a factor for each.
+        ({"blocksize": 60}, 4 * 50 * 700 + 130 * 700 + 24 * TILE + (12 * 24 + 56) * 50**2),
+        # Blocks, and 5 of them while they are inverted.
+        (
+            {"blocksize": 20, "perbatch": 5},
+            4 * 50 * 700 + 130 * 700 + 24 * TILE + 8 * 20 * 700 + 32 * 20 * 100,
+        ),
+    ],
+)
+def test_memory_is_a_sum_of_what_is_held(options, expected):
+    assert inverse_bytes(50, 700, **options) == {torch.device("cpu"): expected}
