@@ -66,6 +66,12 @@ def test_nearly_parallel_gradients_are_resolved_in_float64(m, norm):
     assert relative_error(fisher.matvec(x), reference) < 1e-5
 
 
+def test_an_update_with_nearly_parallel_gradients_is_resolved_in_float64():
+    G, w = torch.ones(8, 64) + 1e-3 * torch.randn(8, 64), torch.randn(64)
+    expected = PagedInverseFisher(G.double(), 1e-5).joint_update(range(5), w.double())
+    assert relative_error(PagedInverseFisher(G, 1e-5).joint_update(range(5), w), expected) < 1e-5
+
+
 def test_a_weight_whose_inverse_diagonal_cancels_is_resolved_in_float64():
     """One weight gets nearly all of the gradients: 1 − c is about 1e-4."""
     G = torch.randn(20, 5_000)
