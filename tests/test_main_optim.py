@@ -849,3 +849,24 @@ def test_a_refusal_of_the_optimizer_is_a_sentence(dataset):
     loader = datautils.load(dataset).loader("train", 16)
     with pytest.raises(main_optim.UserError, match="damp is too small"):
         main_optim.train_epoch(model, loader, optimizer, scheduler, device=torch.device("cpu"))
+
+
+def test_a_state_that_does_not_fit_is_refused(run, capsys):
+    """Settings that are no flags, other classes, other figures, another optimizer."""
+    assert run(*small("adam")[:2], "--epochs", 1, "--batchsize", 32, "--save", "net.pth") == 0
+    state = torch.load("net.state", weights_only=True)
+    group, settings = state["optimizer"]["param_groups"][0], state["settings"]
+    damages = {
+        "classes": {"classes": ["a", "b", "c", "d"]},
+        "figures": {"history": []},
+        "settings, a dict": {"settings": {**settings, "lr": {}}},
+        "settings, a list": {"settings": {**settings, "drop_at": ["82"]}},
+        "settings, help": {"settings": {**settings, "help": True}},
+        "settings, of lr": {"settings": {**settings, "lr": "fast"}},
+        "optimizer": {"optimizer": {**state["optimizer"], "param_groups": [{**group, "eps": 1}]}},
+    }
+    for name, damage in damages.items():
+        torch.save({**state, **damage}, "net.state")
+        assert run("--resume", "--epochs", 1, "--save", "net.pth") == 2, name
+        (line,) = capsys.readouterr().err.splitlines()[-1:]
+        assert line.startswith("main_optim.py: error: "), name

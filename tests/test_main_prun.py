@@ -828,3 +828,28 @@ def test_state_that_does_not_fit(run, change, capsys):
     assert run("--out", "net", "--resume") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and ("does not fit" in error or "other classes" in error)
+
+
+def test_a_state_that_does_not_fit_is_refused(run, capsys):
+    """Other classes, figures, steps, models, masks, optimizers and schedules."""
+    flags = [*RUNS["gradual sgd"].replace("--nepochs 4", "--nepochs 3").split(), "--out", "net"]
+    assert run(*flags, "--verbose") == 0
+    assert "sparsity 0.9" in capsys.readouterr().out  # of each layer
+    state = torch.load("net.state", weights_only=True)
+    figures, pruner, model = state["history"], state["pruner"], state["model"]
+    masks = {name: ~mask for name, mask in pruner["masks"].items()}
+    damages = {
+        "classes": {"classes": ["a", "b", "c", "d"]},
+        "figures": {"history": []},
+        "step": {"history": [*figures[:-1], {**figures[-1], "step": 7}]},
+        "model": {"model": {name: model[name] for name in list(model)[1:]}},
+        "masks of others": {"pruner": {**pruner, "masks": {}}},
+        "masks of other weights": {"pruner": {**pruner, "masks": masks}},
+        "optimizer": {"optimizer": None},
+        "schedule": {"scheduler": {}},
+    }
+    for name, damage in damages.items():
+        torch.save({**state, **damage}, "net.state")
+        assert run("--resume", "--out", "net") == 2, name
+        (line,) = capsys.readouterr().err.splitlines()[-1:]
+        assert line.startswith("main_prun.py: error: "), name

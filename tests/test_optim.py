@@ -15,6 +15,7 @@ from torch import nn
 import optim
 from coefficients import IncrementalCoefficients
 from optim import MFAC, DynamicInverseFisher, NonFiniteGradientError, window_bytes
+from windows import DenseWindow
 
 WAYS = ["incremental", "paper"]
 
@@ -437,6 +438,40 @@ def test_setting_an_impossible_damp_is_refused():
     fisher = DynamicInverseFisher(3, 4)
     with pytest.raises(ValueError, match="Invalid damp: 0"):
         fisher.damp = 0
+
+
+def test_the_way_back_from_float64_is_open_once_a_round():
+    fisher = DynamicInverseFisher(3, 8, 1e-2)
+    fisher.update(torch.randn(8))
+    fisher.compute_dtype = torch.float64  # as after a gradient that strained float32
+    seen = []
+    for _ in range(4):
+        fisher.update(torch.randn(8))
+        seen.append(fisher.compute_dtype)
+    assert seen == [torch.float64, torch.float64, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("damp", "dtype"),
+    [(1e-3, torch.float32), (1e-16, torch.float64), (1e16, torch.float64)],
+)
+def test_only_an_extreme_damp_takes_products_to_float64(damp, dtype, monkeypatch):
+    seen, times = [], DenseWindow.transposed_times
+    monkeypatch.setattr(
+        DenseWindow, "transposed_times", lambda *given: seen.append(given[2]) or times(*given)
+    )
+    fisher = DynamicInverseFisher(2, 4, damp)
+    fisher.update_matvec(damp**0.5 * torch.eye(4)[0])
+    assert seen == [dtype]
+
+
+def test_columns_may_come_from_several_shards():
+    fisher = DynamicInverseFisher(2, 7, shards=["cpu"] * 3)
+    g = torch.randn(7)
+    fisher.update(g)
+    for start in range(8):
+        for stop in range(start, 8):
+            assert torch.equal(fisher.columns(start, stop)[0], g[start:stop])
 
 
 # --- memory and import ----------------------------------------------------------------------------
@@ -921,6 +956,22 @@ def test_low_precision_models_keep_float32_momentum_on_resume():
     other = MFAC([nn.Parameter(p.detach().clone())], ngrads=3)
     other.load_state_dict(optimizer.state_dict())
     assert_same_state(other.state_dict(), optimizer.state_dict())
+
+
+def test_a_learning_rate_of_zero_fills_the_window_alone():
+    p = nn.Parameter(torch.randn(4))
+    before, optimizer = p.detach().clone(), MFAC([p], lr=0, weight_decay=0, ngrads=3)
+    p.grad = torch.randn(4)
+    optimizer.step()
+    assert torch.equal(p, before) and torch.equal(optimizer.fisher.columns(0, 4)[0], p.grad)
+
+
+def test_without_momentum_none_is_kept():
+    p = nn.Parameter(torch.randn(4))
+    optimizer = MFAC([p], ngrads=3)
+    p.grad = torch.randn(4)
+    optimizer.step()
+    assert "momentum_buffer" not in optimizer.state[p]
 
 
 def test_a_loaded_optimizer_shares_nothing_with_its_source():

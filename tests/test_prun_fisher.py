@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from reference import dense_fisher, independent_removal, joint_removal
 
 import prun
-from prun import BlockedInverseFisher, PagedInverseFisher, inverse_bytes
+from prun import TILE, BlockedInverseFisher, PagedInverseFisher, inverse_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +64,12 @@ def test_nearly_parallel_gradients_are_resolved_in_float64(m, norm):
     A = m * 1e-5 * torch.eye(m, dtype=torch.float64) + G.double() @ G.double().T
     reference = (x - G.double().T @ torch.linalg.solve(A, G.double() @ x)) / 1e-5
     assert relative_error(fisher.matvec(x), reference) < 1e-5
+
+
+def test_an_update_with_nearly_parallel_gradients_is_resolved_in_float64():
+    G, w = torch.ones(8, 64) + 1e-3 * torch.randn(8, 64), torch.randn(64)
+    expected = PagedInverseFisher(G.double(), 1e-5).joint_update(range(5), w.double())
+    assert relative_error(PagedInverseFisher(G, 1e-5).joint_update(range(5), w), expected) < 1e-5
 
 
 def test_a_weight_whose_inverse_diagonal_cancels_is_resolved_in_float64():
@@ -631,3 +637,21 @@ def test_memory_goes_to_the_device_but_for_the_gradients():
     assert there[1][cuda] > 4 * m * d > there[16][cuda]
     assert inverse_bytes(m, d, pages=16) == here  # nothing is copied
     assert inverse_bytes(m, d, blocksize=16)[cpu] < 4 * m * d
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # Gradients, vectors, tiles; and one factor, of which pages make no difference here.
+        ({"pages": 3}, 4 * 50 * 700 + 130 * 700 + 24 * TILE + 80 * 50**2),
+        # 12 blocks, the last of which is smaller, and a factor for each.
+        ({"blocksize": 60}, 4 * 50 * 700 + 130 * 700 + 24 * TILE + (12 * 24 + 56) * 50**2),
+        # Blocks, and 5 of them while they are inverted.
+        (
+            {"blocksize": 20, "perbatch": 5},
+            4 * 50 * 700 + 130 * 700 + 24 * TILE + 8 * 20 * 700 + 32 * 20 * 100,
+        ),
+    ],
+)
+def test_memory_is_a_sum_of_what_is_held(options, expected):
+    assert inverse_bytes(50, 700, **options) == {torch.device("cpu"): expected}
