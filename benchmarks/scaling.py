@@ -6,8 +6,9 @@
 The first prints the tables of the README. The second measures one exchange with one preconditioned
 gradient (`update_matvec`) with full windows: its time, in rounds in which the kinds take turns, as
 median and as median of the ratios to float32; and the memory by which a process of its own grows
-(Linux), of which the window is foretold by `window_bytes`. On a machine with other work to do,
-`--busy` takes the processor time of one thread, from which waiting is left out.
+(Linux), of which the window is foretold by `window_bytes`; then both of each of several processes
+that share a window (gloo). On a machine with other work to do, `--busy` takes the processor time of
+one thread, from which waiting is left out.
 """
 
 import argparse
@@ -24,6 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads disturb 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch.distributed as dist
 from optim_step import environment, median_ratio, timed
 
 from optim import DynamicInverseFisher, step_traffic, window_bytes
@@ -43,6 +45,7 @@ RANKS = 1, 8, 64, 1024
 MEMORY, NETWORK = 3.35e12, 50e9  # bytes a second of a device and of its connection to the others
 POINTS = [(m, 272_474) for m in (128, 256, 512, 1024)]
 POINTS += [(256, d) for d in (30_000, 100_000, 1_000_000, 3_000_000)]
+SHARES, SHARED = (1, 2, 4), (1024, 272_474)  # processes, and the m and d of what they share
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -128,6 +131,38 @@ def peak(m: int, d: int, kind: str) -> int:
     return memory("VmHWM") - before
 
 
+def share(m: int, d: int, kind: str) -> tuple[int, float]:
+    """Of a window that the processes of torchrun share: the bytes by which this one grows, and the
+    processor time of one thread for an exchange, in seconds."""
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    options, d = {**KINDS[kind], "process_group": dist.group.WORLD}, -(-d // dist.get_world_size())
+    before = memory("VmRSS")
+    fisher, times = filled(m, d, options), []
+    for g in torch.randn(11, d):
+        start = time.process_time()
+        fisher.update_matvec(g)
+        times.append(time.process_time() - start)
+    return memory("VmHWM") - before, statistics.median(times)
+
+
+def measure_shares() -> dict[str, dict]:
+    """Of each kind with each number of processes, those of the first one."""
+    figures: dict[str, dict] = {}
+    (m, d), python = SHARED, [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    for n in SHARES:
+        for kind, options in KINDS.items():
+            command = [*python, f"--nproc-per-node={n}", __file__, "--share", str(m), str(d), kind]
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            peak, seconds = output.split()
+            figures.setdefault(kind, {})[n] = {
+                "peak": int(peak),
+                "seconds": float(seconds),
+                "window": window_bytes(m, d, world_size=n, **options),
+            }
+    return figures
+
+
 def measure(m: int, d: int, rounds: int, busy: bool) -> dict[str, dict]:
     """All figures of all kinds."""
     times, figures = seconds(m, d, rounds, busy), {}
@@ -149,8 +184,8 @@ def draw(result: dict, path: Path) -> None:
 
     styles = dict(zip(KINDS, ("o-", "s--", "^:"), strict=True))
     colors = dict(zip(KINDS, ("#0072B2", "#D55E00", "#009E73"), strict=True))
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    axes = figure.subplots(2, 2)
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplots(2, 3)
     sweeps = [
         ("m", [p for p in POINTS if p[1] == 272_474]),
         ("d", [p for p in POINTS if p[0] == 256]),
@@ -171,6 +206,17 @@ def draw(result: dict, path: Path) -> None:
         for row, label in enumerate((f"{clock} (ms)", "Peak memory (MB)")):
             axes[row, column].set(xlabel=f"{letter}, at {other}", ylabel=label)
             axes[row, column].grid(alpha=0.3)
+    for kind in KINDS:
+        figures = [result["shares"][kind][n] for n in SHARES]
+        style = {"color": colors[kind], "markersize": 4, "label": kind}
+        for row, (name, unit) in enumerate((("seconds", 1e3), ("peak", 1e-6))):
+            y = [f[name] * unit for f in figures]
+            axes[row, 2].loglog(SHARES, y, styles[kind], **style)
+    for row, label in enumerate(("Processor time of each (ms)", "Peak memory of each (MB)")):
+        axes[row, 2].set(xlabel="Processes, at m = 1,024, d = 272,474", ylabel=label)
+        axes[row, 2].set_xticks(SHARES, [str(n) for n in SHARES])
+        axes[row, 2].minorticks_off()
+        axes[row, 2].grid(alpha=0.3)
     axes[0, 0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -184,12 +230,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plot", type=Path, help="draw them into this PNG file")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # of a process of its own
+    parser.add_argument("--share", nargs=3, help=argparse.SUPPRESS)  # of one of several
     args = parser.parse_args()
     if args.table:
         print_tables()
         return
     if args.peak:
         print(peak(int(args.peak[0]), int(args.peak[1]), args.peak[2]))
+        return
+    if args.share:
+        figures = share(int(args.share[0]), int(args.share[1]), args.share[2])
+        if dist.get_rank() == 0:
+            print(*figures)
+        dist.destroy_process_group()
         return
     if args.busy:
         torch.set_num_threads(1)
@@ -207,6 +260,14 @@ def main() -> None:
                 f"| {part:.3f} | {in_bytes(f['window'])} |",
                 flush=True,
             )
+    result["shares"] = measure_shares()
+    print("\n| processes | window | time of each, ms | peak memory of each | window_bytes |")
+    print("|---|---|---|---|---|")
+    for n in SHARES:
+        for kind in KINDS:
+            f = result["shares"][kind][n]
+            sizes = f"{in_bytes(f['peak'])} | {in_bytes(f['window'])}"
+            print(f"| {n} | {kind} | {1e3 * f['seconds']:.1f} | {sizes} |")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")
