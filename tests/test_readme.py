@@ -14,6 +14,9 @@ import models
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SCRIPT_CALLS = re.findall(r"^ +(?:python3|python) (main_\w+\.py .*)$", README, re.MULTILINE)
+TORCHRUN_CALLS = re.findall(
+    r"^ +torchrun --nproc-per-node 4 (main_\w+\.py .*)$", README, re.MULTILINE
+)
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -55,13 +58,26 @@ def test_script_calls(call, folder, dataset):
         assert (folder / (stem + ending)).stat().st_size > 0
 
 
+@pytest.mark.parametrize("call", TORCHRUN_CALLS)
+def test_calls_of_several_processes(call, folder, dataset):
+    name = call.split(".")[0]
+    arguments = shortened(call, dataset)
+    if "main_prun" in call:
+        arguments += ["--checkpoint", "net.pth", "--sparsities", "0.5", "--out", name]
+    else:
+        arguments += ["--save", f"{name}.pth"]
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    assert run([*several, *arguments], folder).count("# ") == 1, "the first process alone prints"
+    assert (folder / f"{name}.csv").exists()
+
+
 @pytest.mark.parametrize("block", PYTHON_BLOCKS)
 def test_python_blocks(block, tmp_path):
     run(["-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{block}"], tmp_path)
 
 
 def test_the_readme_has_what_is_tested_here():
-    assert len(SCRIPT_CALLS) >= 1 and len(PYTHON_BLOCKS) >= 3
+    assert len(SCRIPT_CALLS) >= 1 and len(TORCHRUN_CALLS) == 2 and len(PYTHON_BLOCKS) >= 3
 
 
 def test_the_pictures_are_there():
