@@ -339,7 +339,8 @@ class CompressedWindow:
 
     def _few(self, rows: int) -> Iterator[slice]:
         """The first rows, a few at a time."""
-        height = max(1, TILE // max(1, 4 * self.values.shape[1]))
+        size = TILE // 20 if self.device.type == "cpu" else TILE // 4  # for cache, or few kernels
+        height = max(1, size // max(1, self.values.shape[1]))
         for row in range(0, rows, height):
             yield slice(row, min(row + height, rows))
 
