@@ -471,12 +471,12 @@ class DynamicInverseFisher:
         """Writes g into the oldest row j; returns z = A⁻¹e_j (m,), whether g is finite, and the
         condition. Both have been seen to unless `lazy`."""
         self.settle()
+        parts = self._split(self._checked(g))
         j = self.count % self.num_grads
         if j == 0 and self.condition < 0.5 * CONDITION_LIMIT[self._cheap_dtype]:
             self.compute_dtype = self._cheap_dtype  # once a round, the way back from float64
         self.count += 1
-        parts = zip(self.windows, self._split(self._checked(g)), strict=True)
-        written = [window.write(j, part) for window, part in parts]
+        written = [w.write(j, part) for w, part in zip(self.windows, parts, strict=True)]
         # Whether all of g is finite no rank knows alone, so that it travels with k.
         broken = sum((~finite).to(self.device, torch.float64) for finite, _ in written)
         row = [window.row(j) for window in self.windows]

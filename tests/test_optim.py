@@ -795,6 +795,17 @@ def test_a_non_finite_gradient_skips_the_step(bad):
     assert_same_state(state, before[1])
 
 
+def test_a_gradient_that_does_not_fit_changes_nothing():
+    fisher = DynamicInverseFisher(3, 4)
+    fisher.update(torch.randn(4))
+    before = copy.deepcopy(fisher.state_dict())
+    for call in (fisher.update, fisher.update_matvec):
+        for wrong in (torch.randn(5), torch.ones(4, dtype=torch.complex64)):
+            with pytest.raises(ValueError, match="Expected a vector"):
+                call(wrong)
+    assert_same_state(fisher.state_dict(), before)
+
+
 def test_a_non_finite_gradient_raises_if_asked():
     p = nn.Parameter(torch.randn(4))
     optimizer = MFAC([p], ngrads=3, on_nonfinite="raise")
