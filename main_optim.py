@@ -257,14 +257,20 @@ def tensor_bytes(state: Any) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on `device`."""
+    """Bytes that this process can still allocate on `device`: of main memory, its share."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as lines:
-            return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
+            free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux: all the memory there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def find_ranks() -> Ranks:
@@ -297,7 +303,7 @@ def lost_connection(error: RuntimeError) -> bool:
 def say(line: str) -> None:
     """Prints a result, from the first process. Raises UserError if standard output is full or
     closed."""
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         return
     try:
         print(line, flush=True)
@@ -308,7 +314,7 @@ def say(line: str) -> None:
 
 def note(message: str) -> None:
     """Tells the user what is no result, from the first process."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         print(message, file=sys.stderr, flush=True)
 
 
@@ -328,8 +334,7 @@ def find_device(name: str) -> torch.device:
 
 def progress(batches: Iterable, title: str, total: int | None = None) -> tqdm:
     """The batches, with a progress bar if the first process is on a terminal."""
-    first = os.environ.get("RANK", "0") == "0"
-    return tqdm(batches, title, total, leave=False, disable=None if first else True)
+    return tqdm(batches, title, total, leave=False, disable=None if is_first() else True)
 
 
 def batches(loader: Iterable, device: torch.device, title: str):
@@ -481,7 +486,7 @@ class TensorBoard:
     def write(self, history: list[dict[str, Any]]) -> None:
         """Adds the last row, and those before it to a folder that has none. To be called before the
         state is saved: a row that was written but not saved is replaced when the run goes on."""
-        if self.folder is None or os.environ.get("RANK", "0") != "0":
+        if self.folder is None or not is_first():
             return
         first = len(history)
         try:
@@ -682,8 +687,7 @@ def build_optimizer(
         return torch.optim.SGD(model.parameters(), **options), ""
     m, d = settings["ngrads"], sum(weight.numel() for weight in model.parameters())
     chosen = {name: settings.get(name, default) for name, default in WINDOW.items()}
-    sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    free = available_memory(device) // sharing
+    free = available_memory(device)
 
     def needed(m: int = m, **others: Any) -> int:
         window = {**chosen, **others}

@@ -487,8 +487,6 @@ class Run:
         blocksize, pages = self.settings.get("blocksize", -1), self.settings.get("pages", 1)
         needed = self.bytes_needed(blocksize, pages)
         free = {device: available_memory(device) for device in needed}
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        free |= {x: size // processes for x, size in free.items() if x.type == "cpu"}
 
         def fits(*choice: int) -> bool:
             return all(size <= free[device] for device, size in self.bytes_needed(*choice).items())

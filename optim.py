@@ -453,9 +453,8 @@ class DynamicInverseFisher:
     def _clear(self, m: int, dims: list[int], dtype: torch.dtype, compress: float | None) -> None:
         """Makes windows of zeros, with as many columns as `dims` says, spread over the shards."""
         self.num_grads, self.dtype, self.compress = m, dtype, compress
-        self.windows: list[
-            Any
-        ] = []  # of one kind; those that were are gone before the new ones come
+        # Of one kind. Those that were are gone before the new ones come.
+        self.windows: list[Any] = []
         stop, twice = 0, max(1, 2 * sum(dims))
         for dim in dims:
             stop += dim
@@ -542,8 +541,7 @@ class DynamicInverseFisher:
         if not self._everywhere(fitted.isfinite()):
             raise ValueError(
                 f"Results of up to {float(pad(result.abs(), (0, 1)).max()):.3g} do not fit "
-                f"{fitted.dtype}; use "
-                "dtype=torch.float64, or a higher damp"
+                f"{fitted.dtype}; use dtype=torch.float64, or a higher damp"
             )
         return fitted
 
@@ -984,8 +982,9 @@ class MFAC(torch.optim.Optimizer):
 
             placements = [Shard(dim + 1) if x.is_shard() else x for x in p.placements]
             return _as_dtensor(columns, (len(columns), *p.shape), p.device_mesh, placements)
-        used = len(self._ranks.part(torch.empty(self._weights(p), device="meta")))
-        return self._as_saved(columns[:, :used], 1, self._weights(p))
+        weights, chunk = self._weights(p), columns.shape[1]
+        used = min(chunk, max(0, weights - self._ranks.rank * chunk))
+        return self._as_saved(columns[:, :used], 1, weights)
 
     def _as_saved(self, x: Tensor, dim: int, length: int | None = None) -> Tensor:
         """x, or, if other ranks have more of it, the DTensor of which it is a part along `dim`."""
