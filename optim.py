@@ -268,7 +268,7 @@ class DynamicInverseFisher:
         result = self._transposed_window_times(self.num_grads * z, dtype)
         terms, left = self.num_grads * terms.sqrt(), self.num_grads * left.sqrt()
         if self._late or cancels:  # left is mostly rounding
-            left = self._norm(result)
+            left = self.ranks.norm(result)
         error = condition * (terms / left).where(terms > 0, 1)
         return result, cancels, error
 
@@ -321,7 +321,7 @@ class DynamicInverseFisher:
         In float64, as (1) cancels where x resembles the gradients.
         """
         x = self._checked(x).to(self.device, torch.float64)
-        if not self._everywhere(x.isfinite()):
+        if not self.ranks.all(x.isfinite()):
             raise ValueError("Expected finite numbers in x, got NaN or Inf")
         self.settle()
         if not self._sound(self.condition):  # the last exchange was refused
@@ -332,8 +332,8 @@ class DynamicInverseFisher:
         result, residual = torch.zeros_like(x), x
         for _ in range(3):
             result += self._woodbury(residual)
-            error = rounding * self._norm(residual) + 4 * EPS * self._norm(x)
-            if error <= RESOLVED * self.damp * self._norm(result):
+            error = rounding * self.ranks.norm(residual) + 4 * EPS * self.ranks.norm(x)
+            if error <= RESOLVED * self.damp * self.ranks.norm(result):
                 return self._fitting(result)
             residual = x - self._fisher_times(result)
         raise ValueError(self._advice(self.damp))
@@ -359,7 +359,7 @@ class DynamicInverseFisher:
             W = (torch.linalg.solve_triangular(L, t.to(self.device), upper=False) for t in tiles)
             result = 1 - torch.cat([w.square().sum(0) for w in W])
             error = error.max() * (1 - result) / result
-        if not self._everywhere((0 <= error) & (error <= RESOLVED)):  # nor are NaN
+        if not self.ranks.all((0 <= error) & (error <= RESOLVED)):  # nor are NaN
             raise ValueError(self._advice(self.damp))
         return self._fitting(result / self.damp)
 
@@ -538,7 +538,7 @@ class DynamicInverseFisher:
     def _fitting(self, result: Tensor) -> Tensor:
         """The result in the type of all results."""
         fitted = result.to(self._cheap_dtype)
-        if not self._everywhere(fitted.isfinite()):
+        if not self.ranks.all(fitted.isfinite()):
             raise ValueError(
                 f"Results of up to {float(pad(result.abs(), (0, 1)).max()):.3g} do not fit "
                 f"{fitted.dtype}; use dtype=torch.float64, or a higher damp"
@@ -576,14 +576,6 @@ class DynamicInverseFisher:
         """K (m, m), anew from the window."""
         grams = (gram(window.tiles()).to(self.device) for window in self.windows)
         return self.ranks.sum(functools.reduce(torch.add, grams))
-
-    def _everywhere(self, holds: Tensor) -> bool:
-        """Whether it holds for all entries, in all processes."""
-        return not bool(self.ranks.sum((~holds).sum()))
-
-    def _norm(self, x: Tensor) -> Tensor:
-        """The norm of x (d,) in float64."""
-        return self.ranks.sum(x.square().sum(dtype=torch.float64)).sqrt()
 
     def _window_times(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Gx (m,) in float64 for x (d,)."""

@@ -367,8 +367,7 @@ class PagedInverseFisher(StaticInverseFisher):
         # The refinement squares the error of y, but not beyond what float64 allows.
         finest = self._roundings * torch.finfo(torch.float64).eps / torch.finfo(self.dtype).eps
         error = max((4 * self._roundings) ** 2, finest)
-        norms = self.ranks.sum(torch.stack([x64.square().sum(), left.square().sum()])).sqrt()
-        if not error * norms[0] <= RESOLVABLE * norms[1]:
+        if not error * self.ranks.norm(x64) <= RESOLVABLE * self.ranks.norm(left):
             self._to_float64()
             return self.matvec(x)
         return like(x, left / self.damp)
@@ -377,7 +376,7 @@ class PagedInverseFisher(StaticInverseFisher):
         """diag(F⁻¹) (d,) in float64, each entry in (0, 1/λ], by (2)."""
         if self._diagonal is None:
             c = self._leverages()
-            if self.ranks.sum((~(self._roundings * c <= RESOLVABLE * (1 - c))).sum()) > 0:
+            if not self.ranks.all(self._roundings * c <= RESOLVABLE * (1 - c)):
                 self._to_float64()
                 return self.diagonal()
             self._diagonal = (1 - c) / self.damp
@@ -410,8 +409,8 @@ class PagedInverseFisher(StaticInverseFisher):
         """L⁻¹ of mλI + G_R G_Rᵀ, R = those not dropped, from the smaller Gram if that will do."""
         drop, keep = dropped.nonzero()[:, 0], (~dropped).nonzero()[:, 0]
         scale = self._A.diagonal()
-        dropped_more = self.ranks.sum(torch.tensor(len(drop) - len(keep), device=self.device)) >= 0
-        if not dropped_more:
+        more = self.ranks.sum(torch.tensor(len(drop) - len(keep), device=self.device))
+        if more < 0:
             A = self._A - self._gram(self.dtype, drop)
         else:
             A = self._gram(self.dtype, keep)

@@ -81,6 +81,14 @@ class Ranks:
             dist.all_reduce(x, group=self.group)
         return x
 
+    def all(self, holds: Tensor) -> bool:
+        """Whether it holds for all entries, in all ranks."""
+        return not bool(self.sum((~holds).sum()))
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The norm, in float64, of the vector of which each rank has the part x (n,)."""
+        return self.sum(x.square().sum(dtype=torch.float64)).sqrt()
+
     def gather(self, x: Tensor) -> Tensor:
         """The x (n,) of all ranks, on each of them: (size, n)."""
         if self.size == 1:
