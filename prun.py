@@ -563,7 +563,7 @@ class BlockedInverseFisher(StaticInverseFisher):
     all. G in memory is multiplied in float32 where that leaves an error of less than 1e-5 in the
     diagonal, else in float64. Gradients that are iterated over, and those of a mapped file, are
     added up in float64 as they come and never kept: beside sums and the gradients that came last
-    this takes up to 20 MB. What was read of a file may stay in memory until the system wants it.
+    this takes 1 MB or two. What was read of a file may stay in memory until the system wants it.
 
     A larger block is a PagedInverseFisher of its own, O(m²b + m³).
 
@@ -573,7 +573,7 @@ class BlockedInverseFisher(StaticInverseFisher):
             use its memory again for the next ones. In this case blocks are always formed.
         blocksize: b ≥ 1. The last block is smaller where b does not divide d.
         damp: λ > 0, in units of squared gradients.
-        perbatch: blocks worked on at once; by default as make up 2 MiB, 4 of G in memory.
+        perbatch: blocks worked on at once; by default as make up 512 KiB, 4 MiB of G in memory.
         device: where to compute, that of `grads` if None (the CPU if that is no tensor).
 
     Raises:
@@ -603,7 +603,7 @@ class BlockedInverseFisher(StaticInverseFisher):
             grads, mapping = as_matrix(grads)
         self.device = check_device(device or getattr(grads, "device", "cpu"))
         in_memory = stored and mapping is None
-        perbatch = max(1, 2 ** (19 if in_memory else 18) // b**2) if perbatch is None else perbatch
+        perbatch = max(1, 2 ** (19 if in_memory else 16) // b**2) if perbatch is None else perbatch
         self.perbatch = check_integer("perbatch", perbatch)
         if stored and (b > len(grads) or in_memory):
             self.shape = (grads.shape[1], grads.shape[1])
