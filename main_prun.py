@@ -23,8 +23,6 @@ augmented, like in the paper's code.
 
 import argparse
 import copy
-import csv
-import io
 import os
 import re
 import time
@@ -40,11 +38,12 @@ from torch.optim.swa_utils import update_bn
 
 import datautils
 import models
-from main_optim import (
+from optim import MFAC, window_bytes
+from prun import MagnitudePruner, MFACPruner, inverse_bytes
+from scripts import (
     COUNT,
     FACTOR,
     FRACTION,
-    LOST,
     NOT_NEGATIVE,
     POSITIVE,
     SEED,
@@ -62,24 +61,23 @@ from main_optim import (
     check_space,
     distributed,
     evaluate,
+    execute,
     find_device,
     find_ranks,
     gathered,
     load_optimizer,
     load_saved,
-    lost_connection,
     note,
     number,
     progress,
     read_runs,
     save_atomically,
+    save_csv,
     saved_settings,
     say,
     tensor_bytes,
     train_epoch,
 )
-from optim import MFAC, window_bytes
-from prun import MagnitudePruner, MFACPruner, inverse_bytes
 
 # What a flag is when it is not given, for all runs, for --pruner mfac, and for fine-tuning.
 COMMON = dict(model="resnet20", dataset="digits", pruner="mfac", pattern="unstructured")
@@ -334,7 +332,7 @@ class Run:
         names = {**COMMON, **given}
         data = Path(names["dataset"]).resolve().name
         self.out = args.out or Path("runs", f"{names['model']}-{data}-pruned-{names['pruner']}")
-        self.verbose = args.verbose
+        self.flag, self.verbose = f"--out {self.out}", args.verbose
         self.tensorboard = TensorBoard(args.tensorboard, self.out.name)
         self.others = read_runs(args.plot, DRAWN)
         state = self.check_files(args.resume, args.overwrite)
@@ -697,11 +695,7 @@ class Run:
             }
             path = self.beside(f"-step{row['step']}.pth")
             save_atomically(path, lambda file: torch.save(model, file))
-        text = io.StringIO()
-        table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows(self.history)
-        save_atomically(self.beside(".csv"), lambda file: file.write(text.getvalue().encode()))
+        save_csv(self.beside(".csv"), COLUMNS, self.history)
 
 
 def find_checkpoint(settings: dict[str, Any], data: str) -> Path:
@@ -740,26 +734,8 @@ def save_plot(runs: Runs, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Prunes as the command line, or `argv`, says."""
-    parser, run = build_parser(), None
-    try:
-        args = parser.parse_args(argv)
-        try:
-            run = Run(args)
-        except (OSError, ValueError) as error:
-            raise UserError(str(error)) from error
-        run.go()
-    except (UserError, datautils.DataError) as error:
-        parser.fail(str(error))
-    except torch.OutOfMemoryError:
-        parser.fail("the GPU's memory is full: use more --pages, a --blocksize or fewer gradients")
-    except RuntimeError as error:
-        if not lost_connection(error):
-            raise
-        parser.exit(1, f"{parser.prog}: error: {LOST}\n")
-    except KeyboardInterrupt:
-        saved = f"; go on with --resume --out {run.out}" if run and run.history else ""
-        note("\ninterrupted" + (saved or " before anything new was saved"))
-        parser.exit(130)
+    remedy = "use more --pages, a --blocksize or fewer gradients"
+    execute(build_parser(), Run, argv, remedy)
 
 
 if __name__ == "__main__":

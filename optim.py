@@ -27,22 +27,20 @@ Information", NeurIPS 2021, arXiv 2107.03356, section 3.2 (dynamic algorithm).
 
 import functools
 import itertools
-import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
 from coefficients import COEFFICIENTS, factor, unit
+from ranks import Columns, Ranks, find_process_group, local, placed_as, sharded_dim
 from windows import (
     IN_FLOATS,
     CompressedWindow,
     DenseWindow,
-    Ranks,
     check_damp,
     check_device,
     check_devices,
@@ -58,7 +56,6 @@ from windows import (
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from torch.distributed.tensor import DTensor
 
 __all__ = ["MFAC", "DynamicInverseFisher", "NonFiniteGradientError", "step_traffic", "window_bytes"]
 
@@ -714,7 +711,7 @@ class MFAC(torch.optim.Optimizer):
             raise ValueError(f"Invalid on_nonfinite: {on_nonfinite!r}; it is 'skip' or 'raise'")
         self.on_nonfinite = on_nonfinite
         self._skipped_steps = 0
-        self._indices: dict[Tensor, Tensor] = {}  # of the weights that a mask lets through
+        self._found: dict[Tensor, Columns] = {}
         super().__init__(
             params,
             {
@@ -776,7 +773,7 @@ class MFAC(torch.optim.Optimizer):
         group["sparse"] = bool(group["sparse"])
         for p, mask in zip(group["params"], masks, strict=True):
             if mask is not None:
-                self.state[p]["mask"] = _placed_as(p, mask)
+                self.state[p]["mask"] = placed_as(p, mask)
         if hasattr(self, "fisher"):
             self.fisher.grow(sum(self._sizes()) - self.fisher.shape[0])
             self._mark_state()
@@ -835,42 +832,32 @@ class MFAC(torch.optim.Optimizer):
             raise ValueError(
                 "MFAC does not support sparse gradients; use sparse=False in the module"
             )
-        g, w = _local(g).to(torch.float32), _local(p)
+        g, w = local(g).to(torch.float32), local(p)
         if group["maximize"]:
             g = -g
         if group["weight_decay"] != 0 and p.grad is not None:
             g = g.add(w, alpha=group["weight_decay"])
-        if _sharded(p) is not None:
-            g = (g * _local(self.state[p]["mask"]) if "mask" in self.state[p] else g).flatten()
-        else:
-            index = self._index(p)
-            g = g.flatten()
-            g = self._ranks.part(g if index is None else g[index])
-        return _padded(g, self._size(p))
+        return self._columns(p).take(g)
 
     def _gathered(self, update: Tensor) -> list[Tensor]:
-        """The update of each parameter, flattened, from the columns (d,) of this rank: of the
-        trained weights, or of all here if it is sharded."""
-        parameters = [p for p, _ in self._parameters()]
+        """The update of each parameter, flattened, from the columns (d,) of this rank."""
+        columns = [self._columns(p) for p, _ in self._parameters()]
         parts = list(update.split(self._sizes()))
-        whole = [i for i, p in enumerate(parameters) if _sharded(p) is None]
+        whole = [i for i, each in enumerate(columns) if each.sharded is None]
         if self._ranks.size > 1 and whole:
             gathered = self._ranks.gather(torch.cat([parts[i] for i in whole]))
-            columns = gathered.split([len(parts[i]) for i in whole], dim=1)
-            for i, part in zip(whole, columns, strict=True):
+            split = gathered.split([len(parts[i]) for i in whole], dim=1)
+            for i, part in zip(whole, split, strict=True):
                 parts[i] = part.flatten()
-        return [part[: self._weights(p)] for p, part in zip(parameters, parts, strict=True)]
+        return [part[: each.weights] for each, part in zip(columns, parts, strict=True)]
 
     def _descend(
         self, p: Tensor, u: Tensor, group: dict[str, Any], accepted: float | Tensor
     ) -> None:
         """Moves p against the update u of its weights."""
-        index, momentum, w = self._index(p), group["momentum"], _local(p)
-        if index is not None:
-            u = u.new_zeros(p.numel()).index_put_((index,), u)
-        u = u.view(w.shape)
+        u, momentum, w = self._columns(p).put(u), group["momentum"], local(p)
         if momentum != 0:
-            u = _local(self._velocity(p)).lerp_(u, (1 - momentum) * accepted)
+            u = local(self._velocity(p)).lerp_(u, (1 - momentum) * accepted)
         w.sub_((group["lr"] * accepted * u).view(w.shape))
 
     def _velocity(self, p: Tensor) -> Tensor:
@@ -880,36 +867,18 @@ class MFAC(torch.optim.Optimizer):
             self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)
         return self.state[p]["momentum_buffer"]
 
-    def _index(self, p: Tensor) -> Tensor | None:
-        """Positions of the trained weights in p, flattened; None if all are, or if p is sharded,
-        where those that are not have columns of zeros. Found once, as a GPU has to be waited for.
-        """
-        if "mask" not in self.state[p] or _sharded(p) is not None:
-            return None
-        if p not in self._indices:
-            self._indices[p] = _local(self.state[p]["mask"]).flatten().nonzero()[:, 0]
-        return self._indices[p]
+    def _columns(self, p: Tensor) -> Columns:
+        """The columns of p. Found once, as a GPU has to be waited for."""
+        if p not in self._found:
+            self._found[p] = Columns(p, self.state[p].get("mask"), self._ranks)
+        return self._found[p]
 
     def _parameters(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Every parameter with its group, in the order of the window's columns."""
         return [(p, group) for group in self.param_groups for p in group["params"]]
 
-    def _weights(self, p: Tensor) -> int:
-        """How many weights of p this process has an update for."""
-        if _sharded(p) is not None:
-            return _local(p).numel()
-        index = self._index(p)
-        return p.numel() if index is None else len(index)
-
-    def _size(self, p: Tensor) -> int:
-        """The number of columns of p in each rank's window, some of which may be unused."""
-        dim = _sharded(p)
-        if dim is None:
-            return self._ranks.chunk(self._weights(p))
-        return self._ranks.chunk(p.shape[dim]) * math.prod(p.shape[:dim] + p.shape[dim + 1 :])
-
     def _sizes(self) -> list[int]:
-        return [self._size(p) for p, _ in self._parameters()]
+        return [self._columns(p).size for p, _ in self._parameters()]
 
     # --- state
 
@@ -952,42 +921,19 @@ class MFAC(torch.optim.Optimizer):
         if self.fisher.compress is not None:
             shared["ranks"] = self._ranks.size
             shared["window"] = {
-                str(i): {name: self._as_saved(x, x.ndim - 1) for name, x in window.items()}
+                str(i): {name: self._ranks.as_saved(x, x.ndim - 1) for name, x in window.items()}
                 for i, window in enumerate(windows)
             }
         start = 0
         for i, (p, _) in enumerate(self._parameters()):
             entries = dict(state_dict["state"][i])
             if "grads" in entries:
-                columns = self.fisher.columns(start, start := start + self._size(p))
-                entries["grads"] = self._saved_columns(p, columns)
+                columns = self._columns(p)
+                found = self.fisher.columns(start, start := start + columns.size)
+                entries["grads"] = columns.to_save(found)
             if "fisher" in entries:
                 entries["fisher"] = shared
             state_dict["state"][i] = entries
-
-    def _saved_columns(self, p: Tensor, columns: Tensor) -> Tensor:
-        """The columns (m, ·) of p as they are saved: (m, weights), or (m, *shape) if sharded."""
-        dim, w = _sharded(p), _local(p)
-        if dim is not None and _is_dtensor(p):
-            columns = columns[:, : w.numel()].view(len(columns), *w.shape)
-            from torch.distributed.tensor import Shard
-
-            placements = [Shard(dim + 1) if x.is_shard() else x for x in p.placements]
-            return _as_dtensor(columns, (len(columns), *p.shape), p.device_mesh, placements)
-        weights, chunk = self._weights(p), columns.shape[1]
-        used = min(chunk, max(0, weights - self._ranks.rank * chunk))
-        return self._as_saved(columns[:, :used], 1, weights)
-
-    def _as_saved(self, x: Tensor, dim: int, length: int | None = None) -> Tensor:
-        """x, or, if other ranks have more of it, the DTensor of which it is a part along `dim`."""
-        if self._ranks.size == 1:
-            return x
-        from torch.distributed.tensor import DeviceMesh, Shard
-
-        shape = list(x.shape)
-        shape[dim] = self._ranks.size * x.shape[dim] if length is None else length
-        mesh = DeviceMesh.from_group(cast("ProcessGroup", self._ranks.group), x.device.type)
-        return _as_dtensor(x, shape, mesh, [Shard(dim)])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes a copy of what `state_dict` gave: groups, momentum, masks, window, damp, ngrads;
@@ -1015,17 +961,17 @@ class MFAC(torch.optim.Optimizer):
                 return
             for (p, _group), entries in zip(self._parameters(), saved, strict=True):
                 self.state[p] = {
-                    name: _placed_as(p, value)
+                    name: placed_as(p, value)
                     for name, value in entries.items()
                     if name not in ("grads", "fisher")
                 }
-            self._indices.clear()
+            self._found.clear()
             self._skipped_steps = shared.pop("skipped_steps")
             complete = True
             if "window" in shared:
                 windows = shared["window"]
                 shared["window"] = [
-                    {name: self._own(x, x.ndim - 1) for name, x in windows[str(i)].items()}
+                    {name: self._ranks.own(x, x.ndim - 1) for name, x in windows[str(i)].items()}
                     for i in range(len(windows))
                 ]
             else:
@@ -1055,29 +1001,10 @@ class MFAC(torch.optim.Optimizer):
 
     def _loaded_columns(self, p: Tensor, entries: dict[str, Any], m: int) -> Tensor:
         """This rank's columns (m, ·) of p, from its saved state; zeros if there are none."""
-        dim, size = _sharded(p), self._size(p)
-        if "grads" not in entries:
-            return torch.zeros(m, size, dtype=self.fisher.dtype, device=self.fisher.device)
-        grads = entries["grads"]
-        if not _is_dtensor(grads):
-            grads = self._fitted(p, grads.flatten(1), entries.get("mask"))
-        columns = self._own(grads, 1 if dim is None else dim + 1).flatten(1)
-        return _padded(columns, size)
-
-    def _fitted(self, p: Tensor, grads: Tensor, mask: Tensor | None) -> Tensor:
-        """Complete columns (m, ·) of p as `_saved_columns` has them, from those of all its weights
-        or of the trained ones: p may have been sharded when they were saved, or not."""
-        m, weights = len(grads), p.numel()
-        index = None if mask is None else _local(mask).flatten().nonzero()[:, 0].to(grads.device)
-        if _sharded(p) is None:
-            return grads if index is None or len(index) == grads.shape[1] else grads[:, index]
-        if index is not None and grads.shape[1] != weights:
-            grads = grads.new_zeros(m, weights).index_copy_(1, index, grads)
-        return grads.view(m, *p.shape)
-
-    def _own(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's part of what was saved in parts along `dim`."""
-        return _local(x) if _is_dtensor(x) else self._ranks.part(x, dim)
+        if "grads" in entries:
+            return self._columns(p).saved(entries["grads"], entries.get("mask"))
+        size, fisher = self._columns(p).size, self.fisher
+        return torch.zeros(m, size, dtype=fisher.dtype, device=fisher.device)
 
     def _checked_state(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """One entry a parameter, if the state dict belongs to these parameters."""
@@ -1095,9 +1022,9 @@ class MFAC(torch.optim.Optimizer):
             if not all(isinstance(value, Tensor) for value in named.values()):
                 raise ValueError(f"The state dict is damaged: not all of {list(named)} are tensors")
             mask, weights = entries.get("mask"), p.numel()
-            some = mask is not None and _sharded(mask) is None
-            trained = int(_local(mask).sum()) if some else weights
-            total += trained if _sharded(p) is None else weights
+            some = mask is not None and sharded_dim(mask) is None
+            trained = int(local(mask).sum()) if some else weights
+            total += trained if sharded_dim(p) is None else weights
             shapes = [tuple(v.shape) for name, v in named.items() if name != "grads"]
             columns = entries["grads"].shape[1:].numel() if "grads" in entries else trained
             fits = columns in (trained, weights)  # as they are saved if whole, or if sharded
@@ -1107,7 +1034,7 @@ class MFAC(torch.optim.Optimizer):
                     f"where this one has a parameter of shape {tuple(p.shape)}"
                 )
         check_integer("skipped_steps", shared.get("skipped_steps"), least=0)
-        grads = [_local(entries["grads"]).flatten(1) for entries in saved if "grads" in entries]
+        grads = [local(entries["grads"]).flatten(1) for entries in saved if "grads" in entries]
         windows = list(shared["window"].values()) if "window" in shared else grads
         _check_state({**shared, "window": windows})
         if "window" not in shared:
@@ -1129,7 +1056,7 @@ class MFAC(torch.optim.Optimizer):
         """For copy and pickle: the base class keeps only the defaults, the state and the groups."""
         self._unless_nonfinite(self.fisher.settle)
         own: dict[str, Any] = {"fisher": self.fisher, "on_nonfinite": self.on_nonfinite}
-        own |= {"_skipped_steps": self._skipped_steps, "_indices": {}, "_ranks": self._ranks}
+        own |= {"_skipped_steps": self._skipped_steps, "_found": {}, "_ranks": self._ranks}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -1138,83 +1065,7 @@ class MFAC(torch.optim.Optimizer):
             group.setdefault("maximize", False)  # saved before there was such a setting
 
 
-# --- parameters of several processes --------------------------------------------------------------
-
-
-def _is_dtensor(x: Tensor) -> "TypeGuard[DTensor]":
-    return hasattr(x, "to_local")  # to import its class takes a second
-
-
-def _local(x: Tensor) -> Tensor:
-    """What this process has of x."""
-    return x.to_local() if _is_dtensor(x) else x
-
-
-def _sharded(p: Tensor) -> int | None:
-    """The dimension along which processes have a part of p each; None if they have all of it."""
-    placements: Sequence[Any] = p.placements if _is_dtensor(p) else ()
-    return next((x.dim for x in placements if x.is_shard()), None)
-
-
-def find_process_group(
-    params: list[Tensor], given: "ProcessGroup | bool | None"
-) -> "ProcessGroup | None":
-    """The group that shares the window; None if that is one process."""
-    if not dist.is_available():
-        return None
-    if not (given is None or given is False or isinstance(given, dist.ProcessGroup)):
-        raise ValueError(
-            f"Invalid process_group: {given!r}; it must be a process group, None for the default "
-            "one, or False for this process alone"
-        )
-    groups = {}
-    for p in filter(_is_dtensor, params):
-        shards = [i for i, x in enumerate(p.placements) if x.is_shard()]
-        if len(shards) > 1 or any(x.is_partial() for x in p.placements):
-            raise ValueError(
-                f"A parameter of shape {tuple(p.shape)} is placed as {p.placements}; MFAC takes "
-                "parameters that are sharded along one dimension of the device mesh"
-            )
-        for i in shards:
-            group = p.device_mesh.get_group(i)
-            if group.size() > 1:
-                groups[tuple(dist.get_process_group_ranks(group))] = group
-    if given is None and not groups and dist.is_initialized():
-        given = dist.group.WORLD
-    if given:
-        groups[tuple(dist.get_process_group_ranks(given))] = given
-    if len(groups) > 1 or (groups and given is False):
-        raise ValueError(
-            f"Parameters are sharded over the processes {list(groups)}, process_group being "
-            f"{given}; all must be of one group: leave process_group out"
-        )
-    shared = next(iter(groups.values()), None)
-    return shared if shared is not None and shared.size() > 1 else None
-
-
-def _as_dtensor(local: Tensor, shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> Any:
-    """The DTensor of this shape that has `local` here."""
-    from torch.distributed.tensor import DTensor
-
-    stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    size = torch.Size(shape)
-    return DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=size, stride=tuple(stride)
-    )
-
-
-def _placed_as(p: Tensor, value: Tensor) -> Tensor:
-    """A copy of `value`, of the shape of p, where p is and sharded like it."""
-    if _is_dtensor(p) and not _is_dtensor(value):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None).clone()
-    return value.to(p.device, copy=True)
-
-
-def _padded(x: Tensor, length: int) -> Tensor:
-    """x, with zeros at the end of its last dimension up to `length`."""
-    return x if x.shape[-1] == length else pad(x, (0, length - x.shape[-1]))
+# --- checks ---------------------------------------------------------------------------------------
 
 
 def _shared(saved: list[dict[str, Any]]) -> dict[str, Any]:

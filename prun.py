@@ -50,10 +50,9 @@ from torch.nn.functional import pad
 from torch.nn.utils import prune as torch_prune
 from torch.utils.data import SequentialSampler
 
-from optim import find_process_group
+from ranks import Ranks, find_process_group
 from windows import (
     IN_FLOATS,
-    Ranks,
     check_damp,
     check_device,
     check_integer,

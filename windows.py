@@ -3,8 +3,7 @@
 `DenseWindow` keeps G (m, d), the m gradients of d weights as rows, as it is, and `CompressedWindow`
 the largest entries of each row. Both round what enters to their type, compute everything from what
 they keep, and have one interface: `write` and `restore`, `row`, `times` (Gx), `transposed_times`
-(Gᵀy), `tiles` (G a few columns at a time) and `state`. Nothing here waits for a GPU. `Ranks` are
-the processes that have some of the columns each.
+(Gᵀy), `tiles` (G a few columns at a time) and `state`. Nothing here waits for a GPU.
 
 What they cost is said beforehand by `window_bytes` and `step_traffic`. The checks of arguments that
 `optim` and `prun` have in common are here, too.
@@ -13,21 +12,15 @@ What they cost is said beforehand by `window_bytes` and `step_traffic`. The chec
 import contextlib
 import math
 import numbers
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import pad
-
-if TYPE_CHECKING:  # torch may be built without
-    from torch.distributed import ProcessGroup
 
 __all__ = [
     "CompressedWindow",
     "DenseWindow",
-    "Ranks",
     "full_precision",
     "gram",
     "step_traffic",
@@ -60,88 +53,6 @@ def full_precision(device: torch.device) -> Iterator[None]:
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
-
-
-class Ranks:
-    """The processes of a group, each of which keeps some columns of the window. Without a group
-    this one alone.
-
-    Example:
-        >>> Ranks().part(torch.arange(3))  # all of it, as there are no others
-        tensor([0, 1, 2])
-    """
-
-    def __init__(self, group: "ProcessGroup | None" = None):
-        self.group = group
-        self.rank, self.size = (group.rank(), group.size()) if group is not None else (0, 1)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum of the x of all ranks, on each of them, to the same bits. May change x."""
-        if self.size > 1:
-            dist.all_reduce(x, group=self.group)
-        return x
-
-    def all(self, holds: Tensor) -> bool:
-        """Whether it holds for all entries, in all ranks."""
-        return not bool(self.sum((~holds).sum()))
-
-    def norm(self, x: Tensor) -> Tensor:
-        """The norm, in float64, of the vector of which each rank has the part x (n,)."""
-        return self.sum(x.square().sum(dtype=torch.float64)).sqrt()
-
-    def gather(self, x: Tensor) -> Tensor:
-        """The x (n,) of all ranks, on each of them: (size, n)."""
-        if self.size == 1:
-            return x[None]
-        gathered = x.new_empty(self.size, len(x))
-        dist.all_gather(list(gathered.unbind()), x.contiguous(), group=self.group)
-        return gathered
-
-    def exchange(self, rows: Tensor, counts: Sequence[int], chunk: int) -> Tensor:
-        """This rank's `chunk` of the columns of the rows that all ranks have, from the rows (n, d)
-        of each, of which there are as many as `counts` says; columns beyond d are zero."""
-        if self.size == 1:
-            return rows
-        n, d = rows.shape
-        sent = pad(rows, (0, self.size * chunk - d)).view(n, self.size, chunk)
-        received = rows.new_empty(sum(counts), chunk)
-        dist.all_to_all_single(
-            received,
-            sent.transpose(0, 1).reshape(-1, chunk),
-            list(counts),
-            [n] * self.size,
-            group=self.group,
-        )
-        return received
-
-    @contextlib.contextmanager
-    def agreed(self) -> Iterator[None]:
-        """A ValueError inside, in any rank, is one in all of them."""
-        if self.size == 1:
-            yield
-            return
-        error: str | None = None
-        errors: list[str | None] = [None] * self.size
-        try:
-            yield
-        except ValueError as raised:
-            error = str(raised)
-        dist.all_gather_object(errors, error, group=self.group)
-        for error in filter(None, errors):
-            raise ValueError(error)
-
-    def part(self, x: Tensor, dim: int = 0) -> Tensor:
-        """This rank's part of x: `chunk` entries along `dim`, the last ranks what is left."""
-        chunk, length = self.chunk(x.shape[dim]), x.shape[dim]
-        start = min(self.rank * chunk, length)
-        return x.narrow(dim, start, min(chunk, length - start))
-
-    def chunk(self, length: int) -> int:
-        """How many of `length` entries a rank has, at most."""
-        return -(-length // self.size)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
-        return self
 
 
 class DenseWindow:

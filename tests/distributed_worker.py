@@ -32,8 +32,8 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_map
 
-import main_optim
-import windows
+import scripts
+import ranks
 from models.sync import BatchNorm
 from optim import MFAC, DynamicInverseFisher, _Unread
 from prun import MFACPruner, PagedInverseFisher
@@ -344,9 +344,9 @@ def batch_norm(folder):
 
 def one_fails(folder):
     """A process that fails alone says why, though the first one does not know."""
-    main_optim.time.sleep = lambda seconds: None
+    scripts.time.sleep = lambda seconds: None
     if dist.get_rank() == 1:
-        main_optim.Parser(prog="script").fail("only here")
+        scripts.Parser(prog="script").fail("only here")
     dist.barrier()
 
 
@@ -358,7 +358,7 @@ def inverses(folder):
     m, d, damp = 9, 50, 1e-2
     torch.manual_seed(3)
     G, x, group = torch.randn(m, d), torch.randn(d), dist.group.WORLD
-    part = windows.Ranks(group).part
+    part = ranks.Ranks(group).part
     inverse, own = dense_inverse(G, damp), part(G, 1).contiguous()
     fisher = DynamicInverseFisher(m, own.shape[1], damp, process_group=group)
     for row in own:

@@ -28,6 +28,7 @@ from torch import nn
 import main_optim
 import main_prun
 import models
+import scripts
 
 TIMES = {"seconds", "images_per_second"}
 
@@ -132,7 +133,7 @@ def check_readable(folder: Path) -> None:
     """Raises whatever is raised by a file that can't be read to its end."""
     for path in finished(folder):
         if path.suffix in (".pth", ".state"):
-            main_optim.load_saved(path)
+            scripts.load_saved(path)
         elif path.suffix == ".csv":
             text = path.read_text()
             header, *rows = csv.reader(text.splitlines())
@@ -152,7 +153,7 @@ def check_same(one: Path, other: Path) -> None:
     for path in sorted(one.iterdir()):
         match = other / path.name
         if path.suffix == ".state":
-            assert same(main_optim.load_saved(path), main_optim.load_saved(match)), path
+            assert same(scripts.load_saved(path), main_optim.load_saved(match)), path
         elif path.suffix == ".csv":
             tables = [list(csv.DictReader(p.read_text().splitlines())) for p in (path, match)]
             assert same(*tables), path

@@ -36,6 +36,8 @@ from PIL import Image
 
 import main_optim
 import main_prun
+import models
+import scripts
 
 LIMIT = 30  # seconds
 MEMORY = 24 * 2**30  # bytes of addresses, of which torch alone takes many
@@ -392,7 +394,7 @@ class Originals:
             return case
 
         def save() -> None:
-            state = main_optim.load_saved(original)
+            state = scripts.load_saved(original)
             if kind in MASKS:
                 masks = state["pruner"]["masks"]
                 MASKS[kind](masks, chance.choice(list(masks)))
@@ -481,7 +483,7 @@ def judge(case: Case, end: End, before: dict[Path, bytes], folder: Path) -> str:
         before_run.write_bytes(before[case.file])
 
         def compare() -> None:
-            with torch.serialization.safe_globals(main_optim.models.SAFE):
+            with torch.serialization.safe_globals(models.SAFE):
                 pair = [
                     torch.load(path, weights_only=True) for path in (before_run, case.unless_same)
                 ]

@@ -12,10 +12,11 @@ import torch
 import coefficients
 import optim
 import prun
+import ranks
 import windows
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = (optim, prun, windows, coefficients)
+MODULES = (optim, prun, windows, ranks, coefficients)
 
 
 def public_names(module) -> list[str]:

@@ -27,6 +27,7 @@ from torch import nn
 import datautils
 import main_optim
 import models
+import scripts
 from optim import MFAC, window_bytes
 
 SCRIPT = Path(main_optim.__file__)
@@ -120,7 +121,7 @@ def assert_same_run(one: str, other: str) -> None:
     """Two runs ended with the same bits in every file, but for the times."""
     assert Path(f"{one}.pth").read_bytes() == Path(f"{other}.pth").read_bytes()
     assert rows(f"{one}.csv", TIMES) == rows(f"{other}.csv", TIMES)
-    states = [main_optim.load_saved(Path(f"{name}.state")) for name in (one, other)]
+    states = [scripts.load_saved(Path(f"{name}.state")) for name in (one, other)]
     for state in states:
         for row in state["history"]:
             for name in TIMES:
@@ -250,7 +251,7 @@ def test_progress_on_a_terminal(run, monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(main_optim, "tqdm", functools.partial(main_optim.tqdm, mininterval=0))
+    monkeypatch.setattr(scripts, "tqdm", functools.partial(scripts.tqdm, mininterval=0))
     assert run(*small("sgd")) == 0
     bars = terminal.getvalue().split("\r")
     for title in ("epoch 2/3:", "test:"):
@@ -420,7 +421,7 @@ def test_the_average_is_the_exponential_one(run, monkeypatch):
 def test_ctrl_c_before_anything_is_saved(run, monkeypatch, capsys):
     interrupt_after(monkeypatch, 0)
     assert run(*small("sgd")) == 130
-    assert "before an epoch was saved" in capsys.readouterr().err
+    assert "before anything was saved" in capsys.readouterr().err
     assert not list(Path().iterdir())
 
 
@@ -436,7 +437,7 @@ def test_killed_at_any_moment(run, dataset, tmp_path):
         process.communicate()
         for path in (path for path in tmp_path.iterdir() if path.suffix != ".tmp"):
             if path.suffix in (".pth", ".state"):
-                main_optim.load_saved(path)
+                scripts.load_saved(path)
     assert run(*flags) == 0
     assert run(*flags[:-1], "--save", "whole.pth") == 0
     assert_same_run("whole", "killed")
@@ -485,10 +486,10 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
         os.kill(os.getpid(), signal.SIGKILL)
 
     if (child := os.fork()) == 0:
-        main_optim.save_atomically(path, write)
+        scripts.save_atomically(path, write)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert path.read_bytes() == b"old"
-    main_optim.save_atomically(path, lambda file: file.write(b"new"))
+    scripts.save_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 
@@ -747,7 +748,7 @@ def test_damaged_state(run, capsys):
 
 def test_state_of_another_model(run, capsys):
     assert run(*small("sgd")) == 0
-    state = main_optim.load_saved(Path("net.state"))
+    state = scripts.load_saved(Path("net.state"))
     state["settings"]["model"] = "resnet32"
     torch.save(state, "net.state")
     capsys.readouterr()
@@ -758,7 +759,7 @@ def test_state_of_another_model(run, capsys):
 def test_state_of_an_older_version(run):
     """A flag that it did not know has its default."""
     assert run(*small("mfac")) == 0
-    state = main_optim.load_saved(Path("net.state"))
+    state = scripts.load_saved(Path("net.state"))
     del state["settings"]["compress"], state["settings"]["window_dtype"]
     torch.save(state, "net.state")
     assert run("--save", "net.pth", "--resume") == 0
@@ -847,7 +848,7 @@ def test_a_refusal_of_the_optimizer_is_a_sentence(dataset):
     optimizer = Refusing(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
     loader = datautils.load(dataset).loader("train", 16)
-    with pytest.raises(main_optim.UserError, match="damp is too small"):
+    with pytest.raises(scripts.UserError, match="damp is too small"):
         main_optim.train_epoch(model, loader, optimizer, scheduler, device=torch.device("cpu"))
 
 

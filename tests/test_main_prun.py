@@ -23,6 +23,7 @@ import main_optim
 import main_prun
 import models
 import prun
+import scripts
 from prun import MFACPruner, inverse_bytes
 
 SCRIPT = Path(main_prun.__file__)
@@ -202,7 +203,7 @@ def test_models_figures_and_lines(run, dataset, pruner, capsys):
         assert f"test {float(row['test_accuracy']):.2f} %" in lines[1 + step]
         model = models.build("resnet20", 4)
         models.load_checkpoint(model, f"net-step{step}.pth")
-        loss, accuracy = main_optim.evaluate(model, test, device=torch.device("cpu"))
+        loss, accuracy = scripts.evaluate(model, test, device=torch.device("cpu"))
         assert accuracy == pytest.approx(float(row["test_accuracy"]))
         assert loss == pytest.approx(float(row["test_loss"]), rel=1e-4)
         recomputed = pruner == "mfac" and step == 0
@@ -375,7 +376,7 @@ def test_fine_tuning_keeps_the_masks(run, optim):
     assert run(*untuned) == 0
     assert not same_weights("net-step0.pth", "untuned-step0.pth")
     # The curve has the accuracy after the last epoch at each sparsity.
-    ((name, history),) = main_optim.read_runs([Path("net.csv")], main_prun.DRAWN)
+    ((name, history),) = scripts.read_runs([Path("net.csv")], main_prun.DRAWN)
     assert name == "net"
     assert [accuracy for _, accuracy in main_prun.curve(history)] == [
         float(table[i]["test_accuracy"]) for i in (0, 3, 7)
@@ -400,10 +401,7 @@ def test_resumed_is_uninterrupted(run, monkeypatch, kind, capsys):
     with monkeypatch.context() as context:
         interrupt_after(context, 0)
         assert run(*flags, "--out", "parts") == 130
-    assert (
-        "before anything new was saved" in capsys.readouterr().err
-        and not Path("parts.csv").exists()
-    )
+    assert "before anything was saved" in capsys.readouterr().err and not Path("parts.csv").exists()
     for line in range(1, lines):  # one line at a time
         with monkeypatch.context() as context:
             interrupt_after(context, 1)
@@ -419,7 +417,7 @@ def test_interrupted_while_a_state_is_loaded(run, monkeypatch, capsys):
     with monkeypatch.context() as context:
         context.setattr(main_prun, "load_saved", lambda path: exec("raise KeyboardInterrupt"))
         assert run("--out", "net", "--resume") == 130
-    assert "before anything new was saved" in capsys.readouterr().err
+    assert "before anything was saved" in capsys.readouterr().err
     assert run("--out", "net", "--resume") == 0
 
 
@@ -434,7 +432,7 @@ def test_killed_at_any_moment(run, dataset, checkpoint, tmp_path):
         process.kill()
         process.communicate()
         for path in tmp_path.glob("*[eh]"):  # .state, .pth
-            main_optim.load_saved(path)
+            scripts.load_saved(path)
     assert run(*flags, "--out", "killed", "--resume") == 0
     assert run(*flags, "--out", "whole") == 0
     assert_same_run("whole", "killed")
@@ -816,7 +814,7 @@ def test_damaged_state(run, capsys):
 @pytest.mark.parametrize("change", ["model", "classes", "masks"])
 def test_state_that_does_not_fit(run, change, capsys):
     assert run("--sparsities", 0.5, *FEW, "--out", "net") == 0
-    state = main_optim.load_saved(Path("net.state"))
+    state = scripts.load_saved(Path("net.state"))
     if change == "model":
         state["settings"]["model"] = "resnet32"
     elif change == "classes":

@@ -1,0 +1,287 @@
+"""Processes that share a window, and what each of them has.
+
+`Ranks` are the processes, and `Columns` says which columns of the window, and how, a parameter has
+in one of them. Parameters are replicated, the same in all, or sharded: DTensors, of which each
+process has a part. Without a process group there is one process, which has everything.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+if TYPE_CHECKING:  # torch may be built without, and to import DTensor takes a second
+    from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["Columns", "Ranks", "find_process_group"]
+
+
+class Ranks:
+    """The processes of a group, each of which keeps some columns of the window. Without a group
+    this one alone.
+
+    Example:
+        >>> Ranks().part(torch.arange(3))  # all of it, as there are no others
+        tensor([0, 1, 2])
+    """
+
+    def __init__(self, group: "ProcessGroup | None" = None):
+        self.group = group
+        self.rank, self.size = (group.rank(), group.size()) if group is not None else (0, 1)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of the x of all ranks, on each of them, to the same bits. May change x."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def all(self, holds: Tensor) -> bool:
+        """Whether it holds for all entries, in all ranks."""
+        return not bool(self.sum((~holds).sum()))
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The norm, in float64, of the vector of which each rank has the part x (n,)."""
+        return self.sum(x.square().sum(dtype=torch.float64)).sqrt()
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The x (n,) of all ranks, on each of them: (size, n)."""
+        if self.size == 1:
+            return x[None]
+        gathered = x.new_empty(self.size, len(x))
+        dist.all_gather(list(gathered.unbind()), x.contiguous(), group=self.group)
+        return gathered
+
+    def exchange(self, rows: Tensor, counts: Sequence[int], chunk: int) -> Tensor:
+        """This rank's `chunk` of the columns of the rows that all ranks have, from the rows (n, d)
+        of each, of which there are as many as `counts` says; columns beyond d are zero."""
+        if self.size == 1:
+            return rows
+        n, d = rows.shape
+        sent = pad(rows, (0, self.size * chunk - d)).view(n, self.size, chunk)
+        received = rows.new_empty(sum(counts), chunk)
+        dist.all_to_all_single(
+            received,
+            sent.transpose(0, 1).reshape(-1, chunk),
+            list(counts),
+            [n] * self.size,
+            group=self.group,
+        )
+        return received
+
+    @contextlib.contextmanager
+    def agreed(self) -> Iterator[None]:
+        """A ValueError inside, in any rank, is one in all of them."""
+        if self.size == 1:
+            yield
+            return
+        error: str | None = None
+        errors: list[str | None] = [None] * self.size
+        try:
+            yield
+        except ValueError as raised:
+            error = str(raised)
+        dist.all_gather_object(errors, error, group=self.group)
+        for error in filter(None, errors):
+            raise ValueError(error)
+
+    def part(self, x: Tensor, dim: int = 0) -> Tensor:
+        """This rank's part of x: `chunk` entries along `dim`, the last ranks what is left."""
+        chunk, length = self.chunk(x.shape[dim]), x.shape[dim]
+        start = min(self.rank * chunk, length)
+        return x.narrow(dim, start, min(chunk, length - start))
+
+    def chunk(self, length: int) -> int:
+        """How many of `length` entries a rank has, at most."""
+        return -(-length // self.size)
+
+    def as_saved(self, x: Tensor, dim: int, length: int | None = None) -> Tensor:
+        """x, or, if other ranks have more of it, the DTensor of which it is a part along `dim`."""
+        if self.size == 1:
+            return x
+        from torch.distributed.tensor import DeviceMesh, Shard
+
+        shape = list(x.shape)
+        shape[dim] = self.size * x.shape[dim] if length is None else length
+        mesh = DeviceMesh.from_group(cast("ProcessGroup", self.group), x.device.type)
+        return as_dtensor(x, shape, mesh, [Shard(dim)])
+
+    def own(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's part of what was saved, in parts along `dim` or complete."""
+        return local(x) if is_dtensor(x) else self.part(x, dim)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
+        return self
+
+
+class Columns:
+    """The columns of a parameter p in this rank's window, and the way there and back.
+
+    There is one for each trained weight, of which every rank has a chunk; where p is sharded, one
+    for each weight that this rank has of it, of zeros where a mask keeps it as it is. All ranks
+    have as many, of which those beyond the last weight are unused, and zero.
+
+    Args:
+        p: the parameter.
+        mask: of its shape, True where it is trained; None for all of it.
+        ranks: the processes that share the window.
+
+    Example:
+        >>> mask = torch.tensor([True, False, True])
+        >>> columns = Columns(torch.zeros(3), mask, Ranks())
+        >>> columns.take(torch.tensor([1.0, 2.0, 3.0]))
+        tensor([1., 3.])
+        >>> columns.put(torch.tensor([4.0, 5.0]))
+        tensor([4., 0., 5.])
+    """
+
+    def __init__(self, p: Tensor, mask: Tensor | None, ranks: Ranks):
+        self.p, self.ranks, self.sharded = p, ranks, sharded_dim(p)
+        self.mask = None if mask is None else local(mask)
+        self.index: Tensor | None = None  # of the trained weights in p, flattened
+        if self.sharded is not None:
+            self.weights = local(p).numel()  # that this rank gets an update for
+            others = p.shape[: self.sharded] + p.shape[self.sharded + 1 :]
+            self.size = ranks.chunk(p.shape[self.sharded]) * math.prod(others)
+            return
+        if self.mask is not None:
+            self.index = self.mask.flatten().nonzero()[:, 0]
+        self.weights = p.numel() if self.index is None else len(self.index)
+        self.size = ranks.chunk(self.weights)
+
+    def take(self, g: Tensor) -> Tensor:
+        """Of a gradient g, of the shape of p here, what enters the columns (size,)."""
+        if self.sharded is not None:
+            return padded((g if self.mask is None else g * self.mask).flatten(), self.size)
+        g = g.flatten()
+        return padded(self.ranks.part(g if self.index is None else g[self.index]), self.size)
+
+    def put(self, u: Tensor) -> Tensor:
+        """The update of p here, from that of its `weights`: of its shape, 0 where it is masked."""
+        if self.index is not None:
+            u = u.new_zeros(self.p.numel()).index_put_((self.index,), u)
+        return u.view(local(self.p).shape)
+
+    def to_save(self, columns: Tensor) -> Tensor:
+        """The columns (m, size) as (m, weights), or (m, *shape) if p is sharded."""
+        m, p, dim = len(columns), self.p, self.sharded
+        if dim is not None and is_dtensor(p):
+            columns = columns[:, : self.weights].view(m, *local(p).shape)
+            from torch.distributed.tensor import Shard
+
+            placements = [Shard(dim + 1) if x.is_shard() else x for x in p.placements]
+            return as_dtensor(columns, (m, *p.shape), p.device_mesh, placements)
+        used = min(self.size, max(0, self.weights - self.ranks.rank * self.size))
+        return self.ranks.as_saved(columns[:, :used], 1, self.weights)
+
+    def saved(self, grads: Tensor, mask: Tensor | None) -> Tensor:
+        """The columns (m, size) from what `to_save` gave, here or where p was sharded otherwise or
+        not at all, and from the mask that was saved with it."""
+        if not is_dtensor(grads):
+            grads = self._fitted(grads.flatten(1), mask)
+        dim = 1 if self.sharded is None else self.sharded + 1
+        return padded(self.ranks.own(grads, dim).flatten(1), self.size)
+
+    def _fitted(self, grads: Tensor, mask: Tensor | None) -> Tensor:
+        """Complete columns as `to_save` has them, from those (m, ·) of all weights or of the
+        trained ones."""
+        m, weights = len(grads), self.p.numel()
+        index = None if mask is None else local(mask).flatten().nonzero()[:, 0].to(grads.device)
+        if self.sharded is None:
+            return grads if index is None or len(index) == grads.shape[1] else grads[:, index]
+        if index is not None and grads.shape[1] != weights:
+            grads = grads.new_zeros(m, weights).index_copy_(1, index, grads)
+        return grads.view(m, *self.p.shape)
+
+
+# --- DTensors -------------------------------------------------------------------------------------
+
+
+def find_process_group(
+    params: list[Tensor], given: "ProcessGroup | bool | None"
+) -> "ProcessGroup | None":
+    """The group that shares a window of these parameters, of which `given` may say so, or False for
+    none; None if that is one process.
+
+    Raises:
+        ValueError: for a DTensor that is sharded in another way, or over another group.
+
+    Example:
+        >>> find_process_group([torch.zeros(3)], None) is None  # there is no other process here
+        True
+    """
+    if not dist.is_available():
+        return None
+    if not (given is None or given is False or isinstance(given, dist.ProcessGroup)):
+        raise ValueError(
+            f"Invalid process_group: {given!r}; it must be a process group, None for the default "
+            "one, or False for this process alone"
+        )
+    groups = {}
+    for p in filter(is_dtensor, params):
+        shards = [i for i, x in enumerate(p.placements) if x.is_shard()]
+        if len(shards) > 1 or any(x.is_partial() for x in p.placements):
+            raise ValueError(
+                f"A parameter of shape {tuple(p.shape)} is placed as {p.placements}; MFAC takes "
+                "parameters that are sharded along one dimension of the device mesh"
+            )
+        for i in shards:
+            group = p.device_mesh.get_group(i)
+            if group.size() > 1:
+                groups[tuple(dist.get_process_group_ranks(group))] = group
+    if given is None and not groups and dist.is_initialized():
+        given = dist.group.WORLD
+    if given:
+        groups[tuple(dist.get_process_group_ranks(given))] = given
+    if len(groups) > 1 or (groups and given is False):
+        raise ValueError(
+            f"Parameters are sharded over the processes {list(groups)}, process_group being "
+            f"{given}; all must be of one group: leave process_group out"
+        )
+    shared = next(iter(groups.values()), None)
+    return shared if shared is not None and shared.size() > 1 else None
+
+
+def is_dtensor(x: Tensor) -> "TypeGuard[DTensor]":
+    return hasattr(x, "to_local")  # to import its class takes a second
+
+
+def local(x: Tensor) -> Tensor:
+    """What this process has of x."""
+    return x.to_local() if is_dtensor(x) else x
+
+
+def sharded_dim(p: Tensor) -> int | None:
+    """The dimension along which processes have a part of p each; None if they have all of it."""
+    placements: Sequence[Any] = p.placements if is_dtensor(p) else ()
+    return next((x.dim for x in placements if x.is_shard()), None)
+
+
+def as_dtensor(local: Tensor, shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> Any:
+    """The DTensor of this shape that has `local` here."""
+    from torch.distributed.tensor import DTensor
+
+    stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    size = torch.Size(shape)
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=size, stride=tuple(stride)
+    )
+
+
+def placed_as(p: Tensor, value: Tensor) -> Tensor:
+    """A copy of `value`, of the shape of p, where p is and sharded like it."""
+    if is_dtensor(p) and not is_dtensor(value):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None).clone()
+    return value.to(p.device, copy=True)
+
+
+def padded(x: Tensor, length: int) -> Tensor:
+    """x, with zeros at the end of its last dimension up to `length`."""
+    return x if x.shape[-1] == length else pad(x, (0, length - x.shape[-1]))

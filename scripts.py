@@ -1,0 +1,539 @@
+"""What main_optim.py and main_prun.py share: flags, files that survive a kill, training, pictures.
+
+Mistakes of the user and limits of the machine are a `UserError`, one sentence, with which `execute`
+ends the process with exit status 2.
+"""
+
+import argparse
+import csv
+import io
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import cross_entropy, pad
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
+from tqdm import tqdm
+
+import datautils
+import models
+from models.sync import sync_batch_norm
+from optim import MFAC
+from ranks import Ranks
+
+ALONE = Ranks()
+
+
+class UserError(Exception):
+    """A mistake of the user or a limit of the machine: one sentence, exit status 2."""
+
+
+# --- the command line -----------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence, without the usage, from one process a machine."""
+
+    def error(self, message: str):
+        raise UserError(message)
+
+    def fail(self, message: str):
+        """Ends the process with that sentence."""
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(5)  # if the first process says the same, torchrun ends this one meanwhile
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind: type, rule: str, allowed: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """An argparse type: an int or float for which `allowed`, which `rule` says in words, holds."""
+
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan  # which no comparison allows
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {rule}")
+        return value
+
+    return convert
+
+
+COUNT = number(int, "a whole number from 1 to 2^31 - 1", lambda value: 1 <= value < 2**31)
+SEED = number(int, "a whole number from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
+POSITIVE = number(float, "a number above 0", lambda value: 0 < value < math.inf)
+FACTOR = number(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
+NOT_NEGATIVE = number(float, "a number from 0", lambda value: 0 <= value < math.inf)
+FRACTION = number(float, "a number from 0 and below 1", lambda value: 0 <= value < 1)
+
+
+def add_figure_flags(group: argparse._ArgumentGroup) -> None:
+    """--plot and --tensorboard."""
+    text = "CSV files of earlier runs, to be drawn into the same picture"
+    group.add_argument("--plot", type=Path, nargs="+", metavar="CSV", default=[], help=text)
+    text = "write the figures of the CSV for TensorBoard, too, into a folder of this run in DIR"
+    group.add_argument("--tensorboard", type=Path, metavar="DIR", help=text)
+
+
+def saved_settings(
+    saved: Any, parser: Parser, choose: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Saved settings, with the defaults of what came later; None if `choose` makes them of no
+    command line."""
+    flags = []
+    try:
+        for name, value in saved.items():
+            if name == "help" or not isinstance(value, list | str | int | float | None):
+                return None
+            if isinstance(value, list):
+                if not all(isinstance(x, int | float) for x in value):
+                    return None
+                flags += [f"--{name}", *map(str, value)]
+            elif value is not None and value is not False:
+                flags.append(f"--{name}" if value is True else f"--{name}={value}")
+        parsed = vars(parser.parse_args(flags))
+        chosen = choose({name: parsed[name] for name in saved if parsed[name] is not None})
+        return chosen if {name: chosen[name] for name in saved} == saved else None
+    except (UserError, AttributeError, KeyError, TypeError):
+        return None
+
+
+def check_same(given: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Raises UserError if a flag asks for something else than the run that is gone on with."""
+    for name, value in given.items():
+        if saved.get(name) != value:
+            raise UserError(
+                f"--{name} {value} differs from the saved run, which has {saved.get(name)}: leave "
+                "it out, or begin another run"
+            )
+
+
+def execute(
+    parser: Parser, start: Callable[[argparse.Namespace], Any], argv: list[str] | None, remedy: str
+) -> None:
+    """Has the run that `start` makes of the flags go to its end. What stops it is said in one
+    sentence; `remedy` is for a GPU without memory."""
+    run = None
+    try:
+        args = parser.parse_args(argv)
+        try:
+            run = start(args)
+        except (OSError, ValueError) as error:
+            raise UserError(str(error)) from error
+        run.go()
+    except (UserError, datautils.DataError) as error:
+        parser.fail(str(error))
+    except torch.OutOfMemoryError:
+        parser.fail(f"the GPU's memory is full: {remedy}")
+    except RuntimeError as error:
+        if not lost_connection(error):
+            raise
+        lost = "another process of this run has ended, see its message; --resume goes on"
+        parser.exit(1, f"{parser.prog}: error: {lost}\n")
+    except KeyboardInterrupt:
+        saved = run is not None and run.history
+        found = f"; go on with {run.flag} --resume" if saved else " before anything was saved"
+        note(f"\ninterrupted{found}")
+        parser.exit(130)
+
+
+# --- files ----------------------------------------------------------------------------------
+
+
+def save_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Replace `path` by what `write` puts into a file: after a crash at any moment `path` holds
+    the old content or the new, never a part. Raises UserError if it can't be written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps the one in the other
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UserError(f"cannot write {path}, which is as it was before: {reason}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_saved(path: Path, mmap: bool = False) -> Any:
+    """What torch.save wrote to `path`, on the CPU. With `mmap` it takes no memory, but must be
+    copied before the file may change. Raises UserError if the file is damaged."""
+    try:
+        return models.read_tensors(path, zipped=True, mmap=mmap)
+    except Exception as error:  # there is no end to what a damaged file can set off
+        raise UserError(f"{path} is damaged, or was not saved by this script") from error
+
+
+def check_folder(path: Path, flag: str) -> None:
+    """Raises UserError if `path`, of `flag`, neither is nor can become a folder to write into."""
+    path = path.absolute()
+    folder = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"{folder} is no folder that can be written into: see {flag}")
+
+
+def alike(saved: Any, present: Any) -> bool:
+    """Whether what was loaded has the keys, the types, and the tensors of the shapes and types of
+    `present`, whatever their numbers."""
+    if isinstance(present, torch.Tensor):
+        kinds = [
+            (tensor.shape, tensor.dtype) for tensor in (saved, present) if torch.is_tensor(tensor)
+        ]
+        return len(kinds) == 2 and kinds[0] == kinds[1] and models.is_plain(saved)
+    if isinstance(present, dict):
+        if not isinstance(saved, dict) or saved.keys() != present.keys():
+            return False
+        return all(alike(saved[key], value) for key, value in present.items())
+    if isinstance(present, list | tuple):
+        same = type(saved) is type(present) and len(saved) == len(present)
+        return same and all(map(alike, saved, present))
+    return type(saved) is type(present)
+
+
+def are_rows(saved: Any, columns: Iterable[str], most: int) -> bool:
+    """Whether these are 1 to `most` rows of numbers, some of them empty."""
+    if not (isinstance(saved, list) and 1 <= len(saved) <= most):
+        return False
+    wanted = dict.fromkeys(columns)
+    return all(
+        isinstance(row, dict)
+        and row.keys() == wanted.keys()
+        and all(x is None or type(x) in (int, float) for x in row.values())
+        for row in saved
+    )
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Has a new optimizer go on from a state. Raises ValueError if it is not of such an one."""
+    expected = optimizer.state_dict()
+    for group, numbers in zip(optimizer.param_groups, expected["param_groups"], strict=True):
+        for weight, number in zip(group["params"], numbers["params"], strict=True):
+            entries = {}  # that the first step makes
+            if isinstance(optimizer, torch.optim.Adam):
+                entries = {"step": torch.tensor(0.0), "exp_avg": weight, "exp_avg_sq": weight}
+            elif group["momentum"]:
+                entries = {"momentum_buffer": weight}
+            if entries:
+                expected["state"][number] = {**expected["state"].get(number, {}), **entries}
+    groups = [
+        [{**group, "lr": 0.0} for group in state["param_groups"]] for state in (saved, expected)
+    ]
+    if not alike(saved, expected) or groups[0] != groups[1]:
+        compressed = isinstance(optimizer, MFAC) and optimizer.fisher.compress is not None
+        others = ", or it was in another number of processes, which --compress does not allow"
+        raise ValueError("the optimizer is another one" + (others if compressed else ""))
+    optimizer.load_state_dict(saved)
+    for entries in optimizer.state.values():  # SGD and Adam take what they load uncopied
+        tensors = {name: x for name, x in entries.items() if isinstance(x, torch.Tensor)}
+        entries.update({name: tensor.clone() for name, tensor in tensors.items()})
+
+
+def save_csv(path: Path, columns: Iterable[str], rows: list[dict[str, Any]]) -> None:
+    """Writes a table, atomically."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(columns), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    save_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def tensor_bytes(state: Any) -> int:
+    """Bytes of all tensors in nested containers."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, dict | list | tuple):
+        return sum(map(tensor_bytes, state.values() if isinstance(state, dict) else state))
+    return 0
+
+
+def check_space(path: Path, size: int) -> None:
+    """Raises UserError if there is no space for `size` bytes where `path` will be."""
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise UserError(
+            f"{folder} has {free / 2**30:.2f} GiB of free space, but the state of the run needs "
+            f"{size / 2**30:.2f} GiB, as it is there twice while it is replaced: make space"
+        )
+
+
+# --- machine and processes ------------------------------------------------------------------
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`, of CUDA devices the one of this process. Raises UserError if it
+    can't compute."""
+    try:
+        device = torch.device(name)
+        if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        found = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise UserError(f"--device {name} is not one of {', '.join(found)}") from error
+    return device
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that this process can still allocate on `device`: of main memory, its share."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: all the memory there is
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def find_ranks() -> Ranks:
+    """The processes that torchrun has started, or this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Ranks()
+    if not dist.is_initialized():
+        dist.init_process_group()
+    return Ranks(dist.group.WORLD)
+
+
+def distributed(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """The model with gradients, and statistics of batch norm, of the batches of all `ranks`."""
+    if ranks.size == 1:
+        return model
+    return DistributedDataParallel(sync_batch_norm(model))
+
+
+def lost_connection(error: RuntimeError) -> bool:
+    """Whether this is what the others find when one of the processes is gone."""
+    text = str(error)
+    return dist.is_initialized() and (
+        isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text
+    )
+
+
+def gathered(state: Any, ranks: Ranks) -> Any:
+    """A state dict with DTensors made whole, to be called by all processes; the first one alone
+    keeps them."""
+
+    def whole(x: Any) -> Any:
+        if not hasattr(x, "placements"):
+            return x
+        # Not by its full_tensor, whose threads can abort a process at its end (torch 2.14, gloo).
+        dim = x.placements[0].dim
+        part = x.to_local().movedim(dim, -1)
+        part = pad(part, (0, ranks.chunk(x.shape[dim]) - part.shape[-1]))
+        parts = ranks.gather(part.flatten()).view(ranks.size, *part.shape)
+        if ranks.rank > 0:
+            return None
+        return torch.cat(list(parts), -1)[..., : x.shape[dim]].movedim(-1, dim).contiguous()
+
+    return tree_map(whole, state)
+
+
+def say(line: str) -> None:
+    """Prints a result, from the first process. Raises UserError if standard output is full or
+    closed."""
+    if not is_first():
+        return
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left of it
+        raise UserError(f"cannot write to standard output: {error.strerror}") from error
+
+
+def note(message: str) -> None:
+    """Tells the user what is no result, from the first process."""
+    if is_first():
+        print(message, file=sys.stderr, flush=True)
+
+
+# --- a pass over the images -----------------------------------------------------------------
+
+
+def progress(batches: Iterable, title: str, total: int | None = None) -> tqdm:
+    """The batches, with a progress bar if the first process is on a terminal."""
+    return tqdm(batches, title, total, leave=False, disable=None if is_first() else True)
+
+
+def batches(loader: Iterable, device: torch.device, title: str):
+    """The batches of `loader` on `device`, with a progress bar on a terminal."""
+    for images, labels in (bar := progress(loader, title)):
+        images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+        yield bar, images, labels.to(device, non_blocking=True)
+
+
+def train_epoch(
+    model: nn.Module,
+    loader: Iterable,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    *,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+    amp: bool = False,
+    title: str = "train",
+) -> dict[str, float]:
+    """One pass over `loader`, of which each of `ranks` has its part; `scheduler` takes a step a
+    batch. Returns the mean loss and the accuracy (%) of the batches as they were trained on, the
+    seconds, images a second, and the seconds within optimizer.step(). Raises UserError if the loss
+    is no longer finite, or if the optimizer refuses the gradients."""
+    model.train()
+    loss_sum, correct, seen, optimizer_seconds = 0.0, 0, 0, 0.0
+    start = time.perf_counter()
+    for bar, images, labels in batches(loader, device, title):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+            outputs = model(images)
+            loss = cross_entropy(outputs, labels, reduction="sum")
+        found = torch.stack([loss.detach(), (outputs.argmax(1) == labels).sum()]).tolist()
+        batch_loss, right, size = totals(ranks, *found, len(labels))
+        if not math.isfinite(batch_loss):
+            raise UserError(f"the loss became {batch_loss / size}: {lower_rate(optimizer)}")
+        optimizer.zero_grad()
+        (loss * (ranks.size / size)).backward()  # gradients are averaged over processes
+        before = synchronized_time(device)
+        try:
+            optimizer.step()
+        except ValueError as error:  # mfac: too little damping for these gradients
+            raise UserError(str(error)) from error
+        optimizer_seconds += synchronized_time(device) - before
+        scheduler.step()
+        loss_sum += batch_loss
+        correct += right
+        seen += size
+        bar.set_postfix(loss=loss_sum / seen, accuracy=100 * correct / seen, refresh=False)
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise UserError(f"the last step made weights NaN or Inf: {lower_rate(optimizer)}")
+    seconds = time.perf_counter() - start
+    return {
+        "train_loss": loss_sum / seen,
+        "train_accuracy": 100 * correct / seen,
+        "seconds": seconds,
+        "images_per_second": seen / seconds,
+        "optimizer_seconds": optimizer_seconds,
+    }
+
+
+def lower_rate(optimizer: torch.optim.Optimizer) -> str:
+    """What to do if a training diverges."""
+    return "use a lower --lr" + (", or a higher --damp" if isinstance(optimizer, MFAC) else "")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable,
+    *,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+    amp: bool = False,
+) -> tuple[float, float]:
+    """Mean loss and accuracy (%) over `loader`, of which each of `ranks` has its part. The model is
+    left as it was found."""
+    training = model.training
+    model.eval()
+    loss_sum, correct, seen = 0.0, 0, 0
+    for bar, images, labels in batches(loader, device, "test"):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+            outputs = model(images)
+        loss_sum += cross_entropy(outputs.float(), labels, reduction="sum").item()
+        correct += (outputs.argmax(1) == labels).sum().item()
+        seen += len(labels)
+        bar.set_postfix(loss=loss_sum / seen, accuracy=100 * correct / seen, refresh=False)
+    model.train(training)
+    loss_sum, correct, seen = totals(ranks, loss_sum, correct, seen)
+    return loss_sum / seen, 100 * correct / seen
+
+
+def totals(ranks: Ranks, *numbers: float) -> list[float]:
+    """The sums of numbers that each of `ranks` has for its part."""
+    return ranks.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
+
+
+def synchronized_time(device: torch.device) -> float:
+    """Seconds on a clock, read when all work on `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+# --- figures of runs ------------------------------------------------------------------------
+
+
+# A run, by its name: rows of figures. Lines that the colour-blind tell apart, and anyone in print.
+Runs = list[tuple[str, list[dict[str, Any]]]]
+COLORS = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+STYLES = tuple(zip(COLORS, "os^Dvx", ("-", "--", "-.", ":", "-", "--"), strict=True))
+
+
+def read_runs(paths: list[Path], largest: dict[str, float | None]) -> Runs:
+    """From the CSVs of earlier runs the columns in `largest`, which says what they may hold beside
+    0 at least (None: anything), where all are filled. Raises UserError if a file is no such CSV."""
+    runs = []
+    for path in paths:
+        if path.exists() and not path.is_file():  # such as a pipe, which may never end
+            raise UserError(f"--plot {path} is no file")
+        try:
+            with open(path, newline="") as file:
+                texts = [[row[name] for name in largest] for row in csv.DictReader(file)]
+            rows = [dict(zip(largest, map(float, row), strict=True)) for row in texts if all(row)]
+        except OSError as error:
+            raise UserError(f"--plot {path} cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            raise UserError(f"--plot {path} is no CSV that this script has written") from error
+        limits = [(row[name], most) for row in rows for name, most in largest.items()]
+        if not rows or not all(most is None or 0 <= value <= most for value, most in limits):
+            raise UserError(f"--plot {path} does not hold {', '.join(largest)} of a run")
+        runs.append((str(path.with_suffix("")), rows))
+    return runs
+
+
+class TensorBoard:
+    """The figures of a run as scalars, row by row, in a folder that a resumed run goes on with."""
+
+    def __init__(self, folder: Path | None, run: str):
+        """In the folder `run` of `folder`, or nowhere. Raises UserError if that can't be."""
+        self.folder, self.writer = folder and folder / run, None
+        if folder is None:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(
+                "--tensorboard needs the package tensorboard: install it with 'pip install "
+                "tensorboard', or leave the flag out"
+            ) from error
+        self.start = SummaryWriter
+        check_folder(self.folder, "--tensorboard")
+
+    def write(self, history: list[dict[str, Any]]) -> None:
+        """Adds the last row, and those before it to a folder that has none. To be called before the
+        state is saved: a row that was written but not saved is replaced when the run goes on."""
+        if self.folder is None or not is_first():
+            return
+        first = len(history)
+        try:
+            if self.writer is None:
+                first = first if any(self.folder.glob("events.*")) else 1
+                self.writer = self.start(self.folder, purge_step=first)
+            for step, row in enumerate(history[first - 1 :], start=first):
+                for name, value in row.items():
+                    if value is not None:
+                        self.writer.add_scalar(name, value, step)
+            self.writer.flush()
+        except OSError as error:
+            raise UserError(f"cannot write into --tensorboard {self.folder}: {error}") from error
