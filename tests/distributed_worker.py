@@ -32,8 +32,8 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_map
 
-import scripts
 import ranks
+import scripts
 from models.sync import BatchNorm
 from optim import MFAC, DynamicInverseFisher, _Unread
 from prun import MFACPruner, PagedInverseFisher
