@@ -45,6 +45,7 @@ from windows import (
     check_device,
     check_devices,
     check_integer,
+    check_saved_window,
     checked_compress,
     checked_dtype,
     gram,
@@ -178,7 +179,7 @@ class DynamicInverseFisher:
         self.ranks = Ranks(process_group)
         self.count = 0  # gradients seen; the next one becomes row count mod m
         self._clear(num_grads, _even(dim, len(self.shards)), dtype, compress)
-        self.compute_dtype = self._cheap_dtype
+        self.compute_dtype = self.result_dtype
         self.coefficients = COEFFICIENTS[coefficients](num_grads, damp, self.device)
         self.condition = 1.0  # as last read
         self.lazy = self.device.type == "cuda"  # checks are read a step late, without waiting
@@ -193,7 +194,8 @@ class DynamicInverseFisher:
         return self.lazy and not self._strained
 
     @property
-    def _cheap_dtype(self) -> torch.dtype:
+    def result_dtype(self) -> torch.dtype:
+        """Of results, and of products that need no more: `dtype`, but at least float32."""
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
@@ -242,8 +244,8 @@ class DynamicInverseFisher:
         if self._late:
             self._leave_unread(finite, condition, cancels, error)
             usable = finite & (error <= USABLE[self.compute_dtype])
-            self.accepted = usable.to(self._cheap_dtype)
-            return result.where(usable, 0).to(self._cheap_dtype)
+            self.accepted = usable.to(self.result_dtype)
+            return result.where(usable, 0).to(self.result_dtype)
         self.accepted, self._strained = 1.0, not error <= LOST[self.compute_dtype]
         if self._strained:
             if self.compute_dtype != torch.float64:
@@ -252,7 +254,7 @@ class DynamicInverseFisher:
                 j = (self.count - 1) % self.num_grads
                 g = torch.cat([window.row(j).to(self.device) for window in self.windows])
             return self.matvec(g)
-        return result.to(self._cheap_dtype)
+        return result.to(self.result_dtype)
 
     def _column(self, z: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """mGᵀz (d,), whether its terms cancel so far that float32 is too short for them, and by how
@@ -441,7 +443,7 @@ class DynamicInverseFisher:
                 for name, tensor in window.state.items():
                     tensor.copy_(block[name])
         self.count = state["count"]
-        self.compute_dtype = torch.float64 if state["exact"] else self._cheap_dtype
+        self.compute_dtype = torch.float64 if state["exact"] else self.result_dtype
         self.coefficients.load_state_dict(state["coefficients"])
         self.condition = float(self.coefficients.condition())
 
@@ -469,8 +471,8 @@ class DynamicInverseFisher:
         self.settle()
         parts = self._split(self._checked(g))
         j = self.count % self.num_grads
-        if j == 0 and self.condition < 0.5 * CONDITION_LIMIT[self._cheap_dtype]:
-            self.compute_dtype = self._cheap_dtype  # once a round, the way back from float64
+        if j == 0 and self.condition < 0.5 * CONDITION_LIMIT[self.result_dtype]:
+            self.compute_dtype = self.result_dtype  # once a round, the way back from float64
         self.count += 1
         written = [w.write(j, part) for w, part in zip(self.windows, parts, strict=True)]
         # Whether all of g is finite no rank knows alone, so that it travels with k.
@@ -534,7 +536,7 @@ class DynamicInverseFisher:
 
     def _fitting(self, result: Tensor) -> Tensor:
         """The result in the type of all results."""
-        fitted = result.to(self._cheap_dtype)
+        fitted = result.to(self.result_dtype)
         if not self.ranks.all(fitted.isfinite()):
             raise ValueError(
                 f"Results of up to {float(pad(result.abs(), (0, 1)).max()):.3g} do not fit "
@@ -614,18 +616,7 @@ def _check_state(state: Any) -> None:
     if not (square and len(K) and bool(K.isfinite().all()) and isinstance(blocks, list)):
         raise ValueError("The state dict is damaged: K must be a finite square matrix, P like it")
     for block in blocks:
-        if compress is not None:
-            tensors: list[Any] = [
-                block.get(n) if isinstance(block, dict) else None for n in _COMPRESSED
-            ]
-            rows, fits = tensors[1:], isinstance(tensors[1], Tensor) and is_real(tensors[0])
-        else:
-            rows, fits = [block], True
-        if not (fits and is_real(rows[-1]) and all(r.ndim == 2 and len(r) == len(K) for r in rows)):
-            raise ValueError(f"The state dict is damaged: its window must have {len(K)} rows")
-
-
-_COMPRESSED = "error", "columns", "values"  # of the state of a CompressedWindow
+        check_saved_window(block, len(K), compressed=compress is not None)
 
 
 # --- the optimizer --------------------------------------------------------------------------------
@@ -832,7 +823,7 @@ class MFAC(torch.optim.Optimizer):
             raise ValueError(
                 "MFAC does not support sparse gradients; use sparse=False in the module"
             )
-        g, w = local(g).to(torch.float32), local(p)
+        g, w = local(g).to(self.fisher.result_dtype), local(p)
         if group["maximize"]:
             g = -g
         if group["weight_decay"] != 0 and p.grad is not None:
@@ -863,8 +854,8 @@ class MFAC(torch.optim.Optimizer):
     def _velocity(self, p: Tensor) -> Tensor:
         """v of p."""
         if "momentum_buffer" not in self.state[p]:
-            dtype = torch.promote_types(self.fisher.dtype, torch.float32)
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)
+            v = torch.zeros_like(p, dtype=self.fisher.result_dtype)
+            self.state[p]["momentum_buffer"] = v
         return self.state[p]["momentum_buffer"]
 
     def _columns(self, p: Tensor) -> Columns:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ranks import local
+
 __all__ = [
     "CompressedWindow",
     "DenseWindow",
@@ -356,6 +358,24 @@ def checked_compress(compress: float | None) -> float | None:
     return float(compress)
 
 
+def check_saved_window(block: Any, m: int, compressed: bool) -> None:
+    """Raises ValueError if this is no `state` of a window of m gradients."""
+    rows, fits, rule = block, True, f"its window must have {m} rows"
+    if compressed:
+        parts: list[Any] = [None] * 3
+        if isinstance(block, dict):
+            parts = [block.get(name) for name in ("error", "columns", "values")]
+        error, columns, rows = parts
+        fits = is_real(error) and isinstance(columns, Tensor) and is_real(rows)
+        if fits := fits and columns.dtype in (torch.int32, torch.int64):
+            index = local(columns)
+            inside = bool(((0 <= index) & (index < len(local(error)))).all())
+            fits = inside and columns.shape == rows.shape
+        rule += ", with the column of each entry, from 0 to d - 1"
+    if not (fits and is_real(rows) and rows.ndim == 2 and len(rows) == m):
+        raise ValueError(f"The state dict is damaged: {rule}")
+
+
 def check_device(device: Any, name: str = "device", present: bool = True) -> torch.device:
     try:
         found = torch.device(device)
@@ -391,12 +411,10 @@ def window_bytes(
         >>> window_bytes(1024, 272_474)  # ResNet-20: 1.13 GB
         1132830720
     """
-    ngrads, dim = check_integer("ngrads", ngrads, least=0), check_integer("dim", dim, least=0)
-    dtype, compress = checked_dtype("dtype", dtype), checked_compress(compress)
-    world_size = check_integer("world_size", world_size)
-    d = -(-dim // world_size)
-    error = 0 if compress is None else d * torch.promote_types(dtype, torch.float32).itemsize
-    return ngrads * _row_bytes(d, dtype, compress) + error + 16 * ngrads**2
+    m, d, dtype, compress, ranks = _checked_sizes(ngrads, dim, dtype, compress, world_size)
+    own = -(-d // ranks)
+    error = 0 if compress is None else own * torch.promote_types(dtype, torch.float32).itemsize
+    return m * _row_bytes(own, dtype, compress) + error + 16 * m**2
 
 
 def step_traffic(
@@ -418,13 +436,19 @@ def step_traffic(
         >>> step_traffic(1024, 272_474)
         (2232107008, 0)
     """
-    ngrads, dim = check_integer("ngrads", ngrads, least=0), check_integer("dim", dim, least=0)
-    dtype, compress = checked_dtype("dtype", dtype), checked_compress(compress)
-    world_size = check_integer("world_size", world_size)
+    m, d, dtype, compress, ranks = _checked_sizes(ngrads, dim, dtype, compress, world_size)
     products = 1 if compress is None else 2  # of the window with a vector, beside its transposed
-    read = (products + 1) * ngrads * _row_bytes(-(-dim // world_size), dtype, compress)
-    passed_on = products * 16 * (ngrads + 1) + (0 if sharded else 4 * dim)
-    return read, passed_on * (world_size - 1) // world_size
+    read = (products + 1) * m * _row_bytes(-(-d // ranks), dtype, compress)
+    passed_on = products * 16 * (m + 1) + (0 if sharded else 4 * d)
+    return read, passed_on * (ranks - 1) // ranks
+
+
+def _checked_sizes(
+    ngrads: int, dim: int, dtype: torch.dtype, compress: float | None, world_size: int
+) -> tuple[int, int, torch.dtype, float | None, int]:
+    m, d = check_integer("ngrads", ngrads, least=0), check_integer("dim", dim, least=0)
+    ranks = check_integer("world_size", world_size)
+    return m, d, checked_dtype("dtype", dtype), checked_compress(compress), ranks
 
 
 def _row_bytes(d: int, dtype: torch.dtype, compress: float | None) -> int:

@@ -143,6 +143,20 @@ STATES = {
     "vector": (loads(fisher, edit(window=[torch.zeros(4)])), "window must have 3 rows"),
     "integers": (loads(fisher, edit(window=[torch.zeros(3, 4).long()])), "damaged"),
     "compressed": (loads(fisher, edit(compress=0.5)), "damaged"),
+    **{
+        f"compressed {name}": (
+            loads(lambda: fisher(compress=0.5), edit("window", 0, **{part: value})),
+            "window must have 3 rows, with the column of each entry, from 0 to d - 1",
+        )
+        for name, part, value in (
+            ("beyond", "columns", torch.full((3, 2), 4, dtype=torch.int32)),
+            ("before", "columns", torch.full((3, 2), -1, dtype=torch.int32)),
+            ("floats", "columns", torch.ones(3, 2)),
+            ("fewer", "columns", torch.zeros(3, 1, dtype=torch.int32)),
+            ("rows", "values", torch.zeros(2, 2)),
+            ("error", "error", None),
+        )
+    },
     "compress": (loads(fisher, edit(compress=7)), "Invalid compress: 7"),
     "no coefficients": (loads(fisher, edit(coefficients=None)), "Invalid damp: None"),
     "damp": (loads(fisher, edit("coefficients", damp=-1)), "Invalid damp: -1"),

@@ -683,6 +683,17 @@ def test_models_of_other_types(dtype):
         assert_weights([p], reference.weights, 4 * max(torch.finfo(dtype).eps, 1e-6))
 
 
+def test_a_window_in_float64_keeps_all_digits_of_gradients_in_float64():
+    p = nn.Parameter(torch.randn(6).double())
+    reference = DenseMFAC([{"params": [p], "lr": 0.5, "momentum": 0.5}], ngrads=3, damp=1.0)
+    optimizer = MFAC([p], 0.5, 0.5, ngrads=3, damp=1.0, window_dtype=torch.float64)
+    for _ in range(5):
+        p.grad = torch.randn(6).double() + 1e-10 * torch.randn(6).double()
+        reference.step([p.grad])
+        optimizer.step()
+    assert_weights([p], reference.weights, 1e-13)
+
+
 def test_parameters_of_mixed_types_share_a_window():
     a, b = nn.Parameter(torch.randn(3).bfloat16()), nn.Parameter(torch.randn(3).double())
     optimizer = MFAC([a, b], lr=0.1, ngrads=2)
