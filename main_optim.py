@@ -53,6 +53,7 @@ from scripts import (
     alike,
     are_rows,
     available_memory,
+    check_existing,
     check_folder,
     check_same,
     check_space,
@@ -63,12 +64,11 @@ from scripts import (
     find_ranks,
     gathered,
     load_optimizer,
-    load_saved,
+    load_state,
     note,
     read_runs,
     save_atomically,
     save_csv,
-    saved_settings,
     say,
     tensor_bytes,
     train_epoch,
@@ -345,24 +345,8 @@ class Run:
         check_folder(self.path.parent, "--save")
         beside = [self.path.with_suffix(suffix) for suffix in (".csv", ".png")]
         exist = [path for path in (self.state_path, self.path, *beside) if path.exists()]
-        if folders := [path for path in exist if path.is_dir()]:
-            raise UserError(f"{folders[0]} is a folder: choose another --save")
-        if resume and self.state_path.exists():
-            state = load_saved(self.state_path, mmap=True)  # a window must not be there twice
-            wanted = {"settings", "classes", "history", *self.STATEFUL}
-            settings = None
-            if isinstance(state, dict) and state.keys() == wanted:
-                settings = saved_settings(state["settings"], build_parser(), choose_settings)
-            if settings is None:
-                raise UserError(f"{self.state_path} was not saved by this script")
-            return {**state, "settings": settings}
-        if resume and exist:
-            raise UserError(f"{exist[0]} is there but {self.state_path}, to go on from, is not")
-        if exist and not overwrite:
-            raise UserError(
-                f"{exist[0]} exists: go on with --resume, replace it with --overwrite, or choose "
-                "another --save"
-            )
+        if check_existing(exist, self.state_path, "--save", resume, overwrite):
+            return load_state(self.state_path, self.STATEFUL, build_parser(), choose_settings)
         return None
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -56,6 +56,7 @@ from scripts import (
     alike,
     are_rows,
     available_memory,
+    check_existing,
     check_folder,
     check_same,
     check_space,
@@ -66,14 +67,13 @@ from scripts import (
     find_ranks,
     gathered,
     load_optimizer,
-    load_saved,
+    load_state,
     note,
     number,
     progress,
     read_runs,
     save_atomically,
     save_csv,
-    saved_settings,
     say,
     tensor_bytes,
     train_epoch,
@@ -323,6 +323,8 @@ class Gradients:
 class Run:
     """A pruning run: all that a step needs, and the files that keep it."""
 
+    STATEFUL = ("model", "pruner", "optimizer", "scheduler")
+
     def __init__(self, args: argparse.Namespace):
         """Begins a run or goes on with a saved one. Whatever can be checked is checked here, and
         nothing is written but the folder. Raises UserError, and OSError or ValueError from what it
@@ -391,25 +393,9 @@ class Run:
         if self.out.is_dir() or self.out.name in ("", ".."):
             raise UserError(f"--out {self.out} is a folder: add how the files in it shall begin")
         check_folder(self.out.parent, "--out")
-        exist, state_path = self.files(), self.beside(".state")
-        if folders := [path for path in exist if path.is_dir()]:
-            raise UserError(f"{folders[0]} is a folder: choose another --out")
-        if resume and state_path in exist:
-            state = load_saved(state_path)
-            wanted = {"settings", "classes", "history", "model", "pruner", "optimizer", "scheduler"}
-            settings = None
-            if isinstance(state, dict) and state.keys() == wanted:
-                settings = saved_settings(state["settings"], build_parser(), choose_settings)
-            if settings is None:
-                raise UserError(f"{state_path} was not saved by this script")
-            return {**state, "settings": settings}
-        if resume and exist:
-            raise UserError(f"{exist[0]} is there but {state_path}, to go on from, is not")
-        if exist and not overwrite:
-            raise UserError(
-                f"{exist[0]} exists: go on with --resume, replace it with --overwrite, or choose "
-                "another --out"
-            )
+        state = self.beside(".state")
+        if check_existing(self.files(), state, "--out", resume, overwrite):
+            return load_state(state, self.STATEFUL, build_parser(), choose_settings)
         return None
 
     def make_loaders(self) -> None:
@@ -672,7 +658,7 @@ class Run:
     def save_state(self, history: list[dict[str, Any]]) -> None:
         """Writes what --resume needs, from which the other files can be made again."""
         state = {"settings": self.settings, "classes": self.data.classes, "history": history}
-        for part in ("model", "pruner", "optimizer", "scheduler"):
+        for part in self.STATEFUL:
             found = getattr(self, part)
             state[part] = found and gathered(found.state_dict(), self.ranks)
         if self.ranks.rank == 0:

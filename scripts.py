@@ -166,11 +166,11 @@ def save_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_saved(path: Path, mmap: bool = False) -> Any:
-    """What torch.save wrote to `path`, on the CPU. With `mmap` it takes no memory, but must be
-    copied before the file may change. Raises UserError if the file is damaged."""
+def load_saved(path: Path) -> Any:
+    """What torch.save wrote to `path`, on the CPU: mapped, so that a window is not in memory twice.
+    The file may be replaced then, but not be written to. Raises UserError if it is damaged."""
     try:
-        return models.read_tensors(path, zipped=True, mmap=mmap)
+        return models.read_tensors(path, zipped=True, mmap=True)
     except Exception as error:  # there is no end to what a damaged file can set off
         raise UserError(f"{path} is damaged, or was not saved by this script") from error
 
@@ -181,6 +181,40 @@ def check_folder(path: Path, flag: str) -> None:
     folder = next(folder for folder in (path, *path.parents) if folder.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise UserError(f"{folder} is no folder that can be written into: see {flag}")
+
+
+def check_existing(
+    exist: list[Path], state: Path, flag: str, resume: bool, overwrite: bool
+) -> bool:
+    """Whether there is a state to go on from, where these files of the run exist. Raises UserError
+    if some would be lost."""
+    if folders := [path for path in exist if path.is_dir()]:
+        raise UserError(f"{folders[0]} is a folder: choose another {flag}")
+    if resume and exist and state not in exist:
+        raise UserError(f"{exist[0]} is there but {state}, to go on from, is not")
+    if exist and not (resume or overwrite):
+        raise UserError(
+            f"{exist[0]} exists: go on with --resume, replace it with --overwrite, or choose "
+            f"another {flag}"
+        )
+    return resume and bool(exist)
+
+
+def load_state(
+    path: Path,
+    parts: Iterable[str],
+    parser: Parser,
+    choose: Callable[[dict[str, Any]], dict[str, Any]],
+) -> dict[str, Any]:
+    """A state with these parts, and settings that `choose` may make of a command line. Raises
+    UserError if the file is none."""
+    state = load_saved(path)
+    settings = None
+    if isinstance(state, dict) and state.keys() == {"settings", "classes", "history", *parts}:
+        settings = saved_settings(state["settings"], parser, choose)
+    if settings is None:
+        raise UserError(f"{path} was not saved by this script")
+    return {**state, "settings": settings}
 
 
 def alike(saved: Any, present: Any) -> bool:

@@ -153,7 +153,7 @@ def check_same(one: Path, other: Path) -> None:
     for path in sorted(one.iterdir()):
         match = other / path.name
         if path.suffix == ".state":
-            assert same(scripts.load_saved(path), main_optim.load_saved(match)), path
+            assert same(scripts.load_saved(path), scripts.load_saved(match)), path
         elif path.suffix == ".csv":
             tables = [list(csv.DictReader(p.read_text().splitlines())) for p in (path, match)]
             assert same(*tables), path
