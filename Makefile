@@ -17,6 +17,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 coverage: .venv/installed
+	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
