@@ -742,6 +742,24 @@ def test_sparse_may_be_masks_and_differ_by_group():
     assert bool((a[0] != 0).all())
 
 
+def test_a_list_of_masks_may_leave_parameters_whole():
+    a, b = nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(4))
+    with torch.no_grad():
+        a[0] = 0  # no mask, although it has zeros
+    mask = torch.tensor([True, False, True, True])
+    group = {"params": [a.detach(), b.detach()[mask]], "lr": 0.1}
+    reference = DenseMFAC([group], ngrads=3, damp=0.1)
+    optimizer = MFAC([a, b], lr=0.1, ngrads=3, damp=0.1, sparse=[None, mask])
+    assert optimizer.fisher.shape == (9, 9)
+    still = b.detach()[~mask]
+    for _ in range(5):
+        a.grad, b.grad = torch.randn(2, 3), torch.randn(4)
+        reference.step([a.grad, b.grad[mask]])
+        optimizer.step()
+        assert_weights([a, b[mask]], reference.weights)
+    assert torch.equal(b.detach()[~mask], still)
+
+
 def test_parameters_with_nothing_in_the_window():
     a, b, c = (
         nn.Parameter(torch.zeros(2, 2)),
@@ -1013,6 +1031,25 @@ def test_the_state_of_another_model_or_optimizer_is_refused():
         optimizer.load_state_dict(MFAC([nn.Parameter(torch.randn(5))], ngrads=3).state_dict())
     with pytest.raises(ValueError, match="not one of MFAC"):
         optimizer.load_state_dict(torch.optim.SGD([nn.Parameter(torch.randn(4))]).state_dict())
+
+
+def test_what_a_state_lacks_of_frozen_parameters_is_zero():
+    """torch.distributed.checkpoint may leave them out; what all share is of all columns."""
+    a, b = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(3))
+    optimizer, gradients = MFAC([a, b], ngrads=4, damp=0.1), []
+    for _ in range(6):
+        a.grad, b.grad = torch.randn(4), torch.randn(3)
+        gradients.append(torch.cat([a.grad, torch.zeros(3)]))
+        optimizer.step()
+    state = optimizer.state_dict()
+    del state["state"][1]
+    other = MFAC([a, b], ngrads=4, damp=0.1)
+    other.load_state_dict(state)
+    for _ in range(3):
+        gradients.append(torch.randn(7))
+        inverse = dense_inverse(ring(gradients, 4), 0.1)
+        result = other.fisher.update_matvec(gradients[-1])
+        assert relative_error(result, inverse @ gradients[-1].double()) < 1e-5
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])

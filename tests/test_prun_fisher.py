@@ -274,6 +274,16 @@ def test_a_mapped_file_is_read_where_it_is_and_never_written(tmp_path, mode):
     assert path.read_bytes() == before
 
 
+def test_a_file_is_mapped_where_the_system_takes_no_advice(tmp_path, monkeypatch):
+    """As on Windows, where what was read stays until the system wants the memory."""
+    monkeypatch.delattr(prun.mmap, "MADV_DONTNEED", raising=False)
+    G = torch.randn(6, 50)
+    np.save(tmp_path / "gradients.npy", G.numpy())
+    fisher = PagedInverseFisher(tmp_path / "gradients.npy", 1e-3, pages=4)
+    expected = torch.linalg.inv(dense_fisher(G, 1e-3)).diagonal()
+    assert relative_error(fisher.diagonal(), expected) < 1e-5
+
+
 def resident_file_bytes():
     with open("/proc/self/status") as status:
         return int(re.search(r"RssFile:\s+(\d+) kB", status.read())[1]) * 1024
@@ -452,6 +462,18 @@ def test_what_is_kept_may_be_tiny_beside_what_goes(fraction):
     reference = G[:, keep].double().T @ torch.linalg.solve(A, b)
     update = PagedInverseFisher(G, damp).joint_update(drop, w)
     assert relative_error(update[keep], reference) < 1e-5
+
+
+def test_an_update_that_leaves_parallel_gradients_is_refused_with_a_damping_that_does():
+    """It is what goes that tells the gradients apart: F itself is far from singular."""
+    G, w, drop = 1e4 * torch.tensor([[1.0, 1, 0], [1, 0, 1]]), torch.randn(3).double(), [1, 2]
+    fisher = PagedInverseFisher(G, 1e-8)
+    fisher.joint_update([0], w)
+    with pytest.raises(ValueError, match="too small") as refusal:
+        fisher.joint_update(drop, w)
+    damp = float(re.search(r"damp = (\S+) is large enough", str(refusal.value))[1])
+    expected = joint_removal(dense_fisher(G, damp), drop, w)
+    assert relative_error(PagedInverseFisher(G, damp).joint_update(drop, w), expected) < 1e-5
 
 
 @pytest.mark.parametrize("fisher", FISHERS)
