@@ -353,10 +353,10 @@ def distributed(model: nn.Module, ranks: Ranks) -> nn.Module:
 
 def lost_connection(error: RuntimeError) -> bool:
     """Whether this is what the others find when one of the processes is gone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
     text = str(error)
-    return dist.is_initialized() and (
-        isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text
-    )
+    return isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text
 
 
 def gathered(state: Any, ranks: Ranks) -> Any:

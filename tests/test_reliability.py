@@ -11,6 +11,7 @@ import pytest
 import test_main_optim
 import test_main_prun
 import torch
+import torch.distributed as dist
 
 import main_optim
 import main_prun
@@ -85,6 +86,71 @@ def test_too_little_space_is_seen_before(name, dataset, tmp_path, monkeypatch, c
     assert end.value.code == 2 and "0.00 GiB of free space" in printed.err
     assert printed.out == "" and printed.err.count("\n") == 1
     assert os.listdir() == ["trained.pth"]
+
+
+@pytest.fixture
+def begun(dataset, tmp_path, monkeypatch):
+    """A function that runs a script in which the first convolution raises an error."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    torch.save(models.build("resnet20", 4).state_dict(), "trained.pth")
+
+    def call(name, error):
+        def fail(*_):
+            raise error
+
+        monkeypatch.setattr(torch.nn.Conv2d, "forward", fail)
+        flags = ["--dataset", str(dataset), "--checkpoint", "trained.pth", "--ngrads", "8"]
+        SCRIPTS[name][0].main(flags)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("optim", "a smaller --batchsize"), ("prun", "more --pages")]
+)
+def test_a_full_gpu_is_a_sentence(name, advice, begun, capsys):
+    with pytest.raises(SystemExit) as end:
+        begun(name, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2
+    assert f"error: the GPU's memory is full: use {advice}" in error
+    assert [path.name for path in Path().rglob("*") if path.is_file()] == ["trained.pth"]
+
+
+@pytest.fixture
+def group():
+    """A process group, of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+GLOO = "[../third_party/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234"
+LOST = [RuntimeError(GLOO), RuntimeError("NCCL communicator was aborted on rank 1.")]
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("error", [*LOST, dist.DistNetworkError("reset by peer")], ids=str)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_another_process_that_is_gone_is_a_sentence(name, error, begun, group, capsys):
+    with pytest.raises(SystemExit) as end:
+        begun(name, error)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 1
+    assert said.endswith("another process of this run has ended, see its message; --resume goes on")
+
+
+@pytest.mark.parametrize("distributed", ["none", "not started", "started"])
+def test_an_error_of_the_program_keeps_its_traceback(distributed, begun, monkeypatch, request):
+    """With a group, and without; and where torch has no processes at all."""
+    if distributed == "started":
+        request.getfixturevalue("group")
+    elif distributed == "none":
+        monkeypatch.setattr(dist, "is_available", lambda: False)
+        monkeypatch.delattr(dist, "is_initialized")
+    with pytest.raises(RuntimeError, match="a bug"):
+        begun("optim", RuntimeError("a bug"))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
