@@ -70,9 +70,9 @@ def number(kind: type, rule: str, allowed: Callable[[Any], bool]) -> Callable[[s
 
 COUNT = number(int, "a whole number from 1 to 2^31 - 1", lambda value: 1 <= value < 2**31)
 SEED = number(int, "a whole number from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
-POSITIVE = number(float, "a number above 0", lambda value: 0 < value < math.inf)
+POSITIVE = number(float, "a number above 0 and up to 1e30", lambda value: 0 < value <= 1e30)
 FACTOR = number(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
-NOT_NEGATIVE = number(float, "a number from 0", lambda value: 0 <= value < math.inf)
+NOT_NEGATIVE = number(float, "a number from 0 to 1e30", lambda value: 0 <= value <= 1e30)
 FRACTION = number(float, "a number from 0 and below 1", lambda value: 0 <= value < 1)
 
 

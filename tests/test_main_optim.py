@@ -526,6 +526,16 @@ def test_a_diverged_run_ends_and_keeps_what_it_had(run, monkeypatch, capsys):
     assert error.endswith("use a lower --lr\n")  # sgd has no damping
 
 
+@pytest.mark.parametrize("optim", ["sgd", "adam"])
+def test_a_last_step_that_diverges_is_seen(run, optim, capsys):
+    """No loss comes after it. The largest numbers that the flags take."""
+    flags = [*small(optim), "--epochs", 1, "--batchsize", 80]
+    assert run(*flags, "--lr", 1e30, "--weightdecay", 1e30) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "the last step made weights NaN or Inf: use a lower --lr" in error
+    assert not [path for path in Path().iterdir() if path.is_file()]
+
+
 def test_existing_files_are_kept_unless_told_otherwise(run, capsys):
     flags = [*small("sgd"), "--epochs", "1"]
     Path("net.csv").write_text("mine")
@@ -553,9 +563,9 @@ BAD_FLAGS = [
     *(
         (f"--{flag} {value}", f"--{flag}: {value} is not")
         for flag in ("lr", "damp", "drop_by")
-        for value in ("0", "-1", "nan", "inf", "x")
+        for value in ("0", "-1", "nan", "inf", "1e300", "x")
     ),
-    *((f"--weightdecay {value}", "from 0") for value in ("-0.1", "nan", "inf", "x")),
+    *((f"--weightdecay {value}", "from 0") for value in ("-0.1", "nan", "1e31", "x")),
     *((f"--momentum {value}", "below 1") for value in ("-0.1", "1", "nan", "x")),
     *(
         (f"--{flag} {value}", f"--{flag}: {value} is not a whole number from 1")

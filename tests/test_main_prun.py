@@ -618,7 +618,7 @@ BAD_FLAGS = [
     ("--nepochs 16 --prun_every 2", "give at least 17"),
     ("--nepochs 9 --drop_at 9", "never comes"),
     ("--nepochs 9 --drop_at 3 --drop_by 2", "at most 1"),
-    *((f"--nepochs 9 --lr {value}", "--lr") for value in ("0", "-1", "nan", "inf")),
+    *((f"--nepochs 9 --lr {value}", "--lr") for value in ("0", "-1", "nan", "inf", "1e300")),
     ("--nepochs 9 --optim adam", "adam"),
     ("--nepochs 9 --momentum 1", "below 1"),
     ("--nepochs 9 --weightdecay -1", "from 0"),
