@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_map
 
@@ -316,6 +316,15 @@ def refused(folder):
     state = optimizer.state_dict()
     state["state"][0]["fisher"]["ranks"] = 17
     cases.append((lambda: optimizer.load_state_dict(state), "compressed window of 17 processes"))
+    half = dist.get_world_size() // 2
+    square = init_device_mesh("cpu", (2, half), mesh_dim_names=("a", "b"))
+    for mesh, placements in (
+        (square["a"], [Partial()]),
+        (square, [Shard(0), Shard(1)]),
+        (square, [Replicate(), Partial()]),
+    ):
+        p = nn.Parameter(DTensor.from_local(torch.ones(2, 2), mesh, placements))
+        cases.append((lambda p=p: MFAC([p]), "sharded along one dimension of the device mesh"))
     for call, message in cases:
         try:
             call()
@@ -340,6 +349,13 @@ def batch_norm(folder):
         if y.numel():
             assert_close(y.detach().float(), expected.detach().float(), tolerance)
         assert_close(together.running_var, single.running_var)
+
+
+def found(folder):
+    """A group that is there already is the one that scripts take, and make no other."""
+    group = scripts.find_ranks()
+    assert (group.rank, group.size) == (dist.get_rank(), dist.get_world_size())
+    assert scripts.find_ranks().group is group.group is dist.group.WORLD
 
 
 def one_fails(folder):

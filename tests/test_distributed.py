@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ranks import Ranks
+
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -33,7 +35,7 @@ def output(process, timeout=300):
 
 
 CHECKS = ["steps", "mixed", "messages", "skipped", "alone", "checkpoints", "refused"]
-CHECKS += ["batch_norm", "inverses", "pruning", "disagreement"]
+CHECKS += ["batch_norm", "found", "inverses", "pruning", "disagreement"]
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -47,6 +49,16 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
     output(torchrun(4, worker, "save", tmp_path))
     output(torchrun(2, worker, "go_on", tmp_path))
     output(torchrun(1, worker, "go_on", tmp_path))
+
+
+def test_one_process_has_everything():
+    x, alone = torch.arange(12.0).view(3, 4), Ranks()
+    for part in (alone.sum(x), alone.part(x), alone.own(x, 1), alone.as_saved(x, 0)):
+        assert torch.equal(part, torch.arange(12.0).view(3, 4))
+    assert torch.equal(alone.exchange(x, [3], 4), x) and alone.chunk(4) == 4
+    assert torch.equal(alone.gather(x[1]), x[1:2])
+    assert float(alone.norm(x)) == pytest.approx(506**0.5)  # of the squares up to 11
+    assert alone.all(x >= 0) and not alone.all(x > 0)
 
 
 def script(name, *arguments):

@@ -710,6 +710,16 @@ def test_memory_is_measured(monkeypatch):
     assert main_optim.available_memory(torch.device("cpu")) == total
 
 
+def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
+    """Unless a device is named in full. The GPUs are thought up."""
+    monkeypatch.setattr(torch, "zeros", lambda size, device: torch.ones(size))
+    assert scripts.find_device("cuda") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert scripts.find_device("cuda") == torch.device("cuda", 1)
+    assert scripts.find_device("cuda:0") == torch.device("cuda", 0)
+    assert scripts.find_device("cpu") == torch.device("cpu")
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "saved"),
     [("lr", 0.2, 0.1), ("epochs", 4, 3), ("optim", "adam", "sgd"), ("damp", 1.0, None)],
