@@ -51,6 +51,15 @@ def test_ordinary_gradients_take_the_fast_way_within_1e_5():
     assert fisher.dtype == torch.float32
 
 
+def test_products_of_ordinary_gradients_take_the_fast_way_within_1e_5():
+    G = 0.05 * torch.randn(1, 700) + torch.randn(50, 700) * torch.randn(700).exp()
+    fisher, x = PagedInverseFisher(G, 1e-3), torch.randn(700, dtype=torch.float64)
+    inverse = torch.linalg.inv(dense_fisher(G, 1e-3))
+    for some in (x, x + 0.1 * G.sum(0)):
+        assert relative_error(fisher.matvec(some), inverse @ some) < 1e-5
+    assert fisher.dtype == torch.float32
+
+
 @pytest.mark.parametrize("m", [8, 64])
 @pytest.mark.parametrize("norm", [1.0, 100.0])
 def test_nearly_parallel_gradients_are_resolved_in_float64(m, norm):
