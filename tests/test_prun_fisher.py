@@ -194,6 +194,14 @@ def test_blocks_that_float32_does_not_resolve_are_summed_in_float64(kind, monkey
         assert (streamed / reference - 1).abs().max() < 1e-7
 
 
+@pytest.mark.parametrize("log_damp", range(-6, 1))
+def test_blocks_of_any_damping_are_right_to_1e_5(log_damp):
+    """Weights in pairs of like gradients: the smaller λ is, the less float32 resolves of them."""
+    G, damp = torch.randn(200, 64), 10.0**log_damp
+    G[:, 1::2] = G[:, ::2] + 0.1 * G[:, 1::2]
+    assert max(block_errors(BlockedInverseFisher(G, 16, damp), G, damp, 16)) < 1e-5
+
+
 def test_gradients_too_small_for_float32_products_are_summed_in_float64(monkeypatch):
     G, damp = 1e-22 * torch.randn(100, 24), 1e-44
     reference = torch.linalg.inv(block_diagonal(dense_fisher(G * 1e22, damp * 1e44), 8)) * 1e44
