@@ -123,8 +123,10 @@ def test_damping_that_cannot_be_resolved_is_refused_with_a_value_that_can():
         with pytest.raises(ValueError, match="too small") as refusal:
             make(G, 1e-8).diagonal()
         damp = float(re.search(r"damp = (\S+) is large enough", str(refusal.value))[1])
-        error = make(G, damp).diagonal() - 1 / damp  # nearly all directions are not in G
+        fisher = make(G, damp)
+        error = fisher.diagonal() - 1 / damp  # nearly all directions are not in G
         assert (error <= 0).all()
+        fisher.matvec(G[0])  # this one is
 
 
 def watch_float64_sums(monkeypatch):
