@@ -373,6 +373,18 @@ def test_gradients_may_come_in_any_portions_in_memory_that_is_used_again():
     torch.testing.assert_close(one_by_one.diagonal(), reference, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("size", [8, 310])
+def test_blocks_of_a_file_are_those_of_the_gradients_in_it(tmp_path, size):
+    """Of m = 300, the smaller ones are summed up as they are read."""
+    G, x = torch.randn(300, 320), torch.randn(320)
+    np.save(tmp_path / "gradients.npy", G.numpy())
+    inverse = torch.linalg.inv(block_diagonal(dense_fisher(G, 1e-2), size))
+    for source in (tmp_path / "gradients.npy", np.load(tmp_path / "gradients.npy", mmap_mode="r")):
+        fisher = BlockedInverseFisher(source, size, 1e-2)
+        torch.testing.assert_close(fisher.diagonal(), inverse.diagonal(), rtol=1e-5, atol=0)
+        assert relative_error(fisher.matvec(x), inverse @ x.double()) < 1e-5
+
+
 def test_the_form_with_fewer_operations_is_taken():
     G = torch.randn(10, 64)
     assert isinstance(BlockedInverseFisher(G, 10)._parts[0][1], prun.DenseBlocks)
