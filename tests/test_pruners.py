@@ -774,6 +774,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, stop):
     assert torch.equal(flat(fresh.parameters()), flat(whole.parameters()))
 
 
+def test_a_pruner_that_has_not_begun_is_resumed_as_well(make):
+    """As when a run is stopped while it trains the dense model."""
+    options = {"data": loader()} if make in MFAC_PRUNERS else {}
+    model = network()
+    pruners = [make(copy.deepcopy(model), **options) for _ in range(2)]
+    pruners[1].load_state_dict(through_a_file(make(model, **options).state_dict()))
+    for pruner in pruners:
+        pruner.prune(0.5)
+    assert torch.equal(*(flat(pruner.params.values()) for pruner in pruners))
+
+
 def tune(model):
     """A few steps on other samples each time."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
