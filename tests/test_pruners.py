@@ -214,6 +214,19 @@ def test_the_block_with_the_lowest_sum_goes_first():
     assert set(gone.tolist()) == set(lowest.tolist())
 
 
+def test_a_block_that_has_zeros_already_counts_by_what_is_left_of_it():
+    model = nn.Linear(16, 5)
+    with torch.no_grad():
+        model.weight *= torch.rand(5, 16) > 0.3
+    expected = along_input(model.weight).detach().clone()
+    MagnitudePruner(model, pattern="4x1").prune(0.6)
+    for block in expected[expected.square().sum(1).argsort()].unbind():
+        if int((expected == 0).sum()) + int((block != 0).sum()) > 48:
+            break
+        expected[(expected == block).all(1)] = 0
+    assert torch.equal(along_input(model.weight), expected)
+
+
 def test_layers_that_the_pattern_does_not_divide_are_left_out_or_refused():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Linear(12, 2))
     assert list(MagnitudePruner(model, pattern="2:4").params) == ["2.weight"]
