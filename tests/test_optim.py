@@ -221,6 +221,24 @@ def test_parallel_gradients_about_as_large_as_the_damping(strength, noise):
     assert relative_error(result, expected) < 1e-5
 
 
+def test_where_terms_cancel_float64_takes_over_and_needs_two_reads_again(monkeypatch):
+    """The result in which float32 turns out to be too short takes more, once."""
+    reads = []
+    for name in ("times", "transposed_times"):
+        call = getattr(DenseWindow, name)
+        monkeypatch.setattr(DenseWindow, name, lambda *a, c=call: reads.append(None) or c(*a))
+    m, d, damp = 64, 500, 1e-5
+    fisher = DynamicInverseFisher(m, d, damp)
+    mean = torch.nn.functional.normalize(torch.randn(d), dim=0) * (8 * m * damp) ** 0.5
+    counts = []
+    for _ in range(m):
+        reads.clear()
+        fisher.update_matvec(mean)
+        counts.append(len(reads))
+    assert max(counts) > 2
+    assert sorted(counts)[:-1] == [2] * (m - 1)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_after_a_refused_gradient_every_answer_is_refused(way):
     fisher = DynamicInverseFisher(4, 30, 1e-12, coefficients=way)
