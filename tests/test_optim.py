@@ -1246,6 +1246,19 @@ def test_too_little_damping_is_said_a_step_late():
             assert fisher.accepted == 0 or fisher.count == 1
 
 
+def test_a_state_of_an_optimizer_that_reads_late_has_read():
+    p = torch.nn.Parameter(torch.randn(6))
+    optimizer = lazily(MFAC([p], ngrads=3))
+    p.grad = torch.full((6,), float("nan"))
+    optimizer.step()
+    with pytest.warns(UserWarning, match="NaN or Inf"):
+        state = optimizer.state_dict()
+    other = MFAC([torch.nn.Parameter(p.detach().clone())], ngrads=3)
+    other.load_state_dict(state)
+    assert other.skipped_steps == optimizer.skipped_steps == 1
+    assert other.fisher.count == 0
+
+
 def test_copies_of_an_optimizer_that_reads_late_have_read():
     p = torch.nn.Parameter(torch.randn(6))
     optimizer = lazily(MFAC([p], ngrads=3))
