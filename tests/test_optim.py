@@ -1006,6 +1006,22 @@ def test_masks_momentum_and_window_size_come_from_the_state():
     assert_same_state(other.state_dict(), optimizer.state_dict())
 
 
+def test_columns_of_all_weights_are_taken_where_a_mask_has_fewer():
+    """Sharded parameters are saved so, and may be made whole for a run of one process."""
+    p, mask = nn.Parameter(torch.randn(3, 4)), torch.rand(3, 4) < 0.5
+    optimizer, other = (MFAC([p], ngrads=4, sparse=[mask]) for _ in range(2))
+    for _ in range(5):
+        p.grad = torch.randn(3, 4)
+        optimizer.step()
+    state = optimizer.state_dict()
+    entries = state["state"][0]
+    whole = torch.zeros(4, 3, 4)
+    whole[:, mask] = entries["grads"]
+    state["state"][0] = {**entries, "grads": whole}
+    other.load_state_dict(state)
+    assert_same_state(other.state_dict(), optimizer.state_dict())
+
+
 def test_low_precision_models_keep_float32_momentum_on_resume():
     p = nn.Parameter(torch.randn(5).bfloat16())
     optimizer = MFAC([p], momentum=0.9, ngrads=3)
