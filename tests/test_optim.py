@@ -181,6 +181,7 @@ def test_scales_at_which_float32_products_leave_their_range(scale):
         result = fisher.update_matvec(g)
     inverse = dense_inverse(ring(gradients, m), damp)
     assert relative_error(result, inverse @ gradients[-1].double()) < 1e-5
+    assert relative_error(fisher.diagonal(), inverse.diagonal()) < 1e-5
 
 
 def test_a_huge_gradient_enters_and_leaves():
