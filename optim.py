@@ -106,7 +106,7 @@ class _Unread:
         sent = torch.stack([number.double() for number in numbers])
         self.numbers, self.arrived = sent, None
         if sent.is_cuda:
-            self.numbers = torch.empty(sent.shape, dtype=sent.dtype, pin_memory=True)
+            self.numbers = torch.empty(sent.shape, dtype=sent.dtype, device="cpu", pin_memory=True)
             self.numbers.copy_(sent, non_blocking=True)
             self.arrived = torch.cuda.Event()
             self.arrived.record(torch.cuda.current_stream(sent.device))

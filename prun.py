@@ -247,18 +247,18 @@ def like(x: Tensor, result: Tensor) -> Tensor:
 def check_removal(drop: Any, w: Tensor, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which of d weights the indices `drop` name, (d,) bool, and the weights in float64."""
     try:
-        index = torch.as_tensor(drop)
+        index = torch.as_tensor(drop, device="cpu")
     except (TypeError, ValueError, RuntimeError):  # no numbers at all
-        index = torch.tensor([-1])
+        index = torch.tensor([-1], device="cpu")
     integral = index.dtype != torch.bool and torch.can_cast(index.dtype, torch.int64)
     fits = index.ndim == 1 and (integral or not len(index))  # [] is of floats
-    index = index.cpu().long()
+    index = index.long()
     if not (fits and bool(((0 <= index) & (index < d)).all())):
         raise ValueError(
             f"Expected drop to be a list of indices below {d}, got {drop}; of a mask take "
             "mask.nonzero()[:, 0]"
         )
-    dropped = torch.zeros(d, dtype=torch.bool).index_fill_(0, index, True)
+    dropped = torch.zeros(d, dtype=torch.bool, device="cpu").index_fill_(0, index, True)
     return dropped.to(device), check_vector("w", w, d, device)
 
 
@@ -497,9 +497,8 @@ class PagedInverseFisher(StaticInverseFisher):
             start, stop = n * i // pages, n * (i + 1) // pages
             columns = slice(start, stop) if index is None else index[start:stop].to(self.G.device)
             if copied:
-                page = torch.empty(
-                    len(self.G), stop - start, dtype=self.G.dtype, pin_memory=to_cuda
-                )
+                shape, dtype = (len(self.G), stop - start), self.G.dtype
+                page = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=to_cuda)
                 self._fill(page, columns)
             else:
                 page = self.G[:, columns].to(self.device)
@@ -1193,7 +1192,8 @@ class MFACPruner(MagnitudePruner):
         share = ranks.chunk(self.ngrads)
         at_once = whole or b > self.ngrads
         rows = share if at_once else min(BATCH, share)
-        buffer = torch.empty(rows, d, dtype=torch.float64 if wide else torch.float32)
+        dtype = torch.float64 if wide else torch.float32
+        buffer = torch.empty(rows, d, dtype=dtype, device="cpu")
         with self._as_found():
             for name, p in self.params.items():
                 p.copy_(base[name])
@@ -1261,7 +1261,8 @@ class MFACPruner(MagnitudePruner):
         batches, full = self.loader, 0
         if isinstance(batches, Sequence):  # shuffled, the smaller last batch may come first
             full = max(map(batch_size, batches), default=0)
-            batches = map(batches.__getitem__, torch.randperm(len(batches)).tolist())
+            order = torch.randperm(len(batches), device="cpu")
+            batches = map(batches.__getitem__, order.tolist())
         for batch in batches:
             size = batch_size(batch)
             full = full or size

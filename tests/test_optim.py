@@ -417,6 +417,29 @@ def test_the_result_does_not_depend_on_autocast_or_matmul_precision():
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize("options", [{}, {"coefficients": "paper"}, {"compress": 0.3}])
+def test_the_default_device_of_torch_does_not_matter(options):
+    """As after torch.set_default_device("cuda"), with a model on the CPU."""
+    weights, gradients = torch.randn(12), torch.randn(7, 12)
+
+    def run():
+        p = nn.Parameter(weights.clone())
+        optimizer = MFAC([p], lr=0.1, momentum=0.5, ngrads=4, damp=0.1, **options)
+        for g in gradients:
+            p.grad = g.clone()
+            optimizer.step()
+            twin = MFAC([p], ngrads=2, **options)
+            twin.load_state_dict(optimizer.state_dict())
+            optimizer = twin
+        optimizer.damp = 0.2
+        return p, optimizer.fisher.matvec(p), optimizer.fisher.diagonal()
+
+    expected = run()
+    with torch.device("meta"):
+        found = run()
+    assert all(map(torch.equal, found, expected))
+
+
 def test_inputs_are_not_changed():
     g, x = torch.randn(6), torch.randn(6)
     copies = g.clone(), x.clone()

@@ -129,6 +129,31 @@ def test_damping_that_cannot_be_resolved_is_refused_with_a_value_that_can():
         fisher.matvec(G[0])  # this one is
 
 
+def test_the_default_device_of_torch_does_not_matter(tmp_path):
+    """As after torch.set_default_device("cuda"), with gradients on the CPU."""
+    G, w = torch.randn(12, 60), torch.randn(60)
+    np.save(tmp_path / "gradients.npy", G.numpy())
+    makes = [
+        lambda: PagedInverseFisher(G, 1e-3),
+        lambda: PagedInverseFisher(tmp_path / "gradients.npy", 1e-3, pages=3),
+        lambda: BlockedInverseFisher(tmp_path / "gradients.npy", 7, 1e-3),
+        lambda: BlockedInverseFisher(iter(G), 7, 1e-3),
+        lambda: BlockedInverseFisher(G, 7, 1e-3),
+        lambda: BlockedInverseFisher(G.double(), 25, 1e-3),
+    ]
+
+    def results():
+        for make in makes:
+            fisher = make()
+            yield from (fisher.diagonal(), fisher.matvec(w))
+            yield from (fisher.joint_update([3, 40], w), fisher.independent_update([3, 40], w))
+
+    expected = list(results())
+    with torch.device("meta"):
+        found = list(results())
+    assert all(map(torch.equal, found, expected))
+
+
 def watch_float64_sums(monkeypatch):
     """A list of the widths of all gradients that blocks will sum in float64."""
     widths, add_block_grams_ = [], prun.add_block_grams_

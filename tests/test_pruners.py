@@ -652,6 +652,24 @@ def test_the_default_precision_of_torch_does_not_matter(default):
     assert pruner._inverse.G.dtype == torch.float32
 
 
+def test_the_default_device_of_torch_does_not_matter(make):
+    """As after torch.set_default_device("cuda"), with a model on the CPU."""
+    model = network()
+    options = {"data": [samples(4)[:] for _ in range(20)]} if make in MFAC_PRUNERS else {}
+
+    def pruned():
+        pruner = make(copy.deepcopy(model), pattern="4x1", **options)
+        pruner.prune(0.4)
+        pruner.load_state_dict(pruner.state_dict())
+        pruner.prune(0.6)
+        return flat(pruner.params.values())
+
+    expected = pruned()
+    with torch.device("meta"):
+        found = pruned()
+    assert torch.equal(found, expected)
+
+
 def channels_last(model):
     return model.to(memory_format=torch.channels_last)
 
