@@ -431,6 +431,15 @@ def test_a_block_size_above_the_number_of_gradients_says_nothing_of_smaller_bloc
     torch.testing.assert_close(diagonal, inverse.diagonal(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("size", [1, 10, 300])
+def test_as_many_blocks_are_worked_on_at_once_as_fit(size):
+    G, block = torch.randn(2, 400), 8 * size**2
+    for grads, room in ((G, 2**22), (iter(G), 2**19)):
+        blocks = BlockedInverseFisher(grads, size).perbatch
+        assert blocks == 1 or blocks * block <= room
+        assert (blocks + 1) * block > room
+
+
 def test_no_gradient_matrix_is_ever_held():
     """Of gradients that come one by one, at most the present one is kept."""
     memory = []
