@@ -314,6 +314,20 @@ def test_saliency_and_update_are_those_of_the_dense_fisher(update, blocksize, pr
         assert name in names or torch.equal(p, model.get_parameter(name))
 
 
+def test_gradients_of_blocks_may_be_of_any_number():
+    """They are added up 128 at a time, and then what is left."""
+    model, batches = nn.Linear(6, 3), []
+    before, w = copy.deepcopy(model), model.weight.detach().flatten().double()
+    data = [(torch.randn(4, 6), torch.randint(3, (4,))) for _ in range(150)]
+    mfac(model, data, ngrads=150, blocksize=9, loss=recording(batches)).prune(0.5)
+    F = dense_fisher(gradients_by_backward(before, ["weight"], batches), 1e-3)
+    block = torch.arange(18) // 9
+    F = F * (block[:, None] == block)
+    drop = (w.square() / torch.linalg.inv(F).diagonal()).argsort()[:9]
+    expected = (w + joint_removal(F, drop, w)).index_fill_(0, drop, 0)
+    assert (flat([model.weight]) - expected).norm() < 1e-5 * expected.norm()
+
+
 def test_only_weights_alive_cost_anything():
     model = network()
     MagnitudePruner(model).prune(0.9)
