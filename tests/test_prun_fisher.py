@@ -229,6 +229,21 @@ def test_blocks_of_any_damping_are_right_to_1e_5(log_damp):
     assert max(block_errors(BlockedInverseFisher(G, 16, damp), G, damp, 16)) < 1e-5
 
 
+def test_after_blocks_that_float32_does_not_resolve_it_is_left_until_it_would_do(monkeypatch):
+    """So that no more than one batch in a row is summed up twice."""
+    G = torch.randn(50, 6, 8)
+    G[:, :3] = torch.randn(1, 3, 8) + 1e-3 * G[:, :3]
+    tried, block_grams = [], prun.block_grams
+
+    def watched(some, b):
+        tried.extend(i for i in range(6) if torch.equal(some, G[:, i]))
+        return block_grams(some, b)
+
+    monkeypatch.setattr(prun, "block_grams", watched)
+    BlockedInverseFisher(G.flatten(1), 8, 1e-3, perbatch=1)
+    assert tried == [0, 4, 5]
+
+
 def test_gradients_too_small_for_float32_products_are_summed_in_float64(monkeypatch):
     G, damp = 1e-22 * torch.randn(100, 24), 1e-44
     reference = torch.linalg.inv(block_diagonal(dense_fisher(G * 1e22, damp * 1e44), 8)) * 1e44
