@@ -777,6 +777,7 @@ def test_sparse_may_be_masks_and_differ_by_group():
         lr=0.1,
     )
     assert optimizer.fisher.shape[0] == 6 + 3
+    assert [group["sparse"] for group in optimizer.param_groups] == [False, True]
     before = b.detach().clone()
     a.grad, b.grad = torch.ones(2, 3), torch.ones(5)
     optimizer.step()
