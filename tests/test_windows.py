@@ -429,6 +429,28 @@ def test_a_compressed_window_of_another_model_is_refused():
         other.load_state_dict(optimizer.state_dict())
 
 
+def test_compressed_windows_of_weights_kept_at_zero_are_resumed():
+    """Some of a matrix, and all of one that comes later, whose window has no columns."""
+    a, b = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.zeros(2, 3))
+    with torch.no_grad():
+        a *= torch.rand(4, 5) < 0.5
+
+    def made(ngrads):
+        optimizer = MFAC([a], ngrads=ngrads, compress=0.5, sparse=True)
+        optimizer.add_param_group({"params": [b]})
+        return optimizer
+
+    optimizer, other = made(4), made(2)
+    for _ in range(6):
+        a.grad, b.grad = torch.randn(4, 5), torch.randn(2, 3)
+        optimizer.step()
+    assert not b.any()
+    other.load_state_dict(optimizer.state_dict())
+    assert_same(other.state_dict(), optimizer.state_dict())
+    g = torch.randn(optimizer.fisher.shape[0])
+    assert torch.equal(other.fisher.update_matvec(g), optimizer.fisher.update_matvec(g))
+
+
 def test_a_skipped_step_leaves_the_error_alone():
     p = nn.Parameter(torch.randn(6))
     optimizer = MFAC([p], ngrads=3, compress=0.2)
