@@ -1229,6 +1229,27 @@ def test_a_late_skip_leaves_weights_and_momentum_alone():
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("compress", [None, 0.5])
+def test_a_late_zero_gradient_is_accepted(compress):
+    """Else it would leave the momentum as it was."""
+    fisher = lazily(DynamicInverseFisher(3, 8, 1e-2, compress=compress))
+    for g in (torch.randn(8), torch.zeros(8)):
+        result = fisher.update_matvec(g)
+        assert fisher.accepted == 1
+    assert not result.any()
+
+
+def test_late_updates_whose_result_nobody_asks_for_are_seen_to():
+    """Nearly parallel gradients, of which float32 gives no A⁻¹ that will do."""
+    m, d, damp = 5, 300, 1e-5
+    fisher, x = lazily(DynamicInverseFisher(m, d, damp)), torch.randn(d)
+    gradients = [1 + 1e-3 * torch.randn(d) for _ in range(2 * m)]
+    for g in gradients:
+        fisher.update(g)
+    inverse = dense_inverse(ring(gradients, m), damp)
+    assert relative_error(fisher.matvec(x), inverse @ x.double()) < 1e-5
+
+
 def test_a_late_refusal_is_raised_if_asked_for():
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = lazily(MFAC([p], ngrads=2, on_nonfinite="raise"))
