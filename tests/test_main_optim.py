@@ -6,6 +6,7 @@ Most run on a folder of 8x8 images of handwritten digits, so that an epoch takes
 import contextlib
 import csv
 import functools
+import inspect
 import io
 import math
 import os
@@ -416,6 +417,13 @@ def test_the_average_is_the_exponential_one(run, monkeypatch):
         expected = [0.75 * a + 0.25 * w for a, (w, _) in zip(expected, step, strict=True)]
     for a, (_, average) in zip(expected, seen[-1], strict=True):
         torch.testing.assert_close(a, average)
+
+
+def test_the_defaults_are_those_of_the_optimizer():
+    flags = main_optim.DEFAULTS["paper", "mfac"]
+    for name, parameter in inspect.signature(MFAC).parameters.items():
+        if name in ("lr", "momentum", "ngrads", "damp", "compress"):
+            assert flags[name] == parameter.default
 
 
 def test_ctrl_c_before_anything_is_saved(run, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import io
 import itertools
 import time
 import weakref
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -14,8 +15,15 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 from torch.utils.data import DataLoader, TensorDataset
 
-from optim import MFAC
-from prun import MagnitudePruner, MFACPruner, cross_entropy
+from main_prun import COMMON, MFAC_PRUNER
+from optim import MFAC, DynamicInverseFisher
+from prun import (
+    BlockedInverseFisher,
+    MagnitudePruner,
+    MFACPruner,
+    PagedInverseFisher,
+    cross_entropy,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +82,18 @@ def flat(tensors):
 
 
 # --- counts and order -----------------------------------------------------------------------------
+
+
+def defaults(make):
+    return {name: parameter.default for name, parameter in signature(make).parameters.items()}
+
+
+def test_defaults_are_those_of_the_command_line_and_of_all_other_inverses():
+    pruner, flags = defaults(MFACPruner), {**COMMON, **MFAC_PRUNER, "blocksize": None}
+    same = ("scope", "pattern", "ngrads", "damp", "update", "blocksize", "seed")
+    assert [pruner[name] for name in same] == [flags[name] for name in same]
+    for make in (MFAC, DynamicInverseFisher, PagedInverseFisher, BlockedInverseFisher):
+        assert defaults(make)["damp"] == pruner["damp"]
 
 
 def test_exactly_the_rounded_number_of_weights_is_zero(make):
