@@ -498,6 +498,14 @@ def test_existing_files_are_kept_unless_told_otherwise(run, capsys):
 # --- checkpoints ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("ending", [".csv", "-step3.pth"])
+def test_a_folder_in_the_way(run, ending, capsys):
+    Path(f"net{ending}").mkdir()
+    assert run("--out", "net", "--pruner", "magnitude", "--overwrite") == 2
+    assert f"net{ending} is a folder: choose another --out" in capsys.readouterr().err
+    assert [path.name for path in Path().iterdir()] == [f"net{ending}"]
+
+
 def test_public_checkpoints_and_those_of_main_optim(run, checkpoint, dataset):
     flags = ["--pruner", "magnitude", "--sparsities", 0.5]
     weights = torch.load(checkpoint, weights_only=True)
