@@ -5,6 +5,7 @@ ends the process with exit status 2.
 """
 
 import argparse
+import atexit
 import csv
 import io
 import math
@@ -341,6 +342,7 @@ def find_ranks() -> Ranks:
         return Ranks()
     if not dist.is_initialized():
         dist.init_process_group()
+        atexit.register(dist.destroy_process_group)  # else gloo's threads may abort the process
     return Ranks(dist.group.WORLD)
 
 
