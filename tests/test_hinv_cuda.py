@@ -611,7 +611,10 @@ def test_nvcc_compiles_without_warnings_and_spills(tmp_path):
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """A copy of the project in which `python setup_cuda.py build_ext --inplace` has run."""
-    pytest.importorskip("torch")
+    torch = pytest.importorskip("torch")
+    version = torch.version.cuda or "none"
+    if f"release {version.split('.')[0]}." not in run("nvcc", "--version"):
+        pytest.skip(f"needs the nvcc of torch's CUDA version, {version}")
     directory = tmp_path_factory.mktemp("project")
     for path in ROOT.glob("[!.]*"):
         if path.is_file():

@@ -156,7 +156,7 @@ def test_the_published_command_and_ctrl_c(dataset, tmp_path):
     process = start(*flags.split(), "--dataset", dataset, "--save", "rn20-mfac.pth", cwd=tmp_path)
     settings, line = process.stdout.readline(), process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     (tmp_path / "rn20-mfac.state").unlink()  # half a gigabyte
     assert process.returncode == 130
     assert "Traceback" not in errors and "rn20-mfac.pth" in errors and "--resume" in errors
