@@ -35,9 +35,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import datautils
 import models
-from optim import MFAC, window_bytes
-from ranks import Ranks
-from scripts import (
+from main_common import (
     COUNT,
     FACTOR,
     FRACTION,
@@ -73,6 +71,8 @@ from scripts import (
     tensor_bytes,
     train_epoch,
 )
+from optim import MFAC, window_bytes
+from ranks import Ranks
 
 # What a flag is when it is not given. First what holds for all runs, then by data and optimizer:
 # the paper's values, and for the digits those of a small search. A row has all the settings of its
@@ -106,7 +106,7 @@ DRAWN |= dict(train_accuracy=100, test_accuracy=100)
 # --- the command line -----------------------------------------------------------------------
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """All flags. One that is not given is None, so that defaults and --resume can tell."""
     parser = Parser(
         prog="main_optim.py",

@@ -38,9 +38,7 @@ from torch.optim.swa_utils import update_bn
 
 import datautils
 import models
-from optim import MFAC, window_bytes
-from prun import MagnitudePruner, MFACPruner, inverse_bytes
-from scripts import (
+from main_common import (
     COUNT,
     FACTOR,
     FRACTION,
@@ -78,6 +76,8 @@ from scripts import (
     tensor_bytes,
     train_epoch,
 )
+from optim import MFAC, window_bytes
+from prun import MagnitudePruner, MFACPruner, inverse_bytes
 
 # What a flag is when it is not given, for all runs, for --pruner mfac, and for fine-tuning.
 COMMON = dict(model="resnet20", dataset="digits", pruner="mfac", pattern="unstructured")
@@ -120,7 +120,7 @@ BLOCK = number(
 # --- the command line -----------------------------------------------------------------------
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """All flags. One that is not given is None, so that defaults and --resume can tell."""
     parser = Parser(
         prog="main_prun.py",
@@ -720,8 +720,7 @@ def save_plot(runs: Runs, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Prunes as the command line, or `argv`, says."""
-    remedy = "use more --pages, a --blocksize or fewer gradients"
-    execute(build_parser(), Run, argv, remedy)
+    execute(build_parser(), Run, argv, "use more --pages, a --blocksize or fewer gradients")
 
 
 if __name__ == "__main__":

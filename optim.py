@@ -702,7 +702,7 @@ class MFAC(torch.optim.Optimizer):
             raise ValueError(f"Invalid on_nonfinite: {on_nonfinite!r}; it is 'skip' or 'raise'")
         self.on_nonfinite = on_nonfinite
         self._skipped_steps = 0
-        self._found: dict[Tensor, Columns] = {}
+        self._found: dict[Tensor, Columns] = {}  # by `_columns`
         super().__init__(
             params,
             {
@@ -833,7 +833,7 @@ class MFAC(torch.optim.Optimizer):
     def _gathered(self, update: Tensor) -> list[Tensor]:
         """The update of each parameter, flattened, from the columns (d,) of this rank."""
         columns = [self._columns(p) for p, _ in self._parameters()]
-        parts = list(update.split(self._sizes()))
+        parts = list(update.split([each.size for each in columns]))
         whole = [i for i, each in enumerate(columns) if each.sharded is None]
         if self._ranks.size > 1 and whole:
             gathered = self._ranks.gather(torch.cat([parts[i] for i in whole]))

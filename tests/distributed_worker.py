@@ -32,8 +32,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_map
 
+import main_common
 import ranks
-import scripts
 from models.sync import BatchNorm
 from optim import MFAC, DynamicInverseFisher, _Unread
 from prun import MFACPruner, PagedInverseFisher
@@ -353,16 +353,16 @@ def batch_norm(folder):
 
 def found(folder):
     """A group that is there already is the one that scripts take, and make no other."""
-    group = scripts.find_ranks()
+    group = main_common.find_ranks()
     assert (group.rank, group.size) == (dist.get_rank(), dist.get_world_size())
-    assert scripts.find_ranks().group is group.group is dist.group.WORLD
+    assert main_common.find_ranks().group is group.group is dist.group.WORLD
 
 
 def one_fails(folder):
     """A process that fails alone says why, though the first one does not know."""
-    scripts.time.sleep = lambda seconds: None
+    main_common.time.sleep = lambda seconds: None
     if dist.get_rank() == 1:
-        scripts.Parser(prog="script").fail("only here")
+        main_common.Parser(prog="script").fail("only here")
     dist.barrier()
 
 

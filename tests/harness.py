@@ -25,10 +25,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
+import main_common
 import main_optim
 import main_prun
 import models
-import scripts
 
 TIMES = {"seconds", "images_per_second"}
 
@@ -133,7 +133,7 @@ def check_readable(folder: Path) -> None:
     """Raises whatever is raised by a file that can't be read to its end."""
     for path in finished(folder):
         if path.suffix in (".pth", ".state"):
-            scripts.load_saved(path)
+            main_common.load_saved(path)
         elif path.suffix == ".csv":
             text = path.read_text()
             header, *rows = csv.reader(text.splitlines())
@@ -153,7 +153,7 @@ def check_same(one: Path, other: Path) -> None:
     for path in sorted(one.iterdir()):
         match = other / path.name
         if path.suffix == ".state":
-            assert same(scripts.load_saved(path), scripts.load_saved(match)), path
+            assert same(main_common.load_saved(path), main_common.load_saved(match)), path
         elif path.suffix == ".csv":
             tables = [list(csv.DictReader(p.read_text().splitlines())) for p in (path, match)]
             assert same(*tables), path

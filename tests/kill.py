@@ -29,9 +29,9 @@ import harness
 import torch
 from harness import check_readable, check_same, finished, forked, script
 
+import main_common
 import main_optim
 import main_prun
-import scripts
 
 FEW = "--model tiny --batchsize 32"
 MODES = {  # the script, what names its files, its flags
@@ -91,7 +91,7 @@ class Calls:
         def watched_open(path, mode="r"):
             return File(Raw(path, mode)) if "w" in mode else open(path, mode)
 
-        scripts.open = watched_open
+        main_common.open = watched_open
         for name in ("fsync", "replace", "unlink"):
             setattr(os, name, self.watched(name, getattr(os, name)))
 

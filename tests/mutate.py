@@ -34,10 +34,10 @@ import torch
 from harness import End, check_readable, forked, same, script
 from PIL import Image
 
+import main_common
 import main_optim
 import main_prun
 import models
-import scripts
 
 LIMIT = 30  # seconds
 MEMORY = 24 * 2**30  # bytes of addresses, of which torch alone takes many
@@ -394,7 +394,7 @@ class Originals:
             return case
 
         def save() -> None:
-            state = scripts.load_saved(original)
+            state = main_common.load_saved(original)
             if kind in MASKS:
                 masks = state["pruner"]["masks"]
                 MASKS[kind](masks, chance.choice(list(masks)))

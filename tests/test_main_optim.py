@@ -26,9 +26,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import datautils
+import main_common
 import main_optim
 import models
-import scripts
 from optim import MFAC, window_bytes
 
 SCRIPT = Path(main_optim.__file__)
@@ -122,7 +122,7 @@ def assert_same_run(one: str, other: str) -> None:
     """Two runs ended with the same bits in every file, but for the times."""
     assert Path(f"{one}.pth").read_bytes() == Path(f"{other}.pth").read_bytes()
     assert rows(f"{one}.csv", TIMES) == rows(f"{other}.csv", TIMES)
-    states = [scripts.load_saved(Path(f"{name}.state")) for name in (one, other)]
+    states = [main_common.load_saved(Path(f"{name}.state")) for name in (one, other)]
     for state in states:
         for row in state["history"]:
             for name in TIMES:
@@ -252,7 +252,7 @@ def test_progress_on_a_terminal(run, monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(scripts, "tqdm", functools.partial(scripts.tqdm, mininterval=0))
+    monkeypatch.setattr(main_common, "tqdm", functools.partial(main_common.tqdm, mininterval=0))
     assert run(*small("sgd")) == 0
     bars = terminal.getvalue().split("\r")
     for title in ("epoch 2/3:", "test:"):
@@ -445,7 +445,7 @@ def test_killed_at_any_moment(run, dataset, tmp_path):
         process.communicate()
         for path in (path for path in tmp_path.iterdir() if path.suffix != ".tmp"):
             if path.suffix in (".pth", ".state"):
-                scripts.load_saved(path)
+                main_common.load_saved(path)
     assert run(*flags) == 0
     assert run(*flags[:-1], "--save", "whole.pth") == 0
     assert_same_run("whole", "killed")
@@ -494,10 +494,10 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
         os.kill(os.getpid(), signal.SIGKILL)
 
     if (child := os.fork()) == 0:
-        scripts.save_atomically(path, write)
+        main_common.save_atomically(path, write)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert path.read_bytes() == b"old"
-    scripts.save_atomically(path, lambda file: file.write(b"new"))
+    main_common.save_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 
@@ -721,11 +721,11 @@ def test_memory_is_measured(monkeypatch):
 def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
     """Unless a device is named in full. The GPUs are thought up."""
     monkeypatch.setattr(torch, "zeros", lambda size, device: torch.ones(size))
-    assert scripts.find_device("cuda") == torch.device("cuda")
+    assert main_common.find_device("cuda") == torch.device("cuda")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert scripts.find_device("cuda") == torch.device("cuda", 1)
-    assert scripts.find_device("cuda:0") == torch.device("cuda", 0)
-    assert scripts.find_device("cpu") == torch.device("cpu")
+    assert main_common.find_device("cuda") == torch.device("cuda", 1)
+    assert main_common.find_device("cuda:0") == torch.device("cuda", 0)
+    assert main_common.find_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -876,7 +876,7 @@ def test_a_refusal_of_the_optimizer_is_a_sentence(dataset):
     optimizer = Refusing(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
     loader = datautils.load(dataset).loader("train", 16)
-    with pytest.raises(scripts.UserError, match="damp is too small"):
+    with pytest.raises(main_common.UserError, match="damp is too small"):
         main_optim.train_epoch(model, loader, optimizer, scheduler, device=torch.device("cpu"))
 
 

@@ -19,11 +19,11 @@ from PIL import Image
 from test_main_optim import assert_shown
 
 import datautils
+import main_common
 import main_optim
 import main_prun
 import models
 import prun
-import scripts
 from prun import MFACPruner, inverse_bytes
 
 SCRIPT = Path(main_prun.__file__)
@@ -203,7 +203,7 @@ def test_models_figures_and_lines(run, dataset, pruner, capsys):
         assert f"test {float(row['test_accuracy']):.2f} %" in lines[1 + step]
         model = models.build("resnet20", 4)
         models.load_checkpoint(model, f"net-step{step}.pth")
-        loss, accuracy = scripts.evaluate(model, test, device=torch.device("cpu"))
+        loss, accuracy = main_common.evaluate(model, test, device=torch.device("cpu"))
         assert accuracy == pytest.approx(float(row["test_accuracy"]))
         assert loss == pytest.approx(float(row["test_loss"]), rel=1e-4)
         recomputed = pruner == "mfac" and step == 0
@@ -376,7 +376,7 @@ def test_fine_tuning_keeps_the_masks(run, optim):
     assert run(*untuned) == 0
     assert not same_weights("net-step0.pth", "untuned-step0.pth")
     # The curve has the accuracy after the last epoch at each sparsity.
-    ((name, history),) = scripts.read_runs([Path("net.csv")], main_prun.DRAWN)
+    ((name, history),) = main_common.read_runs([Path("net.csv")], main_prun.DRAWN)
     assert name == "net"
     assert [accuracy for _, accuracy in main_prun.curve(history)] == [
         float(table[i]["test_accuracy"]) for i in (0, 3, 7)
@@ -415,7 +415,7 @@ def test_interrupted_while_a_state_is_loaded(run, monkeypatch, capsys):
     """It is still there, and the message does not say otherwise."""
     assert run("--pruner", "magnitude", "--sparsities", 0.3, "--out", "net") == 0
     with monkeypatch.context() as context:
-        context.setattr(scripts, "load_saved", lambda path: exec("raise KeyboardInterrupt"))
+        context.setattr(main_common, "load_saved", lambda path: exec("raise KeyboardInterrupt"))
         assert run("--out", "net", "--resume") == 130
     assert "before anything was saved" in capsys.readouterr().err
     assert run("--out", "net", "--resume") == 0
@@ -432,7 +432,7 @@ def test_killed_at_any_moment(run, dataset, checkpoint, tmp_path):
         process.kill()
         process.communicate()
         for path in tmp_path.glob("*[eh]"):  # .state, .pth
-            scripts.load_saved(path)
+            main_common.load_saved(path)
     assert run(*flags, "--out", "killed", "--resume") == 0
     assert run(*flags, "--out", "whole") == 0
     assert_same_run("whole", "killed")

@@ -13,10 +13,10 @@ import test_main_prun
 import torch
 import torch.distributed as dist
 
+import main_common
 import main_optim
 import main_prun
 import models
-import scripts
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = {"optim": (main_optim, test_main_optim), "prun": (main_prun, test_main_prun)}
@@ -78,7 +78,7 @@ def test_the_same_bits_again(name, threads, dataset, tmp_path, monkeypatch):
 def test_too_little_space_is_seen_before(name, dataset, tmp_path, monkeypatch, capsys):
     script, _ = SCRIPTS[name]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scripts.shutil, "disk_usage", lambda folder: argparse.Namespace(free=9))
+    monkeypatch.setattr(main_common.shutil, "disk_usage", lambda folder: argparse.Namespace(free=9))
     torch.save(models.build("resnet20", 4).state_dict(), "trained.pth")
     with pytest.raises(SystemExit) as end:
         script.main(["--dataset", str(dataset), "--checkpoint", "trained.pth", "--ngrads", "8"])

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
@@ -29,7 +29,7 @@ import datautils
 import models
 from models.sync import sync_batch_norm
 from optim import MFAC
-from ranks import Ranks
+from ranks import Ranks, is_dtensor, local, padded, sharded_dim
 
 ALONE = Ranks()
 
@@ -169,7 +169,8 @@ def save_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 def load_saved(path: Path) -> Any:
     """What torch.save wrote to `path`, on the CPU: mapped, so that a window is not in memory twice.
-    The file may be replaced then, but not be written to. Raises UserError if it is damaged."""
+    What is kept of it must be copied: until then the file may be replaced, but not written to, and
+    takes its space on the disk. Raises UserError if it is damaged."""
     try:
         return models.read_tensors(path, zipped=True, mmap=True)
     except Exception as error:  # there is no end to what a damaged file can set off
@@ -366,12 +367,11 @@ def gathered(state: Any, ranks: Ranks) -> Any:
     keeps them."""
 
     def whole(x: Any) -> Any:
-        if not hasattr(x, "placements"):
+        if not is_dtensor(x):
             return x
         # Not by its full_tensor, whose threads can abort a process at its end (torch 2.14, gloo).
-        dim = x.placements[0].dim
-        part = x.to_local().movedim(dim, -1)
-        part = pad(part, (0, ranks.chunk(x.shape[dim]) - part.shape[-1]))
+        dim = sharded_dim(x)
+        part = padded(local(x).movedim(dim, -1), ranks.chunk(x.shape[dim]))
         parts = ranks.gather(part.flatten()).view(ranks.size, *part.shape)
         if ranks.rank > 0:
             return None
