@@ -532,7 +532,7 @@ class Run:
             (weight[~saved["masks"][name]] != 0).any() for name, weight in pruner.params.items()
         ):
             raise ValueError("the masks are of other weights")
-        pruner.load_state_dict(saved)
+        pruner.load_state_dict(copy.deepcopy(saved))  # it keeps masks and weights as they are
 
     # --- while it runs
 

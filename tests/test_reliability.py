@@ -1,6 +1,7 @@
 """Small parts of what kill.py and mutate.py do, and what holds for both scripts alike."""
 
 import argparse
+import gc
 import os
 import re
 import subprocess
@@ -86,6 +87,30 @@ def test_too_little_space_is_seen_before(name, dataset, tmp_path, monkeypatch, c
     assert end.value.code == 2 and "0.00 GiB of free space" in printed.err
     assert printed.out == "" and printed.err.count("\n") == 1
     assert os.listdir() == ["trained.pth"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
+@pytest.mark.parametrize("optim", ["sgd", "mfac"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_resumed_run_lets_go_of_its_state(name, optim, dataset, tmp_path, monkeypatch):
+    """Else the file would take its space on the disk even when it has been replaced."""
+    script, _ = SCRIPTS[name]
+    monkeypatch.chdir(tmp_path)
+    torch.save(models.build("resnet20", 4).state_dict(), "trained.pth")
+    flags = f"--checkpoint trained.pth --optim {optim} --momentum 0.5".split()
+    flags += ["--ngrads", "5"] if name == "prun" or optim == "mfac" else []
+    flags += {"optim": ["--epochs", "1"], "prun": ["--sparsities", "0.5", "--nepochs", "1"]}[name]
+    place = {"optim": ["--save", "net.pth"], "prun": ["--out", "net"]}[name]
+    script.main([*flags, *place, "--dataset", str(dataset)])
+    mapped = []
+
+    def look(run):
+        gc.collect()
+        mapped.append("net.state" in Path("/proc/self/maps").read_text())
+
+    monkeypatch.setattr(script.Run, "go", look)
+    script.main([*place, "--resume"])
+    assert mapped == [False]
 
 
 @pytest.fixture
