@@ -360,19 +360,21 @@ def checked_compress(compress: float | None) -> float | None:
 
 def check_saved_window(block: Any, m: int, compressed: bool) -> None:
     """Raises ValueError if this is no `state` of a window of m gradients."""
-    rows, fits, rule = block, True, f"its window must have {m} rows"
+    error: Any = None
+    columns: Any = None
+    rows, rule = block, f"its window must have {m} rows"
     if compressed:
-        parts: list[Any] = [None] * 3
-        if isinstance(block, dict):
-            parts = [block.get(name) for name in ("error", "columns", "values")]
-        error, columns, rows = parts
-        fits = is_real(error) and isinstance(columns, Tensor) and is_real(rows)
-        if fits := fits and columns.dtype in (torch.int32, torch.int64):
-            index = local(columns)
-            inside = bool(((0 <= index) & (index < len(local(error)))).all())
-            fits = inside and columns.shape == rows.shape
+        parts = block if isinstance(block, dict) else {}
+        error, columns, rows = (parts.get(name) for name in ("error", "columns", "values"))
         rule += ", with the column of each entry, from 0 to d - 1"
-    if not (fits and is_real(rows) and rows.ndim == 2 and len(rows) == m):
+    fits = is_real(rows) and rows.ndim == 2 and len(rows) == m
+    if fits and compressed:
+        indices = isinstance(columns, Tensor) and columns.dtype in (torch.int32, torch.int64)
+        fits = indices and columns.shape == rows.shape and is_real(error) and error.ndim == 1
+    if fits and compressed:
+        index = local(columns)
+        fits = bool(((0 <= index) & (index < len(local(error)))).all())
+    if not fits:
         raise ValueError(f"The state dict is damaged: {rule}")
 
 

@@ -155,6 +155,7 @@ STATES = {
             ("fewer", "columns", torch.zeros(3, 1, dtype=torch.int32)),
             ("rows", "values", torch.zeros(2, 2)),
             ("error", "error", None),
+            ("scalar", "error", torch.tensor(0.0)),
         )
     },
     "compress": (loads(fisher, edit(compress=7)), "Invalid compress: 7"),
