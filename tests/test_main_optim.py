@@ -73,11 +73,13 @@ def small(optim: str, save: str = "net.pth") -> list[str]:
 
 
 def start(*flags, **options) -> subprocess.Popen:
-    """The script in a process of its own."""
+    """The script in a process of its own, which minds Ctrl-C even where the tests don't, as in the
+    background of a shell."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), *map(str, flags)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, **pipes | options)
+    minds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, env=environment, preexec_fn=minds, **pipes | options)
 
 
 def rows(path: str, without=frozenset()) -> list[dict[str, str]]:
