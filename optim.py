@@ -35,22 +35,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from coefficients import COEFFICIENTS, factor, unit
-from ranks import Columns, Ranks, find_process_group, local, placed_as, sharded_dim
-from windows import (
+from checks import (
     IN_FLOATS,
-    CompressedWindow,
-    DenseWindow,
     check_damp,
     check_device,
     check_devices,
     check_integer,
-    check_saved_window,
     checked_compress,
     checked_dtype,
-    gram,
     is_real,
     kind,
+)
+from coefficients import COEFFICIENTS, factor, unit
+from ranks import Columns, Ranks, find_process_group, local, placed_as, sharded_dim
+from windows import (
+    CompressedWindow,
+    DenseWindow,
+    check_saved_window,
+    gram,
     step_traffic,
     window_bytes,
 )

@@ -50,16 +50,9 @@ from torch.nn.functional import pad
 from torch.nn.utils import prune as torch_prune
 from torch.utils.data import SequentialSampler
 
+from checks import IN_FLOATS, check_damp, check_device, check_integer, is_real, kind
 from ranks import Ranks, find_process_group
-from windows import (
-    IN_FLOATS,
-    check_damp,
-    check_device,
-    check_integer,
-    full_precision,
-    is_real,
-    kind,
-)
+from windows import full_precision
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
