@@ -836,6 +836,7 @@ __global__ __launch_bounds__(THREADS) void sparse_transposed_times(
   const int entries = k - entry < kept ? int(k - entry) : kept;
   double* const sum = sums[warp];
   for (int c = lane; c < SPARSE_COLUMNS; c += WARP) sum[c] = 0;
+  __syncwarp();
 
   for (int row0 = warp * WARP; row0 < m; row0 += THREADS) {
     // A lane a row: from which entry to which are its columns?

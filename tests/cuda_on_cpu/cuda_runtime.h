@@ -179,7 +179,7 @@ struct Block {
   void (*body)(void*);
   void* argument;
 
-  explicit Block(int threads) : fibers(threads), ready(threads) {
+  explicit Block(int threads) : fibers(threads) {
     void* memory = mmap(nullptr, STACK * threads, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) die("no memory for the stacks of the fibers");
@@ -242,6 +242,7 @@ CPUCUDA_NOSAN inline void run_ready(Block& b) {
 CPUCUDA_NOSAN inline void run_block(Block& b, int block, uint32_t launch) {
   const int n = b.fibers.size();
   self.block = &b;
+  b.ready.resize(n);  // the block before has left it empty
   for (int i = 0; i < n; i++) {
     Fiber& f = b.fibers[i];
     f.started = false;
