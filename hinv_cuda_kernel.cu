@@ -686,7 +686,7 @@ constexpr int FLIGHT = 8;                // rows of a thread in flight
 // u = factor G^T z over the rows in use, where row j first becomes x / scale, if x is given and
 // accepted. A block has LANES packs of columns.
 template <class F>
-__global__ __launch_bounds__(THREADS) void window_transposed_times(
+__global__ __launch_bounds__(THREADS, 2) void window_transposed_times(
     typename F::Code* G, const double* __restrict__ z, const float* __restrict__ scales,
     double factor, const typename F::Real* __restrict__ x, const long long* __restrict__ count,
     const long long* __restrict__ accepted, int m, long long d, long long stride,

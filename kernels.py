@@ -124,7 +124,18 @@ class Compiled:
         numbers = m, float(damp), float(limit)
         blocks = -(-m // WARPS)
         self._launch(
-            "exchange", blocks, P, K, k, count, *numbers, z, health, accepted, scratch, together=True
+            "exchange",
+            blocks,
+            P,
+            K,
+            k,
+            count,
+            *numbers,
+            z,
+            health,
+            accepted,
+            scratch,
+            together=True,
         )
 
     def hinv_times(
@@ -162,7 +173,8 @@ class Compiled:
     ) -> Tensor:
         """XGᵀ (n, m) in float64 over the rows in use, for X (n, d), n ≤ 2, and a compressed G."""
         (m, k), (n, d) = values.shape, X.shape
-        y, scratch = (y.new_empty(s, dtype=torch.float64) for s in ((n, m), n * m * SPARSE_PARTS))
+        y = count.new_empty(n, m, dtype=torch.float64)
+        scratch = y.new_empty(SPARSE_PARTS * n * m)
         arguments = columns, values, X, count, n, m, k, d, scratch, y
         name = f"sparse_times<{FORMATS[values.dtype]}>"
         self._launch(name, SCRATCH, *arguments, together=True)
@@ -226,7 +238,10 @@ def compiled(architecture: int) -> tuple[dict[str, str], bytes]:
 
 
 def _compile(nvrtc: Any, source: bytes, architecture: int) -> tuple[dict[str, str], bytes]:
-    kernels = ["exchange", *(f"{kernel}<{name}>" for kernel in KERNELS for name in FORMATS.values())]
+    kernels = [
+        "exchange",
+        *(f"{kernel}<{name}>" for kernel in KERNELS for name in FORMATS.values()),
+    ]
     program = _checked(nvrtc.nvrtcCreateProgram(source, SOURCE.name.encode(), 0, [], []))
     for name in kernels:
         _checked(nvrtc.nvrtcAddNameExpression(program, name.encode()))

@@ -83,9 +83,7 @@ class OnCpu:
         self.library.cpucuda_seed(seed)
 
     def _call(self, name, *arguments):
-        converted = [
-            pointer(a) if a is None or isinstance(a, np.ndarray) else a for a in arguments
-        ]
+        converted = [pointer(a) if a is None or isinstance(a, np.ndarray) else a for a in arguments]
         error = getattr(self.library, name)(*converted, None)
         assert error == 0, f"{name} returned CUDA error {error}"
 

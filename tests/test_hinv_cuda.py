@@ -9,8 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
-from functools import cache
 
 import numpy as np
 import pytest
@@ -19,7 +17,6 @@ from kernels_on_cpu import (
     CODES,
     HARNESS,
     SOURCE,
-    KernelsOnCpu,
     OnCpu,
     library,
     real,
@@ -76,15 +73,21 @@ class OnGpu:
 
     def times(self, dtype, G, d, x, count, scales=None):
         x, count, scales = self._tensors(x, np.int64(count), scales)
-        return self.interface.hinv_times(self._window(dtype, G)[:, :d], x, count, scales).cpu().numpy()
+        return (
+            self.interface.hinv_times(self._window(dtype, G)[:, :d], x, count, scales).cpu().numpy()
+        )
 
     def transposed_times(
         self, dtype, G, d, z, scales=None, factor=1.0, x=None, count=None, accepted=None
     ):
         window = self._window(dtype, G)
         z, scales, x = self._tensors(z, scales, x)
-        count, accepted = (None if n is None else self._tensors(np.int64(n))[0] for n in (count, accepted))
-        u = self.interface.hinv_transposed_times(window[:, :d], z, scales, factor, x, count, accepted)
+        count, accepted = (
+            None if n is None else self._tensors(np.int64(n))[0] for n in (count, accepted)
+        )
+        u = self.interface.hinv_transposed_times(
+            window[:, :d], z, scales, factor, x, count, accepted
+        )
         integer = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}[G.itemsize]
         import torch
 
@@ -412,7 +415,10 @@ def decode(dtype, codes):
 def encode(dtype, rng, shape):
     """Codes of random numbers, subnormal ones among them."""
     if dtype == "float8_e4m3fn":
-        return rng.integers(127, size=shape, dtype=np.uint8) | rng.integers(2, size=shape, dtype=np.uint8) << 7
+        return (
+            rng.integers(127, size=shape, dtype=np.uint8)
+            | rng.integers(2, size=shape, dtype=np.uint8) << 7
+        )
     numbers = rng.normal(size=shape) * np.exp2(rng.integers(-25, 8, size=shape))
     if dtype == "bfloat16":
         return (numbers.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
@@ -503,7 +509,9 @@ def test_what_is_not_finite_in_the_window_shows(kernels, dtype):
     w.codes[i, c] = np.iinfo(CODES[dtype]).max
     k = kernels.times(dtype, w.codes, d, w.x, w.count, w.scales)
     assert (np.isnan(k) == (np.arange(m) == i)).all()
-    u = kernels.transposed_times(dtype, w.codes, d, w.rng.normal(size=m), w.scales, 1.0, None, w.count)
+    u = kernels.transposed_times(
+        dtype, w.codes, d, w.rng.normal(size=m), w.scales, 1.0, None, w.count
+    )
     assert (np.isnan(u) == (np.arange(d) == c)).all()
 
 
@@ -543,7 +551,9 @@ class Compressed:
         ]
         self.columns = np.array(
             [
-                np.concatenate([s + np.sort(rng.choice(size, kept, False)) for s, size, kept in blocks])
+                np.concatenate(
+                    [s + np.sort(rng.choice(size, kept, False)) for s, size, kept in blocks]
+                )
                 for _ in range(m)
             ],
             np.int32,
@@ -633,17 +643,23 @@ def test_neither_the_order_of_threads_nor_the_number_of_blocks_matters(m):
 def test_launches(m, doublings):
     kernels = OnCpu()
     count = kernels.library.cpucuda_launches
-    G, columns = np.zeros((m, 8), np.uint32), np.arange(8, dtype=np.int32) * np.ones((m, 1), np.int32)
+    G, columns = (
+        np.zeros((m, 8), np.uint32),
+        np.arange(8, dtype=np.int32) * np.ones((m, 1), np.int32),
+    )
     for call, launches in [
         (lambda: kernels.setup(np.zeros((m, m)), np.eye(m)), 1 + 2 * doublings),
         (lambda: kernels.mul(m, np.eye(m), np.ones((3, m))), 1),
-        *((step, 1) for step in [
-            lambda: kernels.update(np.eye(m), np.eye(m), np.ones(m), 0, 1e-3, 1.0),
-            lambda: kernels.times("float32", G, 8, np.ones(8, np.float32), 0),
-            lambda: kernels.transposed_times("float32", G, 8, np.ones(m)),
-            lambda: kernels.sparse_times("float32", columns, G, np.ones((2, 8), np.float32), 0),
-            lambda: kernels.sparse_transposed_times("float32", columns, G, np.ones(m), 8),
-        ]),
+        *(
+            (step, 1)
+            for step in [
+                lambda: kernels.update(np.eye(m), np.eye(m), np.ones(m), 0, 1e-3, 1.0),
+                lambda: kernels.times("float32", G, 8, np.ones(8, np.float32), 0),
+                lambda: kernels.transposed_times("float32", G, 8, np.ones(m)),
+                lambda: kernels.sparse_times("float32", columns, G, np.ones((2, 8), np.float32), 0),
+                lambda: kernels.sparse_transposed_times("float32", columns, G, np.ones(m), 8),
+            ]
+        ),
     ]:
         before = count()
         call()
@@ -746,8 +762,10 @@ def test_no_access_out_of_bounds():
 @needs_gxx
 def test_an_access_out_of_bounds_would_be_seen():
     program = """
-import os, numpy, tests.test_hinv_cuda as t
-kernels = t.OnCpu(os.environ["HINV_CUDA_LIBRARY"])
+import os, sys, numpy
+sys.path.insert(0, "tests")
+import kernels_on_cpu
+kernels = kernels_on_cpu.OnCpu(os.environ["HINV_CUDA_LIBRARY"])
 kernels.mul(33, numpy.eye(33)[:, :32].copy(), numpy.ones(33))
 """
     done = sanitized("-c", program)
