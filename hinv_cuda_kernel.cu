@@ -393,7 +393,7 @@ constexpr double ROUNDING = 1e-13;  // of A u, relative: what refinement would n
 constexpr double SOLVED = 1e-6;     // largest residual of a z that solves its equation
 constexpr int AHEAD = 4;
 
-__global__ __launch_bounds__(THREADS) void exchange(
+__global__ __launch_bounds__(THREADS, 2) void exchange(
     double* __restrict__ P, double* __restrict__ K, const double* __restrict__ k,
     const long long* __restrict__ count, int m, double damp, double limit, double* __restrict__ z,
     double* __restrict__ health, long long* __restrict__ accepted, double* __restrict__ scratch) {
