@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import kernels
-from models import resnet20
+import models
 from optim import MFAC, DynamicInverseFisher
 
 
@@ -54,7 +54,7 @@ def fill(fisher, d):
 
 
 def optimizer(m, dtype, momentum=0.9, **options):
-    model = resnet20().cuda()
+    model = models.build("resnet20", 10).cuda()
     params = list(model.parameters())
     sets = [[torch.randn_like(p) for p in params] for _ in range(16)]
     for p, g in zip(params, sets[0], strict=True):
@@ -86,6 +86,18 @@ def captured(made):
     with torch.cuda.graph(graph):
         made.step()
     return graph
+
+
+def launches(run):
+    """Kernels, copies and fills that a run puts on the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    names = [event.name for event in found.events() if event.device_type.name == "CUDA"]
+    return len(names), [name[:60] for name in names]
 
 
 def check_step():
@@ -191,6 +203,10 @@ def main():
             flush=True,
         )
         del params, made, step, refresh, graph
+    for momentum in (0.0, 0.9):
+        params, made, step, _ = optimizer(512, torch.float32, momentum, weight_decay=1e-3)
+        print(f"launches of MFAC.step, momentum {momentum}:", launches(made.step))
+        del params, made, step
     for options in ({"compress": 0.01},):
         params, made, step, refresh = optimizer(1024, torch.float32, **options)
         copying = milliseconds(refresh)
