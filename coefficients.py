@@ -43,7 +43,6 @@ class Coefficients:
         self.damp = damp
         self.K = torch.zeros(m, m, dtype=torch.float64, device=device)
         self.P = torch.eye(m, dtype=torch.float64, device=device) / (m * damp)
-        self.fresh = True  # P has been computed from K as it is
 
     def invert(self, damp: float) -> bool:
         """Computes P from K for damping λ = `damp`, O(m³). False, and nothing changes, if A is not
@@ -53,7 +52,7 @@ class Coefficients:
         P = torch.cholesky_inverse(factor(A)).contiguous()  # kernels take rows
         if not bool(P[0, 0].isfinite()):
             return False
-        self.P, self.damp, self.fresh = P, damp, True
+        self.P, self.damp = P, damp
         return True
 
     def exchange(
@@ -72,7 +71,6 @@ class Coefficients:
             P ← P' + ũũᵀ/s,     z = −ũ/s
         """
         m, shift = len(k), len(k) * self.damp
-        self.fresh = False
         if kernels := cuda_kernels(k.device):
             z, accepted, error = torch.empty_like(k), torch.empty_like(count), k.new_empty(1)
             kernels.hinv_update(self.P, self.K, k, count, self.damp, TOLERANCE, z, error, accepted)

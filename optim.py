@@ -182,7 +182,7 @@ class DynamicInverseFisher:
         """ĝ as it is to become row j = count mod m, z = A⁻¹e_j (m,), and, of a compressed window,
         G(g − ĝ) (m,). K and P are those with g, if it is accepted; the window is not yet."""
         g = self._checked(g).to(self.device)
-        self.settle()
+        self.settle(wait=False)
         entry = self.window.entry(g)
 
         def products(exact: bool) -> Tensor:
@@ -195,9 +195,10 @@ class DynamicInverseFisher:
         self.counter += self.accepted
         self.precision.interrupted = False  # K and the window agree again
 
-    def settle(self) -> None:
-        """Reads what the last exchange on CUDA found out. Raises as `update_matvec`."""
-        self.precision.settle()
+    def settle(self, wait: bool = True) -> None:
+        """Reads what exchanges on CUDA found out, all of them if it is to `wait`. Raises as
+        `update_matvec`."""
+        self.precision.settle(wait)
 
     def matvec(self, x: Tensor) -> Tensor:
         """F⁻¹x (d,) for x (d,), by (1), in float64: two reads of the window, or four where K is from
@@ -427,7 +428,7 @@ class MFAC(torch.optim.Optimizer):
                 segment.numbers.neg_()
             if group["weight_decay"] != 0:
                 segment.add_weights(group["weight_decay"])
-        late = self._recovery.settle(self.fisher)
+        late = self._recovery.settle(self.fisher, wait=False)
         u = self._recovery.update_matvec(self.fisher, self._flat.gradient(), self.damp)
         if u is not None:
             u = self._flat.spread(u)

@@ -35,16 +35,20 @@ class Recovery:
         self.skipped_steps = self.raised_steps = 0
         self._steps = self._last_skip = self._in_a_row = 0
 
-    def settle(self, fisher: "DynamicInverseFisher") -> NonFiniteGradientError | None:
-        """Reads what the last step on CUDA found out; returns what is left to raise."""
-        try:
-            fisher.settle()
-        except DampTooSmallError:
-            self._raise_damp(fisher)
-        except NonFiniteGradientError as error:
-            self._skip(error)
-            return error if self.on_nonfinite == "raise" else None
-        return None
+    def settle(
+        self, fisher: "DynamicInverseFisher", wait: bool = True
+    ) -> NonFiniteGradientError | None:
+        """Reads what steps on CUDA found out; returns what is left to raise."""
+        late = None
+        while True:
+            try:
+                fisher.settle(wait)
+                return late if self.on_nonfinite == "raise" else None
+            except DampTooSmallError:
+                self._raise_damp(fisher)
+            except NonFiniteGradientError as error:
+                self._skip(error)
+                late = error
 
     def update_matvec(
         self, fisher: "DynamicInverseFisher", g: Tensor, damp: float

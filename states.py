@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from checks import check_damp, check_integer, checked_dtype, is_real, kind
-from flat import Flat, views
+from flat import Flat
 from ranks import as_dtensor, is_dtensor, local, placed_as, sharded_dim
 from windows import BLOCK, SCALED
 
@@ -90,7 +90,6 @@ def into_fisher(
     precision.exact = precision.always_exact or state["exact"]
     side.K.copy_(state["K"])
     side.P.copy_(state["P"])
-    side.fresh = False
     if not complete:
         precision.rebuild()
     elif state["damp"] != fisher.damp:
@@ -287,23 +286,18 @@ def into_optimizer(
 
 
 def _to_save(flat: Flat, p: Tensor, G: Tensor) -> Tensor:
-    """The columns G (m, ·) of p as (m, *shape), or as (m, trained weights) where there are masks or
-    ranks that share it."""
-    m, here, dim = len(G), local(p), sharded_dim(p)
-    if flat.index is None:  # in the order of memory
-        stride = torch.empty_like(here, device="meta").stride()
-        return G.as_strided((m, *here.shape), (G.stride(0), *stride), G.storage_offset())
-    mask = flat.mask(p)
+    """The columns G (m, ·) of p as (m, trained weights), or (m, *shape) if p is sharded."""
+    dim, mask, here = sharded_dim(p), flat.mask(p), local(p)
     if dim is None:
-        trained = p.numel() if mask is None else int(mask.sum())
-        return flat.ranks.as_saved(G, 1, trained)
+        return flat.ranks.as_saved(G, 1, p.numel() if mask is None else int(mask.sum()))
     if mask is not None:
-        G = G.new_zeros(m, here.numel()).index_copy_(1, local(mask).flatten().nonzero()[:, 0], G)
+        index = local(mask).flatten().nonzero()[:, 0]
+        G = G.new_zeros(len(G), here.numel()).index_copy_(1, index, G)
     from torch.distributed.tensor import Shard
 
     placements = [Shard(dim + 1) if x.is_shard() else x for x in cast(Any, p).placements]
-    mesh = cast(Any, p).device_mesh
-    return as_dtensor(G.reshape(m, *here.shape), (m, *p.shape), mesh, placements)
+    shape, mesh = (len(G), *p.shape), cast(Any, p).device_mesh
+    return as_dtensor(G.reshape(len(G), *here.shape), shape, mesh, placements)
 
 
 def _from_saved(
@@ -324,12 +318,7 @@ def _from_saved(
         G = flat.ranks.own(G.view(m, *p.shape), dim + 1).flatten(1)
     if mask is not None and G.shape[1] == local(p).numel():
         G = G[:, local(mask).flatten().to(G.device)]
-    if dim is None:
-        G = flat.ranks.part(G, 1)
-    if flat.index is None and not local(p).is_contiguous():
-        order = views(torch.arange(p.numel(), device=G.device), [p])[0].flatten()
-        G = torch.empty_like(G).index_copy_(1, order, G)
-    return G
+    return flat.ranks.part(G, 1) if dim is None else G
 
 
 def _check_parameters(params: list[Tensor], saved: list[dict[str, Any]]) -> None:
