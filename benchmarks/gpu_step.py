@@ -213,17 +213,17 @@ class Exchange:
 
     def check(self, kernels: Any) -> None:
         self.runs(kernels)["update"]()
-        z, amplification, accepted = self.out
+        z, error, accepted = self.out
         A = self.K + self.m * self.damp * torch.eye(self.m, device="cuda").double()
         residual = A @ z
         residual[self.m // 3] -= 1
         units = (A[self.m // 3, self.m // 3] / A.diagonal()).sqrt()
         solved = 1e-6 if self.parallel else 1e-11
         assert (residual * units).abs().max() < solved, "hinv_update is wrong"
-        assert accepted == 1 and 0 < amplification < torch.inf, "hinv_update is wrong"
+        assert accepted == 1 and 0 < error < solved, "hinv_update is wrong"
 
     def runs(self, kernels: Any) -> dict[str, Callable[[], object]]:
-        arguments = self.P, self.K, self.k, self.count, self.damp, 1e300, *self.out
+        arguments = self.P, self.K, self.k, self.count, self.damp, 2e-5, *self.out
         return {"update": lambda: kernels.hinv_update(*arguments)}
 
     bytes = 0
@@ -234,13 +234,10 @@ def table_of_kernels(rounds: int) -> None:
     import kernels
 
     start = time.perf_counter()
-    ways = {"NVRTC": kernels.Compiled(torch.cuda.current_device())}
+    ways: dict[str, Any] = {"NVRTC": kernels.Compiled(torch.device("cuda", 0))}
     print(f"NVRTC: {time.perf_counter() - start:.1f} s to compile or load")
-    extension, why = kernels._extension()
-    if extension:
-        ways["extension"] = extension
-    else:
-        print(f"no extension: {why}")
+    if importlib.util.find_spec("hinv_cuda"):
+        ways["extension"] = importlib.import_module("hinv_cuda")
     for dtype, (way, interface) in itertools.product(DTYPES, ways.items()):
         for case in (Case(40, 9001, dtype), Case(7, 130, dtype), Compressed(40, 9001, dtype)):
             case.check(interface)
