@@ -3,6 +3,7 @@ through both ways in. Arrays are numpy's, so that the same cases run in a proces
 sanitizers need one.
 """
 
+import contextlib
 import functools
 import importlib
 import json
@@ -11,12 +12,14 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 from kernels_on_cpu import (
     BLOCK,
     CODES,
+    FORMATS,
     HARNESS,
     SOURCE,
     OnCpu,
@@ -447,7 +450,7 @@ class Window:
 
 
 def assert_sums(actual, terms, rounding=0.0):
-    """Sums of float64 terms along their first axis; each result is rounded by `rounding` of itself."""
+    """Sums of float64 terms along their first axis, each rounded by `rounding` of itself."""
     exact = terms.astype(np.longdouble).sum(0)
     allowed = ROUNDING * np.abs(terms).sum(0) + rounding * np.abs(exact)
     assert (np.abs(actual - exact) <= allowed).all()
@@ -768,6 +771,143 @@ kernels.mul(33, numpy.eye(33)[:, :32].copy(), numpy.ones(33))
     assert "heap-buffer-overflow" in done.stderr
 
 
+# --- two ways in ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def module(caplog):
+    """kernels.py, as if nobody had looked for kernels before."""
+    pytest.importorskip("torch")
+    module = importlib.import_module("kernels")
+    module._kernels.cache_clear()
+    caplog.set_level("DEBUG", logger="optim")
+    yield module
+    module._kernels.cache_clear()
+
+
+EXTENSION = {f"hinv_{name}": None for name in ("update", "times", "transposed_times")}
+EXTENSION |= {"hinv_sparse_times": None, "hinv_sparse_transposed_times": None, "__file__": "there"}
+OTHERS = types.SimpleNamespace(hinv_setup=None, hinv_mul=None, __file__="elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("installed", "nvrtc", "line"),
+    [
+        (types.SimpleNamespace(**EXTENSION), True, "CUDA kernels: those of there"),
+        (None, True, "CUDA kernels: compiled by NVRTC ("),
+        (OTHERS, True, "compiled by NVRTC (elsewhere is another hinv_cuda, without hinv_update)"),
+        (
+            OTHERS,
+            False,
+            "none (elsewhere is another hinv_cuda, without hinv_update; NVRTC: Runtime",
+        ),
+        (None, False, "CUDA kernels: none ("),
+    ],
+)
+def test_which_kernels_are_taken_is_logged_once(
+    module, monkeypatch, caplog, installed, nvrtc, line
+):
+    import torch
+
+    def compiled(device):
+        if not nvrtc:
+            raise RuntimeError("CUDA_ERROR_NO_DEVICE")
+        return "compiled"
+
+    monkeypatch.setitem(sys.modules, "hinv_cuda", installed)
+    monkeypatch.setattr(module, "Compiled", compiled)
+    expected = installed if line.endswith("there") else "compiled" if nvrtc else None
+    for _ in range(2):
+        assert module.cuda_kernels(torch.device("cuda", 0)) is expected
+        assert module.cuda_kernels(torch.device("cpu")) is None
+    assert len(caplog.records) == 1
+    assert line in caplog.text
+
+
+@pytest.fixture
+def nvrtc():
+    pytest.importorskip("torch")
+    bindings = pytest.importorskip("cuda.bindings.nvrtc")
+    try:
+        bindings.nvrtcVersion()
+    except RuntimeError:  # the library is not there
+        pytest.skip("needs NVRTC")
+    return bindings
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 120])
+def test_nvrtc_compiles_without_a_gpu_and_once(module, nvrtc, monkeypatch, tmp_path, architecture):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    symbols, binary = module.compiled(architecture)
+    assert len(symbols) == 1 + 4 * len(CODES)
+    assert binary[:4] == b"\x7fELF"
+    assert all(symbol.encode() in binary for symbol in symbols.values())
+    assert len(list((tmp_path / "mfac").iterdir())) == 1
+    monkeypatch.setattr(module, "_compile", None)
+    assert module.compiled(architecture) == (symbols, binary)
+
+
+def test_a_cache_that_cannot_be_written_or_read_is_none(module, nvrtc, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "_compile", lambda *_: ({"exchange": "e"}, b"binary"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("not a folder")
+    assert module.compiled(90) == ({"exchange": "e"}, b"binary")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    module.compiled(90)
+    (kept,) = (tmp_path / "mfac").iterdir()
+    kept.write_bytes(b"damaged")
+    assert module.compiled(90) == ({"exchange": "e"}, b"binary")
+
+
+def test_nvrtc_says_what_is_wrong(module, nvrtc):
+    with pytest.raises(RuntimeError, match=r"hinv_cuda_kernel\.cu\(1\): error"):
+        module._compile(nvrtc, b"nonsense", "--gpu-architecture=sm_90")
+
+
+class Driver:
+    """Stands for cuda.bindings.driver: runs what is launched on the CPU, from its raw arguments."""
+
+    def __init__(self, library):
+        self.library = library
+
+    def cuLaunchKernel(self, function, *shape_and_arguments):
+        return self._run(function, shape_and_arguments[8])
+
+    def cuLaunchCooperativeKernel(self, function, *shape_and_arguments):
+        assert shape_and_arguments[0] <= 4
+        return self._run(function, shape_and_arguments[8])
+
+    def _run(self, function, arguments):
+        values, kinds = arguments
+        name, dtype = function
+        launcher = getattr(self.library, "hinv_" + name)
+        converted = [kind(value) for value, kind in zip(values, kinds, strict=True)]
+        return (launcher(*([FORMATS[dtype]] if dtype else []), *converted, None),)
+
+
+@needs_gxx
+@pytest.mark.parametrize("dtype", CODES)
+def test_launches_through_the_driver_have_the_arguments_of_the_kernels(module, monkeypatch, dtype):
+    """Those of the launchers in C, so these are what runs: the same bits as through them."""
+    import torch
+
+    on_cpu = OnCpu()
+    kernels = module.Compiled.__new__(module.Compiled)
+    kernels.driver, kernels.device = Driver(on_cpu.library), torch.device("cpu")
+    kernels.functions, kernels.resident = {"exchange": ("update", None)}, {"exchange": 4}
+    for name, kind in module.FORMATS.items():
+        for product in module.PRODUCTS:
+            key = f"{product}<{kind}>"
+            code = str(name).removeprefix("torch."), product.removeprefix("window_")
+            kernels.functions[key], kernels.resident[key] = code[::-1], 4
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    stream = types.SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    through_driver = list(step_kernels(OnGpu(kernels, "cpu"), 33, [dtype]))
+    assert through_driver == list(step_kernels(on_cpu, 33, [dtype]))
+    assert kernels.hinv_transposed_times(torch.ones(3, 0), torch.ones(3).double()).shape == (0,)
+
+
 # --- the build ------------------------------------------------------------------------------------
 
 
@@ -829,8 +969,9 @@ arguments = double, double, vector, count, 1e-3, 1e-5, vector, vector, count
 assert "P is on cpu" in message(hinv_cuda.hinv_update, *arguments)
 assert "P has shape (3,)" in message(hinv_cuda.hinv_update, vector, *arguments[1:])
 assert "G is on cpu" in message(hinv_cuda.hinv_times, matrix, vector, count)
-assert "G is Int; it must be float32, bf" in message(hinv_cuda.hinv_times, matrix.int(), vector, count)
-assert "values is on cpu" in message(hinv_cuda.hinv_sparse_times, matrix.int(), matrix, matrix, count)
+columns = matrix.int()
+assert "G is Int; it must be float32" in message(hinv_cuda.hinv_times, columns, vector, count)
+assert "values is on cpu" in message(hinv_cuda.hinv_sparse_times, columns, matrix, matrix, count)
 for name in ("setup", "mul", "update", "times", "transposed_times", "sparse_times"):
     assert "hinv_" + name in hinv_cuda.__doc__
 
