@@ -79,8 +79,7 @@ class Compiled:
     keeps them from running."""
 
     def __init__(self, device: torch.device):
-        from cuda.bindings import driver
-
+        driver = importlib.import_module("cuda.bindings.driver")
         properties = torch.cuda.get_device_properties(device)
         symbols, binary = compiled(10 * properties.major + properties.minor)
         self.driver, self.device = driver, device
@@ -169,15 +168,14 @@ def _real(window: Tensor) -> torch.dtype:
 def compiled(architecture: int) -> tuple[dict[str, str], bytes]:
     """The kernels for a compute capability times 10, from the cache if they are there: the symbol
     of each in the binary, and the binary."""
-    from cuda.bindings import nvrtc
-
+    nvrtc = importlib.import_module("cuda.bindings.nvrtc")
     source = SOURCE.read_bytes()
     key = repr((source, architecture, _checked(nvrtc.nvrtcVersion())))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mfac")
     kept = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
     with contextlib.suppress(OSError, ValueError):
-        symbols, binary = kept.read_bytes().split(b"\n", 1)
-        return json.loads(symbols), binary
+        header, binary = kept.read_bytes().split(b"\n", 1)
+        return json.loads(header), binary
     symbols, binary = _compile(nvrtc, source, f"--gpu-architecture=sm_{architecture}")
     with contextlib.suppress(OSError):  # a cache that cannot be written is none
         folder.mkdir(parents=True, exist_ok=True)
