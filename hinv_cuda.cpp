@@ -14,17 +14,17 @@
 //       D     (m, m)  its upper triangle; the rest is not read
 //       t     (m,) or (n, m), a right-hand side a row; in place
 //                     t_i <- t_i - sum_{k<i} D_ki t_k / q_k
-//   hinv_update(P, K, k, count, damp, limit, z, error, accepted) -> None    float64
+//   hinv_update(P, K, k, count, damp, tolerance, z, error, accepted) -> None    float64
 //       P     (m, m)  A^-1, A = K + m damp I, symmetric; in place, the inverse of the new A
 //       K     (m, m)  symmetric; in place: row and column j = count % m become k
 //       k     (m,)    products of the new gradient with all m, itself included
 //       count ()      int64: gradients seen before
 //       damp          lambda
-//       limit         the largest error with which the gradient is accepted
+//       tolerance     the largest error with which the gradient is accepted
 //       z     (m,)    output: column j of the new P
 //       error (1,)    output: by how much m G^T z may be off, relatively; NaN where k_j is not finite,
 //                     infinite where A is not positive definite
-//       accepted ()   int64, output: 1, or 0 where the error is not within the limit: P and K then
+//       accepted ()   int64, output: 1, or 0 where the error is not within tolerance: P and K then
 //                     stay as they are, and z is 0
 //
 // A window G (m, d) is of float32, bfloat16, float16, float64 or float8_e4m3fn, each row contiguous
@@ -169,7 +169,7 @@ const Count* number(const Tensor& tensor, const char* name, const Tensor& like) 
 }
 
 void update(const Tensor& P, const Tensor& K, const Tensor& k, const Tensor& count, double damp,
-            double limit, const Tensor& z, const Tensor& error, const Tensor& accepted) {
+            double tolerance, const Tensor& z, const Tensor& error, const Tensor& accepted) {
   const int64_t m = check_square(P, "P", false);
   check(K, "K", {m, m}, P, at::kDouble);
   check(k, "k", {m}, P, at::kDouble);
@@ -189,7 +189,7 @@ void update(const Tensor& P, const Tensor& K, const Tensor& k, const Tensor& cou
   const Tensor scratch = at::empty({5 * m}, P.options());
   C10_CUDA_CHECK(hinv_update(
       P.mutable_data_ptr<double>(), K.mutable_data_ptr<double>(), k.const_data_ptr<double>(), seen,
-      m, damp, limit, z.mutable_data_ptr<double>(), error.mutable_data_ptr<double>(),
+      m, damp, tolerance, z.mutable_data_ptr<double>(), error.mutable_data_ptr<double>(),
       static_cast<Count*>(accepted.mutable_data_ptr()), scratch.mutable_data_ptr<double>(),
       c10::cuda::getCurrentCUDAStream()));
 }
@@ -316,7 +316,7 @@ TORCH_LIBRARY(hinv_cuda, library) {
   library.def("hinv_setup(Tensor tmp, Tensor(a!) coef) -> ()");
   library.def("hinv_mul(int rows, Tensor D, Tensor(a!) t) -> ()");
   library.def(
-      "hinv_update(Tensor(a!) P, Tensor(b!) K, Tensor k, Tensor count, float damp, float limit, "
+      "hinv_update(Tensor(a!) P, Tensor(b!) K, Tensor k, Tensor count, float damp, float tolerance, "
       "Tensor(c!) z, Tensor(d!) error, Tensor(e!) accepted) -> ()");
   library.def("hinv_times(Tensor G, Tensor x, Tensor count, Tensor? scales=None) -> Tensor");
   library.def(
@@ -369,9 +369,9 @@ hinv_setup(tmp, coef) -> coef: B from tmp (m, m), whose strict lower triangle is
     coef (m, m) = I / damp; in place. float32 or float64.
 hinv_mul(rows, D, t) -> t: t_i -= sum_{k<i} D_ki t_k / q_k for t (m,) or (n, m), i < rows; in place.
     float32 or float64.
-hinv_update(P, K, k, count, damp, limit, z, error, accepted): P = inverse of K + m damp I (m, m)
+hinv_update(P, K, k, count, damp, tolerance, z, error, accepted): P = inverse of K + m damp I (m, m)
     when row and column j = count % m of K become k (m,); P and K in place. z (m,) becomes column j
-    of P, error (1,) the relative error of G^T z, accepted () whether that is within the limit;
+    of P, error (1,) the relative error of G^T z, accepted () whether that is within the tolerance;
     where it is not, nothing changes. float64.
 hinv_times(G, x, count, scales) -> Gx (m,), hinv_transposed_times(G, z, scales, factor, x, count,
     accepted) -> factor G^T z (d,): products with a window G (m, d); the second writes x to row j.
@@ -387,7 +387,7 @@ hinv_sparse_times(columns, values, X, count) -> X G^T (n, m), hinv_sparse_transp
       pybind11::arg("rows"), pybind11::arg("D"), pybind11::arg("t"));
   using pybind11::arg;
   module.def("hinv_update", &update, arg("P"), arg("K"), arg("k"), arg("count"), arg("damp"),
-             arg("limit"), arg("z"), arg("error"), arg("accepted"));
+             arg("tolerance"), arg("z"), arg("error"), arg("accepted"));
   module.def("hinv_times", &times, arg("G"), arg("x"), arg("count"),
              arg("scales") = pybind11::none());
   module.def("hinv_transposed_times", &transposed_times, arg("G"), arg("z"),

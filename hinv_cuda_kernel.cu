@@ -407,15 +407,16 @@ struct Place {
 //   (2^-52 c (sum_i u~_i^2 K_ii)^1/2 + c (sum_i r_i^2 / A_ii)^1/2) / (u~^T K u~)^1/2
 //
 // with c = (sum_i P_ii A_ii)^1/2 and the residual r = s e_j + A u~. All of it, and whether it is
-// below the limit, is known before anything is written.
+// below the tolerance, is known before anything is written.
 constexpr double ROUNDING = 1e-13;  // of A u, relative: what refinement would not make smaller
 constexpr double UNIT = 0x1p-52;
 constexpr int AHEAD = 4;
 
 __global__ __launch_bounds__(THREADS, 2) void exchange(
     double* __restrict__ P, double* __restrict__ K, const double* __restrict__ k,
-    const long long* __restrict__ count, int m, double damp, double limit, double* __restrict__ z,
-    double* __restrict__ error, long long* __restrict__ accepted, double* __restrict__ scratch) {
+    const long long* __restrict__ count, int m, double damp, double tolerance,
+    double* __restrict__ z, double* __restrict__ error, long long* __restrict__ accepted,
+    double* __restrict__ scratch) {
   const auto grid = cooperative_groups::this_grid();
   const int thread = blockIdx.x * THREADS + threadIdx.x;
   const int threads = gridDim.x * THREADS;
@@ -482,7 +483,7 @@ __global__ __launch_bounds__(THREADS, 2) void exchange(
   if (!(off < INFINITY && s > 0 && s < INFINITY && sums.at[0] > 0)) off = INFINITY;
   if (k[j] == 0) off = 0;
   if (!(fabs(k[j]) < INFINITY)) off = NAN;
-  const bool good = off <= limit;
+  const bool good = off <= tolerance;
   for (int i = thread; i < m; i += threads) {
     z[i] = good ? -refined(i) * inverse_s : 0;
     if (good) K[size_t(i) * m + j] = K[size_t(j) * m + i] = k[i];
@@ -960,10 +961,10 @@ cudaError_t hinv_mul_double(const double* D, double* t, int m, int rows, int n,
 
 // P, K (m, m), k, z (m,), count (), error (1,), accepted (). scratch: 5 m numbers.
 cudaError_t hinv_update(double* P, double* K, const double* k, const long long* count, int m,
-                        double damp, double limit, double* z, double* error, long long* accepted,
-                        double* scratch, cudaStream_t stream) {
-  return launch_together(exchange, ceil_div(m, WARPS), stream, P, K, k, count, m, damp, limit, z,
-                         error, accepted, scratch);
+                        double damp, double tolerance, double* z, double* error,
+                        long long* accepted, double* scratch, cudaStream_t stream) {
+  return launch_together(exchange, ceil_div(m, WARPS), stream, P, K, k, count, m, damp, tolerance,
+                         z, error, accepted, scratch);
 }
 
 // format: 0 float32, 1 bfloat16, 2 float16, 3 float64, 4 float8_e4m3fn. G (m, d), rows `stride`

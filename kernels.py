@@ -94,9 +94,9 @@ class Compiled:
                 self.functions[name] = function
                 self.resident[name] = _checked(blocks) * properties.multi_processor_count
 
-    def hinv_update(self, P, K, k, count, damp, limit, z, error, accepted) -> None:  # type: ignore
+    def hinv_update(self, P, K, k, count, damp, tolerance, z, error, accepted) -> None:  # type: ignore
         m, scratch = len(k), k.new_empty(5 * len(k))
-        inputs = P, K, k, count, m, float(damp), float(limit)
+        inputs = P, K, k, count, m, float(damp), float(tolerance)
         self._launch("exchange", -(-m * 32 // THREADS), *inputs, z, error, accepted, scratch)
 
     def hinv_times(

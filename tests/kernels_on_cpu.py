@@ -100,12 +100,12 @@ class OnCpu:
         self._call(name, D, t, len(D), rows, t.size // len(D))
         return t
 
-    def update(self, P, K, k, count, damp, limit):
+    def update(self, P, K, k, count, damp, tolerance):
         """In place. Returns z, error and accepted."""
         m = len(k)
         z, error, accepted = np.full(m, np.nan), np.full(1, np.nan), np.array(7, np.int64)
         matrices, scratch = (P, K, k, np.array(count, np.int64)), np.full(5 * m, np.nan)
-        numbers = m, ctypes.c_double(damp), ctypes.c_double(limit)
+        numbers = m, ctypes.c_double(damp), ctypes.c_double(tolerance)
         self._call("hinv_update", *matrices, *numbers, z, error, accepted, scratch)
         return z, error[0], int(accepted)
 
@@ -158,10 +158,12 @@ class KernelsOnCpu:
         coef.numpy()[:] = self.on_cpu.setup(tmp.numpy(), coef.numpy())
         return coef
 
-    def hinv_update(self, P, K, k, count, damp, limit, z, error, accepted):
+    def hinv_update(self, P, K, k, count, damp, tolerance, z, error, accepted):
         self.calls += 1
         arrays = P.numpy(), K.numpy(), k.numpy()
-        z.numpy()[:], error.numpy()[:], done = self.on_cpu.update(*arrays, int(count), damp, limit)
+        z.numpy()[:], error.numpy()[:], done = self.on_cpu.update(
+            *arrays, int(count), damp, tolerance
+        )
         accepted.fill_(done)
 
     def hinv_times(self, G, x, count, scales=None):
