@@ -1,7 +1,7 @@
 """Checks of arguments that several modules share: what was given, and what is allowed."""
 
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,19 @@ def kind(x: Any) -> str:
     return type(x).__name__ + shape
 
 
+def checked_vector(x: Any, d: int) -> Tensor:
+    if not is_real(x):
+        raise ValueError(f"Expected a vector {IN_FLOATS}, got {kind(x)}")
+    if x.shape != (d,):
+        raise ValueError(f"Expected a vector of shape {(d,)}, got {tuple(x.shape)}")
+    return x.detach()
+
+
 def check_damp(damp: Any) -> float:
     number = isinstance(damp, numbers.Real) and not isinstance(damp, bool)
-    if not (number and 1e-300 < damp < 1e300):  # 1/damp is finite, too
+    if not (number and 1e-30 <= damp <= 1e30):  # results fit float32
         raise ValueError(
-            f"Invalid damp: {damp!r}; it must be a number between 1e-300 and 1e300, such as 1e-5"
+            f"Invalid damp: {damp!r}; it must be a number between 1e-30 and 1e30, such as 1e-5"
         )
     return float(damp)
 
@@ -40,11 +48,16 @@ def check_integer(name: str, value: Any, least: int = 1, largest: int | None = N
     return int(value)
 
 
-def checked_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    allowed = torch.bfloat16, torch.float16, torch.float32, torch.float64
-    if dtype not in allowed:
-        raise ValueError(f"Invalid {name}: {dtype!r}; it must be one of {list(allowed)}")
-    return dtype
+def checked_dtype(name: str, dtype: Any, compress: float | None = None) -> torch.dtype:
+    """The type of a window, from the type or its name; with `compress`, of a compressed one."""
+    found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    allowed = [torch.float64, torch.float32, torch.bfloat16]
+    if checked_compress(compress) is None:
+        allowed += [torch.float16, torch.float8_e4m3fn]
+    if found not in allowed:
+        how = "" if compress is None else " with compress"
+        raise ValueError(f"Invalid {name}: {dtype!r}; it must be one of {allowed}{how}")
+    return found
 
 
 def checked_compress(compress: float | None) -> float | None:
@@ -72,3 +85,55 @@ def check_devices(name: str, devices: Any) -> list[torch.device]:
     if isinstance(devices, (str, torch.device)) or not isinstance(devices, Iterable):
         raise ValueError(f"Invalid {name}: {devices!r}; it must be a list such as ['cpu', 'cpu']")
     return [check_device(device, name) for device in devices]
+
+
+# --- of the optimizer -----------------------------------------------------------------------------
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """The settings and parameters of a group."""
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not 0.0 <= group["lr"]:
+        raise ValueError(f"Invalid learning rate: {group['lr']}; it must be at least 0")
+    if not 0.0 <= group["momentum"] < 1.0:
+        raise ValueError(f"Invalid momentum: {group['momentum']}; it must be in [0, 1)")
+    if not 0.0 <= group["weight_decay"]:
+        raise ValueError(f"Invalid weight_decay: {group['weight_decay']}; it must be at least 0")
+    for name in {"damp", "ngrads", "window_dtype", "compress", "on_nonfinite"} & group.keys():
+        raise ValueError(
+            f"Invalid group: it sets {name}, which all groups share; give it to MFAC itself"
+        )
+    for p in group["params"]:
+        if not (p.is_complex() or p.is_floating_point()):
+            raise ValueError(f"MFAC trains floating-point parameters, got one of {p.dtype}")
+        if p.is_complex():
+            raise ValueError(
+                f"MFAC does not support complex parameters, got one of {p.dtype}; keep real and "
+                "imaginary part as a real parameter and use torch.view_as_complex in the module"
+            )
+
+
+def checked_masks(
+    params: list[Tensor], sparse: bool | Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """One mask a parameter, True where it is trained, or None for all of it."""
+    if isinstance(sparse, bool):
+        return [p.detach() != 0 if sparse and p.dim() >= 2 else None for p in params]
+    if not isinstance(sparse, (list, tuple)):
+        raise ValueError(f"Invalid sparse: {sparse!r}; it must be True, False or a list of masks")
+    if len(sparse) != len(params):
+        raise ValueError(
+            f"Invalid sparse: {len(sparse)} masks for {len(params)} parameters; give one mask (or "
+            "None) a parameter, for each group its own list"
+        )
+    for p, mask in zip(params, sparse, strict=True):
+        if mask is None:
+            continue
+        if not (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == p.shape):
+            what = f"{mask.dtype}, {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask)
+            raise ValueError(
+                f"Invalid sparse: a mask ({what}) for a parameter of shape {tuple(p.shape)}; give "
+                "a bool tensor of the same shape"
+            )
+    return list(sparse)

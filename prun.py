@@ -52,7 +52,6 @@ from torch.utils.data import SequentialSampler
 
 from checks import IN_FLOATS, check_damp, check_device, check_integer, is_real, kind
 from ranks import Ranks, find_process_group
-from windows import full_precision
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -256,6 +255,29 @@ def check_removal(drop: Any, w: Tensor, d: int, device: torch.device) -> tuple[T
 
 
 # --- the inverse Fisher ---------------------------------------------------------------------------
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast, TF32 or bfloat16 inside, whatever the process has set: K needs the bits.
+
+    Example:
+        >>> x = torch.ones(2, 2)
+        >>> with torch.autocast("cpu"), full_precision(x.device):
+        ...     print((x @ x).dtype)
+        torch.float32
+    """
+    mkldnn: Any = torch.backends.mkldnn  # the annotations of torch lack its matmul
+    backends = torch.backends.cuda.matmul, mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 class StaticInverseFisher:

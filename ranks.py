@@ -1,8 +1,7 @@
-"""Processes that share a window, and what each of them has.
+"""Processes that share a window, and DTensors.
 
-`Ranks` are the processes, and `Columns` says which columns of the window, and how, a parameter has
-in one of them. Parameters are replicated, the same in all, or sharded: DTensors, of which each
-process has a part. Without a process group there is one process, which has everything.
+Parameters are replicated, the same in all processes, or sharded: DTensors, each process with a part.
+Without a process group there is one process, which has everything.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ if TYPE_CHECKING:  # torch may be built without, and to import DTensor takes a s
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Columns", "Ranks", "find_process_group"]
+__all__ = ["Ranks", "find_process_group"]
 
 
 class Ranks:
@@ -119,97 +118,18 @@ class Ranks:
         return self
 
 
-class Columns:
-    """The columns of a parameter p in this rank's window, and the way there and back.
-
-    There is one for each trained weight, of which every rank has a chunk; where p is sharded, one
-    for each weight that this rank has of it, of zeros where a mask keeps it as it is. All ranks
-    have as many, of which those beyond the last weight are unused, and zero.
-
-    Args:
-        p: the parameter.
-        mask: of its shape, True where it is trained; None for all of it.
-        ranks: the processes that share the window.
-
-    Example:
-        >>> mask = torch.tensor([True, False, True])
-        >>> columns = Columns(torch.zeros(3), mask, Ranks())
-        >>> columns.take(torch.tensor([1.0, 2.0, 3.0]))
-        tensor([1., 3.])
-        >>> columns.put(torch.tensor([4.0, 5.0]))
-        tensor([4., 0., 5.])
-    """
-
-    def __init__(self, p: Tensor, mask: Tensor | None, ranks: Ranks):
-        self.p, self.ranks, self.sharded = p, ranks, sharded_dim(p)
-        self.mask = None if mask is None else local(mask)
-        self.index: Tensor | None = None  # of the trained weights in p, flattened
-        if self.sharded is not None:
-            self.weights = local(p).numel()  # that this rank gets an update for
-            others = p.shape[: self.sharded] + p.shape[self.sharded + 1 :]
-            self.size = ranks.chunk(p.shape[self.sharded]) * math.prod(others)
-            return
-        if self.mask is not None:
-            self.index = self.mask.flatten().nonzero()[:, 0]
-        self.weights = p.numel() if self.index is None else len(self.index)
-        self.size = ranks.chunk(self.weights)
-
-    def take(self, g: Tensor) -> Tensor:
-        """Of a gradient g, of the shape of p here, what enters the columns (size,)."""
-        if self.sharded is not None:
-            return padded((g if self.mask is None else g * self.mask).flatten(), self.size)
-        g = g.flatten()
-        return padded(self.ranks.part(g if self.index is None else g[self.index]), self.size)
-
-    def put(self, u: Tensor) -> Tensor:
-        """The update of p here, from that of its `weights`: of its shape, 0 where it is masked."""
-        if self.index is not None:
-            u = u.new_zeros(self.p.numel()).index_put_((self.index,), u)
-        return u.view(local(self.p).shape)
-
-    def to_save(self, columns: Tensor) -> Tensor:
-        """The columns (m, size) as (m, weights), or (m, *shape) if p is sharded."""
-        m, p, dim = len(columns), self.p, self.sharded
-        if dim is not None and is_dtensor(p):
-            columns = columns[:, : self.weights].view(m, *local(p).shape)
-            from torch.distributed.tensor import Shard
-
-            placements = [Shard(dim + 1) if x.is_shard() else x for x in p.placements]
-            return as_dtensor(columns, (m, *p.shape), p.device_mesh, placements)
-        used = min(self.size, max(0, self.weights - self.ranks.rank * self.size))
-        return self.ranks.as_saved(columns[:, :used], 1, self.weights)
-
-    def saved(self, grads: Tensor, mask: Tensor | None) -> Tensor:
-        """The columns (m, size) from what `to_save` gave, here or where p was sharded otherwise or
-        not at all, and from the mask that was saved with it."""
-        if not is_dtensor(grads):
-            grads = self._fitted(grads.flatten(1), mask)
-        dim = 1 if self.sharded is None else self.sharded + 1
-        return padded(self.ranks.own(grads, dim).flatten(1), self.size)
-
-    def _fitted(self, grads: Tensor, mask: Tensor | None) -> Tensor:
-        """Complete columns as `to_save` has them, from those (m, ·) of all weights or of the
-        trained ones."""
-        m, weights = len(grads), self.p.numel()
-        index = None if mask is None else local(mask).flatten().nonzero()[:, 0].to(grads.device)
-        if self.sharded is None:
-            return grads if index is None or len(index) == grads.shape[1] else grads[:, index]
-        if index is not None and grads.shape[1] != weights:
-            grads = grads.new_zeros(m, weights).index_copy_(1, index, grads)
-        return grads.view(m, *self.p.shape)
-
-
 # --- DTensors -------------------------------------------------------------------------------------
 
 
 def find_process_group(
     params: list[Tensor], given: "ProcessGroup | bool | None"
 ) -> "ProcessGroup | None":
-    """The group that shares a window of these parameters, of which `given` may say so, or False for
-    none; None if that is one process.
+    """The group that shares a window of these parameters: the `given` one, or that of DTensors; None
+    if there is none, or it is one process.
 
     Raises:
-        ValueError: for a DTensor that is sharded in another way, or over another group.
+        ValueError: for a DTensor that is sharded in another way, or over another group, and for
+            flat parameters of FSDP1.
 
     Example:
         >>> find_process_group([torch.zeros(3)], None) is None  # there is no other process here
@@ -219,8 +139,13 @@ def find_process_group(
         return None
     if not (given is None or given is False or isinstance(given, dist.ProcessGroup)):
         raise ValueError(
-            f"Invalid process_group: {given!r}; it must be a process group, None for the default "
-            "one, or False for this process alone"
+            f"Invalid process_group: {given!r}; it must be a process group, such as "
+            "torch.distributed.group.WORLD, or None for a window of each process's own"
+        )
+    if any(getattr(p, "_fsdp_flattened", False) for p in params):
+        raise ValueError(
+            "These parameters are flat shards of FullyShardedDataParallel (FSDP1), which hide their "
+            "shapes; MFAC takes those of torch.distributed.fsdp.fully_shard (FSDP2)"
         )
     groups = {}
     for p in filter(is_dtensor, params):
@@ -234,8 +159,6 @@ def find_process_group(
             group = p.device_mesh.get_group(i)
             if group.size() > 1:
                 groups[tuple(dist.get_process_group_ranks(group))] = group
-    if given is None and not groups and dist.is_initialized():
-        given = dist.group.WORLD
     if given:
         groups[tuple(dist.get_process_group_ranks(given))] = given
     if len(groups) > 1 or (groups and given is False):
@@ -280,6 +203,16 @@ def placed_as(p: Tensor, value: Tensor) -> Tensor:
 
         return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None).clone()
     return value.to(p.device, copy=True)
+
+
+def dtensor_like(p: Tensor, here: Tensor) -> Tensor:
+    """`here`, or, where p is a DTensor, the one placed like p that has it here, by reference.
+
+    Example:
+        >>> dtensor_like(torch.zeros(2), torch.ones(2))
+        tensor([1., 1.])
+    """
+    return as_dtensor(here, p.shape, p.device_mesh, p.placements) if is_dtensor(p) else here
 
 
 def padded(x: Tensor, length: int) -> Tensor:

@@ -1,74 +1,58 @@
 """Where the gradients of a sliding window are kept, and the products with them.
 
-`DenseWindow` keeps G (m, d), the m gradients of d weights as rows, as it is, and `CompressedWindow`
-the largest entries of each row. Both round what enters to their type, compute everything from what
-they keep, and have one interface: `write` and `restore`, `row`, `times` (Gx), `transposed_times`
-(Gᵀy), `tiles` (G a few columns at a time) and `state`. Nothing here waits for a GPU.
+`DenseWindow` keeps G (m, d), the m gradients of d weights as rows, and `CompressedWindow` the largest
+entries of each row. Both round what enters to their type and compute everything from what they keep.
+A `Window` is such blocks of columns side by side, each on its device. Nothing here waits for a GPU.
 
-What they cost is said beforehand by `window_bytes` and `step_traffic`.
+On CUDA, kernels multiply exactly, add in float64 and read the window once (module `kernels`).
+Elsewhere torch operations multiply in float32 and add short sums in float64, or all is float64.
 """
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from checks import check_integer, checked_compress, checked_dtype, is_real
-from ranks import local
+from kernels import cuda_kernels
 
-__all__ = [
-    "CompressedWindow",
-    "DenseWindow",
-    "full_precision",
-    "gram",
-    "step_traffic",
-    "window_bytes",
-]
+__all__ = ["BLOCK", "CompressedWindow", "DenseWindow", "Window", "gram", "kept"]
 
-CHUNK = 2**12  # columns, at most, summed in the type of the product; float64 sums the chunks
+BLOCK = 2**12  # columns that share a scale, or among which the largest entries are found
+CHUNK = 2**10  # columns, at most, summed in float32; float64 sums the chunks
 TILE = 13 * 2**18  # numbers converted at a time: twelve rows of ResNet-20, which cache holds
-BLOCK = 2**12  # columns of a compressed window among which the largest entries are found
+ALIGN = 128  # bytes: rows start at multiples of it, so that they can be read 16 bytes at a time
+SCALED = {torch.float16: 2.0**15, torch.float8_e4m3fn: 2.0**8}  # types, and the largest they store
 
 
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast, TF32 or bfloat16 inside, whatever the process has set: K needs the bits.
+class Entry(NamedTuple):
+    """A gradient g as a window keeps it."""
 
-    Example:
-        >>> x = torch.ones(2, 2)
-        >>> with torch.autocast("cpu"), full_precision(x.device):
-        ...     print((x @ x).dtype)
-        torch.float32
-    """
-    mkldnn: Any = torch.backends.mkldnn  # the annotations of torch lack its matmul
-    backends = torch.backends.cuda.matmul, mkldnn.matmul
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+    values: Tensor  # ĝ (d,), the numbers that its row stands for
+    row: dict[str, Tensor]  # what is stored, by the names of `state`
+    rest: Tensor | None = None  # g − ĝ (d,) where a compressed window leaves something out
 
 
 class DenseWindow:
-    """G (m, d), or some of its columns, on one device. Gradients are rounded to its type on entry;
-    products are computed from the rounded ones, in the type that is asked for.
+    """G (m, d) on one device, in float64, float32, bfloat16, float16 or float8_e4m3fn.
+
+    The last two span few powers of two. Each of their rows has a scale, a power of two, for every
+    4,096 columns; a number of G is what is stored times its scale.
 
     Example:
-        >>> window = DenseWindow(2, 3, torch.device("cpu"), torch.float32)
-        >>> finite, before = window.write(0, torch.tensor([1.0, 2.0, 3.0]))
-        >>> window.times(torch.ones(3), rows=2, dtype=torch.float32)
-        tensor([6., 0.], dtype=torch.float64)
+        >>> window = DenseWindow(2, 3, torch.device("cpu"), torch.float8_e4m3fn)
+        >>> window.write(window.entry(torch.tensor([1e-9, 2e-9, 3.1e-9])), torch.tensor(0))
+        >>> window.times(torch.full((3,), 1e9))
+        tensor([6.1094, 0.0000], dtype=torch.float64)
     """
 
     def __init__(self, m: int, d: int, device: torch.device, dtype: torch.dtype):
-        self.G = torch.zeros(m, d, dtype=dtype, device=device)
+        padded = -(-d * dtype.itemsize // ALIGN) * ALIGN // dtype.itemsize
+        self.G = torch.zeros(m, padded, dtype=dtype, device=device)[:, :d]
+        scaled = dtype in SCALED
+        self.scales = torch.ones(m, -(-d // BLOCK), device=device) if scaled else None
 
     @property
     def dim(self) -> int:
@@ -80,105 +64,135 @@ class DenseWindow:
         return self.G.device
 
     @property
-    def state(self) -> Tensor:
+    def state(self) -> dict[str, Tensor]:
         """All there is to save."""
-        return self.G
+        return {"G": self.G} if self.scales is None else {"G": self.G, "scales": self.scales}
 
-    def write(self, j: int, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Makes g (d,), rounded, row j. Returns whether that is finite, and what was there."""
-        before = self.G[j].clone()
-        self.G[j] = g
-        return self.G[j].isfinite().all(), before
+    def entry(self, g: Tensor) -> Entry:
+        """g (d,) rounded to the type of the window."""
+        if self.scales is None:
+            rounded = g.to(self.G.dtype)
+            return Entry(
+                rounded.to(torch.promote_types(self.G.dtype, torch.float32)), {"G": rounded}
+            )
+        blocks = pad(g.float(), (0, -self.dim % BLOCK)).view(-1, BLOCK)
+        largest = blocks.abs().amax(1) / SCALED[self.G.dtype]
+        scales = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent.clamp(-120, 120))
+        rounded = (blocks / scales[:, None]).to(self.G.dtype)
+        values = (rounded.float() * scales[:, None]).flatten()[: self.dim]
+        return Entry(values, {"G": rounded.flatten()[: self.dim], "scales": scales})
 
-    def restore(self, j: int, before: Tensor, where: Tensor) -> None:
-        """Takes the last `write`, to row j, back where `where` is true."""
-        self.G[j] = before.where(where, self.G[j])
+    def write(self, entry: Entry, count: Tensor, accepted: Tensor | None = None) -> None:
+        """Makes the entry row j = count mod m where it is accepted."""
+        for name, rows in self.state.items():
+            _replace(rows, entry.row[name], count, accepted)
 
-    def row(self, j: int) -> Tensor:
-        """Row j (d,)."""
-        return self.G[j]
+    def products(self, entry: Entry, count: Tensor, exact: bool) -> Tensor:
+        """Gĝ (1, m) in float64 with ĝᵀĝ as entry j = count mod m, where row j is still the old one.
+        From float32 products (1, m + 1): by how much they miss entry j − 1 mod m comes last."""
+        if kernels := cuda_kernels(self.device):
+            return kernels.hinv_times(self.G, entry.values, count, self.scales)[None]
+        g = entry.values
+        k = self.times(g, exact, _rows_in_use(self.G, count))
+        rounding = []
+        if self._dtype(exact) == torch.float32:
+            i = (int(count) - 1) % len(k)
+            row = self._tile(slice(i, i + 1), slice(0, self.dim), torch.float64)
+            rounding = [k[None, i : i + 1] - row @ g.double()]
+        return torch.cat([_with_new_row(k[None], g[None], g, count), *rounding], 1)
 
-    def times(self, x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-        """The first rows of G, times x (d,), in float64 (rows,), summed over products of a few
-        columns in `dtype`."""
-        x = x.to(dtype)
-        y = torch.zeros(rows, dtype=torch.float64, device=self.device)
-        with full_precision(self.device):
-            for columns, tiles in self._converted(rows, dtype):
-                y += _product((tile for _, tile in tiles), x[columns])
-        return y
-
-    def transposed_times(self, y: Tensor, dtype: torch.dtype) -> Tensor:
-        """Gᵀy (d,), computed in `dtype`, for y of as many numbers as rows count."""
-        y = y.to(dtype)
-        x = torch.zeros(self.dim, dtype=dtype, device=self.device)
-        with full_precision(self.device):
-            for columns, tiles in self._converted(len(y), dtype):
-                for some, tile in tiles:
-                    x[columns].addmv_(tile.T, y[some])
+    def transposed_times(self, y: Tensor, exact: bool = True) -> Tensor:
+        """Gᵀy (d,) for y (m,), in float32 or wider."""
+        if kernels := cuda_kernels(self.device):
+            return kernels.hinv_transposed_times(self.G, y, self.scales)
+        dtype = self._dtype(exact)
+        x, y = torch.zeros(self.dim, dtype=dtype, device=self.device), y.to(dtype)
+        with torch.autocast(self.device.type, enabled=False):
+            for rows, columns, tile in self._converted(len(y), dtype):
+                x[columns].addmv_(tile.T, y[rows])
         return x
+
+    def replace_and_transposed_times(
+        self, entry: Entry, count: Tensor, accepted: Tensor, y: Tensor, exact: bool
+    ) -> Tensor:
+        """`write`, then `transposed_times`: in one sweep where there are kernels."""
+        if not (kernels := cuda_kernels(self.device)):
+            self.write(entry, count, accepted)
+            return self.transposed_times(y[: _rows_in_use(self.G, count)], exact)
+        if self.scales is not None:
+            _replace(self.scales, entry.row["scales"], count, accepted)
+        return kernels.hinv_transposed_times(
+            self.G, y, self.scales, 1.0, entry.values, count, accepted
+        )
+
+    def times(self, x: Tensor, exact: bool = True, rows: int | None = None) -> Tensor:
+        """Gx (m,) in float64 for x (d,); 0 beyond the first `rows`, if given."""
+        dtype = self._dtype(exact)
+        x, y = x.to(dtype), torch.zeros(len(self.G), dtype=torch.float64, device=self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            for some, columns, tile in self._converted(len(y) if rows is None else rows, dtype):
+                y[some] += _short_sums(tile, x[columns])
+        return y
 
     def tiles(self) -> Iterator[Tensor]:
         """G in float64, a few columns (m, ·) at a time."""
-        for tile in self.G.split(max(1, 2 * TILE // len(self.G)), dim=1):
-            yield tile.double()
+        m = len(self.G)
+        width = -(-2 * TILE // m // BLOCK) * BLOCK
+        for start in range(0, max(1, self.dim), width):
+            columns = slice(start, min(start + width, self.dim))
+            yield self._tile(slice(0, m), columns, torch.float64)
 
-    def _converted(
-        self, rows: int, dtype: torch.dtype
-    ) -> Iterator[tuple[slice, Iterable[tuple[slice, Tensor]]]]:
-        """The first rows in `dtype`, at once if they have it already, otherwise in small tiles:
-        columns, with the tiles that hold them, a few rows each."""
-        G = self.G[:rows]
-        if G.dtype == dtype or G.numel() == 0:
-            yield slice(None), [(slice(None), G.to(dtype))]
+    def _dtype(self, exact: bool) -> torch.dtype:
+        """The type of products: float32 only where the process does not let it be less. To set that
+        for the process would reach other threads."""
+        full = torch.backends.mkldnn.matmul.fp32_precision in ("ieee", "none")
+        exact |= not full or self.device.type != "cpu" or self.G.dtype == torch.float64
+        return torch.float64 if exact else torch.float32
+
+    def _converted(self, rows: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
+        """The first rows in `dtype`: at once if they have it, otherwise in tiles that cache holds."""
+        if self.G.dtype == dtype or rows * self.dim == 0:
+            yield slice(0, rows), slice(0, self.dim), self.G[:rows].to(dtype)
             return
         # Long pieces of rows are read fastest, and products take them by fours.
         size = TILE if self.device.type == "cpu" else 8 * TILE  # which launches fewer kernels
-        width = math.ceil(self.dim / math.ceil(self.dim / (size // 8)))
-        height = size // width // 4 * 4
-        buffer = torch.empty(min(G.numel(), height * width), dtype=dtype, device=self.device)
-
-        def tiles(columns: slice) -> Iterator[tuple[slice, Tensor]]:
+        width = min(self.dim, -(-size // 8 // BLOCK) * BLOCK)
+        height = min(rows, max(4, size // width // 4 * 4))
+        buffer = torch.empty(height * width, dtype=dtype, device=self.device)
+        for start in range(0, self.dim, width):
+            columns = slice(start, min(start + width, self.dim))
             for row in range(0, rows, height):
-                some = slice(row, row + height)
-                tile = G[some, columns]
-                yield some, buffer[: tile.numel()].view(tile.shape).copy_(tile)
+                some = slice(row, min(row + height, rows))
+                yield some, columns, self._tile(some, columns, dtype, buffer)
 
-        for column in range(0, self.dim, width):
-            columns = slice(column, column + width)
-            yield columns, tiles(columns)
-
-
-def _product(tiles: Iterable[Tensor], x: Tensor) -> Tensor:
-    """Gx in float64 for G in tiles of rows, summed over products of a few columns in its type."""
-    chunk = max(1, len(x) // max(16, math.ceil(len(x) / CHUNK)))
-    chunk -= chunk % 16 if chunk > 16 else 0
-    whole = len(x) - len(x) % chunk
-    products, rest = [], []
-    for G in tiles:
-        # One batch of products x_c (1, chunk) times G_cᵀ (chunk, m) reads G no slower than G @ x
-        # does, which would leave all d columns to a single float32 sum.
-        chunks = G[:, :whole].unflatten(1, (-1, chunk)).permute(1, 2, 0)
-        products.append(torch.bmm(x[:whole].view(-1, 1, chunk), chunks))
-        rest.append(G[:, whole:] @ x[whole:])
-    return torch.cat(products, 2).sum((0, 1), dtype=torch.float64) + torch.cat(rest)
+    def _tile(
+        self, rows: slice, columns: slice, dtype: torch.dtype, buffer: Tensor | None = None
+    ) -> Tensor:
+        """A part of G in `dtype`, whose columns start at a multiple of BLOCK."""
+        G = self.G[rows, columns]
+        if G.dtype == dtype:
+            return G
+        tile = torch.empty_like(G, dtype=dtype) if buffer is None else buffer[: G.numel()]
+        tile = tile.view(G.shape).copy_(G)
+        if self.scales is not None:
+            scales = self.scales[rows, columns.start // BLOCK : -(-columns.stop // BLOCK)]
+            tile *= scales.to(dtype).repeat_interleave(BLOCK, 1)[:, : G.shape[1]]
+        return tile
 
 
 class CompressedWindow:
-    """G (m, d) with the largest entries of each gradient alone: k in each row, of which each block
-    of columns has its share.
+    """G (m, d) with the largest entries of each gradient alone, of which each block of columns has its
+    share, in float64, float32 or bfloat16.
 
     What a gradient loses is carried over to the next one (error feedback; EFCP, arXiv 2306.06098):
-    of a = g + error, the row gets the entries c that are largest, and the error becomes a − c.
-
-    Products gather and scatter. On CUDA, scattered numbers are added in any order, so that the last
-    bits may differ from run to run.
+    of a = g + error, the row gets the entries ĝ that are largest, and the error becomes a − ĝ.
 
     Example:
         >>> window = CompressedWindow(2, 4, torch.device("cpu"), torch.float32, compress=0.5)
-        >>> finite, before = window.write(0, torch.tensor([1.0, -4.0, 3.0, 2.0]))
-        >>> window.row(0)
+        >>> entry = window.entry(torch.tensor([1.0, -4.0, 3.0, 2.0]))
+        >>> entry.values
         tensor([ 0., -4.,  3.,  0.])
+        >>> window.write(entry, torch.tensor(0))
         >>> window.error
         tensor([1., 0., 0., 2.])
     """
@@ -186,7 +200,7 @@ class CompressedWindow:
     def __init__(self, m: int, d: int, device: torch.device, dtype: torch.dtype, compress: float):
         self.compress = compress
         self.error = torch.zeros(d, dtype=torch.promote_types(dtype, torch.float32), device=device)
-        self.columns = _largest(self.error, compress).repeat(m, 1)
+        self.columns = _largest(self.error, compress).int().repeat(m, 1)
         self.values = torch.zeros(self.columns.shape, dtype=dtype, device=device)
 
     @property
@@ -203,56 +217,66 @@ class CompressedWindow:
         """All there is to save."""
         return {"error": self.error, "columns": self.columns, "values": self.values}
 
-    def write(self, j: int, g: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Makes the largest of g + error row j, and the rest the error. Returns whether all of it
-        is finite, and what was there."""
-        before = tuple(kept.clone() for kept in self._parts(j))
-        self.error += g.to(self.error)
-        self.columns[j] = _largest(self.error, self.compress)
-        self.values[j] = self.error.index_select(0, self.columns[j])
-        self.error.index_add_(0, self.columns[j], self.values[j].to(self.error), alpha=-1)
-        return self.error.isfinite().all() & self.values[j].isfinite().all(), before
+    def entry(self, g: Tensor) -> Entry:
+        """The largest entries of g (d,) + error."""
+        g = g.to(self.error.dtype)
+        a = self.error + g
+        columns = _largest(a, self.compress)
+        rounded = a.index_select(0, columns).to(self.values.dtype)
+        values = torch.zeros_like(a).index_copy_(0, columns, rounded.to(a.dtype))
+        row = {"error": a - values, "columns": columns.int(), "values": rounded}
+        return Entry(values, row, rest=g - values)
 
-    def restore(self, j: int, before: tuple[Tensor, ...], where: Tensor) -> None:
-        """Takes the last `write`, to row j, back where `where` is true."""
-        for kept, old in zip(self._parts(j), before, strict=True):
-            kept.copy_(old.where(where, kept))
+    def write(self, entry: Entry, count: Tensor, accepted: Tensor | None = None) -> None:
+        """Makes the entry row j = count mod m, and the rest the error, where it is accepted."""
+        for name in ("columns", "values"):
+            _replace(self.state[name], entry.row[name], count, accepted)
+        _replace(self.error[None], entry.row["error"], torch.zeros_like(count), accepted)
 
-    def _parts(self, j: int) -> tuple[Tensor, ...]:
-        """All that `write` changes."""
-        return self.error, self.columns[j], self.values[j]
+    def products(self, entry: Entry, count: Tensor, exact: bool) -> Tensor:
+        """G [ĝ, g − ĝ] (2, m) in float64, for G with ĝ as row j = count mod m."""
+        assert entry.rest is not None
+        X = torch.stack([entry.values, entry.rest])
+        if kernels := cuda_kernels(self.device):
+            Y = kernels.hinv_sparse_times(self.columns, self.values, X, count)
+        else:
+            rows = _rows_in_use(self.values, count)
+            Y = torch.stack([self.times(x, rows=rows) for x in X])
+        return _with_new_row(Y, X, entry.values, count)
 
-    def row(self, j: int) -> Tensor:
-        """Row j (d,)."""
-        values = self.values[j].to(self.error.dtype)
-        return torch.zeros_like(self.error).index_add_(0, self.columns[j], values)
-
-    def times(self, x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-        """The first rows of G, times x (d,): (rows,), sums in float64 of products in `dtype`."""
-        x = x.to(dtype)
-        y = torch.zeros(rows, dtype=torch.float64, device=self.device)
-        for some in self._few(rows):
+    def times(self, x: Tensor, exact: bool = True, rows: int | None = None) -> Tensor:
+        """Gx (m,) in float64 for x (d,); 0 beyond the first `rows`, if given."""
+        y = torch.zeros(len(self.values), dtype=torch.float64, device=self.device)
+        x = x.double()
+        for some in self._few(len(y) if rows is None else rows):
             columns, values = self.columns[some], self.values[some]
-            products = x.index_select(0, columns.flatten()).view(values.shape).mul_(values)
-            y[some] = products.sum(1, dtype=torch.float64)
+            y[some] = x.index_select(0, columns.flatten()).view(values.shape).mul_(values).sum(1)
         return y
 
-    def transposed_times(self, y: Tensor, dtype: torch.dtype) -> Tensor:
-        """Gᵀy (d,), computed in `dtype`, for y of as many numbers as rows count."""
-        y = y.to(dtype)
-        x = torch.zeros(self.dim, dtype=dtype, device=self.device)
+    def transposed_times(self, y: Tensor, exact: bool = True) -> Tensor:
+        """Gᵀy (d,) in float64 for y (m,)."""
+        if kernels := cuda_kernels(self.device):
+            return kernels.hinv_sparse_transposed_times(self.columns, self.values, y, self.dim)
+        x = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
         for some in self._few(len(y)):
             products = self.values[some] * y[some, None]
             x.index_add_(0, self.columns[some].flatten(), products.flatten())
         return x
 
+    def replace_and_transposed_times(
+        self, entry: Entry, count: Tensor, accepted: Tensor, y: Tensor, exact: bool
+    ) -> Tensor:
+        """`write`, then `transposed_times`."""
+        self.write(entry, count, accepted)
+        return self.transposed_times(y)
+
     def tiles(self) -> Iterator[Tensor]:
         """G in float64, a few columns (m, ·) at a time."""
-        m, kept = len(self.values), _kept(BLOCK, self.compress)
+        m, count = len(self.values), kept(BLOCK, self.compress)
         blocks = max(1, 2 * TILE // (m * BLOCK))
-        for block in range(0, max(1, math.ceil(self.dim / BLOCK)), blocks):
+        for block in range(0, max(1, -(-self.dim // BLOCK)), blocks):
             start, stop = block * BLOCK, min(self.dim, (block + blocks) * BLOCK)
-            entries = slice(block * kept, (block + blocks) * kept)
+            entries = slice(block * count, (block + blocks) * count)
             tile = torch.zeros(m, stop - start, dtype=torch.float64, device=self.device)
             columns = (self.columns[:, entries] - start).long()
             yield tile.scatter_(1, columns, self.values[:, entries].double())
@@ -265,25 +289,125 @@ class CompressedWindow:
             yield slice(row, min(row + height, rows))
 
 
-def _kept(size: int, compress: float) -> int:
-    """How many entries of a block of columns are kept."""
-    return min(size, max(1, round(compress * size)))
+class Window:
+    """Blocks of columns side by side: the window of d weights, over one device or several.
 
+    Args:
+        m: gradients.
+        dims: columns of each block.
+        devices: where each block is.
+        device: where vectors come from and go to.
+        dtype, compress: of all blocks; `compress` None makes them dense.
 
-def _largest(a: Tensor, compress: float) -> Tensor:
-    """Where the entries of a (d,) are that are largest in absolute value, in each block: (k,)."""
-    whole = len(a) - len(a) % BLOCK
-    found = [
-        blocks.abs().topk(_kept(blocks.shape[1], compress), sorted=False).indices.sort().values
-        for blocks in (a[:whole].view(-1, BLOCK), a[whole:].view(1, -1))
-    ]
-    found[0] += torch.arange(0, whole, BLOCK, device=a.device)[:, None]
-    found[1] += whole
-    return torch.cat([columns.flatten() for columns in found]).to(_index_type(len(a)))
+    Example:
+        >>> cpu = torch.device("cpu")
+        >>> window = Window(2, [1, 2], [cpu, cpu], cpu, torch.float32)
+        >>> window.write(window.entry(torch.tensor([1.0, 2.0, 3.0])), torch.tensor(1))
+        >>> window.times(torch.ones(3))
+        tensor([0., 6.], dtype=torch.float64)
+    """
 
+    def __init__(
+        self,
+        m: int,
+        dims: Sequence[int],
+        devices: Sequence[torch.device],
+        device: torch.device,
+        dtype: torch.dtype,
+        compress: float | None = None,
+    ):
+        self.m, self.device, self.dtype, self.compress = m, device, dtype, compress
+        self.blocks: list[Any] = []
+        for dim, place in zip(dims, devices, strict=True):
+            self.append(dim, place)
 
-def _index_type(d: int) -> torch.dtype:
-    return torch.int32 if d < 2**31 else torch.int64
+    def append(self, dim: int, device: torch.device) -> None:
+        """Adds `dim` columns of zeros, without touching the others."""
+        if self.compress is None:
+            self.blocks.append(DenseWindow(self.m, dim, device, self.dtype))
+        else:
+            block = CompressedWindow(self.m, dim, device, self.dtype, self.compress)
+            self.blocks.append(block)
+
+    @property
+    def dims(self) -> list[int]:
+        return [block.dim for block in self.blocks]
+
+    def entry(self, g: Tensor) -> list[Entry]:
+        """g (d,) as it will be kept."""
+        return [block.entry(part) for block, part in self._split(g)]
+
+    def rest(self, entry: list[Entry]) -> Tensor | None:
+        """g − ĝ (d,) of a compressed window, else None."""
+        parts = [part.rest for part in entry if part.rest is not None]
+        return self._joined(parts) if self.compress is not None else None
+
+    def products(self, entry: list[Entry], count: Tensor, exact: bool) -> Tensor:
+        """Gĝ, and G(g − ĝ) if compressed, (1 or 2, m), for G with ĝ as row j = count mod m."""
+        return self._sum(
+            [
+                block.products(part, count.to(block.device), exact)
+                for block, part in zip(self.blocks, entry, strict=True)
+            ]
+        )
+
+    def replace_and_transposed_times(
+        self, entry: list[Entry], count: Tensor, accepted: Tensor, y: Tensor, exact: bool
+    ) -> Tensor:
+        """Makes ĝ row j = count mod m where it is accepted; returns Gᵀy (d,) of that G."""
+        parts = zip(self.blocks, entry, strict=True)
+        return self._joined(
+            [
+                block.replace_and_transposed_times(
+                    part, *(x.to(block.device) for x in (count, accepted, y)), exact
+                )
+                for block, part in parts
+            ]
+        )
+
+    def write(self, entry: list[Entry], count: Tensor, accepted: Tensor | None = None) -> None:
+        """Makes ĝ row j = count mod m where it is accepted."""
+        for block, part in zip(self.blocks, entry, strict=True):
+            there = None if accepted is None else accepted.to(block.device)
+            block.write(part, count.to(block.device), there)
+
+    def times(self, x: Tensor) -> Tensor:
+        """Gx (m,) in float64."""
+        return self._sum([block.times(part) for block, part in self._split(x)])
+
+    def transposed_times(self, y: Tensor) -> Tensor:
+        """Gᵀy (d,), from exact products."""
+        return self._joined([block.transposed_times(y.to(block.device)) for block in self.blocks])
+
+    def tiles(self) -> Iterator[Tensor]:
+        """G in float64, a few columns (m, ·) at a time, on `device`."""
+        return (tile.to(self.device) for block in self.blocks for tile in block.tiles())
+
+    def columns(self, start: int, stop: int) -> list[dict[str, Tensor]]:
+        """What is stored of columns start to stop of a dense window, as views, a dict a block."""
+        views = []
+        for block in self.blocks:
+            if start < block.dim and stop > 0:
+                views.append(block.G[:, max(start, 0) : stop])
+            start, stop = start - block.dim, stop - block.dim
+        return views
+
+    def _split(self, x: Tensor) -> list[tuple[Any, Tensor]]:
+        if len(self.blocks) == 1:
+            return [(self.blocks[0], x.to(self.blocks[0].device))]
+        parts = zip(self.blocks, x.split(self.dims), strict=True)
+        return [(block, part.to(block.device)) for block, part in parts]
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        """Parts of a vector from all blocks, started on all devices before the first is collected."""
+        parts = [part.to(self.device) for part in parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _sum(self, parts: list[Tensor]) -> Tensor:
+        total = parts[0].to(self.device)
+        for part in parts[1:]:
+            total = total + part.to(self.device)
+        return total
 
 
 def gram(tiles: Iterable[Tensor]) -> Tensor:
@@ -302,90 +426,63 @@ def gram(tiles: Iterable[Tensor]) -> Tensor:
     return K
 
 
-def check_saved_window(block: Any, m: int, compressed: bool) -> None:
-    """Raises ValueError if this is no `state` of a window of m gradients."""
-    error: Any = None
-    columns: Any = None
-    rows, rule = block, f"its window must have {m} rows"
-    if compressed:
-        parts = block if isinstance(block, dict) else {}
-        error, columns, rows = (parts.get(name) for name in ("error", "columns", "values"))
-        rule += ", with the column of each entry, from 0 to d - 1"
-    fits = is_real(rows) and rows.ndim == 2 and len(rows) == m
-    if fits and compressed:
-        indices = isinstance(columns, Tensor) and columns.dtype in (torch.int32, torch.int64)
-        fits = indices and columns.shape == rows.shape and is_real(error) and error.ndim == 1
-    if fits and compressed:
-        index = local(columns)
-        fits = bool(((0 <= index) & (index < len(local(error)))).all())
-    if not fits:
-        raise ValueError(f"The state dict is damaged: {rule}")
-
-
-# --- cost, before it is paid ----------------------------------------------------------------------
-
-
-def window_bytes(
-    ngrads: int,
-    dim: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    compress: float | None = None,
-    world_size: int = 1,
-) -> int:
-    """Bytes on each of `world_size` devices for a window of `ngrads` gradients of `dim` weights.
-
-    m·d numbers of `dtype`, or, with `compress`, that part of them with 4 bytes each for its column,
-    and d for the error; and 16m² for K and P.
+def kept(size: int, compress: float) -> int:
+    """How many entries of `size` columns a compressed window keeps.
 
     Example:
-        >>> window_bytes(1024, 272_474)  # ResNet-20: 1.13 GB
-        1132830720
+        >>> kept(4096, 0.01)
+        41
     """
-    m, d, dtype, compress, ranks = _checked_sizes(ngrads, dim, dtype, compress, world_size)
-    own = -(-d // ranks)
-    error = 0 if compress is None else own * torch.promote_types(dtype, torch.float32).itemsize
-    return m * _row_bytes(own, dtype, compress) + error + 16 * m**2
+    return min(size, max(1, round(compress * size)))
 
 
-def step_traffic(
-    ngrads: int,
-    dim: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    compress: float | None = None,
-    world_size: int = 1,
-    sharded: bool = False,
-) -> tuple[int, int]:
-    """Bytes that a step moves on each device: those read of the window, twice its part, or three
-    times if it is compressed, and those sent over the network.
-
-    In a ring of devices, m + 1 float64 numbers of each are summed up, twice if compressed, and
-    the d float32 numbers of the update are gathered, unless parameters are `sharded` likewise.
-
-    Example:
-        >>> step_traffic(1024, 272_474)
-        (2232107008, 0)
-    """
-    m, d, dtype, compress, ranks = _checked_sizes(ngrads, dim, dtype, compress, world_size)
-    products = 1 if compress is None else 2  # of the window with a vector, beside its transposed
-    read = (products + 1) * m * _row_bytes(-(-d // ranks), dtype, compress)
-    passed_on = products * 16 * (m + 1) + (0 if sharded else 4 * d)
-    return read, passed_on * (ranks - 1) // ranks
+def _short_sums(G: Tensor, x: Tensor) -> Tensor:
+    """Gx in float64, summed over products of a few columns each in the type of G."""
+    if G.dtype == torch.float64:
+        return G @ x
+    chunk = _chunk(len(x))
+    whole = len(x) - len(x) % chunk
+    # One batch of products x_c (1, chunk) times G_cᵀ (chunk, m) reads G no slower than G @ x does,
+    # which would leave all d columns to a single float32 sum.
+    chunks = G[:, :whole].unflatten(1, (-1, chunk)).permute(1, 2, 0)
+    products = torch.bmm(x[:whole].view(-1, 1, chunk), chunks)
+    return products.sum((0, 1), dtype=torch.float64) + G[:, whole:] @ x[whole:]
 
 
-def _checked_sizes(
-    ngrads: int, dim: int, dtype: torch.dtype, compress: float | None, world_size: int
-) -> tuple[int, int, torch.dtype, float | None, int]:
-    m, d = check_integer("ngrads", ngrads, least=0), check_integer("dim", dim, least=0)
-    ranks = check_integer("world_size", world_size)
-    return m, d, checked_dtype("dtype", dtype), checked_compress(compress), ranks
+def _chunk(d: int) -> int:
+    """Columns of a short sum: 256 sums or more."""
+    return min(CHUNK, max(16, d // 256 // 16 * 16))
 
 
-def _row_bytes(d: int, dtype: torch.dtype, compress: float | None) -> int:
-    """Bytes of a gradient of d weights in the window."""
-    if compress is None:
-        return d * dtype.itemsize
-    blocks, rest = divmod(d, BLOCK)
-    kept = blocks * _kept(BLOCK, compress) + _kept(rest, compress)
-    return kept * (dtype.itemsize + _index_type(d).itemsize)
+def _largest(a: Tensor, compress: float) -> Tensor:
+    """Where the entries of a (d,) are that are largest in absolute value, in each block: (k,)."""
+    whole = len(a) - len(a) % BLOCK
+    found = [
+        blocks.abs().topk(kept(blocks.shape[1], compress), sorted=False).indices.sort().values
+        for blocks in (a[:whole].view(-1, BLOCK), a[whole:].view(1, -1))
+    ]
+    found[0] += torch.arange(0, whole, BLOCK, device=a.device)[:, None]
+    found[1] += whole
+    return torch.cat([columns.flatten() for columns in found])
+
+
+def _rows_in_use(rows: Tensor, count: Tensor) -> int:
+    """How many rows are in use once the next is written. All of them on CUDA, which would have to be
+    waited for to know better."""
+    return len(rows) if count.is_cuda else min(int(count) + 1, len(rows))
+
+
+def _with_new_row(Y: Tensor, X: Tensor, new: Tensor, count: Tensor) -> Tensor:
+    """Y = X Gᵀ (n, m) for G whose row j = count mod m is `new` (d,)."""
+    column = X.double() @ new.double()
+    return Y.index_copy_(1, count.view(1) % Y.shape[1], column[:, None])
+
+
+def _replace(rows: Tensor, row: Tensor, count: Tensor, accepted: Tensor | None) -> None:
+    """Makes `row` number count mod m of the m rows, where it is accepted."""
+    if rows.dtype == torch.float8_e4m3fn:  # which torch does not index
+        rows, row = rows.view(torch.uint8), row.view(torch.uint8)
+    j, row = count.view(1) % len(rows), row[None]
+    if accepted is not None:
+        row = row.where(accepted != 0, rows.index_select(0, j))
+    rows.index_copy_(0, j, row)

@@ -27,7 +27,6 @@ def saved(G, tmp_path):
 # name -> (how it is made, block size of the Fisher that it inverts as a fraction of d)
 FORMS = {
     "dynamic": (dynamic, 1),
-    "dynamic, paper": (lambda *a: dynamic(*a, coefficients="paper"), 1),
     "dynamic, shards": (lambda *a: dynamic(*a, shards=["cpu", "cpu"]), 1),
     "dynamic, bfloat16": (lambda *a: dynamic(*a, dtype=torch.bfloat16), 1),
     "dynamic, compressed": (lambda *a: dynamic(*a, compress=0.3), 1),

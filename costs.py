@@ -1,0 +1,120 @@
+"""What a window costs, before it is paid: memory, and bytes that a step moves."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from checks import check_integer, checked_compress, checked_dtype
+from windows import BLOCK, SCALED, kept
+
+__all__ = ["available_memory", "check_memory", "step_traffic", "window_bytes"]
+
+
+def window_bytes(
+    ngrads: int,
+    dim: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    compress: float | None = None,
+    world_size: int = 1,
+) -> int:
+    """Bytes on each of `world_size` devices for a window of `ngrads` gradients of `dim` weights.
+
+    m·d numbers of `dtype`, or, with `compress`, that part of them with 4 bytes each for its column,
+    and d for the error; 4 bytes for each scale of 8 and 16 bit floats; and 16m² for K and P.
+
+    Example:
+        >>> window_bytes(1024, 272_474)  # ResNet-20: 1.13 GB
+        1132830720
+    """
+    m, d, dtype, compress, ranks = _checked_sizes(ngrads, dim, dtype, compress, world_size)
+    own = -(-d // ranks)
+    error = 0 if compress is None else own * torch.promote_types(dtype, torch.float32).itemsize
+    return m * _row_bytes(own, dtype, compress) + error + 16 * m**2
+
+
+def step_traffic(
+    ngrads: int,
+    dim: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    compress: float | None = None,
+    world_size: int = 1,
+    sharded: bool = False,
+) -> tuple[int, int]:
+    """Bytes that a step moves on each device: those read of the window, twice its part, and those
+    sent over the network.
+
+    In a ring of devices, m float64 numbers of each are summed up, 2m if compressed, and the d
+    float32 numbers of the update are gathered, unless parameters are `sharded` likewise.
+
+    Example:
+        >>> step_traffic(1024, 272_474)
+        (2232107008, 0)
+    """
+    m, d, dtype, compress, ranks = _checked_sizes(ngrads, dim, dtype, compress, world_size)
+    read = 2 * m * _row_bytes(-(-d // ranks), dtype, compress)
+    passed_on = (16 if compress is None else 32) * m + (0 if sharded else 4 * d)
+    return read, passed_on * (ranks - 1) // ranks
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that this process can still allocate on `device`: of main memory, its share. None where
+    that is not known.
+
+    Example:
+        >>> available_memory(torch.device("meta")) is None
+        True
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else None
+
+
+def check_memory(
+    m: int,
+    dims: Sequence[int],
+    devices: Sequence[torch.device],
+    dtype: torch.dtype,
+    compress: float | None,
+) -> None:
+    """Raises ValueError if a window of m gradients, `dims` columns on each device, is too large.
+
+    Example:
+        >>> check_memory(8, [100], [torch.device("cpu")], torch.float32, None)
+    """
+    needed: dict[torch.device, int] = {}
+    for d, device in zip(dims, devices, strict=True):
+        size = window_bytes(m, d, dtype=dtype, compress=compress)
+        needed[device] = needed.get(device, 0) + size
+    for device, size in needed.items():
+        free = available_memory(device)
+        if free is not None and size > free:
+            raise ValueError(
+                f"A window of {m} gradients of {sum(dims):,} weights takes {size / 1e9:.3g} GB on "
+                f"{device}, which has {free / 1e9:.3g} GB free; take fewer gradients, a narrower "
+                "window_dtype, compress=0.01, or more devices"
+            )
+
+
+def _checked_sizes(
+    ngrads: int, dim: int, dtype: torch.dtype, compress: float | None, world_size: int
+) -> tuple[int, int, torch.dtype, float | None, int]:
+    m, d = check_integer("ngrads", ngrads, least=0), check_integer("dim", dim, least=0)
+    ranks = check_integer("world_size", world_size)
+    return m, d, checked_dtype("dtype", dtype, compress), checked_compress(compress), ranks
+
+
+def _row_bytes(d: int, dtype: torch.dtype, compress: float | None) -> int:
+    """Bytes of a gradient of d weights in the window."""
+    if compress is None:
+        return d * dtype.itemsize + (4 * -(-d // BLOCK) if dtype in SCALED else 0)
+    blocks, rest = divmod(d, BLOCK)
+    entries = blocks * kept(BLOCK, compress) + kept(rest, compress)
+    return entries * (dtype.itemsize + torch.int32.itemsize)

@@ -1,0 +1,251 @@
+"""The trained parameters of an optimizer as one vector, and the columns of the window it maps to.
+
+What an optimizer does to each number alone is done to the vector. Parameters meet it in two places:
+their gradients are copied in, and its pieces are subtracted from the weights, each by one foreach
+call over views that are made once.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ranks import Ranks, local, sharded_dim
+
+__all__ = ["Flat", "Segment", "views"]
+
+
+class Segment:
+    """Parameters of one group, type and device, side by side in the vector.
+
+    Args:
+        group: index of their group.
+        params: the parameters.
+        start: of their numbers in the vector.
+        vector: the vector (d,).
+    """
+
+    def __init__(self, group: int, params: list[Tensor], start: int, vector: Tensor):
+        self.group, self.params, first = group, params, local(params[0])
+        self.dtype, self.device = first.dtype, first.device
+        self.span = slice(start, start + sum(local(p).numel() for p in params))
+        self.numbers = vector[self.span]
+        # Foreach calls are fast for tensors of one type and device, so these are the parameters'.
+        same = (vector.dtype, vector.device) == (self.dtype, self.device)
+        self.staging = self.numbers if same else self.numbers.to(self.device, self.dtype)
+        self.views = views(self.staging, params)
+        self.shapes = [view.shape for view in self.views]
+        self.lacking: list[int] = []  # parameters without a gradient
+
+    def gather(self) -> bool:
+        """Copies gradients into the vector, 0 where there is none; False if there is none at all.
+
+        Raises:
+            ValueError: a gradient has another shape than its parameter had, or is sparse.
+        """
+        grads = [p.grad for p in self.params]
+        self.lacking = [i for i, g in enumerate(grads) if g is None]
+        if self.lacking:
+            self.staging.zero_()
+        grads, views = [local(g) for g in grads if g is not None], self._present(self.views)
+        if not grads:
+            return False
+        if [g.shape for g in grads] != self._present(self.shapes):
+            self._refuse(grads)
+        if any(g.layout is not torch.strided for g in grads):
+            raise ValueError(
+                "MFAC does not support sparse gradients; use sparse=False in the module"
+            )
+        torch._foreach_copy_(views, grads)
+        if self.staging is not self.numbers:
+            self.numbers.copy_(self.staging)
+        return True
+
+    def add_weights(self, alpha: float) -> None:
+        """Adds alpha·w to the vector where there is a gradient."""
+        views, weights = self._present(self.views), self._weights()
+        if self.staging is self.numbers:
+            torch._foreach_add_(views, weights, alpha=alpha)
+        else:  # in the type of the vector
+            torch._foreach_copy_(views, weights)
+            self.numbers.add_(self.staging.to(self.numbers), alpha=alpha)
+
+    def subtract(self) -> None:
+        """Subtracts the vector from the parameters that have a gradient."""
+        if self.staging is not self.numbers:
+            self.staging.copy_(self.numbers)
+        torch._foreach_sub_(self._weights(), self._present(self.views))
+
+    def average(self, v: Tensor, u: Tensor, weight: float | Tensor) -> Tensor:
+        """v ← v + weight·(u − v) where there is a gradient, for what v and u (d,) have of it."""
+        v, u = v[self.span], u[self.span]
+        kept = [(x, x.clone()) for x in (views(v, self.params)[i] for i in self.lacking)]
+        v.lerp_(u, weight)
+        for x, before in kept:
+            x.copy_(before)
+        return v
+
+    def moved(self) -> bool:
+        """Whether the parameters have another type or device by now."""
+        first = local(self.params[0])
+        return (first.dtype, first.device) != (self.dtype, self.device)
+
+    def _weights(self) -> list[Tensor]:
+        return [local(p) for p in self._present(self.params)]
+
+    def _present(self, things: list) -> list:
+        """Of one thing for each parameter, those of parameters with a gradient."""
+        if not self.lacking:
+            return things
+        return [x for i, x in enumerate(things) if i not in self.lacking]
+
+    def _refuse(self, grads: list[Tensor]) -> None:
+        for g, shape in zip(grads, self._present(self.shapes), strict=True):
+            if g.shape != shape:
+                raise ValueError(
+                    f"A parameter of group {self.group} has a gradient of shape {tuple(g.shape)}, but "
+                    f"had shape {tuple(shape)} when it got its place in the window; build the "
+                    "optimizer anew after layers have been replaced or resized"
+                )
+
+
+class Flat:
+    """The vector of d numbers, its segments, and its columns.
+
+    There is a column of the window for each number of the vector, but for those that a mask keeps as
+    they are and, where replicated parameters share a window, those that other ranks have.
+
+    Args:
+        params: (group, parameter) for each one that is trained, in the order of the columns.
+        mask: of a parameter, True where it is trained; None for all of it.
+        ranks: the processes that share the window.
+        device, dtype: of the vector.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[tuple[int, Tensor]],
+        mask: Callable[[Tensor], Tensor | None],
+        ranks: Ranks,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self.ranks, self.mask, self.params = ranks, mask, [p for _, p in params]
+        sizes = [local(p).numel() for p in self.params]
+        self.vector = torch.zeros(sum(sizes), dtype=dtype, device=device)
+        self.momentum: Tensor | None = None  # v (d,), from `velocity`
+        self.segments: list[Segment] = []
+        start = 0
+        for (group, *_), run in groupby(params, lambda x: (x[0], x[1].dtype, x[1].device)):
+            self.segments.append(Segment(group, [p for _, p in run], start, self.vector))
+            start = self.segments[-1].span.stop
+        self._seen: list[int] = []  # ids of all parameters when `covers` was last true
+        self._frozen: list[Tensor] = []
+        self.columns: list[slice] = []  # of each parameter, among those of this process
+        self.index: Tensor | None = None  # of the columns in the vector; None if they are all of it
+        self._sent = self._received = self._filled = None  # see `spread`
+        self._find_columns(sizes)
+
+    def _find_columns(self, sizes: list[int]) -> None:
+        ranks, device = self.ranks, self.vector.device
+        masks = [self.mask(p) for p in self.params]
+        whole = ranks.size == 1 and all(mask is None for mask in masks)
+        own, sent, received, start, stop = [], [], [], 0, 0
+        for p, size, mask in zip(self.params, sizes, masks, strict=True):
+            columns = size
+            if not whole:
+                # The columns of a parameter are in the order of its weights, not of its memory.
+                (place,) = views(torch.arange(start, start + size, device=device), [p])
+                positions = place.flatten() if mask is None else place[local(mask).to(device)]
+                if ranks.size > 1 and sharded_dim(p) is None:
+                    chunk = ranks.chunk(len(positions))
+                    spare = ranks.size * chunk - len(positions)
+                    received.append(pad(positions, (0, spare), value=-1).view(ranks.size, chunk))
+                    positions = ranks.part(positions)
+                    numbers = torch.arange(stop, stop + len(positions), device=device)
+                    sent.append(pad(numbers, (0, chunk - len(positions)), value=-1))
+                own.append(positions)
+                columns = len(positions)
+            self.columns.append(slice(stop, stop + columns))
+            start, stop = start + size, stop + columns
+        if not whole:
+            self.index = torch.cat([torch.arange(0, device=device), *own])
+        if sent:
+            places = torch.cat(received, 1).flatten()
+            self._sent, self._filled = torch.cat(sent), places >= 0
+            self._received = places[self._filled]
+
+    def covers(self, params: list[tuple[int, Tensor]]) -> bool:
+        """Whether these parameters, with the index of their group, are those of the vector."""
+        if [id(p) for _, p in params] == self._seen:
+            unfrozen = any(p.grad is not None for p in self._frozen)
+            return not unfrozen and not any(segment.moved() for segment in self.segments)
+        groups = {id(p): i for i, p in params}
+        known = {id(p) for p in self.params}
+        frozen = [p for _, p in params if id(p) not in known]
+        same = all(groups.get(id(p)) == s.group for s in self.segments for p in s.params)
+        if not same or any(is_trained(p) for p in frozen):
+            return False
+        self._seen, self._frozen = [id(p) for _, p in params], frozen
+        return True
+
+    def extended(self, params: list[tuple[int, Tensor]]) -> "Flat | None":
+        """A vector with places for those that are trained by now, too, at its end. None if some of
+        those that had places have gone."""
+        groups = {id(p): i for i, p in params}
+        if not all(id(p) in groups for p in self.params):
+            return None
+        known = {id(p) for p in self.params}
+        new = [(i, p) for i, p in params if id(p) not in known and is_trained(p)]
+        every = [(groups[id(p)], p) for p in self.params] + new
+        flat = Flat(every, self.mask, self.ranks, self.vector.device, self.vector.dtype)
+        if self.momentum is not None:
+            flat.momentum = torch.zeros_like(flat.vector)
+            flat.momentum[: len(self.momentum)] = self.momentum
+        return flat
+
+    @property
+    def size(self) -> int:
+        """Columns of this process."""
+        return len(self.vector) if self.index is None else len(self.index)
+
+    def gradient(self) -> Tensor:
+        """The columns (size,) of the vector."""
+        return self.vector if self.index is None else self.vector.index_select(0, self.index)
+
+    def spread(self, u: Tensor) -> Tensor:
+        """A vector (d,) with u (size,) in the columns, those of other ranks in theirs, else zeros."""
+        if self.index is None:
+            return u
+        whole = torch.zeros_like(self.vector).index_copy_(0, self.index, u)
+        if self._sent is not None:
+            gathered = self.ranks.gather(pad(u, (0, 1))[self._sent]).flatten()
+            whole.index_copy_(0, self._received, gathered[self._filled])
+        return whole
+
+
+def is_trained(p: Tensor) -> bool:
+    """Whether a parameter takes columns of the window.
+
+    Example:
+        >>> is_trained(torch.nn.Parameter(torch.zeros(2), requires_grad=False))
+        False
+    """
+    return p.requires_grad or p.grad is not None
+
+
+def views(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """The pieces of the vector in the shapes, and order in memory, of what is here of parameters.
+
+    Example:
+        >>> views(torch.arange(4), [torch.zeros(2), torch.zeros(1, 2)])
+        [tensor([0, 1]), tensor([[2, 3]])]
+    """
+    found, start = [], vector.storage_offset()
+    for p in map(local, params):
+        stride = torch.empty_like(p, device="meta").stride()  # that of p, if p has no gaps
+        found.append(vector.as_strided(p.shape, stride, start))
+        start += p.numel()
+    return found

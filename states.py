@@ -1,0 +1,362 @@
+"""Saving and loading: what an inverse Fisher and an optimizer hold, and how it is fitted in again.
+
+A state of the same window is copied, to the same bits. From one with another number of gradients,
+another type or compression, the newest gradients that fit enter the window one after the other.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from checks import check_damp, check_integer, checked_dtype, is_real, kind
+from flat import Flat, views
+from ranks import as_dtensor, is_dtensor, local, placed_as, sharded_dim
+from windows import BLOCK, SCALED
+
+if TYPE_CHECKING:
+    from optim import MFAC, DynamicInverseFisher
+
+__all__ = ["by_parameter", "into_fisher", "into_optimizer", "of_fisher", "of_optimizer"]
+
+
+# --- the inverse Fisher ---------------------------------------------------------------------------
+
+
+def of_fisher(fisher: "DynamicInverseFisher") -> dict[str, Any]:
+    """Everything a DynamicInverseFisher holds, by reference."""
+    side = fisher.coefficients
+    return {
+        "window": [block.state for block in fisher.window.blocks],
+        "count": fisher.count,
+        "damp": fisher.damp,
+        "exact": fisher.precision.exact,
+        "K": side.K,
+        "P": side.P,
+        "dtype": str(fisher.dtype).removeprefix("torch."),
+        "compress": fisher.compress or 0.0,
+    }
+
+
+def into_fisher(
+    fisher: "DynamicInverseFisher",
+    state: Any,
+    update: Callable[[Tensor], Any] | None = None,
+    complete: bool = True,
+) -> None:
+    """Takes a copy of what `of_fisher` gave.
+
+    Args:
+        fisher: what to load into.
+        state: what to load.
+        update: what takes gradients one by one where the window is another, by default `fisher.update`.
+        complete: whether K is of all columns; otherwise it is computed anew.
+
+    Raises:
+        ValueError: it is no such state, or of another number of weights.
+    """
+    _check_shared(state)
+    m, dtype, compress = len(state["K"]), getattr(torch, state["dtype"]), state["compress"] or None
+    dims = [_checked_block(block, m, dtype, compress) for block in state["window"]]
+    if sum(dims) != fisher.shape[0]:
+        raise ValueError(
+            f"The state dict is of {sum(dims)} weights, this inverse Fisher of {fisher.shape[0]}"
+        )
+    plain = compress is None and dtype not in SCALED
+    like = (m, dtype, compress) == (fisher.num_grads, fisher.dtype, fisher.compress)
+    side, precision = fisher.coefficients, fisher.precision
+    precision.forget()
+    if not (like and (plain or dims == fisher.window.dims)):
+        for tensor in (side.K, fisher.counter, *_stored(fisher)):
+            tensor.zero_()
+        side.invert(fisher.damp)
+        for j in _newest(state["count"], m, fisher.num_grads):
+            g = torch.cat([_row(block, j, dtype, compress) for block in state["window"]])
+            (update or fisher.update)(g.to(fisher.device))
+        return
+    if plain:
+        start = 0
+        for block in state["window"]:
+            views = fisher.window.columns(start, start := start + block["G"].shape[1])
+            parts = block["G"].split([view.shape[1] for view in views], 1)
+            for view, part in zip(views, parts, strict=True):
+                view.copy_(part)
+    else:
+        for mine, block in zip(fisher.window.blocks, state["window"], strict=True):
+            for name, tensor in mine.state.items():
+                tensor.copy_(block[name])
+    fisher.counter.fill_(state["count"])
+    precision.exact = precision.always_exact or state["exact"]
+    side.K.copy_(state["K"])
+    side.P.copy_(state["P"])
+    side.fresh = False
+    if not complete:
+        precision.rebuild()
+    elif state["damp"] != fisher.damp:
+        precision.set_damp(fisher.damp)
+
+
+def _stored(fisher: "DynamicInverseFisher") -> Iterator[Tensor]:
+    return (tensor for block in fisher.window.blocks for tensor in block.state.values())
+
+
+def _newest(count: int, saved: int, wanted: int) -> list[int]:
+    """The rows of the newest gradients, oldest first, of a ring of `saved` rows."""
+    return [j % saved for j in range(count - min(count, saved, wanted), count)]
+
+
+def _row(block: dict[str, Tensor], j: int, dtype: torch.dtype, compress: float | None) -> Tensor:
+    """Gradient j (d,) of a saved block."""
+    if compress is not None:
+        g = torch.zeros_like(block["error"])
+        return g.index_copy_(0, block["columns"][j].long(), block["values"][j].to(g.dtype))
+    if dtype not in SCALED:
+        return block["G"][j]
+    return (
+        block["G"][j].float() * block["scales"][j].repeat_interleave(BLOCK)[: block["G"].shape[1]]
+    )
+
+
+def _check_shared(state: Any) -> None:
+    names = ("window", "count", "damp", "exact", "K", "P", "dtype", "compress")
+    if not (isinstance(state, dict) and all(name in state for name in names)):
+        found = list(state) if isinstance(state, dict) else kind(state)
+        raise ValueError(f"Expected a state dict with {list(names)}, got {found}")
+    check_integer("count", state["count"], least=0)
+    check_damp(state["damp"])
+    checked_dtype("dtype", state["dtype"], state["compress"] or None)
+    K, P = state["K"], state["P"]
+    square = is_real(K) and is_real(P) and K.ndim == 2 and K.shape == K.T.shape == P.shape
+    if not (square and len(K) and bool(K.isfinite().all()) and isinstance(state["exact"], bool)):
+        raise ValueError("The state dict is damaged: K must be a finite square matrix, P like it")
+    if not isinstance(state["window"], list):
+        raise ValueError("The state dict is damaged: its window must be a list of blocks")
+
+
+def _checked_block(block: Any, m: int, dtype: torch.dtype, compress: float | None) -> int:
+    """The number of columns of a saved block of m gradients."""
+    scaled = dtype in SCALED
+    dense = ("G", "scales") if scaled else ("G",)
+    names = dense if compress is None else ("error", "columns", "values")
+    parts = [block.get(name) if isinstance(block, dict) else None for name in names]
+    fits = all(isinstance(x, Tensor) and x.layout == torch.strided for x in parts)
+    if fits and compress is None:
+        G = parts[0]
+        fits = G.ndim == 2 and len(G) == m and G.dtype == dtype
+        if fits and scaled:
+            fits = parts[1].shape == (m, -(-G.shape[1] // BLOCK)) and is_real(parts[1])
+    elif fits:
+        error, columns, values = parts
+        fits = error.ndim == 1 and is_real(error) and values.dtype == dtype
+        fits = fits and columns.dtype == torch.int32 and columns.shape == values.shape
+        fits = fits and values.ndim == 2 and len(values) == m
+        fits = fits and bool(((0 <= columns) & (columns < len(error))).all())
+    if not fits:
+        raise ValueError(f"The state dict is damaged: its window must have {m} rows of {dtype}")
+    return parts[0].shape[-1]
+
+
+# --- the optimizer --------------------------------------------------------------------------------
+
+
+def by_parameter(fisher: "DynamicInverseFisher") -> bool:
+    """Whether a window is saved with the parameters its columns belong to: not where blocks of
+    columns have scales, or entries, in common."""
+    return fisher.compress is None and fisher.dtype not in SCALED
+
+
+def of_optimizer(optimizer: "MFAC", state_dict: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `state_dict` gives, with the window."""
+
+    def add(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        flat, fisher = optimizer._flat, optimizer.fisher
+        shared = of_fisher(fisher)
+        blocks = shared.pop("window")
+        if by_parameter(fisher):
+            numbers = {id(p): i for i, (_, p) in enumerate(optimizer._numbered())}
+            for p, span in zip(flat.params, flat.columns, strict=True):
+                views = fisher.window.columns(span.start, span.stop)
+                G = (
+                    views[0]
+                    if len(views) == 1
+                    else torch.cat([x.to(fisher.device) for x in views], 1)
+                )
+                entries = state["state"][numbers[id(p)]]
+                state["state"][numbers[id(p)]] = {**entries, "grads": _to_save(flat, p, G)}
+        else:
+            shared["window"] = {
+                str(i): {name: flat.ranks.as_saved(x, x.ndim - 1) for name, x in block.items()}
+                for i, block in enumerate(blocks)
+            }
+        counts = {"parameters": len(flat.params), "ranks": flat.ranks.size}
+        shared |= counts | optimizer._recovery.state_dict()
+        state["param_groups"][0]["fisher"] = shared
+
+    # As the first of the post-hooks, so that those of others see everything.
+    handle = optimizer.register_state_dict_post_hook(cast(Any, add), prepend=True)
+    try:
+        return state_dict()
+    finally:
+        handle.remove()
+
+
+def into_optimizer(
+    optimizer: "MFAC", state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]
+) -> None:
+    """Takes a copy of what `of_optimizer` gave, around what `load` does.
+
+    Raises:
+        ValueError: it belongs to other parameters, or to another optimizer.
+    """
+    if not isinstance(state_dict, dict):
+        raise ValueError(f"Expected a state dict of MFAC, got {kind(state_dict)}")
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(f"This state dict is not one of MFAC: it has {list(state_dict)} only")
+    params = [p for _, p in optimizer._numbered()]
+    saved: list[dict[str, Any]] = []
+    shared: dict[str, Any] = {}
+    masks = [optimizer.state[p].get("mask") for p in params]
+
+    def take(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Keeps from the base class what it would round to the types of the parameters."""
+        groups = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in groups]
+        if sizes != [len(group["params"]) for group in optimizer.param_groups]:
+            return state_dict  # which the base class refuses
+        first, *others = groups
+        if not isinstance(first.get("fisher"), dict):
+            raise ValueError("This state dict is not one of MFAC: its first group has no 'fisher'")
+        shared.update(first["fisher"])
+        ids = [i for group in groups for i in group["params"]]
+        saved.extend(state_dict["state"].get(i, {}) for i in ids)
+        _check_parameters(params, saved)
+        rest = {key: v for key, v in state_dict["state"].items() if key not in ids}
+        first = {name: value for name, value in first.items() if name != "fisher"}
+        return {**state_dict, "state": rest, "param_groups": [first, *others]}
+
+    def put(_: torch.optim.Optimizer) -> None:
+        for p, entries, mask in zip(params, saved, masks, strict=True):
+            mask = entries.get("mask", mask)
+            if mask is not None:
+                optimizer.state[p]["mask"] = placed_as(p, mask)
+        optimizer._build(
+            {id(p) for p, entries in zip(params, saved, strict=True) if "grads" in entries}
+        )
+        flat, fisher = optimizer._flat, optimizer.fisher
+        entries = {id(p): found for p, found in zip(params, saved, strict=True)}
+        for p in flat.params:
+            if "momentum_buffer" in entries[id(p)]:
+                optimizer._velocity()
+                value = placed_as(p, entries[id(p)]["momentum_buffer"])
+                local(optimizer.state[p]["momentum_buffer"]).copy_(local(value))
+        optimizer._recovery.load_state_dict(shared)
+        ranks, complete = flat.ranks, True
+        if "window" in shared:
+            window = shared["window"]
+            blocks = [
+                {name: ranks.own(x, x.ndim - 1) for name, x in window[str(i)].items()}
+                for i in range(len(window))
+            ]
+        else:
+            m = len(shared["K"])
+            dtype = getattr(torch, shared["dtype"])
+            blocks = [
+                {"G": _from_saved(flat, p, span, entries[id(p)], m, dtype)}
+                for p, span in zip(flat.params, flat.columns, strict=True)
+            ]
+            complete = sum("grads" in found for found in saved) == shared["parameters"]
+
+        def update(g: Tensor) -> None:
+            optimizer._recovery.update_matvec(fisher, g, optimizer.damp)
+
+        into_fisher(fisher, {**shared, "window": blocks}, update, complete)
+        if ranks.size > 1:
+            _check_ranks(fisher)
+
+    # The last of the pre-hooks and the first of the post-hooks: those of others see everything.
+    handles = [
+        optimizer.register_load_state_dict_pre_hook(take),
+        optimizer.register_load_state_dict_post_hook(put, prepend=True),
+    ]
+    try:
+        load(state_dict)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _to_save(flat: Flat, p: Tensor, G: Tensor) -> Tensor:
+    """The columns G (m, ·) of p as (m, *shape), or as (m, trained weights) where there are masks or
+    ranks that share it."""
+    m, here, dim = len(G), local(p), sharded_dim(p)
+    if flat.index is None:  # in the order of memory
+        stride = torch.empty_like(here, device="meta").stride()
+        return G.as_strided((m, *here.shape), (G.stride(0), *stride), G.storage_offset())
+    mask = flat.mask(p)
+    if dim is None:
+        trained = p.numel() if mask is None else int(mask.sum())
+        return flat.ranks.as_saved(G, 1, trained)
+    if mask is not None:
+        G = G.new_zeros(m, here.numel()).index_copy_(1, local(mask).flatten().nonzero()[:, 0], G)
+    from torch.distributed.tensor import Shard
+
+    placements = [Shard(dim + 1) if x.is_shard() else x for x in cast(Any, p).placements]
+    mesh = cast(Any, p).device_mesh
+    return as_dtensor(G.reshape(m, *here.shape), (m, *p.shape), mesh, placements)
+
+
+def _from_saved(
+    flat: Flat, p: Tensor, span: slice, entries: dict[str, Any], m: int, dtype: torch.dtype
+) -> Tensor:
+    """The columns (m, ·) of p here, from what `_to_save` gave here or in other processes; zeros if
+    they are missing."""
+    if "grads" not in entries:
+        return torch.zeros(m, span.stop - span.start, dtype=dtype)
+    grads, dim, mask = entries["grads"], sharded_dim(p), flat.mask(p)
+    G = local(grads).flatten(1)
+    if dim is None and is_dtensor(grads):
+        return G
+    if dim is not None and not is_dtensor(grads):
+        if G.shape[1] != p.numel():
+            index = entries["mask"].flatten().nonzero()[:, 0]
+            G = G.new_zeros(m, p.numel()).index_copy_(1, index, G)
+        G = flat.ranks.own(G.view(m, *p.shape), dim + 1).flatten(1)
+    if mask is not None and G.shape[1] == local(p).numel():
+        G = G[:, local(mask).flatten().to(G.device)]
+    if dim is None:
+        G = flat.ranks.part(G, 1)
+    if flat.index is None and not local(p).is_contiguous():
+        order = views(torch.arange(p.numel(), device=G.device), [p])[0].flatten()
+        G = torch.empty_like(G).index_copy_(1, order, G)
+    return G
+
+
+def _check_parameters(params: list[Tensor], saved: list[dict[str, Any]]) -> None:
+    """Raises ValueError if the saved entries are not those of these parameters."""
+    for p, entries in zip(params, saved, strict=True):
+        if not all(isinstance(value, Tensor) for value in entries.values()):
+            raise ValueError(f"The state dict is damaged: not all of {list(entries)} are tensors")
+        shapes = [
+            tuple(entries[name].shape) for name in ("mask", "momentum_buffer") if name in entries
+        ]
+        grads, weights = entries.get("grads"), p.numel()
+        if "mask" in entries and sharded_dim(entries["mask"]) is None:
+            weights = int(local(entries["mask"]).sum())
+        columns = weights if grads is None else grads.shape[1:].numel()
+        if any(shape != p.shape for shape in shapes) or columns not in (weights, p.numel()):
+            raise ValueError(
+                f"The state dict belongs to another model: it has {columns} weights {shapes} where "
+                f"this one has a parameter of shape {tuple(p.shape)}"
+            )
+
+
+def _check_ranks(fisher: "DynamicInverseFisher") -> None:
+    """Raises ValueError if K is not of this window: each process may have loaded what one saved."""
+    squares = sum(tile.square().sum(1) for tile in fisher.window.tiles())
+    found, expected = fisher.ranks.sum(squares), fisher.coefficients.K.diagonal()
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-30):
+        raise ValueError(
+            "The window is not the one that belongs to the state dict; each process must load what it "
+            "saved itself, or a state that was made whole, as by full_state_dict=True"
+        )
