@@ -54,7 +54,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
-#include <ctolerances>
+#include <climits>
 #include <cmath>
 #include <optional>
 #include <string>

@@ -460,8 +460,8 @@ __global__ __launch_bounds__(THREADS, 2) void exchange(
     grid.sync();
   }
   const double correction = product[j] / p[j];
-  const auto others = [=](int i) {  // u~ but for j
-    return i == j ? 0 : refine ? u[i] - (product[i] - p[i] * correction) : u[i];
+  const auto refined = [=](int i) {
+    return i == j ? -1 : refine ? u[i] - (product[i] - p[i] * correction) : u[i];
   };
   if (refine) {
     times(row_of_K, m, m, [=](int i) { return i == j ? 0 : refined(i); }, store_image);
