@@ -3,7 +3,9 @@
 `OnCpu` calls them with numpy arrays, in a process without torch too. `KernelsOnCpu` is what
 `kernels.cuda_kernels` returns for tensors on the CPU, so that optimizers run through the kernels:
 
-    monkeypatch.setattr("kernels.cuda_kernels", lambda device: KernelsOnCpu())
+    on_cpu = KernelsOnCpu()
+    for module in ("windows", "coefficients"):
+        monkeypatch.setattr(f"{module}.cuda_kernels", lambda device: on_cpu)
 """
 
 import ctypes
