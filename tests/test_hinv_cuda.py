@@ -6,7 +6,6 @@ sanitizers need one.
 import contextlib
 import functools
 import importlib
-import json
 import os
 import re
 import shutil
@@ -1135,17 +1134,14 @@ def test_architectures(toolkit, torch_with_cuda, monkeypatch):
         setup_cuda.architecture_flags()
 
 
-def test_the_gpu_benchmark_runs_without_a_gpu_too(tmp_path):
-    pytest.importorskip("torch")
-    figures = tmp_path / "figures.json"
-    table = run(
-        *[sys.executable, ROOT / "benchmarks" / "gpu_step.py", "--device", "cpu", "--rounds", "1"],
-        *["--m", "8", "--d", "100", "--json", figures],
-    )
-    assert "| 8 | 100 | " in table
-    times = json.loads(figures.read_text())["m = 8, d = 100"]
-    assert len(times) == 5
-    assert all(t > 0 for t in times.values())
+def test_the_gpu_benchmark_says_what_is_missing():
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    command = [sys.executable, ROOT / "benchmarks" / "gpu_step.py"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.endswith("gpu_step.py: error: torch sees no CUDA device\n")
 
 
 def test_gpu_check_says_what_is_missing():
