@@ -67,7 +67,6 @@ class Coefficients:
             P ← P' + ũũᵀ/s,     z = −ũ/s
         """
         m, shift = len(k), len(k) * self.damp
-        self.fresh = False
         if kernels := cuda_kernels(k.device):
             z, health, accepted = torch.empty_like(k), k.new_empty(3), torch.empty_like(count)
             kernels.hinv_update(self.P, self.K, k, count, self.damp, TOLERANCE, z, accepted, health)

@@ -172,4 +172,5 @@ class Precision:
         self._largest = max(self._largest, amplification)
         if math.isnan(error):
             raise NonFiniteGradientError("The gradient has NaN or Inf; the window is unchanged")
+        self.side.fresh &= not accepted
         return accepted != 0
