@@ -78,6 +78,7 @@ class DenseWindow:
         blocks = pad(g.float(), (0, -self.dim % BLOCK)).view(-1, BLOCK)
         largest = blocks.abs().amax(1) / SCALED[self.G.dtype]
         scales = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent.clamp(-120, 120))
+        scales += 0 * largest  # NaN where g is not finite, since 8 bits have no Inf
         rounded = (blocks / scales[:, None]).to(self.G.dtype)
         values = (rounded.float() * scales[:, None]).flatten()[: self.dim]
         return Entry(values, {"G": rounded.flatten()[: self.dim], "scales": scales})
