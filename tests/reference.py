@@ -76,16 +76,37 @@ def as_kept(
         start = 0
         for size in sizes or [len(a)]:
             for first in range(start, start + size, block):
-                columns = range(first, min(first + block, start + size))
-                number = len(columns) if compress is None else round(compress * len(columns))
-                largest = sorted(columns, key=lambda i: -abs(a[i].item()))[: max(1, number)]
-                for i in largest:
-                    c[i] = a[i].to(dtype)
+                columns = slice(first, min(first + block, start + size))
+                part = a[columns]
+                number = len(part) if compress is None else max(1, round(compress * len(part)))
+                largest = sorted(range(len(part)), key=lambda i: -abs(part[i].item()))[:number]  # noqa: B023
+                c[first + torch.tensor(largest)] = rounded(part[largest], dtype).to(c.dtype)
             start += size
         rows.append(c)
         if compress is not None:
             error = a - c
     return torch.stack(rows), error
+
+
+# Of floating-point types: significant bits, the exponent of the smallest number, and, of those that
+# have scales, the exponent that the largest number of a block gets.
+FORMATS = {
+    torch.float64: (53, -1074, None),
+    torch.float32: (24, -149, None),
+    torch.bfloat16: (8, -133, None),
+    torch.float16: (11, -24, 15),
+    torch.float8_e4m3fn: (4, -9, 8),
+}
+
+
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A block x (n,) to the nearest numbers of `dtype`, times a power of two if they have scales."""
+    bits, smallest, largest = FORMATS[dtype]
+    values = x.double().numpy()
+    exponent = 0 if largest is None else np.frexp(np.abs(values).max())[1] - largest
+    values = np.ldexp(values, -exponent)
+    step = np.maximum(np.frexp(values)[1] - bits, smallest)
+    return torch.from_numpy(np.ldexp(np.rint(np.ldexp(values, -step)), step + exponent))
 
 
 def recursion(G, damp: float, dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
