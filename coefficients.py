@@ -94,9 +94,11 @@ class Coefficients:
         A_diagonal = K_diagonal + shift
         P_diagonal = (self.P.diagonal() - p.square() / p_j).index_fill_(0, j, 0) + u.square() / s
         trace = P_diagonal @ A_diagonal
-        norm = (u @ image).abs().sqrt()  # (zᵀKz)^½ s
+        terms = u.square() @ K_diagonal
+        # (zᵀKz)^½ s. Where that cancels to its own rounding error nothing is known, and 0 is safe.
+        norm = ((u @ image) - m * 2.0**-53 * terms).clamp(min=0).sqrt()
         rest = image.add_(u, alpha=shift).index_add_(0, j, s)  # (e_j − Az) s
-        amplification = (trace * (u.square() @ K_diagonal)).sqrt() / norm
+        amplification = (trace * terms).sqrt() / norm
         error = (
             roundoff * amplification + (trace * (rest.square() / A_diagonal).sum()).sqrt() / norm
         )
