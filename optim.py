@@ -36,10 +36,10 @@ from torch import Tensor
 
 import checks
 import states
-from coefficients import TOLERANCE, Coefficients, factor
+from coefficients import DOUBLE, SINGLE, TOLERANCE, Coefficients, factor
 from costs import check_memory, step_traffic, window_bytes
 from flat import Flat, is_trained, views
-from precision import UNIT_ROUNDOFF, DampTooSmallError, NonFiniteGradientError, Precision
+from precision import DampTooSmallError, NonFiniteGradientError, Precision
 from ranks import Ranks, dtensor_like, find_process_group, placed_as
 from recovery import Recovery, warn_user
 from windows import Entry, Window, gram
@@ -188,8 +188,8 @@ class DynamicInverseFisher:
         def products(exact: bool) -> Tensor:
             return self.ranks.sum(self.window.products(entry, self.counter, exact))
 
-        z, self.accepted, k = self.precision.exchange(products, self.counter)
-        return entry, z, k[-1]
+        z, self.accepted, b = self.precision.exchange(products, self.counter)
+        return entry, z, b
 
     def _advance(self) -> None:
         self.counter += self.accepted
@@ -220,7 +220,7 @@ class DynamicInverseFisher:
                 y += side.solve(b - image - m * self.damp * y)
             u = (x - window.transposed_times(y)) / self.damp
             # As in (5), with y for z. Refinement squares the error of K.
-            roundoff = UNIT_ROUNDOFF[True] + (0 if exact else UNIT_ROUNDOFF[False] ** 2 * trace)
+            roundoff = DOUBLE + (0 if exact else SINGLE**2 * trace)
             terms = (trace * (y.square() @ side.K.diagonal())).sqrt() + self.ranks.norm(x)
             if roundoff * float(terms) <= TOLERANCE * self.damp * float(self.ranks.norm(u)):
                 return self._fitting(u)
@@ -237,7 +237,7 @@ class DynamicInverseFisher:
         A.diagonal().add_(m * self.damp)
         L = factor(A)
         inverse = torch.cholesky_inverse(L).diagonal()
-        error = UNIT_ROUNDOFF[True] * inverse * A.diagonal()
+        error = DOUBLE * inverse * A.diagonal()
         left = m * self.damp * inverse  # λ diag(F⁻¹)
         if not direct:
             W = (torch.linalg.solve_triangular(L, t, upper=False) for t in self.window.tiles())

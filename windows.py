@@ -21,7 +21,7 @@ from kernels import cuda_kernels
 __all__ = ["BLOCK", "CompressedWindow", "DenseWindow", "Window", "gram", "kept"]
 
 BLOCK = 2**12  # columns that share a scale, or among which the largest entries are found
-CHUNK = 2**12  # columns, at most, summed in float32; float64 sums the chunks
+CHUNK = 2**10  # columns, at most, summed in float32; float64 sums the chunks
 TILE = 13 * 2**18  # numbers converted at a time: twelve rows of ResNet-20, which cache holds
 ALIGN = 128  # bytes: rows start at multiples of it, so that they can be read 16 bytes at a time
 SCALED = {torch.float16: 2.0**15, torch.float8_e4m3fn: 2.0**8}  # types, and the largest they store
@@ -89,11 +89,18 @@ class DenseWindow:
             _replace(rows, entry.row[name], count, accepted)
 
     def products(self, entry: Entry, count: Tensor, exact: bool) -> Tensor:
-        """Gĝ (1, m) in float64 with ĝᵀĝ as entry j = count mod m, where row j is still the old one."""
+        """Gĝ (1, m) in float64 with ĝᵀĝ as entry j = count mod m, where row j is still the old one.
+        From float32 products (1, m + 1): by how much they miss entry j − 1 mod m comes last."""
         if kernels := cuda_kernels(self.device):
             return kernels.hinv_times(self.G, entry.values, count, self.scales)[None]
-        k = self.times(entry.values, exact, _rows_in_use(self.G, count))
-        return _with_new_row(k[None], entry.values[None], entry.values, count)
+        g = entry.values
+        k = self.times(g, exact, _rows_in_use(self.G, count))
+        rounding = []
+        if self._dtype(exact) == torch.float32:
+            i = (int(count) - 1) % len(k)
+            row = self._tile(slice(i, i + 1), slice(0, self.dim), torch.float64)
+            rounding = [k[None, i : i + 1] - row @ g.double()]
+        return torch.cat([_with_new_row(k[None], g[None], g, count), *rounding], 1)
 
     def transposed_times(self, y: Tensor, exact: bool = True) -> Tensor:
         """Gᵀy (d,) for y (m,), in float32 or wider."""
@@ -436,14 +443,18 @@ def _short_sums(G: Tensor, x: Tensor) -> Tensor:
     """Gx in float64, summed over products of a few columns each in the type of G."""
     if G.dtype == torch.float64:
         return G @ x
-    chunk = max(1, len(x) // max(16, math.ceil(len(x) / CHUNK)))
-    chunk -= chunk % 16 if chunk > 16 else 0
+    chunk = _chunk(len(x))
     whole = len(x) - len(x) % chunk
     # One batch of products x_c (1, chunk) times G_cᵀ (chunk, m) reads G no slower than G @ x does,
     # which would leave all d columns to a single float32 sum.
     chunks = G[:, :whole].unflatten(1, (-1, chunk)).permute(1, 2, 0)
     products = torch.bmm(x[:whole].view(-1, 1, chunk), chunks)
     return products.sum((0, 1), dtype=torch.float64) + G[:, whole:] @ x[whole:]
+
+
+def _chunk(d: int) -> int:
+    """Columns of a short sum: 256 sums or more."""
+    return min(CHUNK, max(16, d // 256 // 16 * 16))
 
 
 def _largest(a: Tensor, compress: float) -> Tensor:
