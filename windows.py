@@ -332,6 +332,15 @@ class Window:
             block = CompressedWindow(self.m, dim, device, self.dtype, self.compress)
             self.blocks.append(block)
 
+    def divide(self, dims: Sequence[int]) -> None:
+        """Makes an empty window of blocks of these numbers of columns, if there are devices for them:
+        as many, or fewer where it has grown."""
+        devices = [block.device for block in self.blocks]
+        if len(devices) <= len(dims) and list(dims) != self.dims:
+            self.blocks = []
+            for i, dim in enumerate(dims):
+                self.append(dim, devices[min(i, len(devices) - 1)])
+
     @property
     def dims(self) -> list[int]:
         return [block.dim for block in self.blocks]
