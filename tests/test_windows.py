@@ -113,10 +113,14 @@ def test_products_are_those_with_what_is_stored(kind, m, d, exact, small_blocks)
         G = torch.cat(list(window.tiles()), 1)
         assert G.shape == (m, d) and G.dtype == products.dtype == torch.float64
         assert torch.equal(G[t % m], entry.values.double())
-        torch.testing.assert_close(products[0], G @ G[t % m], **close)
+        k = G @ G[t % m]
+        torch.testing.assert_close(products[0, :m], k, **close)
+        if products.shape[1] > m > 1:  # by how much the entry before misses, in float32
+            i = (t - 1) % m
+            torch.testing.assert_close(products[0, m], products[0, i] - k[i], rtol=0, atol=1e-12)
         torch.testing.assert_close(sums.double(), G.T @ y, **close)
         if entry.rest is not None:
-            torch.testing.assert_close(products[1], G @ entry.rest.double(), **close)
+            torch.testing.assert_close(products[1, :m], G @ entry.rest.double(), **close)
     window.write(window.entry(torch.randn(d)), count, torch.tensor(0))  # which is not accepted
     assert torch.equal(torch.cat(list(window.tiles()), 1), G)
     x = torch.randn(d).double()
@@ -308,7 +312,7 @@ def peak_of_steps(dtype):
         "    fisher.update(torch.randn(d + 10))\n"
         "steps(2, 1000)\n"
         "start = memory('VmRSS')\n"
-        "steps(256, 400_000)\n"
+        "steps(512, 400_000)\n"
         "print(memory('VmHWM') - start)\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -320,9 +324,9 @@ def peak_of_steps(dtype):
     ("dtype", "part"), [(torch.float32, 1), (torch.bfloat16, 0.5), (FLOAT8, 0.27)]
 )
 def test_there_is_one_window_in_memory_and_it_grows_in_place(dtype, part):
-    whole = window_bytes(256, 400_000)
+    whole = window_bytes(512, 400_000)
     used = peak_of_steps(dtype)
-    assert 0.9 * part * whole < used < 1.05 * part * whole + 40e6  # and vectors and tiles
+    assert 0.9 * part * whole < used < 1.05 * part * whole + 80e6  # and vectors and tiles
 
 
 # --- arguments ------------------------------------------------------------------------------------
