@@ -24,6 +24,23 @@ def dense_inverse(G, damp: float) -> torch.Tensor:
     return torch.linalg.inv(dense_fisher(G, damp))
 
 
+def woodbury_column(G, damp: float, j: int) -> torch.Tensor:
+    """F⁻¹g_j (d,) for row j of G, from an m × m solve: where (d, d) is too large, or too
+    ill-conditioned (a gradient scaled by c scales a row and a column here, no more)."""
+    G, m = torch.as_tensor(G).double(), len(G)
+    A = G @ G.T + m * damp * torch.eye(m, dtype=torch.float64)
+    e = torch.eye(m, dtype=torch.float64)[j]
+    return m * G.T @ torch.cholesky_solve(e[:, None], torch.linalg.cholesky(A))[:, 0]
+
+
+def ring(rows, m: int) -> torch.Tensor:
+    """The window (m, d) that rows (n, d) leave behind, zeros where none was yet."""
+    G = torch.zeros(m, len(rows[0]), dtype=rows[0].dtype)
+    for t, row in enumerate(rows):
+        G[t % m] = row
+    return G
+
+
 def exact_inverse(G, damp: float, size: int | None = None) -> np.ndarray:
     """The inverse of dense_fisher, or of its blocks of `size` on the diagonal, as Decimals (d, d).
 

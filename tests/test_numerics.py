@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import exact_inverse, exact_times
+from reference import exact_inverse, exact_times, woodbury_column
 
 from optim import DampTooSmallError, DynamicInverseFisher, NonFiniteGradientError
 from prun import BlockedInverseFisher, PagedInverseFisher
@@ -184,7 +184,10 @@ def window(fisher):
 @examples
 @given(case=cases())
 def test_a_window_is_right_after_every_exchange_or_says_what_to_do(options, case):
-    fisher, compressed = DynamicInverseFisher(case.m, case.d, case.damp, **options), "compress" in options
+    fisher, compressed = (
+        DynamicInverseFisher(case.m, case.d, case.damp, **options),
+        "compress" in options,
+    )
     for g in case.G:
         while True:
             before = window(fisher), fisher.count
@@ -236,13 +239,6 @@ def test_nan_and_inf_anywhere_leave_the_window_that_would_be_without(options, se
 
 
 # --- float32, and when it is left -----------------------------------------------------------------
-
-
-def woodbury_column(G, damp, j):
-    """F⁻¹g_j for row j of G (m, d), from an m × m solve in float64."""
-    G, m = G.double(), len(G)
-    A = G @ G.T + m * damp * torch.eye(m, dtype=torch.float64)
-    return m * G.T @ torch.linalg.solve(A, torch.eye(m, dtype=torch.float64)[j])
 
 
 @examples

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import as_kept, dense_inverse
+from reference import as_kept, dense_inverse, ring
 from torch import nn
 
 import states
@@ -43,14 +43,6 @@ def small_blocks(monkeypatch):
     for module in (windows, states):
         monkeypatch.setattr(module, "BLOCK", 16)
     monkeypatch.setattr(windows, "TILE", 128)
-
-
-def ring(rows, m):
-    """The window (m, d) that rows (n, d) leave behind."""
-    G = torch.zeros(m, rows.shape[1], dtype=rows.dtype)
-    for t, row in enumerate(rows):
-        G[t % m] = row
-    return G
 
 
 def dense(fisher):
@@ -267,7 +259,11 @@ def test_window_bytes_counts_all_that_there_is(d, world_size, compress, dtype):
     if compress and dtype in windows.SCALED:
         dtype = torch.float32
     fisher = DynamicInverseFisher(6, d // world_size, dtype=dtype, compress=compress)
-    tensors = [fisher.coefficients.K, fisher.coefficients.P, *fisher.window.blocks[0].state.values()]
+    tensors = [
+        fisher.coefficients.K,
+        fisher.coefficients.P,
+        *fisher.window.blocks[0].state.values(),
+    ]
     count = window_bytes(6, d, dtype=dtype, compress=compress, world_size=world_size)
     assert count == sum(tensor.nbytes for tensor in tensors)
 
