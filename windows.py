@@ -395,14 +395,14 @@ class Window:
         """G in float64, a few columns (m, ·) at a time, on `device`."""
         return (tile.to(self.device) for block in self.blocks for tile in block.tiles())
 
-    def columns(self, start: int, stop: int) -> list[dict[str, Tensor]]:
-        """What is stored of columns start to stop of a dense window, as views, a dict a block."""
+    def columns(self, start: int, stop: int) -> list[Tensor]:
+        """What is stored of columns start to stop of a dense window, as views, one a block."""
         views = []
         for block in self.blocks:
-            if start < block.dim and stop > 0:
+            if max(start, 0) < min(stop, block.dim):
                 views.append(block.G[:, max(start, 0) : stop])
             start, stop = start - block.dim, stop - block.dim
-        return views
+        return views or [self.blocks[0].G[:, :0]]
 
     def _split(self, x: Tensor) -> list[tuple[Any, Tensor]]:
         if len(self.blocks) == 1:
