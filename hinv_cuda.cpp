@@ -14,21 +14,17 @@
 //       D     (m, m)  its upper triangle; the rest is not read
 //       t     (m,) or (n, m), a right-hand side a row; in place
 //                     t_i <- t_i - sum_{k<i} D_ki t_k / q_k
-//   hinv_update(P, K, k, count, damp, limit, z, health, accepted) -> None   float64
+//   hinv_update(P, K, k, count, damp, tolerance, z, error, accepted) -> None   float64
 //       P     (m, m)  A^-1, A = K + m damp I, symmetric; in place, the inverse of the new A
 //       K     (m, m)  symmetric; in place: row and column j = count % m become k
 //       k     (m,)    products of the new gradient with all m, itself included
 //       count ()      int64: gradients seen before
 //       damp          lambda
-//       limit         largest amplification with which z is given out
+//       tolerance     largest error that is accepted
 //       z     (m,)    output: column j of the new P, or 0
-//       health (1,)   output: the amplification, how far relative errors of K can grow in z:
-//                     sqrt(sum_i P_ii A_ii sum_i z_i^2 K_ii / z^T K z); infinite where z does not
-//                     solve A z = e_j
-//       accepted ()   int64, output: 1, or 0 where k_j is not finite; P and K then stay, and health
-//                     is NaN
-//     Where the Schur complement is no positive number, P becomes NaN, and the amplification of this
-//     and of every later exchange infinite, until P is computed anew.
+//       error (1,)    output: estimate of the relative error of G^T z; NaN where k_j is not finite
+//       accepted ()   int64, output: 1, or 0 where the error is above the tolerance, or NaN; P and K
+//                     then stay as they are
 //
 // A window G (m, d) is of float32, bfloat16, float16, float64 or float8_e4m3fn, each row contiguous
 // and on 16 bytes. Numbers of d columns ("vectors") are float32, or float64 for float64. A number is
@@ -57,7 +53,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
-#include <climits>
+#include <ctolerances>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -172,27 +168,27 @@ const Count* number(const Tensor& tensor, const char* name, const Tensor& like) 
 }
 
 void update(const Tensor& P, const Tensor& K, const Tensor& k, const Tensor& count, double damp,
-            double limit, const Tensor& z, const Tensor& health, const Tensor& accepted) {
+            double tolerance, const Tensor& z, const Tensor& error, const Tensor& accepted) {
   const int64_t m = check_square(P, "P", false);
   check(K, "K", {m, m}, P, at::kDouble);
   check(k, "k", {m}, P, at::kDouble);
   check(z, "z", {m}, P, at::kDouble);
-  check(health, "health", {1}, P, at::kDouble);
+  check(error, "error", {1}, P, at::kDouble);
   check(accepted, "accepted", {}, P, at::kLong);
   const Count* const seen = number(count, "count", P);
   require(damp > 0 && std::isfinite(damp), "damp is ", std::to_string(damp),
           "; it must be positive and finite");
-  const Tensor tensors[] = {P, K, k, z, health, count, accepted};
+  const Tensor tensors[] = {P, K, k, z, error, count, accepted};
   for (const Tensor& a : tensors) {
     for (const Tensor& b : tensors)
       require(&a == &b || !a.is_alias_of(b),
-              "Two of P, K, k, z, health, count, accepted share memory; they must not");
+              "Two of P, K, k, z, error, count, accepted share memory; they must not");
   }
   const c10::cuda::CUDAGuard guard(P.device());
-  const Tensor scratch = at::empty({4 * m}, P.options());
+  const Tensor scratch = at::empty({5 * m}, P.options());
   C10_CUDA_CHECK(hinv_update(
       P.mutable_data_ptr<double>(), K.mutable_data_ptr<double>(), k.const_data_ptr<double>(), seen,
-      m, damp, limit, z.mutable_data_ptr<double>(), health.mutable_data_ptr<double>(),
+      m, damp, tolerance, z.mutable_data_ptr<double>(), error.mutable_data_ptr<double>(),
       static_cast<Count*>(accepted.mutable_data_ptr()), scratch.mutable_data_ptr<double>(),
       c10::cuda::getCurrentCUDAStream()));
 }
@@ -319,8 +315,8 @@ TORCH_LIBRARY(hinv_cuda, library) {
   library.def("hinv_setup(Tensor tmp, Tensor(a!) coef) -> ()");
   library.def("hinv_mul(int rows, Tensor D, Tensor(a!) t) -> ()");
   library.def(
-      "hinv_update(Tensor(a!) P, Tensor(b!) K, Tensor k, Tensor count, float damp, float limit, "
-      "Tensor(c!) z, Tensor(d!) health, Tensor(e!) accepted) -> ()");
+      "hinv_update(Tensor(a!) P, Tensor(b!) K, Tensor k, Tensor count, float damp, float tolerance, "
+      "Tensor(c!) z, Tensor(d!) error, Tensor(e!) accepted) -> ()");
   library.def("hinv_times(Tensor G, Tensor x, Tensor count, Tensor? scales=None) -> Tensor");
   library.def(
       "hinv_transposed_times(Tensor(a!) G, Tensor z, Tensor? scales=None, float factor=1, "
@@ -372,9 +368,9 @@ hinv_setup(tmp, coef) -> coef: B from tmp (m, m), whose strict lower triangle is
     coef (m, m) = I / damp; in place. float32 or float64.
 hinv_mul(rows, D, t) -> t: t_i -= sum_{k<i} D_ki t_k / q_k for t (m,) or (n, m), i < rows; in place.
     float32 or float64.
-hinv_update(P, K, k, count, damp, limit, z, health, accepted): P = inverse of K + m damp I (m, m)
+hinv_update(P, K, k, count, damp, tolerance, z, error, accepted): P = inverse of K + m damp I (m, m)
     when row and column j = count % m of K become k (m,); P and K in place. z (m,) becomes column j
-    of P, health (1,) the amplification of errors, accepted () whether k_j is finite. float64.
+    of P, error (1,) that of G^T z, accepted () whether it is within tolerance. float64.
 hinv_times(G, x, count, scales) -> Gx (m,), hinv_transposed_times(G, z, scales, factor, x, count,
     accepted) -> factor G^T z (d,): products with a window G (m, d); the second writes x to row j.
 hinv_sparse_times(columns, values, X, count) -> X G^T (n, m), hinv_sparse_transposed_times(columns,
@@ -389,7 +385,7 @@ hinv_sparse_times(columns, values, X, count) -> X G^T (n, m), hinv_sparse_transp
       pybind11::arg("rows"), pybind11::arg("D"), pybind11::arg("t"));
   using pybind11::arg;
   module.def("hinv_update", &update, arg("P"), arg("K"), arg("k"), arg("count"), arg("damp"),
-             arg("limit"), arg("z"), arg("health"), arg("accepted"));
+             arg("tolerance"), arg("z"), arg("error"), arg("accepted"));
   module.def("hinv_times", &times, arg("G"), arg("x"), arg("count"),
              arg("scales") = pybind11::none());
   module.def("hinv_transposed_times", &transposed_times, arg("G"), arg("z"),

@@ -387,71 +387,92 @@ struct Place {
 // A_ u - k' are the entries of A u~ but for j. Residuals are in units of row and column,
 // sqrt(A_ii A_jj): small gradients count as much as large ones.
 //
-// The amplification says how far relative errors of K can grow in z:
-// sqrt(sum_i P_ii A_ii * sum_i z_i^2 K_ii / z^T K z), infinite where z does not solve A z = e_j.
-constexpr double ROUNDING = 1e-13;  // of A u, relative: what refinement would not make smaller
-constexpr double SOLVED = 1e-6;     // largest residual of a z that solves its equation
+// Nothing is written before it is known to be good: the relative error of G^T z, with products in
+// float64, is estimated from the new diagonals,
+//
+//   (2^-52 (sum_i z_i^2 K_ii)^1/2 + |D^-1 (e_j - A z)|) (sum_i P_ii A_ii / z^T K z)^1/2,  D^2 = diag(A)
+constexpr double ROUNDING = 1e-13;                 // of A u, relative: what refinement leaves
+constexpr double DOUBLE = 2.220446049250313e-16;  // 2^-52
 constexpr int AHEAD = 4;
 
 __global__ __launch_bounds__(THREADS, 2) void exchange(
     double* __restrict__ P, double* __restrict__ K, const double* __restrict__ k,
-    const long long* __restrict__ count, int m, double damp, double limit, double* __restrict__ z,
-    double* __restrict__ health, long long* __restrict__ accepted, double* __restrict__ scratch) {
+    const long long* __restrict__ count, int m, double damp, double tolerance,
+    double* __restrict__ z, double* __restrict__ error, long long* __restrict__ accepted,
+    double* __restrict__ scratch) {
   const auto grid = cooperative_groups::this_grid();
   const int thread = blockIdx.x * THREADS + threadIdx.x;
   const int threads = gridDim.x * THREADS;
   const int j = Place(count, m).j;
-  const bool finite = fabs(k[j]) < INFINITY;
-  if (thread == 0) *accepted = finite;
-  if (!finite) {  // nothing changes
-    for (int i = thread; i < m; i += threads) z[i] = 0;
-    if (thread == 0) *health = NAN;
-    return;
-  }
   double* const p = scratch;
-  double* const product = p + m;  // P k', then P (A_ u - k')
-  double* const u = product + m;  // u~ before its refinement
-  double* const image = u + m;    // K u~
+  double* const product = p + m;          // P k', then P (A_ u - k')
+  double* const u = product + m;          // before its refinement
+  double* const image = u + m;            // K u~, but for j
+  double* const P_diagonal = image + m;   // the old one
   const double shift = m * damp, a = k[j] + shift;
-  const auto a_diagonal = [=](int i) { return K[size_t(i) * m + i] + shift; };
+  const auto K_diagonal = [=](int i) { return i == j ? k[j] : K[size_t(i) * m + i]; };
 
   for (int i = thread; i < m; i += threads) {
     p[i] = P[size_t(j) * m + i];
-    K[size_t(i) * m + j] = K[size_t(j) * m + i] = k[i];
+    P_diagonal[i] = P[size_t(i) * m + i];
   }
   const auto store_product = [=](int i, double y) { product[i] = y; };
-  const auto store_image = [=](int i, double y) { image[i] = y; };
+  const auto store_image = [=](int i, double y) { image[i] = y - k[i]; };
   times(P, m, m, [=](int c) { return c == j ? 0 : k[c]; }, store_product);
   grid.sync();
 
   // p^T k' is entry j of P k': P is symmetric.
   const double along = product[j] / p[j];
-  const auto rough = [=](int i) { return i == j ? -1 : product[i] - p[i] * along; };
+  const auto rough = [=](int i) { return i == j ? 0 : product[i] - p[i] * along; };
   for (int i = thread; i < m; i += threads) u[i] = rough(i);
   times(K, m, m, rough, store_image);
   grid.sync();
 
   // Every block finds the same, so that all of them go the same way.
-  const auto error = [=](int i) { return i == j ? 0 : image[i] + shift * u[i]; };
-  const double off =
-      reduce<true>(m, [=](int i) { return fabs(error(i)) / sqrt(a_diagonal(i) * a); });
-  const bool refine = !(off < ROUNDING);
+  const auto off = [=](int i) { return i == j ? 0 : image[i] + shift * u[i]; };
+  const double largest = reduce<true>(
+      m, [=](int i) { return fabs(off(i)) / sqrt((K_diagonal(i) + shift) * a); });
+  const bool refine = !(largest < ROUNDING);
   if (refine) {
-    times(P, m, m, error, store_product);
+    times(P, m, m, off, store_product);
     grid.sync();
   }
-
   const double correction = product[j] / p[j];
-  const auto refined = [=](int i) {
-    return i == j ? -1 : refine ? u[i] - (product[i] - p[i] * correction) : u[i];
+  const auto others = [=](int i) {  // u~ but for j
+    return i == j ? 0 : refine ? u[i] - (product[i] - p[i] * correction) : u[i];
   };
-  const double s = a - reduce<false>(m, [=](int i) { return i == j ? 0 : k[i] * refined(i); });
-  // A Schur complement that is no positive number leaves nothing to go on with: P becomes NaN,
-  // which every later exchange reports too, and z zero, so that a step made from it moves nothing.
-  const bool usable = s > 0 && s < INFINITY;
-  const double inverse_s = usable ? 1 / s : NAN, inverse_p = 1 / p[j];
+  const auto refined = [=](int i) { return i == j ? -1 : others(i); };
+  if (refine) times(K, m, m, others, store_image);
+  const double s = a - reduce<false>(m, [=](int i) { return k[i] * others(i); });
+  grid.sync();  // image and the old diagonals are there, and P has been read
 
-  if (refine) times(K, m, m, refined, store_image);
+  // Entry j of K u~ is k'^T u - k_j = shift - s. All but the trace is multiplied by s.
+  const double inverse_s = 1 / s, inverse_p = 1 / p[j];
+  const double trace = reduce<false>(m, [=](int i) {
+    const double without_j = i == j ? 0 : P_diagonal[i] - p[i] * p[i] * inverse_p;
+    return (without_j + refined(i) * refined(i) * inverse_s) * (K_diagonal(i) + shift);
+  });
+  const double terms =
+      reduce<false>(m, [=](int i) { return refined(i) * refined(i) * K_diagonal(i); });
+  const double left =
+      s - shift + reduce<false>(m, [=](int i) { return others(i) * image[i]; });
+  const double residual = reduce<false>(m, [=](int i) {
+    const double r = i == j ? 0 : image[i] + shift * others(i);
+    return r * r / (K_diagonal(i) + shift);
+  });
+  double estimate = k[j] == 0 ? 0 : (DOUBLE * sqrt(terms) + sqrt(residual)) * sqrt(trace / fabs(left));
+  if (!(s > 0 && trace > 0 && estimate < INFINITY)) estimate = INFINITY;
+  if (!(fabs(k[j]) < INFINITY)) estimate = NAN;
+  const bool good = estimate <= tolerance;
+  if (thread == 0) {
+    *accepted = good;
+    *error = estimate;
+  }
+  for (int i = thread; i < m; i += threads) {
+    z[i] = good ? -refined(i) * inverse_s : 0;
+    if (good) K[size_t(i) * m + j] = K[size_t(j) * m + i] = k[i];
+  }
+  if (!good) return;
 
   const int lane = threadIdx.x % WARP;
   for (int i = blockIdx.x * WARPS + threadIdx.x / WARP; i < m; i += gridDim.x * WARPS) {
@@ -471,24 +492,6 @@ __global__ __launch_bounds__(THREADS, 2) void exchange(
       }
     }
   }
-  grid.sync();
-
-  if (blockIdx.x != 0) return;
-  // e_j - A z = e_j + A u~ / s. The factors of s in z cancel in the amplification.
-  const double residual = reduce<true>(m, [=](int i) {
-    return fabs((i == j) + (image[i] + shift * refined(i)) * inverse_s) * sqrt(a / a_diagonal(i));
-  });
-  const double trace =
-      reduce<false>(m, [=](int i) { return P[size_t(i) * m + i] * a_diagonal(i); });
-  const double terms =
-      reduce<false>(m, [=](int i) { return refined(i) * refined(i) * K[size_t(i) * m + i]; });
-  const double left = reduce<false>(m, [=](int i) { return refined(i) * image[i]; });
-  double amplification = INFINITY;
-  if (usable && residual < SOLVED && terms == 0) amplification = sqrt(trace);
-  if (usable && residual < SOLVED && left > 0) amplification = sqrt(trace * (terms / left));
-  const bool good = amplification <= limit;
-  for (int i = threadIdx.x; i < m; i += THREADS) z[i] = good ? -refined(i) * inverse_s : 0;
-  if (threadIdx.x == 0) *health = amplification;
 }
 
 // --- numbers of the window ----------------------------------------------------------------------
@@ -933,12 +936,13 @@ cudaError_t hinv_mul_double(const double* D, double* t, int m, int rows, int n,
   return multiply_inverse(D, t, m, rows, n, stream);
 }
 
-// P, K (m, m), k, z (m,), count (), health (1,): the amplification, accepted (). scratch: 4 m.
+// P, K (m, m), k, z (m,), count (), error (1,), accepted (). scratch: 5 m.
 cudaError_t hinv_update(double* P, double* K, const double* k, const long long* count, int m,
-                        double damp, double limit, double* z, double* health, long long* accepted,
+                        double damp, double tolerance, double* z, double* error,
+                        long long* accepted,
                         double* scratch, cudaStream_t stream) {
-  return launch_together(exchange, ceil_div(m, WARPS), stream, P, K, k, count, m, damp, limit, z,
-                         health, accepted, scratch);
+  return launch_together(exchange, ceil_div(m, WARPS), stream, P, K, k, count, m, damp, tolerance, z,
+                         error, accepted, scratch);
 }
 
 // format: 0 float32, 1 bfloat16, 2 float16, 3 float64, 4 float8_e4m3fn. G (m, d), rows `stride`

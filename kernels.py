@@ -110,18 +110,18 @@ class Compiled:
         k: Tensor,
         count: Tensor,
         damp: float,
-        limit: float,
+        tolerance: float,
         z: Tensor,
-        health: Tensor,
+        error: Tensor,
         accepted: Tensor,
     ) -> None:
         """Exchanges row and column j of K for k (m,), and P = (K + m·damp·I)⁻¹ with it, in place.
 
-        z (m,) becomes column j of P, or 0 if the amplification, which goes to health (1,), is above
-        `limit`. If k_j is not finite nothing changes: z and accepted () become 0, otherwise 1.
+        z (m,) becomes column j of P, error (1,) the relative error of Gᵀz, and accepted () 1. Where
+        the error exceeds `tolerance`, or k_j is not finite, nothing changes: z and accepted are 0.
         """
-        m, scratch = len(k), k.new_empty(4 * len(k))
-        numbers = m, float(damp), float(limit)
+        m, scratch = len(k), k.new_empty(5 * len(k))
+        numbers = m, float(damp), float(tolerance)
         blocks = -(-m // WARPS)
         self._launch(
             "exchange",
@@ -132,7 +132,7 @@ class Compiled:
             count,
             *numbers,
             z,
-            health,
+            error,
             accepted,
             scratch,
             together=True,

@@ -121,7 +121,7 @@ class Precision:
         if self.interrupted:
             self.rebuild()
             self.interrupted = False
-        if self._unread is not None:
+        if self._unread is not None and not torch.cuda.is_current_stream_capturing():
             (numbers, arrived), self._unread = self._unread, None
             arrived.synchronize()
             if not self._judge(*numbers.tolist()):

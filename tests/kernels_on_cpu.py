@@ -100,14 +100,14 @@ class OnCpu:
         self._call(name, D, t, len(D), rows, t.size // len(D))
         return t
 
-    def update(self, P, K, k, count, damp, limit):
-        """In place. Returns z, health and accepted."""
+    def update(self, P, K, k, count, damp, tolerance):
+        """In place. Returns z, error and accepted."""
         m = len(k)
-        z, health, accepted = np.full(m, np.nan), np.full(1, np.nan), np.array(7, np.int64)
-        matrices, scratch = (P, K, k, np.array(count, np.int64)), np.full(4 * m, np.nan)
-        numbers = m, ctypes.c_double(damp), ctypes.c_double(limit)
-        self._call("hinv_update", *matrices, *numbers, z, health, accepted, scratch)
-        return z, health[0], int(accepted)
+        z, error, accepted = np.full(m, np.nan), np.full(1, np.nan), np.array(7, np.int64)
+        matrices, scratch = (P, K, k, np.array(count, np.int64)), np.full(5 * m, np.nan)
+        numbers = m, ctypes.c_double(damp), ctypes.c_double(tolerance)
+        self._call("hinv_update", *matrices, *numbers, z, error, accepted, scratch)
+        return z, error[0], int(accepted)
 
     def times(self, dtype, G, d, x, count, scales=None):
         """G (m, stride) of codes, of which d columns count."""
@@ -158,10 +158,12 @@ class KernelsOnCpu:
         coef.numpy()[:] = self.on_cpu.setup(tmp.numpy(), coef.numpy())
         return coef
 
-    def hinv_update(self, P, K, k, count, damp, limit, z, health, accepted):
+    def hinv_update(self, P, K, k, count, damp, tolerance, z, error, accepted):
         self.calls += 1
         arrays = P.numpy(), K.numpy(), k.numpy()
-        z.numpy()[:], health.numpy()[:], done = self.on_cpu.update(*arrays, int(count), damp, limit)
+        z.numpy()[:], error.numpy()[:], done = self.on_cpu.update(
+            *arrays, int(count), damp, tolerance
+        )
         accepted.fill_(done)
 
     def hinv_times(self, G, x, count, scales=None):
