@@ -96,7 +96,7 @@ def as_kept(
                 columns = slice(first, min(first + block, start + size))
                 part = a[columns]
                 number = len(part) if compress is None else max(1, round(compress * len(part)))
-                largest = sorted(range(len(part)), key=lambda i: -abs(part[i].item()))[:number]  # noqa: B023
+                largest = sorted(range(len(part)), key=lambda i: -abs(part[i].item()))[:number]
                 c[first + torch.tensor(largest)] = rounded(part[largest], dtype).to(c.dtype)
             start += size
         rows.append(c)
@@ -117,7 +117,7 @@ FORMATS = {
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A block x (n,) to the nearest numbers of `dtype`, times a power of two if they have scales."""
+    """A block x (n,) as the nearest numbers of `dtype`, which for some is times a power of two."""
     bits, smallest, largest = FORMATS[dtype]
     values = x.double().numpy()
     exponent = 0 if largest is None else np.frexp(np.abs(values).max())[1] - largest

@@ -293,7 +293,7 @@ def test_step_traffic():
 
 
 def peak_of_steps(dtype):
-    """Bytes by which the memory of a process grows while a window is filled, exchanged and grown."""
+    """Bytes by which the memory of a process grows as a window is filled, exchanged and grown."""
     code = (
         "import re, torch, optim\n"
         "def memory(name):\n"
@@ -355,7 +355,7 @@ def test_types_may_be_names():
 
 
 def test_a_window_that_memory_does_not_hold_is_refused_in_one_sentence():
-    said = r"A window of 4000000 gradients of 1,000,000 weights takes 2\S+ GB on cpu, which has .* free; take"
+    said = r"A window of 4000000 gradients of 1,000,000 weights takes .* GB on cpu, .* free; take"
     with pytest.raises(ValueError, match=said):
         DynamicInverseFisher(4_000_000, 10**6)
     with pytest.raises(ValueError, match=said):
