@@ -97,7 +97,10 @@ class Coefficients:
         A_diagonal = K_diagonal + shift
         P_diagonal = (self.P.diagonal() - p.square() / p_j).index_fill_(0, j, 0) + u.square() / s
         condition = (P_diagonal @ A_diagonal).sqrt()
-        terms, norm = (u.square() @ K_diagonal).sqrt(), (u @ image).abs().sqrt()
+        terms = u.square() @ K_diagonal
+        # zᵀKz may cancel to its own rounding error. Then nothing is known, and 0 is safe.
+        norm = ((u @ image) - m * DOUBLE / 2 * terms).clamp_(min=0).sqrt()
+        terms = terms.sqrt()
         residual = image.add_(u, alpha=shift).index_add_(0, j, s)  # e_j − Az
         residual = (residual.square() / A_diagonal).sum().sqrt() * condition
         float64 = terms * DOUBLE * condition + residual

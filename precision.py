@@ -200,4 +200,6 @@ class Precision:
         self._largest = max(self._largest, in_float32)
         if math.isnan(error):
             raise NonFiniteGradientError("The gradient has NaN or Inf; the window is unchanged")
-        return error <= TOLERANCE
+        accepted = error <= TOLERANCE
+        self.side.fresh &= not accepted
+        return accepted

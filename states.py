@@ -29,6 +29,7 @@ def of_fisher(fisher: "DynamicInverseFisher") -> dict[str, Any]:
     side = fisher.coefficients
     return {
         "window": [block.state for block in fisher.window.blocks],
+        "dims": fisher.window.dims,
         "count": fisher.count,
         "damp": fisher.damp,
         "exact": fisher.precision.exact,
@@ -67,6 +68,8 @@ def into_fisher(
     like = (m, dtype, compress) == (fisher.num_grads, fisher.dtype, fisher.compress)
     side, precision = fisher.coefficients, fisher.precision
     precision.forget()
+    if like and sum(state["dims"]) == sum(dims):
+        fisher.window.divide(state["dims"])  # as sums over blocks are rounded
     if not (like and (plain or dims == fisher.window.dims)):
         for tensor in (side.K, fisher.counter, *_stored(fisher)):
             tensor.zero_()
@@ -118,7 +121,7 @@ def _row(block: dict[str, Tensor], j: int, dtype: torch.dtype, compress: float |
 
 
 def _check_shared(state: Any) -> None:
-    names = ("window", "count", "damp", "exact", "K", "P", "dtype", "compress")
+    names = ("window", "dims", "count", "damp", "exact", "K", "P", "dtype", "compress")
     if not (isinstance(state, dict) and all(name in state for name in names)):
         found = list(state) if isinstance(state, dict) else kind(state)
         raise ValueError(f"Expected a state dict with {list(names)}, got {found}")
@@ -129,8 +132,10 @@ def _check_shared(state: Any) -> None:
     square = is_real(K) and is_real(P) and K.ndim == 2 and K.shape == K.T.shape == P.shape
     if not (square and len(K) and bool(K.isfinite().all()) and isinstance(state["exact"], bool)):
         raise ValueError("The state dict is damaged: K must be a finite square matrix, P like it")
-    if not isinstance(state["window"], list):
+    if not (isinstance(state["window"], list) and isinstance(state["dims"], list)):
         raise ValueError("The state dict is damaged: its window must be a list of blocks")
+    for dim in state["dims"]:
+        check_integer("dims", dim, least=0)
 
 
 def _checked_block(block: Any, m: int, dtype: torch.dtype, compress: float | None) -> int:

@@ -78,6 +78,7 @@ class DenseWindow:
         blocks = pad(g.float(), (0, -self.dim % BLOCK)).view(-1, BLOCK)
         largest = blocks.abs().amax(1) / SCALED[self.G.dtype]
         scales = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent.clamp(-120, 120))
+        scales += 0 * largest  # NaN where g is not finite, since 8 bits have no Inf
         rounded = (blocks / scales[:, None]).to(self.G.dtype)
         values = (rounded.float() * scales[:, None]).flatten()[: self.dim]
         return Entry(values, {"G": rounded.flatten()[: self.dim], "scales": scales})
@@ -106,6 +107,8 @@ class DenseWindow:
         if kernels := cuda_kernels(self.device):
             return kernels.hinv_transposed_times(self.G, y, self.scales)
         dtype = self._dtype(exact)
+        if dtype == torch.float32 and bool(((y.abs() < 2**-100) & (y != 0)).any()):
+            dtype = torch.float64  # small numbers belong to large rows
         x, y = torch.zeros(self.dim, dtype=dtype, device=self.device), y.to(dtype)
         with torch.autocast(self.device.type, enabled=False):
             for rows, columns, tile in self._converted(len(y), dtype):
@@ -329,6 +332,15 @@ class Window:
             block = CompressedWindow(self.m, dim, device, self.dtype, self.compress)
             self.blocks.append(block)
 
+    def divide(self, dims: Sequence[int]) -> None:
+        """Makes an empty window of blocks of these numbers of columns, if there are devices for them:
+        as many, or fewer where it has grown."""
+        devices = [block.device for block in self.blocks]
+        if len(devices) <= len(dims) and list(dims) != self.dims:
+            self.blocks = []
+            for i, dim in enumerate(dims):
+                self.append(dim, devices[min(i, len(devices) - 1)])
+
     @property
     def dims(self) -> list[int]:
         return [block.dim for block in self.blocks]
@@ -383,14 +395,14 @@ class Window:
         """G in float64, a few columns (m, ·) at a time, on `device`."""
         return (tile.to(self.device) for block in self.blocks for tile in block.tiles())
 
-    def columns(self, start: int, stop: int) -> list[dict[str, Tensor]]:
-        """What is stored of columns start to stop of a dense window, as views, a dict a block."""
+    def columns(self, start: int, stop: int) -> list[Tensor]:
+        """What is stored of columns start to stop of a dense window, as views, one a block."""
         views = []
         for block in self.blocks:
-            if start < block.dim and stop > 0:
+            if max(start, 0) < min(stop, block.dim):
                 views.append(block.G[:, max(start, 0) : stop])
             start, stop = start - block.dim, stop - block.dim
-        return views
+        return views or [self.blocks[0].G[:, :0]]
 
     def _split(self, x: Tensor) -> list[tuple[Any, Tensor]]:
         if len(self.blocks) == 1:
