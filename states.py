@@ -18,7 +18,14 @@ from windows import BLOCK, SCALED
 if TYPE_CHECKING:
     from optim import MFAC, DynamicInverseFisher
 
-__all__ = ["by_parameter", "into_fisher", "into_optimizer", "of_fisher", "of_optimizer"]
+__all__ = [
+    "by_parameter",
+    "into_fisher",
+    "into_optimizer",
+    "of_fisher",
+    "of_optimizer",
+    "replace_params",
+]
 
 
 # --- the inverse Fisher ---------------------------------------------------------------------------
@@ -284,6 +291,17 @@ def into_optimizer(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def replace_params(state: dict[Any, Any], old: list[Tensor], new: list[Tensor]) -> None:
+    """Drops what belongs to parameters that have gone. Those in their places get their masks."""
+    known, present = set(map(id, old)), set(map(id, new))
+    for p, q in zip(old, new, strict=False):
+        mask = state[p].get("mask") if p in state else None
+        if mask is not None and id(q) not in known and q.shape == p.shape:
+            state[q]["mask"] = placed_as(q, mask)
+    for p in [p for p in state if isinstance(p, Tensor) and id(p) not in present]:
+        del state[p]
 
 
 def _to_save(flat: Flat, p: Tensor, G: Tensor) -> Tensor:
