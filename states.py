@@ -256,6 +256,8 @@ def into_optimizer(
             if "momentum_buffer" in entries[id(p)]:
                 optimizer._velocity()
                 value = placed_as(p, entries[id(p)]["momentum_buffer"])
+                if (mask := optimizer._mask(p)) is not None:
+                    value *= mask  # which the state may know nothing of
                 local(optimizer.state[p]["momentum_buffer"]).copy_(local(value))
         optimizer._recovery.load_state_dict(shared)
         ranks, complete = flat.ranks, True
