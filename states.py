@@ -237,7 +237,9 @@ def into_optimizer(
         shared.update(first["fisher"])
         ids = [i for group in groups for i in group["params"]]
         saved.extend(state_dict["state"].get(i, {}) for i in ids)
-        _check_parameters(params, saved)
+        # All that can be checked is, before anything changes.
+        _check_parameters(params, saved, shared)
+        optimizer._recovery.load_state_dict(shared)
         rest = {key: v for key, v in state_dict["state"].items() if key not in ids}
         first = {name: value for name, value in first.items() if name != "fisher"}
         return {**state_dict, "state": rest, "param_groups": [first, *others]}
@@ -259,7 +261,6 @@ def into_optimizer(
                 if (mask := optimizer._mask(p)) is not None:
                     value *= mask  # which the state may know nothing of
                 local(optimizer.state[p]["momentum_buffer"]).copy_(local(value))
-        optimizer._recovery.load_state_dict(shared)
         ranks, complete = flat.ranks, True
         if "window" in shared:
             window = shared["window"]
@@ -352,8 +353,15 @@ def _from_saved(
     return G
 
 
-def _check_parameters(params: list[Tensor], saved: list[dict[str, Any]]) -> None:
-    """Raises ValueError if the saved entries are not those of these parameters."""
+def _check_parameters(
+    params: list[Tensor], saved: list[dict[str, Any]], shared: dict[str, Any]
+) -> None:
+    """Raises ValueError if the saved entries are not those of these parameters, or damaged."""
+    _check_shared({**shared, "window": []})
+    m, dtype = len(shared["K"]), getattr(torch, shared["dtype"])
+    for block in shared.get("window", {}).values():
+        parts = {name: local(x) for name, x in block.items()}
+        _checked_block(parts, m, dtype, shared["compress"] or None)
     for p, entries in zip(params, saved, strict=True):
         if not all(isinstance(value, Tensor) for value in entries.values()):
             raise ValueError(f"The state dict is damaged: not all of {list(entries)} are tensors")
@@ -361,6 +369,8 @@ def _check_parameters(params: list[Tensor], saved: list[dict[str, Any]]) -> None
             tuple(entries[name].shape) for name in ("mask", "momentum_buffer") if name in entries
         ]
         grads, weights = entries.get("grads"), p.numel()
+        if grads is not None and (len(grads) != m or grads.dtype != dtype):
+            raise ValueError(f"The state dict is damaged: its window must have {m} rows of {dtype}")
         if "mask" in entries and sharded_dim(entries["mask"]) is None:
             weights = int(local(entries["mask"]).sum())
         columns = weights if grads is None else grads.shape[1:].numel()
