@@ -419,7 +419,8 @@ class MFAC(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         window = f"Window (ngrads: {self.fisher.num_grads}, damp: {self.damp}, {self.fisher.dtype})"
-        return f"{super().__repr__()[:-1]}{window}\n)"
+        groups = super().__repr__().replace("    fisher: None\n", "")
+        return f"{groups[:-1]}{window}\n)"
 
     @torch.compiler.disable(reason="MFAC.step is few launches already; it is not for torch.compile")
     @torch.no_grad()
@@ -484,6 +485,8 @@ class MFAC(torch.optim.Optimizer):
             del self.param_groups[-1]
             raise
         group["sparse"] = bool(group["sparse"])
+        if group is self.param_groups[0]:
+            group["fisher"] = None  # whose place in a state torch.distributed.checkpoint must know
         for p, mask in zip(group["params"], masks, strict=True):
             if mask is not None:
                 self.state[p]["mask"] = placed_as(p, mask)

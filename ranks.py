@@ -229,6 +229,8 @@ def as_dtensor(local: Tensor, shape: Sequence[int], mesh: Any, placements: Seque
 
     stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     size = torch.Size(shape)
+    if local.storage_offset():  # which deep copies of DTensors do not know
+        local = torch.from_dlpack(local.detach())
     return DTensor.from_local(
         local, mesh, placements, run_check=False, shape=size, stride=tuple(stride)
     )

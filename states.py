@@ -241,7 +241,7 @@ def into_optimizer(
         _check_parameters(params, saved, shared)
         optimizer._recovery.load_state_dict(shared)
         rest = {key: v for key, v in state_dict["state"].items() if key not in ids}
-        first = {name: value for name, value in first.items() if name != "fisher"}
+        first = {**first, "fisher": None}
         return {**state_dict, "state": rest, "param_groups": [first, *others]}
 
     def put(_: torch.optim.Optimizer) -> None:

@@ -34,7 +34,8 @@ def output(process, timeout=300):
     return out
 
 
-CHECKS = ["steps", "mixed", "messages", "skipped", "alone", "checkpoints", "refused"]
+CHECKS = ["steps", "mixed", "messages", "skipped", "absent", "lost", "zero", "fsdp1", "swapped"]
+CHECKS += ["checkpoints", "thawed", "refused"]
 CHECKS += ["batch_norm", "found", "inverses", "pruning", "disagreement"]
 
 
