@@ -569,6 +569,9 @@ class MFAC(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: the base class keeps only the defaults, the state and the groups."""
         self._recovery.settle(self.fisher)
-        own = ["fisher", "_recovery", "_device", "_process_group", "_window", "_shared"]
-        own += ["_flat", "_params"]
+        own = ["fisher", "_recovery", "_device", "_window", "_shared", "_flat", "_params"]
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._process_group = self.fisher.ranks.group  # which itself can't be copied

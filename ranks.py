@@ -138,13 +138,18 @@ class Ranks:
         return -(-length // self.size)
 
     def as_saved(self, x: Tensor, dim: int, length: int | None = None) -> Tensor:
-        """x, or, if other ranks have more of it, the DTensor of which it is a part along `dim`."""
+        """x, or, if other ranks have more of it, the DTensor of which it is a part along `dim`, all
+        ranks having `length` together. None: each part is filled up to the longest, with zeros."""
         if self.size == 1:
             return x
         from torch.distributed.tensor import DeviceMesh, Shard
 
+        if length is None:  # DTensors have parts of one length
+            lengths = self.gather(torch.tensor([x.shape[-1]], device=x.device))
+            x = padded(x, int(lengths.max()))
+            length = self.size * x.shape[-1]
         shape = list(x.shape)
-        shape[dim] = self.size * x.shape[dim] if length is None else length
+        shape[dim] = length
         mesh = DeviceMesh.from_group(cast("ProcessGroup", self.group), x.device.type)
         return as_dtensor(x, shape, mesh, [Shard(dim)])
 

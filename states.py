@@ -263,11 +263,7 @@ def into_optimizer(
                 local(optimizer.state[p]["momentum_buffer"]).copy_(local(value))
         ranks, complete = flat.ranks, True
         if "window" in shared:
-            window = shared["window"]
-            blocks = [
-                {name: ranks.own(x, x.ndim - 1) for name, x in window[str(i)].items()}
-                for i in range(len(window))
-            ]
+            blocks = _own_blocks(fisher, shared)
         else:
             m = len(shared["K"])
             dtype = getattr(torch, shared["dtype"])
@@ -325,6 +321,27 @@ def _to_save(flat: Flat, p: Tensor, G: Tensor) -> Tensor:
     placements = [Shard(dim + 1) if x.is_shard() else x for x in cast(Any, p).placements]
     mesh = cast(Any, p).device_mesh
     return as_dtensor(G.reshape(m, *here.shape), (m, *p.shape), mesh, placements)
+
+
+def _own_blocks(fisher: "DynamicInverseFisher", shared: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """The blocks of a window that is not saved by parameter: of one that ranks share, this rank's
+    part, without what makes all parts of one length."""
+    ranks, window = fisher.ranks, shared["window"]
+    blocks = [window[str(i)] for i in range(len(window))]
+    if ranks.size == shared["ranks"] == 1:
+        return blocks
+    saved = len(shared["K"]), shared["dtype"], shared["compress"], shared["ranks"], len(blocks)
+    own = of_fisher(fisher)
+    if saved != (len(own["K"]), own["dtype"], own["compress"], ranks.size, len(own["window"])):
+        raise ValueError(
+            "A window of 8 or 16 bits with scales, or a compressed one, that processes share goes on "
+            f"in as many processes ({shared['ranks']} saved it), with the same ngrads, window_dtype "
+            "and compress, and the same layers trained; load it so, or start without it"
+        )
+    return [
+        {name: ranks.own(block[name], x.ndim - 1)[..., : x.shape[-1]] for name, x in mine.items()}
+        for mine, block in zip(own["window"], blocks, strict=True)
+    ]
 
 
 def _from_saved(
