@@ -52,6 +52,12 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
     output(torchrun(1, worker, "go_on", tmp_path))
 
 
+@pytest.mark.parametrize("library", ["accelerate", "lightning", "transformers"])
+def test_libraries_with_ddp_resume_to_the_same_bits(library, tmp_path):
+    """See trainers_worker.py."""
+    output(torchrun(2, ROOT / "tests/trainers_worker.py", library, tmp_path))
+
+
 def test_one_process_has_everything():
     x, alone = torch.arange(12.0).view(3, 4), Ranks()
     for part in (alone.sum(x), alone.part(x), alone.own(x, 1), alone.as_saved(x, 0)):
