@@ -182,12 +182,13 @@ def of_optimizer(optimizer: "MFAC", state_dict: Callable[[], dict[str, Any]]) ->
         blocks = shared.pop("window")
         if by_parameter(fisher):
             numbers = {id(p): i for i, (_, p) in enumerate(optimizer._numbered())}
+            none = fisher.window.blocks[0].G[:, :0]
             for p, span in zip(flat.params, flat.columns, strict=True):
                 views = fisher.window.columns(span.start, span.stop)
                 G = (
                     views[0]
                     if len(views) == 1
-                    else torch.cat([x.to(fisher.device) for x in views], 1)
+                    else torch.cat([x.to(fisher.device) for x in [none, *views]], 1)
                 )
                 entries = state["state"][numbers[id(p)]]
                 state["state"][numbers[id(p)]] = {**entries, "grads": _to_save(flat, p, G)}
