@@ -7,6 +7,7 @@ call over views that are made once.
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,8 +184,16 @@ class Flat:
             self._sent, self._filled = torch.cat(sent), places >= 0
             self._received = places[self._filled]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle, which do not keep what is a view of what: `extended` makes segments
+        anew."""
+        return {**self.__dict__, "segments": [], "_seen": []}
+
     def covers(self, params: list[tuple[int, Tensor]]) -> bool:
-        """Whether these parameters, with the index of their group, are those of the vector."""
+        """Whether these parameters, with the index of their group, are those of the vector. The
+        first time that they are, checks that other ranks have the same."""
+        if self.params and not self.segments:
+            return False
         if [id(p) for _, p in params] == self._seen:
             unfrozen = any(p.grad is not None for p in self._frozen)
             return not unfrozen and not any(segment.moved() for segment in self.segments)
@@ -194,6 +203,7 @@ class Flat:
         same = all(groups.get(id(p)) == s.group for s in self.segments for p in s.params)
         if not same or any(is_trained(p) for p in frozen):
             return False
+        self.ranks.check_same(self.params, self.vector.device)
         self._seen, self._frozen = [id(p) for _, p in params], frozen
         return True
 

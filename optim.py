@@ -186,10 +186,19 @@ class DynamicInverseFisher:
         entry = self.window.entry(g)
 
         def products(exact: bool) -> Tensor:
-            return self.ranks.sum(self.window.products(entry, self.counter, exact))
+            return self.ranks.sum_of_present(self.window.products(entry, self.counter, exact))
 
         z, self.accepted, b = self.precision.exchange(products, self.counter)
         return entry, z, b
+
+    def abstain(self) -> None:
+        """In place of an exchange, where all of the ranks have no gradient.
+
+        Raises:
+            ValueError: some have one.
+        """
+        rows = 1 if self.compress is None else 2
+        self.ranks.sum_of_present(self.coefficients.P.new_zeros(rows, self.num_grads), False)
 
     def _advance(self) -> None:
         self.counter += self.accepted
@@ -374,6 +383,8 @@ class MFAC(torch.optim.Optimizer):
             "dtype": checks.checked_dtype("window_dtype", window_dtype, compress),
             "compress": compress,
         }
+        shared = {"ngrads": ngrads, "damp": damp, "window_dtype": window_dtype}
+        self._shared = {**shared, "compress": compress, "on_nonfinite": on_nonfinite}
         self._flat: Flat | None = None
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "sparse": sparse, "maximize": maximize})
@@ -409,7 +420,8 @@ class MFAC(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         window = f"Window (ngrads: {self.fisher.num_grads}, damp: {self.damp}, {self.fisher.dtype})"
-        return f"{super().__repr__()[:-1]}{window}\n)"
+        groups = super().__repr__().replace("    fisher: None\n", "")
+        return f"{groups[:-1]}{window}\n)"
 
     @torch.compiler.disable(reason="MFAC.step is few launches already; it is not for torch.compile")
     @torch.no_grad()
@@ -422,6 +434,7 @@ class MFAC(torch.optim.Optimizer):
         self._follow()
         segments = [(s, self.param_groups[s.group]) for s in self._flat.segments if s.gather()]
         if not segments:
+            self.fisher.abstain()
             return loss
         for segment, group in segments:
             if group["maximize"]:
@@ -466,13 +479,15 @@ class MFAC(torch.optim.Optimizer):
         super().add_param_group(dict(param_group) if isinstance(param_group, dict) else param_group)
         group = self.param_groups[-1]
         try:
-            checks.check_group(group)
+            checks.check_group(group, self._shared)
             masks = checks.checked_masks(group["params"], group["sparse"])
             find_process_group(group["params"], self._process_group or None)
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
         group["sparse"] = bool(group["sparse"])
+        if group is self.param_groups[0]:
+            group["fisher"] = None  # whose place in a state torch.distributed.checkpoint must know
         for p, mask in zip(group["params"], masks, strict=True):
             if mask is not None:
                 self.state[p]["mask"] = placed_as(p, mask)
@@ -484,10 +499,12 @@ class MFAC(torch.optim.Optimizer):
         in `also`."""
         params = self._numbered()
         ranks = Ranks(find_process_group([p for _, p in params], self._process_group or None))
-        device, settings = self._device or params[0][1].device, self._window
+        settings = self._window
+        device = self._device or next((p.device for _, p in params), torch.device("cpu"))
         trained = [(i, p) for i, p in params if is_trained(p) or id(p) in also]
         wide = torch.float64 if settings["dtype"] == torch.float64 else torch.float32
         self._flat = Flat(trained, self._mask, ranks, device, wide)
+        self._params = [p for _, p in params]
         self.fisher: Any = None  # the old window goes before the new one comes
         self.fisher = DynamicInverseFisher(
             dim=self._flat.size, device=device, process_group=ranks.group, **settings
@@ -504,6 +521,7 @@ class MFAC(torch.optim.Optimizer):
         if flat is None:
             if self.fisher.count:
                 warn_user("The parameters of the optimizer have changed: its window starts anew")
+            states.replace_params(self.state, self._params, [p for _, p in params])
             self._build()
             return
         self.fisher.grow(flat.size - self._flat.size)
@@ -552,5 +570,9 @@ class MFAC(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: the base class keeps only the defaults, the state and the groups."""
         self._recovery.settle(self.fisher)
-        own = ("fisher", "_recovery", "_device", "_process_group", "_window", "_flat")
+        own = ["fisher", "_recovery", "_device", "_window", "_shared", "_flat", "_params"]
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._process_group = self.fisher.ranks.group  # which itself can't be copied

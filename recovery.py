@@ -85,8 +85,8 @@ class Recovery:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` gave, and other entries that it leaves alone."""
-        for name in self.state_dict():
-            setattr(self, name, check_integer(name, state.get(name), least=0))
+        counts = {name: check_integer(name, state.get(name), least=0) for name in self.state_dict()}
+        vars(self).update(counts)
 
     def _skip(self, error: NonFiniteGradientError) -> None:
         self._in_a_row = self._in_a_row + 1 if self._last_skip == self._steps - 1 else 1

@@ -18,7 +18,14 @@ from windows import BLOCK, SCALED
 if TYPE_CHECKING:
     from optim import MFAC, DynamicInverseFisher
 
-__all__ = ["by_parameter", "into_fisher", "into_optimizer", "of_fisher", "of_optimizer"]
+__all__ = [
+    "by_parameter",
+    "into_fisher",
+    "into_optimizer",
+    "of_fisher",
+    "of_optimizer",
+    "replace_params",
+]
 
 
 # --- the inverse Fisher ---------------------------------------------------------------------------
@@ -179,12 +186,13 @@ def of_optimizer(optimizer: "MFAC", state_dict: Callable[[], dict[str, Any]]) ->
         blocks = shared.pop("window")
         if by_parameter(fisher):
             numbers = {id(p): i for i, (_, p) in enumerate(optimizer._numbered())}
+            none = fisher.window.blocks[0].G[:, :0]
             for p, span in zip(flat.params, flat.columns, strict=True):
                 views = fisher.window.columns(span.start, span.stop)
                 G = (
                     views[0]
                     if len(views) == 1
-                    else torch.cat([x.to(fisher.device) for x in views], 1)
+                    else torch.cat([x.to(fisher.device) for x in [none, *views]], 1)
                 )
                 entries = state["state"][numbers[id(p)]]
                 state["state"][numbers[id(p)]] = {**entries, "grads": _to_save(flat, p, G)}
@@ -234,9 +242,11 @@ def into_optimizer(
         shared.update(first["fisher"])
         ids = [i for group in groups for i in group["params"]]
         saved.extend(state_dict["state"].get(i, {}) for i in ids)
-        _check_parameters(params, saved)
+        # All that can be checked is, before anything changes.
+        _check_parameters(params, saved, shared)
+        optimizer._recovery.load_state_dict(shared)
         rest = {key: v for key, v in state_dict["state"].items() if key not in ids}
-        first = {name: value for name, value in first.items() if name != "fisher"}
+        first = {**first, "fisher": None}
         return {**state_dict, "state": rest, "param_groups": [first, *others]}
 
     def put(_: torch.optim.Optimizer) -> None:
@@ -253,15 +263,12 @@ def into_optimizer(
             if "momentum_buffer" in entries[id(p)]:
                 optimizer._velocity()
                 value = placed_as(p, entries[id(p)]["momentum_buffer"])
+                if (mask := optimizer._mask(p)) is not None:
+                    value *= mask  # which the state may know nothing of
                 local(optimizer.state[p]["momentum_buffer"]).copy_(local(value))
-        optimizer._recovery.load_state_dict(shared)
         ranks, complete = flat.ranks, True
         if "window" in shared:
-            window = shared["window"]
-            blocks = [
-                {name: ranks.own(x, x.ndim - 1) for name, x in window[str(i)].items()}
-                for i in range(len(window))
-            ]
+            blocks = _own_blocks(fisher, shared)
         else:
             m = len(shared["K"])
             dtype = getattr(torch, shared["dtype"])
@@ -290,6 +297,17 @@ def into_optimizer(
             handle.remove()
 
 
+def replace_params(state: dict[Any, Any], old: list[Tensor], new: list[Tensor]) -> None:
+    """Drops what belongs to parameters that have gone. Those in their places get their masks."""
+    known, present = set(map(id, old)), set(map(id, new))
+    for p, q in zip(old, new, strict=False):
+        mask = state[p].get("mask") if p in state else None
+        if mask is not None and id(q) not in known and q.shape == p.shape:
+            state[q]["mask"] = placed_as(q, mask)
+    for p in [p for p in state if isinstance(p, Tensor) and id(p) not in present]:
+        del state[p]
+
+
 def _to_save(flat: Flat, p: Tensor, G: Tensor) -> Tensor:
     """The columns G (m, ·) of p as (m, trained weights), or (m, *shape) if p is sharded."""
     dim, mask, here = sharded_dim(p), flat.mask(p), local(p)
@@ -303,6 +321,27 @@ def _to_save(flat: Flat, p: Tensor, G: Tensor) -> Tensor:
     placements = [Shard(dim + 1) if x.is_shard() else x for x in cast(Any, p).placements]
     shape, mesh = (len(G), *p.shape), cast(Any, p).device_mesh
     return as_dtensor(G.reshape(len(G), *here.shape), shape, mesh, placements)
+
+
+def _own_blocks(fisher: "DynamicInverseFisher", shared: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """The blocks of a window that is not saved by parameter: of one that ranks share, this rank's
+    part, without what makes all parts of one length."""
+    ranks, window = fisher.ranks, shared["window"]
+    blocks = [window[str(i)] for i in range(len(window))]
+    if ranks.size == shared["ranks"] == 1:
+        return blocks
+    saved = len(shared["K"]), shared["dtype"], shared["compress"], shared["ranks"], len(blocks)
+    own = of_fisher(fisher)
+    if saved != (len(own["K"]), own["dtype"], own["compress"], ranks.size, len(own["window"])):
+        raise ValueError(
+            "A window of 8 or 16 bits with scales, or a compressed one, that processes share goes on "
+            f"in as many processes ({shared['ranks']} saved it), with the same ngrads, window_dtype "
+            "and compress, and the same layers trained; load it so, or start without it"
+        )
+    return [
+        {name: ranks.own(block[name], x.ndim - 1)[..., : x.shape[-1]] for name, x in mine.items()}
+        for mine, block in zip(own["window"], blocks, strict=True)
+    ]
 
 
 def _from_saved(
@@ -326,8 +365,15 @@ def _from_saved(
     return flat.ranks.part(G, 1) if dim is None else G
 
 
-def _check_parameters(params: list[Tensor], saved: list[dict[str, Any]]) -> None:
-    """Raises ValueError if the saved entries are not those of these parameters."""
+def _check_parameters(
+    params: list[Tensor], saved: list[dict[str, Any]], shared: dict[str, Any]
+) -> None:
+    """Raises ValueError if the saved entries are not those of these parameters, or damaged."""
+    _check_shared({**shared, "window": []})
+    m, dtype = len(shared["K"]), getattr(torch, shared["dtype"])
+    for block in shared.get("window", {}).values():
+        parts = {name: local(x) for name, x in block.items()}
+        _checked_block(parts, m, dtype, shared["compress"] or None)
     for p, entries in zip(params, saved, strict=True):
         if not all(isinstance(value, Tensor) for value in entries.values()):
             raise ValueError(f"The state dict is damaged: not all of {list(entries)} are tensors")
@@ -335,6 +381,8 @@ def _check_parameters(params: list[Tensor], saved: list[dict[str, Any]]) -> None
             tuple(entries[name].shape) for name in ("mask", "momentum_buffer") if name in entries
         ]
         grads, weights = entries.get("grads"), p.numel()
+        if grads is not None and (len(grads) != m or grads.dtype != dtype):
+            raise ValueError(f"The state dict is damaged: its window must have {m} rows of {dtype}")
         if "mask" in entries and sharded_dim(entries["mask"]) is None:
             weights = int(local(entries["mask"]).sum())
         columns = weights if grads is None else grads.shape[1:].numel()

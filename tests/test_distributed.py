@@ -34,7 +34,8 @@ def output(process, timeout=300):
     return out
 
 
-CHECKS = ["steps", "mixed", "messages", "skipped", "alone", "checkpoints", "refused"]
+CHECKS = ["steps", "mixed", "messages", "skipped", "absent", "lost", "zero", "fsdp1", "swapped"]
+CHECKS += ["checkpoints", "thawed", "refused"]
 CHECKS += ["batch_norm", "found", "inverses", "pruning", "disagreement"]
 
 
@@ -49,6 +50,12 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
     output(torchrun(4, worker, "save", tmp_path))
     output(torchrun(2, worker, "go_on", tmp_path))
     output(torchrun(1, worker, "go_on", tmp_path))
+
+
+@pytest.mark.parametrize("library", ["accelerate", "lightning", "transformers"])
+def test_libraries_with_ddp_resume_to_the_same_bits(library, tmp_path):
+    """See trainers_worker.py."""
+    output(torchrun(2, ROOT / "tests/trainers_worker.py", library, tmp_path))
 
 
 def test_one_process_has_everything():
