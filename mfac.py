@@ -14,6 +14,7 @@ Example:
 import models
 from optim import (
     MFAC,
+    DampTooSmallError,
     DynamicInverseFisher,
     NonFiniteGradientError,
     step_traffic,
@@ -31,6 +32,7 @@ __version__ = "0.2.0"
 __all__ = [
     "MFAC",
     "BlockedInverseFisher",
+    "DampTooSmallError",
     "DynamicInverseFisher",
     "MFACPruner",
     "MagnitudePruner",
