@@ -136,6 +136,8 @@ def test_no_installed_file_imports_a_flat_name(installed):
         for node in ast.walk(ast.parse(text)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
+                names += [str(word.value) for word in node.args if isinstance(word, ast.Constant)]
             assert not flat & {name.split(".")[0] for name in names}, path
         shown = re.findall(r"^ *(?:>>>|\.\.\.) (?:from|import) (\w+)", text, re.MULTILINE)
         assert not flat & {*shown}, path
