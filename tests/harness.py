@@ -15,7 +15,6 @@ from typing import Any
 
 # Before torch and numpy are imported: a process with one thread may fork, and bits depend on it.
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a GPU, a run is not repeated to the bit
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import matplotlib.backends.backend_agg  # once here rather than in each child

@@ -67,7 +67,6 @@ def test_the_same_bits_again(name, threads, dataset, tmp_path, monkeypatch):
             "prun": "--checkpoint trained.pth --sparsities 0.5 0.9 --nepochs 2 --batchsize 32 "
             "--ngrads 8 --npergrad 4 --optim mfac",
         }[name].split()
-        flags += ["--device", "cpu"]
         for run in ("a", "b"):
             place = ["--save", f"{run}.pth"] if name == "optim" else ["--out", run]
             script.main([*flags, "--dataset", str(dataset), *place])
