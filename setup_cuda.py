@@ -1,8 +1,9 @@
 """Builds the CUDA extension `hinv_cuda`. It is optional: without it torch operations do the same.
 
-    python setup_cuda.py install                     into this environment
     python setup_cuda.py build_ext --inplace         beside this file
-    MFAC_CUDA=1 pip install . --no-build-isolation   together with the rest of the project
+    python setup_cuda.py install                     into this environment, for clones
+    MFAC_CUDA=1 pip install . --no-build-isolation   into the package `mfac`
+    python -m mfac.setup_cuda build_ext --inplace    the same, once `mfac` is installed
     setup_cuda.load()                                from Python: builds on the first call
 
 Needs a CUDA build of torch, nvcc of the same major version as torch's CUDA, and a C++ compiler.

@@ -157,7 +157,7 @@ def test_beside_files_of_the_same_names(installed, project):
 
 
 def test_the_scripts_run_as_modules(installed, project):
-    for name in ("main_optim", "main_prun", "setup_cuda"):
+    for name in ("main_optim", "main_prun"):
         assert "usage: " in run(installed[0], "-m", f"mfac.{name}", "--help", cwd=project)
 
 
