@@ -53,39 +53,17 @@ def architecture_flags() -> list[str]:
     _check_compiler(nvcc)
 
     known = sorted(map(int, re.findall(r"compute_(\d+)", _run(nvcc, "--list-gpu-arch").stdout)))
-    names = ", ".join(_capability(number) for number in known)
     if os.environ.get("TORCH_CUDA_ARCH_LIST", "native") not in ("", "native"):
-        flags, listed = _listed_architectures()
-        if unknown := [number for number in listed if number not in known]:
-            raise CannotBuildError(
-                f"TORCH_CUDA_ARCH_LIST has {_capability(unknown[0])}, but {nvcc} builds for "
-                f"{names}; take it off the list, or install a toolkit that has it"
-            )
-        return flags
-    present = []
-    for i in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(i)
-        present.append(10 * major + minor)
-        if present[-1] not in known:
-            older = [number for number in known if number < present[-1]]
-            remedy = f"set TORCH_CUDA_ARCH_LIST={_capability(older[-1])}+PTX" if older else ""
-            raise CannotBuildError(
-                f"{torch.cuda.get_device_name(i)} has compute capability {major}.{minor}, but "
-                f"{nvcc} builds for {names}; {remedy or 'use an older CUDA toolkit and torch'}"
-            )
-    binaries = sorted({*present} or {*DEFAULT_ARCHITECTURES} & {*known})
+        return _listed_flags(nvcc, known)
+    binaries = sorted(_present(nvcc, known) or {*DEFAULT_ARCHITECTURES} & {*known})
     return [
         *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in binaries),
         f"-gencode=arch=compute_{binaries[-1]},code=compute_{binaries[-1]}",
     ]
 
 
-def _capability(number: int) -> str:
-    return f"{number // 10}.{number % 10}"
-
-
-def _listed_architectures() -> tuple[list[str], list[int]]:
-    """TORCH_CUDA_ARCH_LIST as nvcc's flags, and as numbers."""
+def _listed_flags(nvcc: Path, known: list[int]) -> list[str]:
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST. Raises CannotBuildError if nvcc lacks one."""
     from torch.utils import cpp_extension
 
     try:
@@ -95,7 +73,41 @@ def _listed_architectures() -> tuple[list[str], list[int]]:
             f"TORCH_CUDA_ARCH_LIST={os.environ['TORCH_CUDA_ARCH_LIST']!r} is not a list of "
             "architectures that torch knows; write it like '8.0;9.0+PTX', or unset it"
         ) from None
-    return flags, [int(number) for number in re.findall(r"compute_(\d+)", " ".join(flags))]
+    for number in map(int, re.findall(r"compute_(\d+)", " ".join(flags))):
+        if number not in known:
+            raise CannotBuildError(
+                f"TORCH_CUDA_ARCH_LIST has {_capability(number)}, but {nvcc} builds for "
+                f"{', '.join(map(_capability, known))}; take it off the list, or install a toolkit "
+                "that has it"
+            )
+    return flags
+
+
+def _present(nvcc: Path, known: list[int]) -> set[int]:
+    """The architectures of this machine's GPUs. Raises CannotBuildError if nvcc lacks one."""
+    import torch
+
+    present = set()
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        number = 10 * major + minor
+        if number not in known:
+            older = [other for other in known if other < number]
+            remedy = "use an older CUDA toolkit and torch"
+            if older:
+                remedy = (
+                    f"install a newer one, or set TORCH_CUDA_ARCH_LIST={_capability(older[-1])}+PTX"
+                )
+            raise CannotBuildError(
+                f"{torch.cuda.get_device_name(i)} has compute capability {major}.{minor}, but "
+                f"{nvcc} builds for {', '.join(map(_capability, known))}; {remedy}"
+            )
+        present.add(number)
+    return present
+
+
+def _capability(number: int) -> str:
+    return f"{number // 10}.{number % 10}"
 
 
 def _nvcc(version: str) -> Path:

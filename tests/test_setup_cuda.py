@@ -106,9 +106,12 @@ NOT_HERE = {
     "newer GPU": (
         lambda m: m.gpus((9, 0), (12, 0)),
         r"GPU 1 has compute capability 12\.0, but .*nvcc builds for 7\.5, 8\.0, 9\.0, 10\.0; "
-        r"set TORCH_CUDA_ARCH_LIST=10\.0\+PTX",
+        r"install a newer one, or set TORCH_CUDA_ARCH_LIST=10\.0\+PTX",
     ),
-    "GPU in between": (lambda m: m.gpus((8, 6)), r"8\.6, but .*; set TORCH_CUDA_ARCH_LIST=8\.0"),
+    "GPU in between": (
+        lambda m: m.gpus((8, 6)),
+        r"8\.6, but .* set TORCH_CUDA_ARCH_LIST=8\.0\+PTX",
+    ),
     "older GPU": (lambda m: m.gpus((6, 1)), r"GPU 0 has .* 6\.1, but .* use an older CUDA"),
     "listed, too old": (
         lambda m: m.set(TORCH_CUDA_ARCH_LIST="9.0;7.0"),
