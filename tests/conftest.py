@@ -1,6 +1,7 @@
 """What every test shares."""
 
 import os
+from datetime import timedelta
 
 # Before torch is imported: OpenMP's busy waiting slows everything down when two things run at once.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -42,8 +43,9 @@ def gloo() -> None:
     """Skips the test where processes cannot talk to each other."""
     if not dist.is_available():
         pytest.skip("torch is built without distributed")
+    alone = {"rank": 0, "world_size": 1, "timeout": timedelta(seconds=30)}
     try:
-        dist.init_process_group("gloo", init_method="tcp://localhost:0", rank=0, world_size=1)
+        dist.init_process_group("gloo", init_method="tcp://localhost:0", **alone)
     except (RuntimeError, OSError) as error:
         pytest.skip(f"gloo cannot open a port: {error}")
     dist.destroy_process_group()
