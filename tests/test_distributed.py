@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -70,11 +71,10 @@ def script(name, *arguments):
     return [str(ROOT / name), "--model", "resnet20", "--device", "cpu", *map(str, arguments)]
 
 
-def run_alone(arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, *arguments], env=environment, check=True, capture_output=True, timeout=300
-    )
+def run_alone(call):
+    """The call of a script, in this process."""
+    path, *flags = call
+    import_module(Path(path).stem).main([str(flag) for flag in flags])
 
 
 def state_dict(path):
@@ -137,7 +137,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(dataset, tmp_pa
     assert "another process of this run has ended" in err or "SIGKILL" in err, err[-3000:]
     done = len(torch.load(path.with_suffix(".state"), weights_only=True)["history"])
     assert 1 <= done < 12
-    run_alone([*map(str, call), "--resume"])
+    run_alone([*call, "--resume"])
     history = torch.load(path.with_suffix(".state"), weights_only=True)["history"]
     assert [row["epoch"] for row in history] == list(range(1, 13))
 
