@@ -29,7 +29,7 @@ matrix: test
 	.venv-oldest/bin/python $(PYTEST)
 
 docs: .venv/for-tests
-	$(BIN)/python -m pdoc --docformat google -o build/api mfac.py optim.py windows.py ranks.py coefficients.py prun.py datautils.py ./models
+	$(BIN)/python -m pdoc --docformat google -o build/api $(filter-out setup%.py main_%.py,$(wildcard *.py)) ./models
 
 lint: .venv/for-tests
 	$(BIN)/ruff check .
