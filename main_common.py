@@ -34,6 +34,7 @@ from optim import MFAC
 from ranks import Ranks, is_dtensor, local, padded, sharded_dim
 
 ALONE = Ranks()
+FORMAT = torch.channels_last  # of images
 LOOK = 32  # batches on a GPU from one look at loss and accuracy to the next
 
 
@@ -436,7 +437,7 @@ def batches(loader: datautils.Loader, device: torch.device, title: str) -> Itera
     whether it is time to look at figures: to do so at each would keep a GPU waiting."""
     bar, last = progress(loader, title), len(loader) - 1
     for number, (images, labels) in enumerate(bar):
-        images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+        images = images.to(device, memory_format=FORMAT, non_blocking=True)
         size = min(loader.batch_size, loader.num_samples - number * loader.batch_size)
         look = device.type == "cpu" or number == last or number % LOOK == 0
         yield bar, images, labels.to(device, non_blocking=True), size, look
@@ -503,34 +504,38 @@ class TrainingStep:
         graph: bool = False,
     ):
         self.model, self.optimizer, self.ranks, self.amp = model, optimizer, ranks, amp
+        self.watch: Any = contextlib.nullcontext()  # over the optimizer
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.left = self.EAGER if graph else None
-        self.aside = torch.cuda.Stream() if graph else None  # nothing may be captured on the usual
-        self.watch: Any = contextlib.nullcontext()
+        self.wanted, self.calls = graph, 0
+        if graph:
+            device = next(model.parameters()).device
+            self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+            self.stream = torch.cuda.Stream(device)  # as nothing can be captured on the usual one
 
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor, size: int) -> torch.Tensor:
+    def __call__(
+        self, images: torch.Tensor, labels: torch.Tensor, size: int, eager: bool = False
+    ) -> torch.Tensor:
         """The sums (2,) of losses and right answers, of the part of a batch of `size` images that
-        this process has."""
-        if self.left is None:
-            return self.eager(images, labels, size)
-        if self.left > 0:
-            self.left -= 1
-            here = torch.cuda.current_stream()
-            self.aside.wait_stream(here)
-            with torch.cuda.stream(self.aside):
-                sums = self.eager(images, labels, size)
-            here.wait_stream(self.aside)
-            return sums
-        if self.graph is None and not self.capture(images, labels, size):
-            return self.eager(images, labels, size)
-        self.images.copy_(images)
-        self.labels.copy_(labels)
-        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
-            rate.fill_(group["lr"])
-        self.graph.replay()
-        return self.sums.clone()
+        this process has. `eager`: not by the graph, which is for batches of one size."""
+        if not self.wanted:
+            return self.run(images, labels, size)
+        with self.rates_on_device():
+            self.calls += 1
+            if self.graph is None and self.calls > self.EAGER and not eager:
+                self.capture(images, labels, size)
+            if self.graph is None or eager:
+                here = torch.cuda.current_stream()
+                self.stream.wait_stream(here)
+                with torch.cuda.stream(self.stream):
+                    sums = self.run(images, labels, size)
+                here.wait_stream(self.stream)
+                return sums
+            self.images.copy_(images)
+            self.labels.copy_(labels)
+            self.graph.replay()
+            return self.sums.clone()
 
-    def eager(self, images: torch.Tensor, labels: torch.Tensor, size: int) -> torch.Tensor:
+    def run(self, images: torch.Tensor, labels: torch.Tensor, size: int) -> torch.Tensor:
         """The step itself. Raises UserError if the optimizer refuses the gradients."""
         self.optimizer.zero_grad()
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.amp):
@@ -544,29 +549,40 @@ class TrainingStep:
             raise UserError(str(error)) from error
         return torch.stack([loss.detach(), (outputs.argmax(1) == labels).sum()])
 
-    def capture(self, images: torch.Tensor, labels: torch.Tensor, size: int) -> bool:
-        """Makes the graph, in which learning rates are numbers on the device. Says so if there can
-        be none."""
-        groups, graph = self.optimizer.param_groups, torch.cuda.CUDAGraph()
+    @contextlib.contextmanager
+    def rates_on_device(self) -> Iterator[None]:
+        """Has learning rates as the graph has them, in eager steps too, whose bits are then the
+        same."""
+        groups = self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
-        self.rates = [torch.tensor(rate, device=images.device) for rate in rates]
+        for group, on_device in zip(groups, self.rates, strict=True):
+            group["lr"] = on_device.fill_(group["lr"])
+        try:
+            yield
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+
+    def capture(self, images: torch.Tensor, labels: torch.Tensor, size: int) -> None:
+        """Makes the graph, or says why there can be none."""
         self.images, self.labels = images.clone(), labels.clone()
         self.optimizer.zero_grad()  # so that the graph has gradients of its own
         watch, self.watch = self.watch, contextlib.nullcontext()
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        how: Any = {
+            "stream": self.stream,
+            "capture_error_mode": "thread_local",
+        }  # loaders have some
         try:
-            for group, rate in zip(groups, self.rates, strict=True):
-                group["lr"] = rate
-            with torch.cuda.graph(graph, stream=self.aside):
-                self.sums = self.eager(self.images, self.labels, size)
+            with torch.cuda.graph(graph, **how):
+                self.sums = self.run(self.images, self.labels, size)
             self.graph = graph
         except RuntimeError as error:
             note(f"no CUDA graph for this model and optimizer: {str(error).splitlines()[0]}")
-            self.left = None
+            self.wanted = False
         finally:
             self.watch = watch
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate
-        return self.graph is not None
+            torch.cuda.set_stream(here)  # which a capture that failed has left changed
 
 
 def train_epoch(
@@ -590,9 +606,9 @@ def train_epoch(
     step.watch = Stopwatch(device)
     figures, start = Figures(ranks), time.perf_counter()
     for bar, images, labels, size, look in batches(loader, device, title):
-        # The last batch of an epoch is smaller, and optimizers check in an eager step.
-        whole = size == loader.batch_size and figures.seen + size < loader.num_samples
-        figures.add((step if whole else step.eager)(images, labels, size), size)
+        # The last batch may be smaller, and in an eager step the optimizer can speak up.
+        last = figures.seen + size == loader.num_samples
+        figures.add(step(images, labels, size, eager=last), size)
         scheduler.step()
         if look:
             loss, accuracy = figures.read(bar)

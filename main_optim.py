@@ -222,6 +222,8 @@ def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
     settings = {**COMMON, "device": device, **given}
     if settings["device"].startswith("cuda"):
         settings = {"graph": "yes", **settings}
+    elif settings.get("graph") == "yes":
+        raise UserError(f"--graph yes is for CUDA only, and --device is {settings['device']}")
     optim, schedule = settings["optim"], settings["schedule"]
     defaults = DEFAULTS["digits" if settings["dataset"] == "digits" else "paper", optim]
     for name in ("momentum", "ngrads", "damp", *WINDOW):

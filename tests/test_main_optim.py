@@ -712,13 +712,19 @@ BAD_FLAGS = [
     ("--seed x", "--seed: x is not"),
     ("--ngrads 1e3", "--ngrads: 1e3 is not"),
     *((f"--{flag} yes", "yes") for flag in ("amp", "resume", "overwrite")),
+    *((f"--{flag} yes", "yes") for flag in ("compile", "deterministic", "light_state")),
     ("--device", "--device: expected one argument"),
     ("--damp 1e-320 --ngrads 4", "1e-320"),
     ("--save .", "must end in .pth"),
     ("--save missing/../net.txt", "must end in .pth"),
-    *((f"--{name}_every 0", "whole number from 1") for name in ("save", "state")),
-    ("--workers -1", "--workers: -1 is not a whole number from 0"),
+    *(
+        (f"--{name}_every {value}", f"{value} is not a whole number from 1")
+        for name in ("save", "state")
+        for value in ("0", "x")
+    ),
+    *((f"--workers {value}", f"{value} is not a whole number from 0") for value in ("-1", "x")),
     ("--graph maybe", "maybe"),
+    ("--graph yes", "--graph yes is for CUDA only, and --device is cpu"),
 ]
 
 
