@@ -168,7 +168,7 @@ def build_parser() -> Parser:
     add("--damp", type=POSITIVE, help=text)
 
     add = parser.add_argument_group("schedule").add_argument
-    epochs = ", ".join(f"{name} {number}" for name, number in PAPER_EPOCHS.items())
+    epochs = ", ".join(f"{name} {epochs}" for name, epochs in PAPER_EPOCHS.items())
     digits = DEFAULTS["digits", "mfac"]["epochs"]
     text = f"passes over the training images; default: {epochs}, for the digits {digits}"
     add("--epochs", type=COUNT, help=text)
@@ -245,15 +245,11 @@ def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def changed(state: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def changed(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The settings of a saved run that goes on, with what may be changed as `given`. Raises
     UserError for what may not."""
-    saved, changes = state["settings"], {k: v for k, v in given.items() if k in CHANGEABLE}
     check_same({k: v for k, v in given.items() if k not in CHANGEABLE}, saved)
-    settings = choose_settings(saved | changes)
-    if settings["epochs"] < (done := len(state["history"])):
-        raise UserError(f"--epochs {settings['epochs']} is less than the {done} that are done")
-    return settings
+    return choose_settings({**saved, **given})
 
 
 # --- a run ----------------------------------------------------------------------------------
@@ -276,13 +272,13 @@ def build_optimizer(
     """The optimizer of `settings`, and what to tell of its memory. Raises UserError if the window
     of mfac can't fit."""
     options = {"lr": settings["lr"], "weight_decay": settings["weightdecay"]}
-    fused = {"fused": True} if device.type == "cuda" else {}  # as a CUDA graph needs
+    fused = device.type == "cuda" or None  # as a CUDA graph needs
     if settings["optim"] == "adam":
-        fused |= {"capturable": True} if fused else {}
-        return torch.optim.Adam(model.parameters(), **options, **fused), ""
+        options |= {"fused": fused, "capturable": bool(fused)}
+        return torch.optim.Adam(model.parameters(), **options), ""
     options["momentum"] = settings["momentum"]
     if settings["optim"] == "sgd":
-        return torch.optim.SGD(model.parameters(), **options, **fused), ""
+        return torch.optim.SGD(model.parameters(), **options, fused=fused), ""
     m, d = settings["ngrads"], sum(weight.numel() for weight in model.parameters())
     chosen = {name: settings[name] for name in ("window_dtype", "compress")}
     free = available_memory(device)
@@ -362,7 +358,8 @@ class Run:
         self.tensorboard = TensorBoard(args.tensorboard, self.path.stem)
         self.others = read_runs(args.plot, DRAWN)
         state = self.check_files(args.resume, args.overwrite)
-        self.settings = settings = changed(state, given) if state else choose_settings(given)
+        settings = changed(state["settings"], given) if state else choose_settings(given)
+        self.settings = settings
 
         self.device = find_device(settings["device"])
         if settings["deterministic"]:
@@ -435,14 +432,17 @@ class Run:
         """Goes on where `state` was saved. Raises UserError if it does not fit."""
         if state["classes"] != self.data.classes:
             raise UserError(f"{self.settings['dataset']} has other classes than the saved run")
+        saved, epochs = state["settings"], self.settings["epochs"]
         for group in self.optimizer.param_groups:
-            group["initial_lr"] = self.settings["lr"]  # as in what was saved
+            group["initial_lr"] = saved["lr"]
         try:
-            if not are_rows(state["history"], COLUMNS, self.settings["epochs"]):
+            if not are_rows(state["history"], COLUMNS, saved["epochs"]):
                 raise ValueError("the figures of the epochs are others")
+            if epochs < (done := len(state["history"])):
+                raise UserError(f"--epochs {epochs} is less than the {done} that are done")
             for part in self.STATEFUL:
                 if part == "optimizer":
-                    if state[part] is not None or not state["settings"].get("light_state"):
+                    if state[part] is not None or not saved.get("light_state"):
                         load_optimizer(self.optimizer, state[part])
                 elif alike(state[part], getattr(self, part).state_dict()):
                     getattr(self, part).load_state_dict(state[part])
@@ -452,7 +452,7 @@ class Run:
             first = str(error).splitlines()[0]
             raise UserError(f"{self.state_path} does not fit the run: {first}") from error
         self.history = state["history"]
-        if self.settings.get("damp") != state["settings"].get("damp"):
+        if self.settings.get("damp") != saved.get("damp"):
             self.optimizer.damp = self.settings["damp"]
 
     def what_goes_on(self, state: dict[str, Any]) -> str:

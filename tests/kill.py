@@ -255,7 +255,7 @@ def main() -> None:
         mounts = can_mount(folder / "mount")
         for number, mode in enumerate(args.modes):
             chance = random.Random(1000 * args.seed + number)
-            shared = ["--dataset", str(images), "--device", "cpu"]  # as bits are compared
+            shared = ["--dataset", str(images)]
             if mode != "train":
                 shared += ["--checkpoint", str(checkpoint)]
             run = Mode(mode, folder, shared, chance)

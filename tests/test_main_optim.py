@@ -811,6 +811,33 @@ def test_the_window_is_as_asked(run, monkeypatch):
     assert kinds == [(torch.bfloat16, 0.1), (torch.float32, None)]
 
 
+def test_workers_read_large_images(run, dataset, tmp_path, monkeypatch):
+    for path in dataset.rglob("*.png"):
+        large = tmp_path / "large" / path.relative_to(dataset)
+        large.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).resize((70, 70)).save(large)
+    found = []
+
+    def spy(model, loader, *args, **kwargs):
+        found.append(loader.workers)
+        return train_epoch(model, loader, *args, **kwargs)
+
+    train_epoch = main_optim.train_epoch
+    monkeypatch.setattr(main_optim, "train_epoch", spy)
+    monkeypatch.setitem(
+        models.MODELS,
+        "mean",
+        lambda n: nn.Sequential(nn.AvgPool2d(224), nn.Flatten(), nn.Linear(3, n)),
+    )
+    flags = [*small("sgd"), "--model", "mean", "--epochs", 1, "--dataset", "large"]
+    assert run(*flags, "--workers", 1) == 0
+    assert (
+        run("--save", "net.pth", "--dataset", "large", "--resume", "--epochs", 2, "--workers", 0)
+        == 0
+    )
+    assert found == [1, 0]
+
+
 def test_memory_is_measured(monkeypatch):
     """Of main memory, a share for each process."""
     free = main_optim.available_memory(torch.device("cpu"))
