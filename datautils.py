@@ -179,8 +179,8 @@ class Data:
 
 
 def _find_workers(workers: int | None, batch_size: int) -> int:
-    """The number of worker processes, which need shared memory for two batches each. Raises
-    DataError if there is too little for as many as asked for; without a wish there are fewer."""
+    """The number of worker processes, which need shared memory for two batches each. If there is too
+    little for `workers`, raises DataError; the default adapts, with a warning."""
     wanted = min(8, os.cpu_count() or 1) if workers is None else workers
     if wanted == 0 or not os.path.isdir(SHARED_MEMORY):
         return wanted
@@ -509,7 +509,7 @@ def _read_image(path: str, header_only: bool = False) -> Image.Image:
 
 @functools.cache
 def _jpeg_decoder() -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """That of torchvision, which a later release will be without."""
+    """That of torchvision, which announces its removal; None where it is gone."""
     try:
         from torchvision.io import decode_jpeg  # here, because its import takes a second
     except ImportError:
@@ -520,7 +520,7 @@ def _jpeg_decoder() -> Callable[[torch.Tensor], torch.Tensor] | None:
 def _read_pixels(path: str) -> torch.Tensor:
     """The image in a file, as uint8 (3, H, W)."""
     if path.lower().endswith((".jpg", ".jpeg")) and (decode_jpeg := _jpeg_decoder()):
-        # A third of the time of PIL, and the same pixels; what it can't decode is left to PIL.
+        # The same pixels as PIL in a third of the time. Files that it can't decode go to PIL.
         with contextlib.suppress(OSError, RuntimeError):
             pixels = decode_jpeg(torch.from_numpy(np.fromfile(path, dtype=np.uint8)))
             if len(pixels) in (1, 3):
@@ -547,7 +547,7 @@ def _decode(paths: list[str], size: tuple[int, int]) -> torch.Tensor:
 def _decoded(
     path: Path, files: dict[str, list[str]], size: tuple[int, int]
 ) -> dict[str, torch.Tensor]:
-    """The images of each split, from the cache if the files are those that were decoded before."""
+    """The images of each split, from the cache if no file has changed, else decoded."""
     if sum(map(len, files.values())) < CACHED:
         return {split: _decode(paths, size) for split, paths in files.items()}
     key = hashlib.sha256()
@@ -558,7 +558,7 @@ def _decoded(
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mfac")
     place = hashlib.sha256(str(path).encode()).hexdigest()[:16]  # one file a set, old or new
     cache = folder / f"{path.name}-{place}.npz"
-    # Whatever can't be read is decoded anew, and where nothing can be written nothing is kept.
+    # A cache that can't be read is replaced; a folder that can't be written to is left alone.
     unreadable = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
     with contextlib.suppress(*unreadable), np.load(cache) as saved:
         if saved["key"] == key.hexdigest():

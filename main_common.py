@@ -268,7 +268,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
                 entries = {"momentum_buffer": weight}
             if entries:
                 expected["state"][number] = {**expected["state"].get(number, {}), **entries}
-    rates = {"lr": 0.0, "initial_lr": 0.0}  # which may be others now
+    rates = {"lr": 0.0, "initial_lr": 0.0}  # these may differ
     groups = [[group | rates for group in state["param_groups"]] for state in (saved, expected)]
     if not alike(saved, expected) or groups[0] != groups[1]:
         compressed = isinstance(optimizer, MFAC) and optimizer.fisher.compress is not None
@@ -333,10 +333,11 @@ def find_device(name: str) -> torch.device:
 
 
 def make_deterministic() -> None:
-    """From now on the same call gives the same bits, on CUDA too, or raises RuntimeError."""
+    """Makes this process deterministic, on CUDA too; an operation that can't be so raises
+    RuntimeError."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # which only takes time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging, and slow
 
 
 def available_memory(device: torch.device) -> int:
@@ -353,8 +354,8 @@ def is_first() -> bool:
 
 
 def find_ranks(device: torch.device | None = None) -> Ranks:
-    """The processes that torchrun has started, which compute on `device`, or this one. Raises
-    UserError if they can't find each other."""
+    """The processes that torchrun has started, which compute on `device`, or this one alone. Raises
+    UserError if they can't connect."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
     if not dist.is_initialized():
@@ -366,8 +367,8 @@ def find_ranks(device: torch.device | None = None) -> Ranks:
             place = ":".join(os.environ.get(f"MASTER_{name}", "?") for name in ("ADDR", "PORT"))
             reason = "is in use" if "in use" in str(error) else "does not answer"
             raise UserError(
-                f"the processes can't meet at {place}, which {reason}: start them with torchrun, "
-                "or choose another MASTER_ADDR and MASTER_PORT"
+                f"the processes can't connect at {place}, which {reason}: start them with "
+                "torchrun, or choose another MASTER_ADDR and MASTER_PORT"
             ) from error
         atexit.register(dist.destroy_process_group)  # else gloo's threads may abort the process
     return Ranks(dist.group.WORLD)
@@ -433,8 +434,8 @@ def progress(batches: Iterable, title: str, total: int | None = None) -> tqdm:
 
 
 def batches(loader: datautils.Loader, device: torch.device, title: str) -> Iterator[tuple]:
-    """The batches of `loader` on `device`, each with its size in all processes together, and
-    whether it is time to look at figures: to do so at each would keep a GPU waiting."""
+    """Yields the progress bar, images and labels on `device`, the size of the whole batch in all
+    processes, and whether to read figures now: reading them at each batch would stall a GPU."""
     bar, last = progress(loader, title), len(loader) - 1
     for number, (images, labels) in enumerate(bar):
         images = images.to(device, memory_format=FORMAT, non_blocking=True)
@@ -444,19 +445,20 @@ def batches(loader: datautils.Loader, device: torch.device, title: str) -> Itera
 
 
 class Figures:
-    """Mean loss and accuracy (%) of the batches so far, of which each of `ranks` has its part."""
+    """Mean loss and accuracy (%) of the batches so far, over all `ranks`."""
 
     def __init__(self, ranks: Ranks):
         self.ranks, self.unread, self.seen = ranks, [], 0
         self.sums = torch.zeros(2, dtype=torch.float64)
 
     def add(self, sums: torch.Tensor, size: int) -> None:
-        """Adds a batch of `size` images, by the sums (2,) of its losses and right answers here."""
+        """Adds a batch of `size` images in all ranks, with the sums (2,) of the losses and the
+        right answers in this one."""
         self.unread.append(sums)
         self.seen += size
 
     def read(self, bar: tqdm) -> tuple[float, float]:
-        """Waits for the device, in all ranks, and shows what it found."""
+        """Waits for the device, adds up over ranks, and shows the figures in `bar`."""
         new = torch.stack(self.unread).cpu().double().sum(0)
         self.sums += self.ranks.sum(new)
         self.unread.clear()
@@ -466,13 +468,13 @@ class Figures:
 
 
 class Stopwatch:
-    """Seconds that the device takes for what is done within it, entered again and again."""
+    """Adds up the seconds that the device spends in its `with` blocks."""
 
     def __init__(self, device: torch.device):
         self.marks, self.on_gpu = [], device.type == "cuda"
 
     def mark(self, *_: Any) -> None:
-        if self.on_gpu:  # read later, as nobody is to wait for it now
+        if self.on_gpu:  # an event is read later, so that nothing waits now
             self.marks.append(torch.cuda.Event(enable_timing=True))
             self.marks[-1].record()
         else:
@@ -481,7 +483,7 @@ class Stopwatch:
     __enter__ = __exit__ = mark
 
     def seconds(self) -> float:
-        """All of them, when the device has done its work."""
+        """The sum; on a GPU only after the device has finished."""
         pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
         if self.on_gpu:
             return sum(start.elapsed_time(end) for start, end in pairs) / 1000
@@ -489,10 +491,10 @@ class Stopwatch:
 
 
 class TrainingStep:
-    """Forward, backward and step for a batch: one operation after the other, or with `graph` after
-    a few such calls as one CUDA graph, which spares the time to launch them."""
+    """Forward, backward and optimizer step for a batch. With `graph` the first calls are eager, and
+    later ones replay one CUDA graph, which saves the time of launching each kernel."""
 
-    EAGER = 3  # calls in which libraries and optimizers set themselves up
+    EAGER = 3  # calls in which libraries and optimizers allocate their buffers
 
     def __init__(
         self,
@@ -510,13 +512,13 @@ class TrainingStep:
         if graph:
             device = next(model.parameters()).device
             self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
-            self.stream = torch.cuda.Stream(device)  # as nothing can be captured on the usual one
+            self.stream = torch.cuda.Stream(device)  # the default stream cannot be captured
 
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor, size: int, eager: bool = False
     ) -> torch.Tensor:
-        """The sums (2,) of losses and right answers, of the part of a batch of `size` images that
-        this process has. `eager`: not by the graph, which is for batches of one size."""
+        """Returns the sums (2,) of losses and right answers in this process, for its part of a
+        batch of `size` images. `eager` forbids the graph, which has one batch size."""
         if not self.wanted:
             return self.run(images, labels, size)
         with self.rates_on_device():
@@ -551,8 +553,8 @@ class TrainingStep:
 
     @contextlib.contextmanager
     def rates_on_device(self) -> Iterator[None]:
-        """Has learning rates as the graph has them, in eager steps too, whose bits are then the
-        same."""
+        """Makes learning rates tensors, as a graph needs. Eager steps use them too, so that they
+        have the same bits as replayed ones."""
         groups = self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
         for group, on_device in zip(groups, self.rates, strict=True):
@@ -564,17 +566,14 @@ class TrainingStep:
                 group["lr"] = rate
 
     def capture(self, images: torch.Tensor, labels: torch.Tensor, size: int) -> None:
-        """Makes the graph, or says why there can be none."""
+        """Captures the graph, or reports the reason why that fails."""
         self.images, self.labels = images.clone(), labels.clone()
-        self.optimizer.zero_grad()  # so that the graph has gradients of its own
+        self.optimizer.zero_grad()  # the graph allocates its own gradients
         watch, self.watch = self.watch, contextlib.nullcontext()
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        how: Any = {
-            "stream": self.stream,
-            "capture_error_mode": "thread_local",
-        }  # loaders have some
+        mode: Any = "thread_local"  # loaders have threads of their own
         try:
-            with torch.cuda.graph(graph, **how):
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode=mode):
                 self.sums = self.run(self.images, self.labels, size)
             self.graph = graph
         except RuntimeError as error:
@@ -582,7 +581,7 @@ class TrainingStep:
             self.wanted = False
         finally:
             self.watch = watch
-            torch.cuda.set_stream(here)  # which a capture that failed has left changed
+            torch.cuda.set_stream(here)  # a failed capture leaves its own stream current
 
 
 def train_epoch(
@@ -596,17 +595,17 @@ def train_epoch(
     step: TrainingStep | None = None,
     title: str = "train",
 ) -> dict[str, float | None]:
-    """One pass over `loader`, of which each of `ranks` has its part, with `step` or an eager one;
+    """One pass over `loader`, which yields the part of this rank, by `step` or else eagerly;
     `scheduler` takes a step a batch. Returns the mean loss and the accuracy (%) of the batches as
     they were trained on, the seconds, images a second, and the seconds within optimizer.step(),
-    unless that is part of a graph. Raises UserError if the loss is no longer finite, or if the
+    None if that is part of a graph. Raises UserError if the loss is no longer finite, or if the
     optimizer refuses the gradients."""
     model.train()
     step = step or TrainingStep(model, optimizer, ranks=ranks)
     step.watch = Stopwatch(device)
     figures, start = Figures(ranks), time.perf_counter()
     for bar, images, labels, size, look in batches(loader, device, title):
-        # The last batch may be smaller, and in an eager step the optimizer can speak up.
+        # The last batch may be smaller, and only an eager step lets the optimizer raise errors.
         last = figures.seen + size == loader.num_samples
         figures.add(step(images, labels, size, eager=last), size)
         scheduler.step()

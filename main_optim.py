@@ -119,7 +119,7 @@ DRAWN |= dict(train_accuracy=100, test_accuracy=100)
 
 
 def default(name: str) -> str:
-    """The default of a flag in words, by optimizer and data where it differs."""
+    """Text for --help: the default of a flag, by optimizer and data where it differs."""
     texts = {}
     for optim in ("mfac", "sgd", "adam"):
         paper, digits = (DEFAULTS[data, optim].get(name) for data in ("paper", "digits"))
@@ -190,12 +190,12 @@ def build_parser() -> Parser:
     text = "processes that read images, if these are not held in memory; default: one a core, at "
     text += "most 8"
     add("--workers", type=WORKERS, help=text)
-    text = "cuda: a step as one CUDA graph, which is faster; default: yes, where it works"
+    text = "cuda: run each step as one CUDA graph, which is faster; default: yes, where it works"
     add("--graph", choices=("yes", "no"), help=text)
     on, off = {"action": "store_true", "default": None}, "; default: off"
     add("--amp", **on, help=f"forward in bfloat16 where that is safe{off}")
     add("--compile", **on, help=f"compile the model by torch.compile{off}")
-    text = f"the same bits from the same call, and on --resume, on CUDA too, which is slower{off}"
+    text = f"the same call, or --resume, gives the same bits on CUDA, too, at some cost{off}"
     add("--deterministic", **on, help=text)
 
     group = parser.add_argument_group("files")
@@ -246,8 +246,8 @@ def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def changed(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a saved run that goes on, with what may be changed as `given`. Raises
-    UserError for what may not."""
+    """The settings of a resumed run: the saved ones, with those in CHANGEABLE as `given`. Raises
+    UserError if others differ."""
     check_same({k: v for k, v in given.items() if k not in CHANGEABLE}, saved)
     return choose_settings({**saved, **given})
 
@@ -405,11 +405,11 @@ class Run:
         if memory:
             note(memory)
         if state:
-            note(self.what_goes_on(state))
+            note(self.describe_resumption(state))
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def average(self, decay: float) -> None:
-        """Has `tested` follow the model, a step of the optimizer each."""
+        """Makes `tested` the moving average of the model, updated after each optimizer step."""
         pairs = zip(
             self.tested.state_dict().values(), self.model.state_dict().values(), strict=True
         )
@@ -455,8 +455,8 @@ class Run:
         if self.settings.get("damp") != saved.get("damp"):
             self.optimizer.damp = self.settings["damp"]
 
-    def what_goes_on(self, state: dict[str, Any]) -> str:
-        """A run that goes on, in words."""
+    def describe_resumption(self, state: dict[str, Any]) -> str:
+        """From which epoch the run goes on, and with which changes."""
         saved = state["settings"]
         text = f"going on after epoch {len(self.history)} of {self.settings['epochs']}"
         for name, value in self.settings.items():
@@ -467,7 +467,7 @@ class Run:
         return text
 
     def saved_optimizer(self) -> dict[str, Any] | None:
-        """What the state has of the optimizer."""
+        """The optimizer's part of the state."""
         return None if self.settings.get("light_state") else self.optimizer.state_dict()
 
     def go(self) -> None:
@@ -507,7 +507,7 @@ class Run:
             save_curves(runs, self.path.with_suffix(".png"))
 
     def is_due(self, flag: str, epoch: int) -> bool:
-        """Whether to save after this epoch. The first one leaves something to go on with."""
+        """Whether to save after this epoch: always after the first one, so that --resume works."""
         return epoch in (1, self.settings["epochs"]) or epoch % self.settings[flag] == 0
 
     def save_state(self, history: list[dict[str, float]]) -> None:

@@ -424,7 +424,7 @@ def test_resumed_is_uninterrupted(run, monkeypatch, optim, flags, epochs_before,
     assert_same_run("whole", "parts")
 
 
-def test_states_and_models_now_and_then(run, monkeypatch, capsys):
+def test_states_and_models_every_few_epochs(run, monkeypatch, capsys):
     """After the first epoch and the last one in any case; a run goes on from the last state."""
     written, save = [], main_optim.save_atomically
 
@@ -874,7 +874,7 @@ def test_a_port_in_use(monkeypatch):
         place = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
         for name, value in (place | {"MASTER_PORT": other.getsockname()[1]}).items():
             monkeypatch.setenv(name, str(value))
-        with pytest.raises(main_common.UserError, match=r"127.0.0.1:\d+, which is in use"):
+        with pytest.raises(main_common.UserError, match=r"at 127.0.0.1:\d+, which is in use"):
             main_common.find_ranks(torch.device("cpu"))
 
 
@@ -1195,6 +1195,7 @@ def test_a_gpu_is_not_waited_for_at_each_batch(on_gpu, monkeypatch, graph):
 
     train_epoch = main_optim.train_epoch
     monkeypatch.setattr(main_optim, "train_epoch", count)
+    monkeypatch.setattr(main_common, "LOOK", 1000)
     for size in (2, 4):
         flags = ["--batchsize", size, "--graph", graph, "--overwrite"]
         assert on_gpu(*small("mfac"), *flags) == 0
