@@ -179,7 +179,7 @@ class Data:
 
 
 def _find_workers(workers: int | None, batch_size: int) -> int:
-    """The number of worker processes, which need shared memory for two batches each. If there is too
+    """The number of worker processes, which need shared memory for two batches each. With too
     little for `workers`, raises DataError; the default adapts, with a warning."""
     wanted = min(8, os.cpu_count() or 1) if workers is None else workers
     if wanted == 0 or not os.path.isdir(SHARED_MEMORY):
