@@ -189,13 +189,13 @@ def _find_workers(workers: int | None, batch_size: int) -> int:
     if most >= wanted:
         return wanted
     message = (
-        f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free, enough for batches of {batch_size} "
-        f"images from {most} worker processes, not {wanted}: make it larger (docker run "
-        f"--shm-size), or use smaller batches"
+        f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free, but {wanted} workers with batches of "
+        f"{batch_size} images need {(2 * wanted + 1) * size / 2**20:.0f} MiB: make it larger "
+        f"(docker run --shm-size)"
     )
     if workers is not None:
-        raise DataError(f"{message} or at most {most} workers.")
-    warnings.warn(f"{message}. Until then {most} read the images.", stacklevel=3)
+        raise DataError(f"{message}, or use at most {most} workers.")
+    warnings.warn(f"{message}; until then {most or 'no'} workers read the images.", stacklevel=2)
     return most
 
 

@@ -495,7 +495,7 @@ def test_too_little_shared_memory_for_workers(large, monkeypatch):
         with how:
             assert large.loader("train", 3).workers == workers
     assert large.loader("train", 3, workers=0).workers == 0
-    with pytest.raises(DataError, match=r"0 MiB free.*not 2: make it larger.*at most 0 workers"):
+    with pytest.raises(DataError, match=r"has 0 MiB free, but 2 workers .* at most 0 workers"):
         large.loader("train", 3, workers=2)
 
 
