@@ -23,6 +23,7 @@ import datautils
 import main_common
 import main_optim
 import models
+import optim_settings
 
 EPOCH = 391  # batches
 WAYS = {
@@ -48,7 +49,9 @@ def milliseconds(data: datautils.Data, optim: str, ngrads: int, device, **way) -
     if way.get("deterministic"):
         main_common.make_deterministic()  # for the rest of the process: the last of the ways
     given = {"dataset": "cifar10", "optim": optim, "device": str(device)}
-    settings = main_optim.choose_settings(given | ({"ngrads": ngrads} if optim == "mfac" else {}))
+    settings = optim_settings.choose_settings(
+        given | ({"ngrads": ngrads} if optim == "mfac" else {})
+    )
     torch.manual_seed(0)
     model = models.build("resnet20", 10).to(device, memory_format=main_common.FORMAT)
     optimizer, _ = main_optim.build_optimizer(model, settings, device, main_common.ALONE)

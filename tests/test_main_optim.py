@@ -32,6 +32,7 @@ import datautils
 import main_common
 import main_optim
 import models
+import optim_settings
 from optim import MFAC, window_bytes
 
 SCRIPT = Path(main_optim.__file__)
@@ -515,7 +516,7 @@ def test_the_average_is_the_exponential_one(run, monkeypatch):
 
 
 def test_the_defaults_are_those_of_the_optimizer():
-    flags = main_optim.DEFAULTS["paper", "mfac"]
+    flags = optim_settings.DEFAULTS["paper", "mfac"]
     for name, parameter in inspect.signature(MFAC).parameters.items():
         if name in ("lr", "momentum", "ngrads", "damp", "compress"):
             assert flags[name] == parameter.default
@@ -1007,7 +1008,7 @@ def test_state_of_an_older_version(run):
 
 def test_the_help_has_every_default(capsys):
     """By optimizer and data where they differ."""
-    for action in main_optim.build_parser()._actions:
+    for action in optim_settings.build_parser()._actions:
         assert action.dest in ("help", "plot", "tensorboard") or "default" in action.help
     with pytest.raises(SystemExit):
         main_optim.main(["--help"])
@@ -1023,7 +1024,7 @@ def test_the_help_has_every_default(capsys):
     ("model", "epochs"), [("resnet32", 164), ("wideresnet-22-2", 200), ("mobilenet", 100)]
 )
 def test_defaults_are_the_papers(model, epochs):
-    choose = main_optim.choose_settings
+    choose = optim_settings.choose_settings
     settings = choose({"model": model, "dataset": "cifar"})
     assert settings["optim"] == "mfac" and settings["lr"] == 1e-3 and settings["damp"] == 1e-5
     assert settings["epochs"] == epochs
@@ -1037,7 +1038,7 @@ def test_defaults_are_the_papers(model, epochs):
 @pytest.mark.parametrize("schedule", ["step", "linear", "cosine"])
 def test_schedules_are_those_of_torch(schedule):
     epochs, steps = 8, 5
-    settings = main_optim.choose_settings({"schedule": schedule, "epochs": epochs})
+    settings = optim_settings.choose_settings({"schedule": schedule, "epochs": epochs})
     factor = main_optim.learning_rate_factor(settings, steps)
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
     lr_scheduler = torch.optim.lr_scheduler
