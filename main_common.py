@@ -268,13 +268,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
                 entries = {"momentum_buffer": weight}
             if entries:
                 expected["state"][number] = {**expected["state"].get(number, {}), **entries}
-    rates = {"lr": 0.0, "initial_lr": 0.0}  # these may differ
-    groups = [[group | rates for group in state["param_groups"]] for state in (saved, expected)]
+    others = {"lr": 0.0, "initial_lr": 0.0, "fisher": None}  # rates may differ, and the window does
+    groups = [[group | others for group in state["param_groups"]] for state in (saved, expected)]
     if not alike(saved, expected) or groups[0] != groups[1]:
         compressed = isinstance(optimizer, MFAC) and optimizer.fisher.compress is not None
-        others = ", or it was in another number of processes, which --compress does not allow"
-        raise ValueError("the optimizer is another one" + (others if compressed else ""))
+        reason = ", or it was in another number of processes, which --compress does not allow"
+        raise ValueError("the optimizer is another one" + (reason if compressed else ""))
     optimizer.load_state_dict(saved)
+    if isinstance(optimizer, MFAC):
+        return
     for entries in optimizer.state.values():  # SGD and Adam take what they load uncopied
         tensors = {name: x for name, x in entries.items() if isinstance(x, torch.Tensor)}
         entries.update({name: tensor.clone() for name, tensor in tensors.items()})
