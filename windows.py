@@ -45,7 +45,7 @@ class DenseWindow:
         >>> window = DenseWindow(2, 3, torch.device("cpu"), torch.float8_e4m3fn)
         >>> window.write(window.entry(torch.tensor([1e-9, 2e-9, 3.1e-9])), torch.tensor(0))
         >>> window.times(torch.full((3,), 1e9))
-        tensor([6.1094, 0.0000], dtype=torch.float64)
+        tensor([6.1700, 0.0000], dtype=torch.float64)
     """
 
     def __init__(self, m: int, d: int, device: torch.device, dtype: torch.dtype):
