@@ -13,6 +13,7 @@ from kernels import cuda_kernels
 __all__ = ["Coefficients", "factor"]
 
 TOLERANCE = 2e-5  # relative error of F⁻¹g, at most
+SINGLE, DOUBLE = 2.0**-23, 2.0**-52  # relative errors of products, at most
 
 
 def factor(A: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ class Coefficients:
     Example:
         >>> side = Coefficients(2, damp=0.5, device=torch.device("cpu"))
         >>> k = torch.tensor([3.0, 0.0], dtype=torch.float64)
-        >>> z, accepted, health = side.exchange(k, torch.tensor(0), 2**-53)
+        >>> z, accepted, errors = side.exchange(k, torch.tensor(0), rounding=2**-23)
         >>> round(float(z[0]), 6)  # A is diag(4, 1)
         0.25
     """
@@ -42,7 +43,6 @@ class Coefficients:
         self.damp = damp
         self.K = torch.zeros(m, m, dtype=torch.float64, device=device)
         self.P = torch.eye(m, dtype=torch.float64, device=device) / (m * damp)
-        self.fresh = True  # P has been computed from K as it is
 
     def invert(self, damp: float) -> bool:
         """Computes P from K for damping λ = `damp`, O(m³). False, and nothing changes, if A is not
@@ -52,14 +52,18 @@ class Coefficients:
         P = torch.cholesky_inverse(factor(A)).contiguous()  # kernels take rows
         if not bool(P[0, 0].isfinite()):
             return False
-        self.P, self.damp, self.fresh = P, damp, True
+        self.P, self.damp = P, damp
         return True
 
-    def exchange(self, k: Tensor, count: Tensor, roundoff: float) -> tuple[Tensor, Tensor, Tensor]:
+    def exchange(
+        self, k: Tensor, count: Tensor, rounding: float, exact: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Makes k (m,) row and column j = count mod m of K: O(m²).
 
-        Returns z = A⁻¹e_j (m,), whether it is accepted, 1 or 0, and its health (3,) for `Precision`.
-        Where the error exceeds the tolerance, or k_j is not finite, nothing changes and z is zero.
+        Returns z = A⁻¹e_j (m,); whether it is accepted, 1 or 0; and the relative error of F⁻¹g, by
+        (5) for products in float64 (`exact`) or float32 with this `rounding`, on the CPU followed by
+        that for float32. Where it exceeds `TOLERANCE`, or k_j is not finite, nothing changes and z is
+        zero.
 
         With ' for "without row and column j", and p = P[:, j] before the exchange,
 
@@ -67,15 +71,13 @@ class Coefficients:
             P ← P' + ũũᵀ/s,     z = −ũ/s
         """
         m, shift = len(k), len(k) * self.damp
-        self.fresh = False
         if kernels := cuda_kernels(k.device):
-            z, health, accepted = torch.empty_like(k), k.new_empty(3), torch.empty_like(count)
-            kernels.hinv_update(self.P, self.K, k, count, self.damp, TOLERANCE, z, accepted, health)
-            return z, accepted, health
+            z, accepted, error = torch.empty_like(k), torch.empty_like(count), k.new_empty(1)
+            kernels.hinv_update(self.P, self.K, k, count, self.damp, TOLERANCE, z, error, accepted)
+            return z, accepted, error
         j = count.view(1) % m
         p = self.P.index_select(1, j)[:, 0]
         p_j, k_j = p.index_select(0, j), k.index_select(0, j)
-        a = k_j + shift
         others = k.index_fill(0, j, 0)  # k'
 
         def solve_without_j(x: Tensor) -> Tensor:
@@ -86,37 +88,37 @@ class Coefficients:
         # One step of refinement: P'k' cancels for nearly parallel gradients, and P would keep that.
         residual = (others - self.K @ u).sub_(u, alpha=shift).index_fill_(0, j, 0)
         u += solve_without_j(residual)
-        s = a - others @ u  # Schur complement, s ≥ mλ
+        s = k_j + shift - others @ u  # Schur complement, s ≥ mλ
         image = (self.K @ u).index_copy_(0, j, others @ u).sub_(k)  # Kũ, with the new row of K
         u.index_fill_(0, j, -1)
-        z = u / -s
 
+        # (5), where all but the trace is multiplied by s.
         K_diagonal = self.K.diagonal().index_copy(0, j, k_j)
         A_diagonal = K_diagonal + shift
         P_diagonal = (self.P.diagonal() - p.square() / p_j).index_fill_(0, j, 0) + u.square() / s
-        trace = P_diagonal @ A_diagonal
-        norm = (u @ image).abs().sqrt()  # (zᵀKz)^½ s
-        rest = image.add_(u, alpha=shift).index_add_(0, j, s)  # (e_j − Az) s
-        amplification = (trace * (u.square() @ K_diagonal)).sqrt() / norm
-        error = (
-            roundoff * amplification + (trace * (rest.square() / A_diagonal).sum()).sqrt() / norm
-        )
-        error = error.where(k_j != 0, 0).where(s > 0, torch.inf)  # g = 0 makes F⁻¹g = 0
-        accepted = error <= TOLERANCE
-        error = error.nan_to_num(torch.inf, torch.inf).where(k_j.isfinite(), torch.nan)
-        amplification = amplification.nan_to_num(0)
+        condition = (P_diagonal @ A_diagonal).sqrt()
+        terms = u.square() @ K_diagonal
+        # zᵀKz may cancel to its own rounding error. Then nothing is known, and 0 is safe.
+        norm = ((u @ image) - m * DOUBLE / 2 * terms).clamp_(min=0).sqrt()
+        terms = terms.sqrt()
+        residual = image.add_(u, alpha=shift).index_add_(0, j, s)  # e_j − Az
+        residual = (residual.square() / A_diagonal).sum().sqrt() * condition
+        float64 = terms * DOUBLE * condition + residual
+        float32 = terms * (rounding * condition + SINGLE / 8 * m**0.5) + residual
+        errors = torch.stack([float64 if exact else float32, float32]) / norm
+        errors = errors.where((s > 0) & (condition > 0), torch.inf).where(k_j != 0, 0)
+        errors = errors.nan_to_num_(torch.inf, torch.inf).where(k_j.isfinite(), torch.nan)
+        accepted = errors[:1] <= TOLERANCE
 
-        z = z.where(accepted, 0)
-        row = k.where(accepted, self.K.index_select(0, j)[0])
-        self.K.index_copy_(0, j, row[None]).index_copy_(1, j, row[:, None])
-        # Equal factors on both sides keep P symmetric. Rounding leaves row j as far off as p_j, which
-        # may be far larger than z.
-        down = (p / p_j.sqrt()).where(accepted, 0)
-        up = (u / s.sqrt()).where(accepted, 0)
-        self.P.addmm_(torch.stack([-down, up], dim=1), torch.stack([down, up]))
-        row = z.where(accepted, p)
-        self.P.index_copy_(0, j, row[None]).index_copy_(1, j, row[:, None])
-        return z, accepted[0].long(), torch.cat([accepted.double(), error, amplification.view(1)])
+        z = (u / -s).where(accepted, 0)
+        # Equal factors on both sides keep P symmetric. Rounding leaves its row j as far off as p_j,
+        # which may be far larger than z.
+        factors = torch.stack([p / p_j.sqrt(), u / s.sqrt()]).where(accepted, 0)
+        self.P.addmm_(factors.T * factors.new_tensor([-1, 1]), factors)
+        for matrix, row in ((self.P, z.where(accepted, p)), (self.K, k)):
+            row = row.where(accepted, matrix.index_select(0, j)[0])
+            matrix.index_copy_(0, j, row[None]).index_copy_(1, j, row[:, None])
+        return z, accepted[0].long(), errors
 
     def solve(self, y: Tensor) -> Tensor:
         """A⁻¹y (m,), with a step of refinement."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ranks import Ranks, local, sharded_dim
+from ranks import Ranks, is_dtensor, local, sharded_dim
 
 __all__ = ["Flat", "Segment", "views"]
 
@@ -30,6 +30,7 @@ class Segment:
 
     def __init__(self, group: int, params: list[Tensor], start: int, vector: Tensor):
         self.group, self.params, first = group, params, local(params[0])
+        self.sharded = any(map(is_dtensor, params))
         self.dtype, self.device = first.dtype, first.device
         self.span = slice(start, start + sum(local(p).numel() for p in params))
         self.numbers = vector[self.span]
@@ -50,9 +51,10 @@ class Segment:
         self.lacking = [i for i, g in enumerate(grads) if g is None]
         if self.lacking:
             self.staging.zero_()
-        grads, views = [local(g) for g in grads if g is not None], self._present(self.views)
+            grads = [g for g in grads if g is not None]
         if not grads:
             return False
+        grads, views = self._local(grads), self._present(self.views)
         if [g.shape for g in grads] != self._present(self.shapes):
             self._refuse(grads)
         if any(g.layout is not torch.strided for g in grads):
@@ -94,7 +96,10 @@ class Segment:
         return (first.dtype, first.device) != (self.dtype, self.device)
 
     def _weights(self) -> list[Tensor]:
-        return [local(p) for p in self._present(self.params)]
+        return self._local(self._present(self.params))
+
+    def _local(self, tensors: list[Tensor]) -> list[Tensor]:
+        return list(map(local, tensors)) if self.sharded else tensors
 
     def _present(self, things: list) -> list:
         """Of one thing for each parameter, those of parameters with a gradient."""
@@ -116,7 +121,8 @@ class Flat:
     """The vector of d numbers, its segments, and its columns.
 
     There is a column of the window for each number of the vector, but for those that a mask keeps as
-    they are and, where replicated parameters share a window, those that other ranks have.
+    they are and, where replicated parameters share a window, those that other ranks have. Columns are
+    in the order of the weights; the vector is in that of memory.
 
     Args:
         params: (group, parameter) for each one that is trained, in the order of the columns.
@@ -152,12 +158,12 @@ class Flat:
     def _find_columns(self, sizes: list[int]) -> None:
         ranks, device = self.ranks, self.vector.device
         masks = [self.mask(p) for p in self.params]
-        whole = ranks.size == 1 and all(mask is None for mask in masks)
+        ordered = all(local(p).is_contiguous() for p in self.params)
+        whole = ordered and ranks.size == 1 and all(mask is None for mask in masks)
         own, sent, received, start, stop = [], [], [], 0, 0
         for p, size, mask in zip(self.params, sizes, masks, strict=True):
             columns = size
             if not whole:
-                # The columns of a parameter are in the order of its weights, not of its memory.
                 (place,) = views(torch.arange(start, start + size, device=device), [p])
                 positions = place.flatten() if mask is None else place[local(mask).to(device)]
                 if ranks.size > 1 and sharded_dim(p) is None:

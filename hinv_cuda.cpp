@@ -14,20 +14,36 @@
 //       D     (m, m)  its upper triangle; the rest is not read
 //       t     (m,) or (n, m), a right-hand side a row; in place
 //                     t_i <- t_i - sum_{k<i} D_ki t_k / q_k
-//   hinv_update(P, K, k, j, damp, z, health) -> None                       float64
+//   hinv_update(P, K, k, count, damp, tolerance, z, error, accepted) -> None    float64
 //       P     (m, m)  A^-1, A = K + m damp I, symmetric; in place, the inverse of the new A
-//       K     (m, m)  symmetric; in place: row and column j become k
+//       K     (m, m)  symmetric; in place: row and column j = count % m become k
 //       k     (m,)    products of the new gradient with all m, itself included
-//       j             the row that changes, 0 <= j < m
+//       count ()      int64: gradients seen before
 //       damp          lambda
+//       tolerance     the largest error with which the gradient is accepted
 //       z     (m,)    output: column j of the new P
-//       health (3,)   output: the Schur complement s; the residual, the largest
-//                     |e_j - A z|_i (A_jj / A_ii)^1/2; and the condition, the largest P_ii A_ii
-//     Where s is no positive number, P becomes NaN, and with it the s of every later exchange until
-//     P is computed anew; z becomes 0, residual and condition NaN.
+//       error (1,)    output: by how much m G^T z may be off, relatively; NaN where k_j is not finite,
+//                     infinite where A is not positive definite
+//       accepted ()   int64, output: 1, or 0 where the error is not within tolerance: P and K then
+//                     stay as they are, and z is 0
 //
-// The same three are registered as torch.ops.hinv_cuda, without return values, so that fake tensors
-// and torch.compile know them.
+// A window G (m, d) is of float32, bfloat16, float16, float64 or float8_e4m3fn, each row contiguous
+// and on 16 bytes. Numbers of d columns ("vectors") are float32, or float64 for float64. A number is
+// scales[row, column / 4096] times what is stored; no scales: 1. The rows in use are the first
+// min(count + 1, m). Products are exact, sums float64, the same on every device.
+//
+//   hinv_times(G, x, count, scales=None) -> k (m,)                          float64
+//       Gx over the rows in use, 0 elsewhere; but k_j = x^T x
+//   hinv_transposed_times(G, z, scales=None, factor=1, x=None, count=None, accepted=None) -> u (d,)
+//       factor G^T z over the rows in use, or over all without a count; with x, row j of G first
+//       becomes x / scale, where accepted is not 0. A vector, rounded once
+//   hinv_sparse_times(columns, values, X, count) -> (n, m)                  float64
+//       X G^T over the rows in use, 0 elsewhere, for vectors X (n, d), n <= 2; columns (m, k), int32
+//       and increasing, of the values (m, k), as many of them in each whole block of 4,096
+//   hinv_sparse_transposed_times(columns, values, y, d) -> G^T y (d,)       a vector
+//
+// All are registered as torch.ops.hinv_cuda, those with outputs among the arguments without return
+// values, so that fake tensors and torch.compile know them.
 
 // torch/extension.h would be enough, and four times as long to compile.
 #include <ATen/core/Tensor.h>
@@ -40,6 +56,8 @@
 
 #include <climits>
 #include <cmath>
+#include <optional>
+#include <string>
 #include <vector>
 
 extern "C" {
@@ -47,41 +65,69 @@ cudaError_t hinv_setup_float(const float*, float*, float*, int, cudaStream_t);
 cudaError_t hinv_setup_double(const double*, double*, double*, int, cudaStream_t);
 cudaError_t hinv_mul_float(const float*, float*, int, int, int, cudaStream_t);
 cudaError_t hinv_mul_double(const double*, double*, int, int, int, cudaStream_t);
-cudaError_t hinv_update_double(double*, double*, const double*, int, int, double, double*, double*,
-                               double*, cudaStream_t);
+cudaError_t hinv_update(double*, double*, const double*, const long long*, int, double, double,
+                        double*, double*, long long*, double*, cudaStream_t);
+cudaError_t hinv_times(int, const void*, const void*, const long long*, const float*, int, long long,
+                       long long, double*, double*, cudaStream_t);
+cudaError_t hinv_transposed_times(int, void*, const double*, const float*, double, const void*,
+                                  const long long*, const long long*, int, long long, long long,
+                                  void*, cudaStream_t);
+cudaError_t hinv_sparse_times(int, const int*, const void*, const void*, const long long*, int, int,
+                              long long, long long, double*, double*, cudaStream_t);
+cudaError_t hinv_sparse_transposed_times(int, const int*, const void*, const double*, int, long long,
+                                         long long, void*, cudaStream_t);
 }
 
 namespace {
 
+using at::ScalarType;
 using at::Tensor;
+using Optional = std::optional<Tensor>;
 
-void check(const Tensor& tensor, const char* name, at::IntArrayRef shape, const Tensor& like) {
-  TORCH_CHECK(tensor.is_cuda(), name, " is on ", tensor.device(),
-              "; hinv_cuda works on CUDA tensors, use torch operations for others");
-  TORCH_CHECK(tensor.device() == like.device(), name, " is on ", tensor.device(), " and others on ",
-              like.device(), "; they must be on one device");
-  TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, " is ", tensor.scalar_type(),
-              " and others ", like.scalar_type(), "; they must be of one type");
-  TORCH_CHECK(tensor.sizes() == shape, name, " has shape ", tensor.sizes(), "; it must be ", shape);
-  TORCH_CHECK(tensor.is_contiguous(), name, " is not contiguous; call .contiguous() first");
+// Messages are made of strings: a stream that prints a number may crash where the compiler links a
+// libstdc++ of its own into the extension.
+std::string text(const std::string& string) { return string; }
+std::string text(int64_t number) { return std::to_string(number); }
+std::string text(at::Device device) { return device.str(); }
+std::string text(ScalarType type) { return c10::toString(type); }
+std::string text(at::IntArrayRef shape) {
+  std::string list;
+  for (const int64_t size : shape) list += (list.empty() ? "" : ", ") + std::to_string(size);
+  return "(" + list + (shape.size() == 1 ? ",)" : ")");
+}
+
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (!condition) TORCH_CHECK(false, (text(parts) + ...));
+}
+
+void check(const Tensor& tensor, const char* name, at::IntArrayRef shape, const Tensor& like,
+           ScalarType type) {
+  require(tensor.is_cuda(), name, " is on ", tensor.device(),
+          "; hinv_cuda works on CUDA tensors, use torch operations for others");
+  require(tensor.device() == like.device(), name, " is on ", tensor.device(), " and others on ",
+          like.device(), "; they must be on one device");
+  require(tensor.scalar_type() == type, name, " is ", tensor.scalar_type(), "; it must be ", type);
+  require(tensor.sizes() == shape, name, " has shape ", tensor.sizes(), "; it must be ", shape);
+  require(tensor.is_contiguous(), name, " is not contiguous; call .contiguous() first");
 }
 
 // m of an (m, m) matrix of float32, where that is allowed, or float64.
 int64_t check_square(const Tensor& tensor, const char* name, bool float32) {
-  TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) >= 1 && tensor.size(0) <= INT_MAX / 2, name,
-              " has shape ", tensor.sizes(), "; it must be (m, m) with m of at least 1");
+  require(tensor.dim() == 2 && tensor.size(0) >= 1 && tensor.size(0) <= INT_MAX / 2, name,
+          " has shape ", tensor.sizes(), "; it must be (m, m) with m of at least 1");
   const auto type = tensor.scalar_type();
-  TORCH_CHECK(type == at::kDouble || (float32 && type == at::kFloat), name, " is ", type,
-              "; it must be ", float32 ? "float32 or float64" : "float64");
+  require(type == at::kDouble || (float32 && type == at::kFloat), name, " is ", type,
+          "; it must be ", float32 ? "float32 or float64" : "float64");
   const int64_t m = tensor.size(0);
-  check(tensor, name, {m, m}, tensor);
+  check(tensor, name, {m, m}, tensor, type);
   return m;
 }
 
 void hinv_setup(const Tensor& tmp, const Tensor& coef) {
   const int64_t m = check_square(tmp, "tmp", true);
-  check(coef, "coef", {m, m}, tmp);
-  TORCH_CHECK(!coef.is_alias_of(tmp), "coef and tmp share memory; they must not");
+  check(coef, "coef", {m, m}, tmp, tmp.scalar_type());
+  require(!coef.is_alias_of(tmp), "coef and tmp share memory; they must not");
   const c10::cuda::CUDAGuard guard(tmp.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const Tensor scratch = at::empty({m * m / 4}, tmp.options());
@@ -96,13 +142,14 @@ void hinv_setup(const Tensor& tmp, const Tensor& coef) {
 
 void hinv_mul(int64_t rows, const Tensor& D, const Tensor& t) {
   const int64_t m = check_square(D, "D", true);
-  TORCH_CHECK(0 <= rows && rows <= m, "rows is ", rows, "; it must be from 0 to m = ", m);
-  TORCH_CHECK(t.dim() == 1 || t.dim() == 2, "t has shape ", t.sizes(), "; it must be (", m,
-              ",) or (n, ", m, ")");
+  require(0 <= rows && rows <= m, "rows is ", rows, "; it must be from 0 to m = ", m);
+  require(t.dim() == 1 || t.dim() == 2, "t has shape ", t.sizes(), "; it must be (", m,
+          ",) or (n, ", m, ")");
   const int64_t n = t.dim() == 1 ? 1 : t.size(0);
-  check(t, "t", t.dim() == 1 ? std::vector<int64_t>{m} : std::vector<int64_t>{n, m}, D);
-  TORCH_CHECK(!t.is_alias_of(D), "t and D share memory; they must not");
-  TORCH_CHECK(n <= INT_MAX / 2, "t has ", n, " rows; that is too many");
+  const auto shape = t.dim() == 1 ? std::vector<int64_t>{m} : std::vector<int64_t>{n, m};
+  check(t, "t", shape, D, D.scalar_type());
+  require(!t.is_alias_of(D), "t and D share memory; they must not");
+  require(n <= INT_MAX / 2, "t has ", n, " rows; that is too many");
   const c10::cuda::CUDAGuard guard(D.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   if (D.scalar_type() == at::kFloat) {
@@ -114,28 +161,153 @@ void hinv_mul(int64_t rows, const Tensor& D, const Tensor& t) {
   }
 }
 
-void hinv_update(const Tensor& P, const Tensor& K, const Tensor& k, int64_t j, double damp,
-                 const Tensor& z, const Tensor& health) {
+using Count = long long;  // int64 of torch may be another type of 64 bits
+
+const Count* number(const Tensor& tensor, const char* name, const Tensor& like) {
+  check(tensor, name, {}, like, at::kLong);
+  return static_cast<const Count*>(tensor.const_data_ptr());
+}
+
+void update(const Tensor& P, const Tensor& K, const Tensor& k, const Tensor& count, double damp,
+            double tolerance, const Tensor& z, const Tensor& error, const Tensor& accepted) {
   const int64_t m = check_square(P, "P", false);
-  check(K, "K", {m, m}, P);
-  check(k, "k", {m}, P);
-  check(z, "z", {m}, P);
-  check(health, "health", {3}, P);
-  TORCH_CHECK(0 <= j && j < m, "j is ", j, "; it must be from 0 to m - 1 = ", m - 1);
-  TORCH_CHECK(damp > 0 && std::isfinite(damp), "damp is ", damp,
-              "; it must be positive and finite");
-  const Tensor tensors[] = {P, K, k, z, health};
+  check(K, "K", {m, m}, P, at::kDouble);
+  check(k, "k", {m}, P, at::kDouble);
+  check(z, "z", {m}, P, at::kDouble);
+  check(error, "error", {1}, P, at::kDouble);
+  check(accepted, "accepted", {}, P, at::kLong);
+  const Count* const seen = number(count, "count", P);
+  require(damp > 0 && std::isfinite(damp), "damp is ", std::to_string(damp),
+          "; it must be positive and finite");
+  const Tensor tensors[] = {P, K, k, z, error, count, accepted};
   for (const Tensor& a : tensors) {
     for (const Tensor& b : tensors)
-      TORCH_CHECK(&a == &b || !a.is_alias_of(b),
-                  "Two of P, K, k, z, health share memory; they must not");
+      require(&a == &b || !a.is_alias_of(b),
+              "Two of P, K, k, z, error, count, accepted share memory; they must not");
   }
   const c10::cuda::CUDAGuard guard(P.device());
-  const Tensor scratch = at::empty({4 * m}, P.options());
-  C10_CUDA_CHECK(hinv_update_double(
-      P.mutable_data_ptr<double>(), K.mutable_data_ptr<double>(), k.const_data_ptr<double>(), m, j,
-      damp, z.mutable_data_ptr<double>(), health.mutable_data_ptr<double>(),
-      scratch.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream()));
+  const Tensor scratch = at::empty({5 * m}, P.options());
+  C10_CUDA_CHECK(hinv_update(
+      P.mutable_data_ptr<double>(), K.mutable_data_ptr<double>(), k.const_data_ptr<double>(), seen,
+      m, damp, tolerance, z.mutable_data_ptr<double>(), error.mutable_data_ptr<double>(),
+      static_cast<Count*>(accepted.mutable_data_ptr()), scratch.mutable_data_ptr<double>(),
+      c10::cuda::getCurrentCUDAStream()));
+}
+
+// The number of a window's type for the kernels.
+int format(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return 0;
+    case at::kBFloat16: return 1;
+    case at::kHalf: return 2;
+    case at::kDouble: return 3;
+    case at::kFloat8_e4m3fn: return 4;
+    default:
+      require(false, name, " is ", tensor.scalar_type(),
+              "; it must be float32, bfloat16, float16, float64 or float8_e4m3fn");
+      return -1;
+  }
+}
+
+ScalarType real(const Tensor& window) {
+  return window.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// A window, with the scales that may come with it.
+struct Window {
+  int type;
+  int64_t m, d, stride;
+  const float* scales;
+
+  Window(const Tensor& G, const Optional& scale) : type(format(G, "G")), scales(nullptr) {
+    require(G.is_cuda(), "G is on ", G.device(),
+            "; hinv_cuda works on CUDA tensors, use torch operations for others");
+    require(G.dim() == 2 && G.size(0) >= 1 && G.size(0) <= INT_MAX / 2 && G.size(1) >= 1,
+            "G has shape ", G.sizes(), "; it must be (m, d) with both of at least 1");
+    m = G.size(0), d = G.size(1), stride = G.stride(0);
+    const int64_t item = G.element_size(), packed = (d * item + 15) / 16 * 16;
+    const auto start = reinterpret_cast<uintptr_t>(G.const_data_ptr());
+    const int64_t end = ((m - 1) * stride + G.storage_offset()) * item + packed;
+    require(G.stride(1) == 1 && start % 16 == 0 && stride * item % 16 == 0 &&
+                stride * item >= packed && end <= int64_t(G.storage().nbytes()),
+            "G has strides ", G.strides(), " and starts at ", int64_t(start % 16),
+            " modulo 16 bytes; each row must be contiguous, and padded to 16 bytes");
+    if (!scale) return;
+    check(*scale, "scales", {m, (d + 4095) / 4096}, G, at::kFloat);
+    scales = scale->const_data_ptr<float>();
+  }
+};
+
+Tensor times(const Tensor& G, const Tensor& x, const Tensor& count, const Optional& scales) {
+  const Window w(G, scales);
+  check(x, "x", {w.d}, G, real(G));
+  const Count* const seen = number(count, "count", G);
+  const c10::cuda::CUDAGuard guard(G.device());
+  const Tensor k = at::empty({w.m}, G.options().dtype(at::kDouble));
+  const Tensor scratch = at::empty({std::max<int64_t>(65536, w.m)}, k.options());
+  C10_CUDA_CHECK(hinv_times(w.type, G.const_data_ptr(), x.const_data_ptr(), seen, w.scales, w.m,
+                            w.d, w.stride, scratch.mutable_data_ptr<double>(),
+                            k.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream()));
+  return k;
+}
+
+Tensor transposed_times(const Tensor& G, const Tensor& z, const Optional& scales, double factor,
+                        const Optional& x, const Optional& count, const Optional& accepted) {
+  const Window w(G, scales);
+  check(z, "z", {w.m}, G, at::kDouble);
+  if (x) check(*x, "x", {w.d}, G, real(G));
+  require(!x || (count && accepted), "x is given without count and accepted; it needs both");
+  const Count* const seen = count ? number(*count, "count", G) : nullptr;
+  const Count* const write = accepted ? number(*accepted, "accepted", G) : nullptr;
+  const c10::cuda::CUDAGuard guard(G.device());
+  const Tensor u = at::empty({w.d}, G.options().dtype(real(G)));
+  C10_CUDA_CHECK(hinv_transposed_times(
+      w.type, G.mutable_data_ptr(), z.const_data_ptr<double>(), w.scales, factor,
+      x ? x->const_data_ptr() : nullptr, seen, write, w.m, w.d, w.stride, u.mutable_data_ptr(),
+      c10::cuda::getCurrentCUDAStream()));
+  return u;
+}
+
+void check_compressed(const Tensor& columns, const Tensor& values) {
+  require(values.dim() == 2 && values.size(0) >= 1 && values.size(0) <= INT_MAX / 2 &&
+              values.size(1) >= 1,
+          "values has shape ", values.sizes(), "; it must be (m, k) with both of at least 1");
+  check(values, "values", values.sizes(), values, values.scalar_type());
+  check(columns, "columns", values.sizes(), values, at::kInt);
+}
+
+Tensor sparse_times(const Tensor& columns, const Tensor& values, const Tensor& X,
+                    const Tensor& count) {
+  const int type = format(values, "values");
+  check_compressed(columns, values);
+  require(X.dim() == 2 && (X.size(0) == 1 || X.size(0) == 2) && X.size(1) >= 1, "X has shape ",
+          X.sizes(), "; it must be (1, d) or (2, d)");
+  check(X, "X", X.sizes(), values, real(values));
+  const Count* const seen = number(count, "count", values);
+  const int64_t m = values.size(0), n = X.size(0);
+  const c10::cuda::CUDAGuard guard(values.device());
+  const Tensor y = at::empty({n, m}, values.options().dtype(at::kDouble));
+  const Tensor scratch = at::empty({128 * n * m}, y.options());
+  C10_CUDA_CHECK(hinv_sparse_times(
+      type, columns.const_data_ptr<int>(), values.const_data_ptr(), X.const_data_ptr(), seen, n, m,
+      values.size(1), X.size(1), scratch.mutable_data_ptr<double>(), y.mutable_data_ptr<double>(),
+      c10::cuda::getCurrentCUDAStream()));
+  return y;
+}
+
+Tensor sparse_transposed_times(const Tensor& columns, const Tensor& values, const Tensor& y,
+                               int64_t d) {
+  const int type = format(values, "values");
+  check_compressed(columns, values);
+  check(y, "y", {values.size(0)}, values, at::kDouble);
+  require(values.size(1) <= d && d <= INT_MAX, "d is ", d, "; it must be from k = ",
+          values.size(1), " to 2^31 - 1");
+  const c10::cuda::CUDAGuard guard(values.device());
+  const Tensor u = at::empty({d}, values.options().dtype(real(values)));
+  C10_CUDA_CHECK(hinv_sparse_transposed_times(
+      type, columns.const_data_ptr<int>(), values.const_data_ptr(), y.const_data_ptr<double>(),
+      values.size(0), values.size(1), d, u.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  return u;
 }
 
 }  // namespace
@@ -144,21 +316,50 @@ TORCH_LIBRARY(hinv_cuda, library) {
   library.def("hinv_setup(Tensor tmp, Tensor(a!) coef) -> ()");
   library.def("hinv_mul(int rows, Tensor D, Tensor(a!) t) -> ()");
   library.def(
-      "hinv_update(Tensor(a!) P, Tensor(b!) K, Tensor k, int j, float damp, Tensor(c!) z, "
-      "Tensor(d!) health) -> ()");
+      "hinv_update(Tensor(a!) P, Tensor(b!) K, Tensor k, Tensor count, float damp, float tolerance, "
+      "Tensor(c!) z, Tensor(d!) error, Tensor(e!) accepted) -> ()");
+  library.def("hinv_times(Tensor G, Tensor x, Tensor count, Tensor? scales=None) -> Tensor");
+  library.def(
+      "hinv_transposed_times(Tensor(a!) G, Tensor z, Tensor? scales=None, float factor=1, "
+      "Tensor? x=None, Tensor? count=None, Tensor? accepted=None) -> Tensor");
+  library.def("hinv_sparse_times(Tensor columns, Tensor values, Tensor X, Tensor count) -> Tensor");
+  library.def(
+      "hinv_sparse_transposed_times(Tensor columns, Tensor values, Tensor y, int d) -> Tensor");
 }
 // For every device, so that a tensor elsewhere meets the checks above and their messages.
 TORCH_LIBRARY_IMPL(hinv_cuda, CompositeExplicitAutograd, library) {
   library.impl("hinv_setup", hinv_setup);
   library.impl("hinv_mul", hinv_mul);
-  library.impl("hinv_update", hinv_update);
+  library.impl("hinv_update", update);
+  library.impl("hinv_times", times);
+  library.impl("hinv_transposed_times", transposed_times);
+  library.impl("hinv_sparse_times", sparse_times);
+  library.impl("hinv_sparse_transposed_times", sparse_transposed_times);
 }
-// Fake tensors: nothing is returned, so nothing has to be made up.
+// Fake tensors: what is returned has a shape and a type.
 TORCH_LIBRARY_IMPL(hinv_cuda, Meta, library) {
   library.impl("hinv_setup", [](const Tensor&, const Tensor&) {});
   library.impl("hinv_mul", [](int64_t, const Tensor&, const Tensor&) {});
-  library.impl("hinv_update", [](const Tensor&, const Tensor&, const Tensor&, int64_t, double,
-                                 const Tensor&, const Tensor&) {});
+  library.impl("hinv_update",
+               [](const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double,
+                  const Tensor&, const Tensor&, const Tensor&) {});
+  library.impl("hinv_times", [](const Tensor& G, const Tensor&, const Tensor&, const Optional&) {
+    return at::empty({G.size(0)}, G.options().dtype(at::kDouble));
+  });
+  library.impl("hinv_transposed_times",
+               [](const Tensor& G, const Tensor&, const Optional&, double, const Optional&,
+                  const Optional&, const Optional&) {
+                 return at::empty({G.size(1)}, G.options().dtype(real(G)));
+               });
+  library.impl("hinv_sparse_times",
+               [](const Tensor&, const Tensor& values, const Tensor& X, const Tensor&) {
+                 const auto options = values.options().dtype(at::kDouble);
+                 return at::empty({X.size(0), values.size(0)}, options);
+               });
+  library.impl("hinv_sparse_transposed_times",
+               [](const Tensor&, const Tensor& values, const Tensor&, int64_t d) {
+                 return at::empty({d}, values.options().dtype(real(values)));
+               });
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
@@ -168,9 +369,14 @@ hinv_setup(tmp, coef) -> coef: B from tmp (m, m), whose strict lower triangle is
     coef (m, m) = I / damp; in place. float32 or float64.
 hinv_mul(rows, D, t) -> t: t_i -= sum_{k<i} D_ki t_k / q_k for t (m,) or (n, m), i < rows; in place.
     float32 or float64.
-hinv_update(P, K, k, j, damp, z, health): P = inverse of K + m damp I (m, m) when row and column j
-    of K become k (m,); P and K in place. z (m,) becomes column j of P, health (3,) the Schur
-    complement, the residual of z and the condition of A. float64.
+hinv_update(P, K, k, count, damp, tolerance, z, error, accepted): P = inverse of K + m damp I (m, m)
+    when row and column j = count % m of K become k (m,); P and K in place. z (m,) becomes column j
+    of P, error (1,) the relative error of G^T z, accepted () whether that is within the tolerance;
+    where it is not, nothing changes. float64.
+hinv_times(G, x, count, scales) -> Gx (m,), hinv_transposed_times(G, z, scales, factor, x, count,
+    accepted) -> factor G^T z (d,): products with a window G (m, d); the second writes x to row j.
+hinv_sparse_times(columns, values, X, count) -> X G^T (n, m), hinv_sparse_transposed_times(columns,
+    values, y, d) -> G^T y (d,): with a compressed window, columns and values (m, k).
 )";
   module.def(
       "hinv_setup", [](const Tensor& tmp, Tensor coef) { return hinv_setup(tmp, coef), coef; },
@@ -179,7 +385,16 @@ hinv_update(P, K, k, j, damp, z, health): P = inverse of K + m damp I (m, m) whe
       "hinv_mul",
       [](int64_t rows, const Tensor& D, Tensor t) { return hinv_mul(rows, D, t), t; },
       pybind11::arg("rows"), pybind11::arg("D"), pybind11::arg("t"));
-  module.def("hinv_update", &hinv_update, pybind11::arg("P"), pybind11::arg("K"),
-             pybind11::arg("k"), pybind11::arg("j"), pybind11::arg("damp"), pybind11::arg("z"),
-             pybind11::arg("health"));
+  using pybind11::arg;
+  module.def("hinv_update", &update, arg("P"), arg("K"), arg("k"), arg("count"), arg("damp"),
+             arg("tolerance"), arg("z"), arg("error"), arg("accepted"));
+  module.def("hinv_times", &times, arg("G"), arg("x"), arg("count"),
+             arg("scales") = pybind11::none());
+  module.def("hinv_transposed_times", &transposed_times, arg("G"), arg("z"),
+             arg("scales") = pybind11::none(), arg("factor") = 1.0, arg("x") = pybind11::none(),
+             arg("count") = pybind11::none(), arg("accepted") = pybind11::none());
+  module.def("hinv_sparse_times", &sparse_times, arg("columns"), arg("values"), arg("X"),
+             arg("count"));
+  module.def("hinv_sparse_transposed_times", &sparse_transposed_times, arg("columns"),
+             arg("values"), arg("y"), arg("d"));
 }

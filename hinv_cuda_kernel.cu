@@ -1,27 +1,64 @@
-// The (m, m) side of M-FAC on a GPU, for any m >= 1. Matrices are contiguous, row by row.
+// M-FAC on a GPU, for any m >= 1: the (m, m) side, and the products with the window of gradients.
+// Matrices are contiguous, row by row.
 //
 //   hinv_setup   B = (I + N)^-1 diag(c), the coefficients of the paper's recursion
 //   hinv_mul     t <- (I + N)^-1 t, the same recursion applied to right-hand sides
 //   hinv_update  P = A^-1 when row and column j of A change
+//   hinv_times, hinv_transposed_times                  Gx and G^T z for a window G (m, d)
+//   hinv_sparse_times, hinv_sparse_transposed_times    the same for a compressed window
 //
 // where N is strictly lower triangular, N_ik = D_ki / q_k, q = diag(D) + m.
 //
 // No float is ever added atomically and no sum depends on the number of blocks: the same input
-// gives the same bits. No torch headers, launchers with raw pointers: this file compiles in seconds
-// and, with stand-ins for the two headers below, also for the CPU, where the tests execute it.
+// gives the same bits. No torch headers, launchers with raw pointers: this file compiles in seconds,
+// by NVRTC at run time too and, with stand-ins for the headers below, also for the CPU, where the
+// tests execute it.
 
+#ifdef __CUDACC_RTC__
+#define NAN __longlong_as_double(0x7ff8000000000000)
+#define INFINITY __longlong_as_double(0x7ff0000000000000)
+
+// cooperative_groups.h needs <nv/target>, which torch's wheels lack. What is needed of it: blocks of
+// a cooperative launch meet at a word that the driver keeps for each launch. Block 0 adds 2^31 less
+// what the others add, one each, so that the highest bit flips when all are there.
+namespace cooperative_groups {
+struct grid_group {
+  __device__ void sync() const {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      unsigned high, low;
+      asm("mov.u32 %0, %%envreg1;" : "=r"(high));
+      asm("mov.u32 %0, %%envreg2;" : "=r"(low));
+      const auto workspace = (unsigned long long)(high) << 32 | low;
+      volatile unsigned* const barrier = reinterpret_cast<unsigned*>(workspace) + 1;
+      __threadfence();
+      const unsigned mine = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1;
+      const unsigned before = atomicAdd(const_cast<unsigned*>(barrier), mine);
+      while (!((before ^ *barrier) & 0x80000000u)) {
+      }
+      __threadfence();
+    }
+    __syncthreads();
+  }
+};
+__device__ grid_group this_grid() { return {}; }
+}  // namespace cooperative_groups
+#else
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cmath>
+#endif
 
 namespace {
 
 constexpr int WARP = 32;
 constexpr int TILE = 32;  // one row or column of a tile a lane
 
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
+#ifndef __CUDACC_RTC__
+
+int ceil_div(long long a, int b) { return int((a + b - 1) / b); }
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, bool cooperative,
@@ -50,6 +87,8 @@ cudaError_t resident_blocks(void (*kernel)(Parameters...), int threads, int* blo
   *blocks *= multiprocessors;
   return error;
 }
+
+#endif
 
 // Replaces a tile that holds N in its strict lower triangle by (I + N)^-1. Each lane of the calling
 // warp keeps a column in registers and leaves it in the tile; to read others', synchronise first.
@@ -165,6 +204,7 @@ __global__ __launch_bounds__(PRODUCT_THREADS) void double_blocks(const T* N, T* 
   }
 }
 
+#ifndef __CUDACC_RTC__
 // 1 + 2 ceil(log2(m / 32)) launches. W: m^2 / 4 numbers of scratch.
 template <class T>
 cudaError_t setup(const T* N, T* X, T* W, int m, cudaStream_t stream) {
@@ -178,6 +218,7 @@ cudaError_t setup(const T* N, T* X, T* W, int m, cudaStream_t stream) {
   }
   return error;
 }
+#endif
 
 // --- hinv_mul: blocked forward substitution ---------------------------------------------------
 
@@ -266,6 +307,7 @@ __global__ __launch_bounds__(SUBSTITUTE_THREADS, 1) void substitute(const T* D, 
   }
 }
 
+#ifndef __CUDACC_RTC__
 template <class T>
 cudaError_t multiply_inverse(const T* D, T* t, int m, int rows, int n, cudaStream_t stream) {
   if (rows == 0 || n == 0) return cudaSuccess;
@@ -276,11 +318,12 @@ cudaError_t multiply_inverse(const T* D, T* t, int m, int rows, int n, cudaStrea
   const dim3 grid(across, std::min(n, std::min(resident / across, 65535)));
   return launch(substitute<T>, grid, SUBSTITUTE_THREADS, true, stream, D, t, m, rows, n);
 }
+#endif
 
-// --- hinv_update ------------------------------------------------------------------------------
+// --- shared by what follows -------------------------------------------------------------------
 
-constexpr int EXCHANGE_THREADS = 256;
-constexpr int AHEAD = 4;
+constexpr int THREADS = 256;  // of every block below
+constexpr int WARPS = THREADS / WARP;
 
 __device__ double sum_over_warp(double value) {
   for (int distance = WARP / 2; distance > 0; distance /= 2)
@@ -288,38 +331,61 @@ __device__ double sum_over_warp(double value) {
   return value;  // the same bits in every lane
 }
 
-// store(i, sum over c of M_ic x(c)) for each row i, a warp a row.
-template <class X, class Store>
-__device__ void times(const double* M, int m, X x, Store store) {
-  const int lane = threadIdx.x % WARP, warps = EXCHANGE_THREADS / WARP;
-  for (int i = blockIdx.x * warps + threadIdx.x / WARP; i < m; i += gridDim.x * warps) {
-    const double* const row = M + size_t(i) * m;
+// store(i, sum over c < n of row(i)[c] x(c)) for each i < m: a warp a row.
+template <class Row, class X, class Store>
+__device__ void times(Row row_of, int m, int n, X x, Store store) {
+  const int lane = threadIdx.x % WARP;
+  for (int i = blockIdx.x * WARPS + threadIdx.x / WARP; i < m; i += gridDim.x * WARPS) {
+    const double* const row = row_of(i);
     double sum = 0;
 #pragma unroll 8
-    for (int c = lane; c < m; c += WARP) sum += row[c] * x(c);
+    for (int c = lane; c < n; c += WARP) sum += row[c] * x(c);
     sum = sum_over_warp(sum);
     if (lane == 0) store(i, sum);
   }
 }
 
-// The sum or, with LARGEST, the largest of f(i) over i < m, by each block on its own.
-template <bool LARGEST, class F>
-__device__ double reduce(int m, F f) {
-  __shared__ double part[EXCHANGE_THREADS];
-  double value = 0;
-  for (int i = threadIdx.x; i < m; i += EXCHANGE_THREADS)
-    value = LARGEST ? fmax(value, f(i)) : value + f(i);
-  part[threadIdx.x] = value;
-  for (int half = EXCHANGE_THREADS / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) {
-      const double other = part[threadIdx.x + half];
-      part[threadIdx.x] = LARGEST ? fmax(part[threadIdx.x], other) : part[threadIdx.x] + other;
+template <int COUNT>
+struct Numbers {
+  double at[COUNT];
+};
+
+// The sums or, with LARGEST, the largest of the numbers of f(i) over i < m, by each block on its own.
+template <int COUNT, bool LARGEST = false, class F>
+__device__ Numbers<COUNT> reduce(int m, F f) {
+  __shared__ double part[COUNT][WARPS];
+  Numbers<COUNT> result{};
+  const auto take = [](double a, double b) { return LARGEST ? fmax(a, b) : a + b; };
+  for (int i = threadIdx.x; i < m; i += THREADS) {
+    const Numbers<COUNT> numbers = f(i);
+#pragma unroll
+    for (int n = 0; n < COUNT; n++) result.at[n] = take(result.at[n], numbers.at[n]);
+  }
+#pragma unroll
+  for (int n = 0; n < COUNT; n++) {
+    for (int distance = WARP / 2; distance > 0; distance /= 2) {
+      const double other = __shfl_xor_sync(0xffffffffu, result.at[n], distance);
+      result.at[n] = take(result.at[n], other);
     }
+    if (threadIdx.x % WARP == 0) part[n][threadIdx.x / WARP] = result.at[n];
   }
   __syncthreads();
-  return part[0];
+#pragma unroll
+  for (int n = 0; n < COUNT; n++) {
+    result.at[n] = part[n][0];
+    for (int w = 1; w < WARPS; w++) result.at[n] = take(result.at[n], part[n][w]);
+  }
+  return result;
 }
+
+// `count` gradients have been seen, and one more is on its way: to row j, one of the `rows` in use.
+struct Place {
+  int j, rows;
+  __device__ Place(const long long* count, int m)
+      : j(int(*count % m)), rows(*count < m ? int(*count) + 1 : m) {}
+};
+
+// --- hinv_update ------------------------------------------------------------------------------
 
 // k is the new row and column j of K, k' is k with entry j set to 0, p the old column j of P, and
 // A = K + m damp I. With A_ and P_ for the matrices without row and column j,
@@ -335,62 +401,101 @@ __device__ double reduce(int m, F f) {
 // others A_ u - k' is rounding error, and P is read twice, not three times.
 // A_ u - k' are the entries of A u~ but for j. Residuals are in units of row and column,
 // sqrt(A_ii A_jj): small gradients count as much as large ones.
+//
+// How far F^-1 g = m G^T z may be off, relatively, for products and sums in float64:
+//
+//   (2^-52 c (sum_i u~_i^2 K_ii)^1/2 + c (sum_i r_i^2 / A_ii)^1/2) / (u~^T K u~)^1/2
+//
+// with c = (sum_i P_ii A_ii)^1/2 and the residual r = s e_j + A u~. All of it, and whether it is
+// below the tolerance, is known before anything is written.
 constexpr double ROUNDING = 1e-13;  // of A u, relative: what refinement would not make smaller
+constexpr double UNIT = 0x1p-52;
+constexpr int AHEAD = 4;
 
-__global__ __launch_bounds__(EXCHANGE_THREADS) void exchange(
-    double* __restrict__ P, double* __restrict__ K, const double* __restrict__ k, int m, int j,
-    double damp, double* __restrict__ z, double* __restrict__ health,
+__global__ __launch_bounds__(THREADS, 2) void exchange(
+    double* __restrict__ P, double* __restrict__ K, const double* __restrict__ k,
+    const long long* __restrict__ count, int m, double damp, double tolerance,
+    double* __restrict__ z, double* __restrict__ error, long long* __restrict__ accepted,
     double* __restrict__ scratch) {
   const auto grid = cooperative_groups::this_grid();
-  const int thread = blockIdx.x * EXCHANGE_THREADS + threadIdx.x;
-  const int threads = gridDim.x * EXCHANGE_THREADS;
+  const int thread = blockIdx.x * THREADS + threadIdx.x;
+  const int threads = gridDim.x * THREADS;
   double* const p = scratch;
-  double* const product = p + m;  // P k', then P (A_ u - k')
-  double* const u = product + m;  // u~ before its refinement
-  double* const image = u + m;    // A u~, then e_j - A z
+  double* const diagonal = p + m;        // of the old P
+  double* const product = diagonal + m;  // P k', then P (A_ u - k')
+  double* const u = product + m;         // u~ before its refinement
+  double* const image = u + m;           // K u~, for the new K
+  const int j = Place(count, m).j;
   const double shift = m * damp, a = k[j] + shift;
-  const auto a_diagonal = [=](int i) { return K[size_t(i) * m + i] + shift; };
+  const auto k_diagonal = [=](int i) { return i == j ? k[j] : K[size_t(i) * m + i]; };
+  const auto a_diagonal = [=](int i) { return k_diagonal(i) + shift; };
+  const auto row_of_P = [=](int i) { return P + size_t(i) * m; };
+  const auto row_of_K = [=](int i) { return i == j ? k : K + size_t(i) * m; };
+  const auto store_product = [=](int i, double y) { product[i] = y; };
+  // u~_j = -1, column j of the new K is k
+  const auto store_image = [=](int i, double y) { image[i] = y - k[i]; };
 
   for (int i = thread; i < m; i += threads) {
     p[i] = P[size_t(j) * m + i];
-    K[size_t(i) * m + j] = K[size_t(j) * m + i] = k[i];
+    diagonal[i] = P[size_t(i) * m + i];
   }
-  const auto store_product = [=](int i, double y) { product[i] = y; };
-  times(P, m, [=](int c) { return c == j ? 0 : k[c]; }, store_product);
+  times(row_of_P, m, m, [=](int c) { return c == j ? 0 : k[c]; }, store_product);
   grid.sync();
 
   // p^T k' is entry j of P k': P is symmetric.
   const double along = product[j] / p[j];
-  const auto rough = [=](int i) { return i == j ? -1 : product[i] - p[i] * along; };
-  for (int i = thread; i < m; i += threads) u[i] = rough(i);
-  times(K, m, rough, [=](int i, double y) { image[i] = y + shift * rough(i); });
+  const auto rough = [=](int i) { return i == j ? 0 : product[i] - p[i] * along; };
+  for (int i = thread; i < m; i += threads) u[i] = i == j ? -1 : rough(i);
+  times(row_of_K, m, m, rough, store_image);
   grid.sync();
 
   // Every block finds the same, so that all of them go the same way.
-  const double off = reduce<true>(
-      m, [=](int i) { return i == j ? 0 : fabs(image[i]) / sqrt(a_diagonal(i) * a); });
-  const bool refine = !(off < ROUNDING);
+  const auto residual = [=](int i) { return i == j ? 0 : image[i] + shift * u[i]; };
+  const auto relative = [=](int i) {
+    return Numbers<1>{{fabs(residual(i)) / sqrt(a_diagonal(i) * a)}};
+  };
+  const bool refine = !(reduce<1, true>(m, relative).at[0] < ROUNDING);
   if (refine) {
-    times(P, m, [=](int c) { return c == j ? 0 : image[c]; }, store_product);
+    times(row_of_P, m, m, residual, store_product);
     grid.sync();
   }
-
   const double correction = product[j] / p[j];
   const auto refined = [=](int i) {
     return i == j ? -1 : refine ? u[i] - (product[i] - p[i] * correction) : u[i];
   };
-  const double s = a - reduce<false>(m, [=](int i) { return i == j ? 0 : k[i] * refined(i); });
-  // A Schur complement that is no positive number leaves nothing to go on with: P becomes NaN,
-  // which every later exchange reports too, and z zero, so that a step made from it moves nothing.
-  const bool usable = s > 0 && s < INFINITY;
-  const double inverse_s = usable ? 1 / s : NAN, inverse_p = 1 / p[j];
-  for (int i = thread; i < m; i += threads) z[i] = usable ? -refined(i) / s : 0;
+  if (refine) {
+    times(row_of_K, m, m, [=](int i) { return i == j ? 0 : refined(i); }, store_image);
+    grid.sync();
+  }
 
-  if (refine)
-    times(K, m, refined, [=](int i, double y) { image[i] = y + shift * refined(i); });
+  const auto projected = [=](int i) { return Numbers<1>{{i == j ? 0 : k[i] * refined(i)}}; };
+  const double s = a - reduce<1>(m, projected).at[0], inverse_s = 1 / s, inverse_p = 1 / p[j];
+  const auto new_diagonal = [=](int i) {
+    const double without_j = i == j ? 0 : diagonal[i] - (p[i] * p[i]) * inverse_p;
+    return without_j + (refined(i) * refined(i)) * inverse_s;
+  };
+  const Numbers<4> sums = reduce<4>(m, [=](int i) {
+    const double x = refined(i), r = image[i] + shift * x + (i == j ? s : 0);
+    const double k_i = k_diagonal(i), a_i = k_i + shift;
+    return Numbers<4>{{new_diagonal(i) * a_i, x * x * k_i, r * r / a_i, x * image[i]}};
+  });
+  double off = (UNIT * sqrt(sums.at[1]) + sqrt(sums.at[2])) * sqrt(sums.at[0] / fabs(sums.at[3]));
+  if (!(off < INFINITY && s > 0 && s < INFINITY && sums.at[0] > 0)) off = INFINITY;
+  if (k[j] == 0) off = 0;
+  if (!(fabs(k[j]) < INFINITY)) off = NAN;
+  const bool good = off <= tolerance;
+  for (int i = thread; i < m; i += threads) {
+    z[i] = good ? -refined(i) * inverse_s : 0;
+    if (good) K[size_t(i) * m + j] = K[size_t(j) * m + i] = k[i];
+  }
+  if (thread == 0) {
+    *error = off;
+    *accepted = good;
+  }
+  if (!good) return;
 
-  const int lane = threadIdx.x % WARP, warps = EXCHANGE_THREADS / WARP;
-  for (int i = blockIdx.x * warps + threadIdx.x / WARP; i < m; i += gridDim.x * warps) {
+  const int lane = threadIdx.x % WARP;
+  for (int i = blockIdx.x * WARPS + threadIdx.x / WARP; i < m; i += gridDim.x * WARPS) {
     double* const row = P + size_t(i) * m;
     const double p_i = p[i], u_i = refined(i);
     for (int first = lane; first < m; first += AHEAD * WARP) {
@@ -407,23 +512,431 @@ __global__ __launch_bounds__(EXCHANGE_THREADS) void exchange(
       }
     }
   }
-  grid.sync();
+}
 
-  if (blockIdx.x != 0) return;
-  // e_j - A z = e_j + A u~ / s. Thread 0 alone uses the results, so that no barrier is between them.
-  const double residual = reduce<true>(m, [=](int i) {
-    return fabs((i == j) + image[i] * inverse_s) * sqrt(a / a_diagonal(i));
-  });
-  const double condition =
-      reduce<true>(m, [=](int i) { return P[size_t(i) * m + i] * a_diagonal(i); });
-  if (threadIdx.x == 0) {
-    health[0] = s;
-    health[1] = usable ? residual : NAN;  // fmax passes over NaN
-    health[2] = usable ? condition : NAN;
+// --- numbers of the window ----------------------------------------------------------------------
+
+constexpr int BLOCK = 4096;  // columns that have a scale, or their share of a compressed row
+
+// 16 bytes of a row.
+struct Pack {
+  unsigned word[4];
+};
+
+__device__ Pack load(const void* address) {
+  const uint4 v = __ldcs(static_cast<const uint4*>(address));
+  return {{v.x, v.y, v.z, v.w}};
+}
+
+__device__ void store(void* address, const Pack& pack) {
+  *static_cast<uint4*>(address) = {pack.word[0], pack.word[1], pack.word[2], pack.word[3]};
+}
+
+// The first `bytes` of a pack, and zeros.
+__device__ Pack first_bytes(Pack pack, int bytes) {
+#pragma unroll
+  for (int w = 0; w < 4; w++) {
+    const int bits = 8 * (bytes - 4 * w);
+    pack.word[w] &= bits >= 32 ? ~0u : bits <= 0 ? 0 : (1u << bits) - 1;
+  }
+  return pack;
+}
+
+// A floating-point type of C bits with EXPONENT of them for the exponent. Its bits, moved to where
+// a double has them, are the number times 2^(bias - 1023), subnormal ones included: so decoding
+// takes two or three operations on integers, on every architecture, where conversions to double are
+// slow. What they are multiplied with is lifted by 2^800 in advance, so that nothing underflows,
+// and the sum brought back by DROP. Infinities and NaN are not decoded; `finite` finds them.
+template <class C, int EXPONENT>
+struct Small {
+  using Code = C;
+  using Real = float;  // of vectors
+  static constexpr int N = 16 / sizeof(C);  // numbers in a pack
+  static constexpr int BITS = 8 * sizeof(C), PER_WORD = 32 / BITS, MANTISSA = BITS - 1 - EXPONENT;
+  static constexpr int HIGH = MANTISSA < 20 ? MANTISSA : 20;  // its bits in a double's high word
+  static constexpr int ROWS = sizeof(C) == 1 ? 16 : 8;        // of a product's item, in flight
+  static constexpr double BIAS = EXPONENT == 4 ? 0x1p1016 : EXPONENT == 5 ? 0x1p1008 : 0x1p896;
+  static constexpr double LIFT = 0x1p800, DROP = BIAS / LIFT;
+  // The magnitudes from 2^(BITS - 1) - STEP on are no numbers; e4m3fn has but one of them.
+  static constexpr unsigned STEP = EXPONENT == 4 ? 1 : 1u << MANTISSA;
+  static constexpr unsigned SIGN = 1u << (BITS - 1), EVERY = ~0u / (2 * (SIGN - 1) + 1);
+
+  // Number n of a pack, over BIAS.
+  static __device__ double at(const Pack& pack, int n) {
+    const unsigned top = pack.word[n / PER_WORD] << (32 - BITS - BITS * (n % PER_WORD));
+    constexpr unsigned MASK = 1u << 31 | ((1u << (EXPONENT + HIGH)) - 1) << (20 - HIGH);
+    unsigned low = 0;
+    if constexpr (MANTISSA > HIGH) low = top << (32 - MANTISSA + HIGH);
+    return __hiloint2double((int(top) >> (11 - EXPONENT)) & MASK, low);
+  }
+  static __device__ C code(const Pack& pack, int n) {
+    return C(pack.word[n / PER_WORD] >> (BITS * (n % PER_WORD)));
+  }
+  static __device__ void put(Pack& pack, int n, C code) {
+    pack.word[n / PER_WORD] |= unsigned(code) << (BITS * (n % PER_WORD));
+  }
+  static __device__ bool finite(const Pack& pack) {
+    unsigned carried = 0;
+#pragma unroll
+    for (int w = 0; w < 4; w++)
+      carried |= (pack.word[w] & (SIGN - 1) * EVERY) + STEP * EVERY;
+    return !(carried & SIGN * EVERY);
+  }
+  static __device__ double decode(C code) {
+    const Pack pack{{code}};
+    return finite(pack) ? at(pack, 0) * BIAS : NAN;
+  }
+  // Rounds to nearest, ties to even; beyond the largest number lies infinity, or NaN.
+  static __device__ C encode(double value) {
+    const unsigned long long bits = __double_as_longlong(value / BIAS), one = 1;
+    const unsigned long long magnitude = bits & ~(one << 63);
+    constexpr int LOST = 52 - MANTISSA;
+    unsigned long long code = magnitude + (one << (LOST - 1)) - 1 + (magnitude >> LOST & 1);
+    code >>= LOST;
+    if (!(code < SIGN - STEP)) code = SIGN - STEP;
+    return C(code | (bits >> 63) << (BITS - 1));
+  }
+};
+
+struct Float64 {
+  using Code = unsigned long long;
+  using Real = double;
+  static constexpr int N = 2, ROWS = 8;
+  static constexpr double LIFT = 1, DROP = 1;
+  static __device__ double at(const Pack& pack, int n) {
+    return __hiloint2double(pack.word[2 * n + 1], pack.word[2 * n]);
+  }
+  static __device__ Code code(const Pack& pack, int n) {
+    return Code(pack.word[2 * n + 1]) << 32 | pack.word[2 * n];
+  }
+  static __device__ void put(Pack& pack, int n, Code code) {
+    pack.word[2 * n] = unsigned(code);
+    pack.word[2 * n + 1] = unsigned(code >> 32);
+  }
+  static __device__ bool finite(const Pack&) { return true; }  // `at` decodes the others too
+  static __device__ double decode(Code code) { return __longlong_as_double(code); }
+  static __device__ Code encode(double value) { return __double_as_longlong(value); }
+};
+
+using Float32 = Small<unsigned, 8>;
+using BFloat16 = Small<unsigned short, 8>;
+using Float16 = Small<unsigned short, 5>;
+using Float8 = Small<unsigned char, 4>;
+
+// --- hinv_times ---------------------------------------------------------------------------------
+
+constexpr int ITEMS = 4096;  // into which a product is divided, about
+
+// Columns of an item: whole blocks.
+__device__ long long columns_of_item(int groups, long long d) {
+  const long long blocks = d > 0 ? (d + BLOCK - 1) / BLOCK : 1, most = ITEMS / groups;
+  const long long parts = most < 1 ? 1 : most < blocks ? most : blocks;
+  return (blocks + parts - 1) / parts * BLOCK;
+}
+
+// k = Gx over the rows in use, but k_j = x^T x. An item is a few rows times a part of the columns;
+// its sums go to `partial`, whose rows are then added up. No sum depends on the grid.
+template <class F>
+__global__ __launch_bounds__(THREADS) void window_times(
+    const typename F::Code* __restrict__ G, const typename F::Real* __restrict__ x,
+    const long long* __restrict__ count, const float* __restrict__ scales, int m, long long d,
+    long long stride, double* __restrict__ partial, double* __restrict__ k) {
+  constexpr int N = F::N, ROWS = F::ROWS;
+  __shared__ double of_warp[WARPS][ROWS];
+  const auto grid = cooperative_groups::this_grid();
+  const Place place(count, m);
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const long long span = columns_of_item((m + ROWS - 1) / ROWS, d);
+  const long long blocks = (d + BLOCK - 1) / BLOCK;
+  const int parts = int((d + span - 1) / span), groups = (place.rows + ROWS - 1) / ROWS;
+
+  for (int item = blockIdx.x; item < groups * parts; item += gridDim.x) {
+    const int part = item / groups, first = item % groups * ROWS;
+    const long long begin = part * span, end = begin + span < d ? begin + span : d;
+    const bool has_j = first <= place.j && place.j < first + ROWS;
+    double sum[ROWS] = {}, own = 0;
+    for (long long c = begin + threadIdx.x * N; c < end; c += THREADS * N) {
+      const int left = end - c < N ? int(end - c) : N;
+      Pack row[ROWS];  // all on their way before the first is used
+#pragma unroll
+      for (int r = 0; r < ROWS; r++)
+        row[r] = first + r < place.rows ? load(G + (first + r) * stride + c) : Pack{};
+      double lifted[N];
+#pragma unroll
+      for (int n = 0; n < N; n++) lifted[n] = n < left ? double(x[c + n]) : 0;
+      if (has_j) {
+#pragma unroll
+        for (int n = 0; n < N; n++) own += lifted[n] * lifted[n];
+      }
+#pragma unroll
+      for (int n = 0; n < N; n++) lifted[n] *= F::LIFT;
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) {
+        if (left < N) row[r] = first_bytes(row[r], left * int(sizeof(typename F::Code)));
+        double of_pack = 0;
+#pragma unroll
+        for (int n = 0; n < N; n++) of_pack += F::at(row[r], n) * lifted[n];
+        if (scales && first + r < place.rows)
+          of_pack *= scales[(first + r) * blocks + c / BLOCK];
+        sum[r] += F::finite(row[r]) ? of_pack : NAN;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      const double total = sum_over_warp(first + r == place.j ? own : sum[r] * F::DROP);
+      if (lane == 0) of_warp[warp][r] = total;
+    }
+    __syncthreads();
+    if (threadIdx.x < ROWS && first + int(threadIdx.x) < place.rows) {
+      double total = 0;
+      for (int w = 0; w < WARPS; w++) total += of_warp[w][threadIdx.x];
+      partial[(first + threadIdx.x) * size_t(parts) + part] = total;
+    }
+    __syncthreads();  // of_warp has been read
+  }
+  grid.sync();
+  const auto row_of_partial = [=](int i) { return partial + i * size_t(parts); };
+  const auto store_k = [=](int i, double y) { k[i] = y; };
+  times(row_of_partial, place.rows, parts, [](int) { return 1.0; }, store_k);
+  for (int i = place.rows + blockIdx.x * THREADS + threadIdx.x; i < m; i += gridDim.x * THREADS)
+    k[i] = 0;
+}
+
+// --- hinv_transposed_times ----------------------------------------------------------------------
+
+constexpr int LANES = 32;                // threads side by side in a row, a pack each
+constexpr int RANKS = THREADS / LANES;   // threads that share a column: every so many rows are one's
+constexpr int FLIGHT = 8;                // rows of a thread in flight
+
+// u = factor G^T z over the rows in use, where row j first becomes x / scale, if x is given and
+// accepted. A block has LANES packs of columns.
+template <class F>
+__global__ __launch_bounds__(THREADS, 2) void window_transposed_times(
+    typename F::Code* G, const double* __restrict__ z, const float* __restrict__ scales,
+    double factor, const typename F::Real* __restrict__ x, const long long* __restrict__ count,
+    const long long* __restrict__ accepted, int m, long long d, long long stride,
+    typename F::Real* __restrict__ u) {
+  constexpr int N = F::N;
+  __shared__ double of_rank[N][THREADS + 1];
+  const int lane = threadIdx.x % LANES, rank = threadIdx.x / LANES;
+  const long long first = blockIdx.x * (long long)(LANES * N), c = first + lane * N;
+  const long long blocks = (d + BLOCK - 1) / BLOCK;
+  const int rows = count ? Place(count, m).rows : m;
+  if (x && *accepted) {
+    const int j = Place(count, m).j;
+    if (rank == j % RANKS && c < d) {
+      const double scale = scales ? scales[j * blocks + c / BLOCK] : 1;
+      Pack pack{};
+#pragma unroll
+      for (int n = 0; n < N; n++)
+        if (c + n < d) F::put(pack, n, F::encode(x[c + n] / scale));
+      store(G + j * stride + c, pack);
+    }
+  }
+  double sum[N] = {};
+  for (int i0 = rank; i0 < rows && c < d; i0 += FLIGHT * RANKS) {
+    Pack row[FLIGHT];
+    double weight[FLIGHT];
+#pragma unroll
+    for (int r = 0; r < FLIGHT; r++) {
+      const int i = i0 + r * RANKS;
+      row[r] = i < rows ? load(G + i * stride + c) : Pack{};
+    }
+#pragma unroll
+    for (int r = 0; r < FLIGHT; r++) {
+      const int i = i0 + r * RANKS;
+      weight[r] = i < rows ? z[i] * F::LIFT : 0;
+      if (scales && i < rows) weight[r] *= scales[i * blocks + c / BLOCK];
+    }
+#pragma unroll
+    for (int r = 0; r < FLIGHT; r++) {
+#pragma unroll
+      for (int n = 0; n < N; n++) sum[n] += F::at(row[r], n) * weight[r];
+      if (!F::finite(row[r])) {
+#pragma unroll
+        for (int n = 0; n < N; n++)
+          sum[n] += fabs(F::decode(F::code(row[r], n))) < INFINITY ? 0 : NAN;
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < N; n++) of_rank[n][threadIdx.x] = sum[n];
+  __syncthreads();
+  for (int o = threadIdx.x; o < LANES * N && first + o < d; o += THREADS) {
+    double total = 0;
+    for (int r = 0; r < RANKS; r++) total += of_rank[o % N][r * LANES + o / N];
+    u[first + o] = typename F::Real(factor * (total * F::DROP));
   }
 }
 
+// --- compressed windows -------------------------------------------------------------------------
+//
+// columns, values (m, k): the columns of a row in order, the same number of them in each whole block
+// of columns, so that a row's entries in a block lie in the same place in every row.
+
+// How many entries a row has in each whole block: found in the first row.
+__device__ int kept_in_block(const int* columns, long long k) {
+  const auto in_first = [=](int e) { return Numbers<1>{{columns[e] < BLOCK ? 1.0 : 0.0}}; };
+  return int(reduce<1>(k < BLOCK ? int(k) : BLOCK, in_first).at[0]);
+}
+
+constexpr int SHARE = 8;                              // threads that share a row
+constexpr int ROUNDS = 4;                             // rows of a thread
+constexpr int ABREAST = THREADS / SHARE;              // rows at once
+constexpr int SPARSE_ROWS = ROUNDS * ABREAST;         // of an item
+constexpr int SPARSE_PARTS = 128;                     // of the columns, at most
+constexpr int VECTORS = 2;
+
+// y (n, m) = G X^T over the rows in use, n <= VECTORS. An item is a few rows times a part of the
+// blocks of columns, whose part of X is gathered from shared memory.
+template <class F>
+__global__ __launch_bounds__(THREADS, 3) void sparse_times(
+    const int* __restrict__ columns, const typename F::Code* __restrict__ values,
+    const typename F::Real* __restrict__ X, const long long* __restrict__ count, int n, int m,
+    long long k, long long d, double* __restrict__ partial, double* __restrict__ y) {
+  __shared__ typename F::Real x[BLOCK];
+  const auto grid = cooperative_groups::this_grid();
+  const int rows = Place(count, m).rows, kept = kept_in_block(columns, k);
+  const int blocks = int((d + BLOCK - 1) / BLOCK);
+  const int per_part = blocks > 0 ? (blocks + SPARSE_PARTS - 1) / SPARSE_PARTS : 1;
+  const int parts = (blocks + per_part - 1) / per_part;
+  const int groups = (rows + SPARSE_ROWS - 1) / SPARSE_ROWS;
+  for (int item = blockIdx.x; item < groups * parts; item += gridDim.x) {
+    const int part = item / groups;
+    const int first = item % groups * SPARSE_ROWS + threadIdx.x / SHARE;
+    double sum[VECTORS][ROUNDS] = {};
+    for (int b = part * per_part; b < blocks && b < (part + 1) * per_part; b++) {
+      const long long column = (long long)(b) * BLOCK, entry = (long long)(b) * kept;
+      const int entries = k - entry < kept ? int(k - entry) : kept;
+#pragma unroll
+      for (int v = 0; v < VECTORS; v++) {
+        if (v >= n) break;
+        __syncthreads();  // x has been read
+        for (int c = threadIdx.x; c < BLOCK && column + c < d; c += THREADS)
+          x[c] = X[v * d + column + c];
+        __syncthreads();
+#pragma unroll
+        for (int r = 0; r < ROUNDS; r++) {
+          const long long at = (first + r * ABREAST) * k + entry;
+          if (first + r * ABREAST >= rows) break;
+          for (int e = threadIdx.x % SHARE; e < entries; e += SHARE)
+            sum[v][r] += F::decode(values[at + e]) * x[columns[at + e] - column];
+        }
+      }
+    }
+#pragma unroll
+    for (int v = 0; v < VECTORS; v++) {
+#pragma unroll
+      for (int r = 0; r < ROUNDS; r++) {
+        double total = sum[v][r];
+        for (int distance = SHARE / 2; distance > 0; distance /= 2)
+          total += __shfl_xor_sync(0xffffffffu, total, distance);
+        const int i = first + r * ABREAST;
+        if (threadIdx.x % SHARE == 0 && v < n && i < rows)
+          partial[(size_t(v) * rows + i) * parts + part] = total;
+      }
+    }
+  }
+  grid.sync();
+  const auto row_of_partial = [=](int i) { return partial + i * size_t(parts); };
+  const auto store_y = [=](int i, double sum) { y[i / rows * size_t(m) + i % rows] = sum; };
+  times(row_of_partial, n * rows, parts, [](int) { return 1.0; }, store_y);
+  for (int i = blockIdx.x * THREADS + threadIdx.x; i < n * m; i += gridDim.x * THREADS)
+    if (i % m >= rows) y[i] = 0;
+}
+
+constexpr int SPARSE_COLUMNS = 512;  // of a thread block: a part of a block of columns
+constexpr int SPARSE_AHEAD = 8;      // rows of a warp in flight
+
+// u = G^T y. Each warp adds up some of the rows in its own part of shared memory, one row after the
+// other: within a row no two entries meet.
+template <class F>
+__global__ __launch_bounds__(THREADS, 2) void sparse_transposed_times(
+    const int* __restrict__ columns, const typename F::Code* __restrict__ values,
+    const double* __restrict__ y, int m, long long k, long long d,
+    typename F::Real* __restrict__ u) {
+  __shared__ double sums[WARPS][SPARSE_COLUMNS];
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const int kept = kept_in_block(columns, k);
+  const long long first = blockIdx.x * (long long)(SPARSE_COLUMNS), entry = first / BLOCK * kept;
+  const int entries = k - entry < kept ? int(k - entry) : kept;
+  double* const sum = sums[warp];
+  for (int c = lane; c < SPARSE_COLUMNS; c += WARP) sum[c] = 0;
+  __syncwarp();
+
+  for (int row0 = warp * WARP; row0 < m; row0 += THREADS) {
+    // A lane a row: from which entry to which are its columns?
+    const int* const row = columns + (row0 + lane < m ? row0 + lane : m - 1) * k + entry;
+    const auto below = [=](long long column) {
+      int low = 0, high = entries;
+      while (low < high) {
+        const int middle = (low + high) / 2;
+        if (row[middle] < column) low = middle + 1;
+        else high = middle;
+      }
+      return low;
+    };
+    const int from = below(first), to = below(first + SPARSE_COLUMNS);
+    for (int r0 = 0; r0 < WARP && row0 + r0 < m; r0 += SPARSE_AHEAD) {
+      long long at[SPARSE_AHEAD];  // a lane's first entry
+      int rest[SPARSE_AHEAD], column[SPARSE_AHEAD];
+      double product[SPARSE_AHEAD];
+#pragma unroll
+      for (int r = 0; r < SPARSE_AHEAD; r++) {  // all on their way before the first is used
+        const int i = row0 + r0 + r, e = __shfl_sync(0xffffffffu, from, r0 + r) + lane;
+        rest[r] = __shfl_sync(0xffffffffu, to, r0 + r) - e;
+        if (i >= m) rest[r] = 0;
+        at[r] = i * k + entry + e;
+        column[r] = rest[r] > 0 ? int(columns[at[r]] - first) : 0;
+        product[r] = rest[r] > 0 ? F::decode(values[at[r]]) * y[i] : 0;
+      }
+#pragma unroll
+      for (int r = 0; r < SPARSE_AHEAD; r++) {
+        if (rest[r] > 0) sum[column[r]] += product[r];
+        for (int e = WARP; e < rest[r]; e += WARP)
+          sum[columns[at[r] + e] - first] += F::decode(values[at[r] + e]) * y[row0 + r0 + r];
+        __syncwarp();  // the next row may have the same columns
+      }
+    }
+  }
+  __syncthreads();
+  for (int c = threadIdx.x; c < SPARSE_COLUMNS && first + c < d; c += THREADS) {
+    double total = 0;
+    for (int w = 0; w < WARPS; w++) total += sums[w][c];
+    u[first + c] = typename F::Real(total);
+  }
+}
+
+#ifndef __CUDACC_RTC__
+
+// call(F()) for number `format` of the types of windows.
+template <class Call>
+cudaError_t with_format(int format, Call call) {
+  switch (format) {
+    case 0: return call(Float32());
+    case 1: return call(BFloat16());
+    case 2: return call(Float16());
+    case 3: return call(Float64());
+    case 4: return call(Float8());
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+// A cooperative launch of at most `blocks` blocks.
+template <class... Parameters, class... Arguments>
+cudaError_t launch_together(void (*kernel)(Parameters...), int blocks, cudaStream_t stream,
+                            Arguments... arguments) {
+  int resident = 0;
+  const cudaError_t error = resident_blocks(kernel, THREADS, &resident);
+  if (error != cudaSuccess) return error;
+  return launch(kernel, dim3(std::min(blocks, resident)), THREADS, true, stream, arguments...);
+}
+
+#endif
+
 }  // namespace
+
+#ifndef __CUDACC_RTC__
 
 extern "C" {
 
@@ -446,15 +959,73 @@ cudaError_t hinv_mul_double(const double* D, double* t, int m, int rows, int n,
   return multiply_inverse(D, t, m, rows, n, stream);
 }
 
-// P, K (m, m), k, z (m,), health (3,): s, residual, condition. scratch: 4 m numbers.
-cudaError_t hinv_update_double(double* P, double* K, const double* k, int m, int j, double damp,
-                               double* z, double* health, double* scratch, cudaStream_t stream) {
-  int resident = 0;
-  const cudaError_t error = resident_blocks(exchange, EXCHANGE_THREADS, &resident);
-  if (error != cudaSuccess) return error;
-  const int blocks = std::min(ceil_div(m, EXCHANGE_THREADS / WARP), resident);
-  return launch(exchange, dim3(blocks), EXCHANGE_THREADS, true, stream, P, K, k, m, j, damp, z,
-                health, scratch);
+// P, K (m, m), k, z (m,), count (), error (1,), accepted (). scratch: 5 m numbers.
+cudaError_t hinv_update(double* P, double* K, const double* k, const long long* count, int m,
+                        double damp, double tolerance, double* z, double* error,
+                        long long* accepted, double* scratch, cudaStream_t stream) {
+  return launch_together(exchange, ceil_div(m, WARPS), stream, P, K, k, count, m, damp, tolerance,
+                         z, error, accepted, scratch);
+}
+
+// format: 0 float32, 1 bfloat16, 2 float16, 3 float64, 4 float8_e4m3fn. G (m, d), rows `stride`
+// apart, each on 16 bytes. x (d,) and u (d,): float, or double for float64. scales (m, blocks of
+// 4,096 columns) or null.
+
+// k (m,). scratch: max(65536, m) numbers.
+cudaError_t hinv_times(int format, const void* G, const void* x, const long long* count,
+                       const float* scales, int m, long long d, long long stride, double* scratch,
+                       double* k, cudaStream_t stream) {
+  return with_format(format, [=](auto f) {
+    using F = decltype(f);
+    const int blocks = std::max(ITEMS, ceil_div(m, F::ROWS));
+    return launch_together(window_times<F>, blocks, stream,
+                           static_cast<const typename F::Code*>(G),
+                           static_cast<const typename F::Real*>(x), count, scales, m, d, stride,
+                           scratch, k);
+  });
+}
+
+// z (m,). x (d,) with its accepted (), or null. count () or null: all rows are in use.
+cudaError_t hinv_transposed_times(int format, void* G, const double* z, const float* scales,
+                                  double factor, const void* x, const long long* count,
+                                  const long long* accepted, int m, long long d, long long stride,
+                                  void* u, cudaStream_t stream) {
+  return with_format(format, [=](auto f) {
+    using F = decltype(f);
+    const dim3 grid(std::max(1, ceil_div(d, LANES * F::N)));
+    return launch(window_transposed_times<F>, grid, THREADS, false, stream,
+                  static_cast<typename F::Code*>(G), z, scales, factor,
+                  static_cast<const typename F::Real*>(x), count, accepted, m, d, stride,
+                  static_cast<typename F::Real*>(u));
+  });
+}
+
+// columns, values (m, k). X (n, d) with n <= 2, y (n, m). scratch: 128 n m numbers.
+cudaError_t hinv_sparse_times(int format, const int* columns, const void* values, const void* X,
+                              const long long* count, int n, int m, long long k, long long d,
+                              double* scratch, double* y, cudaStream_t stream) {
+  return with_format(format, [=](auto f) {
+    using F = decltype(f);
+    const int blocks = std::max(SPARSE_PARTS * ceil_div(m, SPARSE_ROWS), 1);
+    return launch_together(sparse_times<F>, blocks, stream, columns,
+                           static_cast<const typename F::Code*>(values),
+                           static_cast<const typename F::Real*>(X), count, n, m, k, d, scratch, y);
+  });
+}
+
+// y (m,), u (d,).
+cudaError_t hinv_sparse_transposed_times(int format, const int* columns, const void* values,
+                                         const double* y, int m, long long k, long long d, void* u,
+                                         cudaStream_t stream) {
+  return with_format(format, [=](auto f) {
+    using F = decltype(f);
+    const dim3 grid(std::max(1, ceil_div(d, SPARSE_COLUMNS)));
+    return launch(sparse_transposed_times<F>, grid, THREADS, false, stream, columns,
+                  static_cast<const typename F::Code*>(values), y, m, k, d,
+                  static_cast<typename F::Real*>(u));
+  });
 }
 
 }  // extern "C"
+
+#endif

@@ -36,10 +36,10 @@ from torch import Tensor
 
 import checks
 import states
-from coefficients import TOLERANCE, Coefficients, factor
+from coefficients import DOUBLE, SINGLE, TOLERANCE, Coefficients, factor
 from costs import check_memory, step_traffic, window_bytes
 from flat import Flat, is_trained, views
-from precision import UNIT_ROUNDOFF, DampTooSmallError, NonFiniteGradientError, Precision
+from precision import DampTooSmallError, NonFiniteGradientError, Precision
 from ranks import Ranks, dtensor_like, find_process_group, placed_as
 from recovery import Recovery, warn_user
 from windows import Entry, Window, gram
@@ -182,14 +182,14 @@ class DynamicInverseFisher:
         """ĝ as it is to become row j = count mod m, z = A⁻¹e_j (m,), and, of a compressed window,
         G(g − ĝ) (m,). K and P are those with g, if it is accepted; the window is not yet."""
         g = self._checked(g).to(self.device)
-        self.settle()
+        self.settle(wait=False)
         entry = self.window.entry(g)
 
         def products(exact: bool) -> Tensor:
             return self.ranks.sum_of_present(self.window.products(entry, self.counter, exact))
 
-        z, self.accepted, k = self.precision.exchange(products, self.counter)
-        return entry, z, k[-1]
+        z, self.accepted, b = self.precision.exchange(products, self.counter)
+        return entry, z, b
 
     def abstain(self) -> None:
         """In place of an exchange, where all of the ranks have no gradient.
@@ -204,9 +204,10 @@ class DynamicInverseFisher:
         self.counter += self.accepted
         self.precision.interrupted = False  # K and the window agree again
 
-    def settle(self) -> None:
-        """Reads what the last exchange on CUDA found out. Raises as `update_matvec`."""
-        self.precision.settle()
+    def settle(self, wait: bool = True) -> None:
+        """Reads what exchanges on CUDA found out, all of them if it is to `wait`. Raises as
+        `update_matvec`."""
+        self.precision.settle(wait)
 
     def matvec(self, x: Tensor) -> Tensor:
         """F⁻¹x (d,) for x (d,), by (1), in float64: two reads of the window, or four where K is from
@@ -229,7 +230,7 @@ class DynamicInverseFisher:
                 y += side.solve(b - image - m * self.damp * y)
             u = (x - window.transposed_times(y)) / self.damp
             # As in (5), with y for z. Refinement squares the error of K.
-            roundoff = UNIT_ROUNDOFF[True] + (0 if exact else UNIT_ROUNDOFF[False] ** 2 * trace)
+            roundoff = DOUBLE + (0 if exact else SINGLE**2 * trace)
             terms = (trace * (y.square() @ side.K.diagonal())).sqrt() + self.ranks.norm(x)
             if roundoff * float(terms) <= TOLERANCE * self.damp * float(self.ranks.norm(u)):
                 return self._fitting(u)
@@ -246,7 +247,7 @@ class DynamicInverseFisher:
         A.diagonal().add_(m * self.damp)
         L = factor(A)
         inverse = torch.cholesky_inverse(L).diagonal()
-        error = UNIT_ROUNDOFF[True] * inverse * A.diagonal()
+        error = DOUBLE * inverse * A.diagonal()
         left = m * self.damp * inverse  # λ diag(F⁻¹)
         if not direct:
             W = (torch.linalg.solve_triangular(L, t, upper=False) for t in self.window.tiles())
@@ -440,7 +441,7 @@ class MFAC(torch.optim.Optimizer):
                 segment.numbers.neg_()
             if group["weight_decay"] != 0:
                 segment.add_weights(group["weight_decay"])
-        late = self._recovery.settle(self.fisher)
+        late = self._recovery.settle(self.fisher, wait=False)
         u = self._recovery.update_matvec(self.fisher, self._flat.gradient(), self.damp)
         if u is not None:
             u = self._flat.spread(u)

@@ -1,27 +1,30 @@
 """How far off F⁻¹g is, and what follows: go on, fall back to float64, or refuse the gradient.
 
-K (m, m) is summed from rounded products, so that its entries are off by up to r ‖gᵢ‖‖gₗ‖, where r
-is the unit roundoff of the arithmetic: 2⁻²⁴ for float32, 2⁻⁵³ for float64. With A = mλI + K, P = A⁻¹
-and D = diag(A)^½, the error of u = mGᵀz, A z = e_j, is δu = −m GᵀP δK z. Since ‖GᵀP^½‖ ≤ 1, and
-‖P^½D‖² ≤ Σᵢ PᵢᵢAᵢᵢ, for independent roundings
+K (m, m) is summed from rounded products, so that its entries are off by up to r‖gᵢ‖‖gₗ‖. With
+A = mλI + K, P = A⁻¹, D = diag(A)^½, the error of u = mGᵀz, A z = e_j, is δu = −m GᵀP δK z. Since
+‖GᵀP^½‖ ≤ 1, and ‖P^½D‖² ≤ Σᵢ PᵢᵢAᵢᵢ, for independent roundings
 
-    ‖δu‖/‖u‖ ≲ r · amplification,   amplification² = Σᵢ PᵢᵢAᵢᵢ · Σᵢ zᵢ²Kᵢᵢ / zᵀKz               (5)
+    ‖δu‖/‖u‖ ≲ (r (Σᵢ PᵢᵢAᵢᵢ)^½ + q) (Σᵢ zᵢ²Kᵢᵢ / zᵀKz)^½                                         (5)
 
-The first factor is the condition of A, the second what cancels in Gᵀz. The residual e_j − Az of the
-solve itself enters the same way, as ‖D⁻¹(e_j − Az)‖ (Σᵢ PᵢᵢAᵢᵢ / zᵀKz)^½. All of it costs O(m).
+where the root of the trace says how nearly parallel gradients are, and the last factor how much
+cancels in Gᵀz, which is itself off by q. The residual e_j − Az of the solve enters in the place of δK z.
+In float64, r = 2⁻⁵², and q is nothing beside it. In float32, q = 2⁻²⁶m^½ for sums of m terms, and r is
+measured: short sums err by 0.02 to 1 unit roundoff, depending on the gradients, so one entry of each k
+is computed both ways, and r is 1.5 times the root mean square of the difference.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from coefficients import TOLERANCE, Coefficients
+from coefficients import SINGLE, TOLERANCE, Coefficients
 
 __all__ = ["DampTooSmallError", "NonFiniteGradientError", "Precision"]
 
-UNIT_ROUNDOFF = {False: 2.0**-24, True: 2.0**-53}  # of float32 and float64
+UNREAD = 4  # exchanges on CUDA, at most, that the host is ahead
 
 
 class NonFiniteGradientError(ValueError):
@@ -58,7 +61,7 @@ class Precision:
 
     On the CPU products start in float32. Where (5) is too large, they fall back to float64 for at
     least the rest of a round of m gradients. On CUDA all is float64, and what an exchange found out
-    is read by the next call, so that nobody waits for the device.
+    is read by one of the next calls, so that nobody waits for the device.
 
     Args:
         side: K and P.
@@ -70,50 +73,73 @@ class Precision:
         self.side, self.gram = side, gram
         self.always_exact = self.exact = always_exact
         self.interrupted = False  # while K and the window may disagree, as after an exception
-        self._largest = 0.0  # amplification in this round
-        self._unread: tuple[Tensor, torch.cuda.Event] | None = None
+        self._mean_square, self._measured = (SINGLE / 8) ** 2, 0  # of roundings in float32
+        self._largest = 0.0  # error in this round, as it is or would be in float32
+        self._fresh = True  # whether P has been computed from K as it is
+        self._unread: deque[tuple[Tensor, torch.cuda.Event, bool]] = deque()
 
     def exchange(
         self, products: Callable[[bool], Tensor], count: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """z, whether it is accepted, and the products, which it gets for float64 or not.
+        """z, whether it is accepted, and the products, which it asks for in float64 or not.
 
         Raises:
             NonFiniteGradientError, DampTooSmallError: nothing has changed. On CUDA z is zero, and the
                 next `settle` raises.
         """
-        if not self.always_exact and int(count) % len(self.side.K) == 0:
+        m = len(self.side.K)
+        if not self.always_exact and int(count) % m == 0:
             self._new_round()
         while True:
             k = products(self.exact)
+            if k.shape[1] > m:
+                j, K = int(count) % m, self.side.K
+                self._measure(k[0, m] / (k[0, j] * K[j - 1, j - 1]).sqrt())
             self.interrupted = True
-            z, accepted, health = self.side.exchange(k[0], count, UNIT_ROUNDOFF[self.exact])
+            z, accepted, errors = self.side.exchange(k[0, :m], count, self.rounding, self.exact)
             try:
-                if self._accepts(health):
-                    return z, accepted, k
+                if self._accepts(errors):
+                    self._fresh = False
+                    return z, accepted, k[-1, :m]
                 self.recover()
             except ValueError:
                 self.interrupted = False
                 raise
 
-    def settle(self) -> None:
-        """Reads what the last exchange on CUDA found out, and repairs what was interrupted.
+    @property
+    def rounding(self) -> float:
+        """r in float32"""
+        return 1.5 * self._mean_square**0.5
+
+    def _measure(self, rounding: Tensor) -> None:
+        """Takes the relative error of an entry of K into the mean over about m of them."""
+        if bool(rounding.isfinite()):
+            self._measured = min(self._measured + 1, len(self.side.K))
+            self._mean_square += (float(rounding) ** 2 - self._mean_square) / (self._measured + 1)
+
+    def settle(self, wait: bool = True) -> None:
+        """Reads what exchanges on CUDA found out, and repairs what was interrupted. Unless it is to
+        `wait`, the last few exchanges may be left unread.
 
         Raises:
-            NonFiniteGradientError, DampTooSmallError: of that exchange.
+            NonFiniteGradientError, DampTooSmallError: of such an exchange.
         """
         if self.interrupted:
             self.rebuild()
             self.interrupted = False
-        if self._unread is not None:
-            (numbers, arrived), self._unread = self._unread, None
+        while self._unread and not torch.cuda.is_current_stream_capturing():
+            errors, arrived, fresh = self._unread[0]
+            if not (wait or len(self._unread) > UNREAD or arrived.query()):
+                return
             arrived.synchronize()
-            if not self._judge(*numbers.tolist()):
+            self._unread.popleft()
+            if not self._judge(*errors.tolist()):
+                self._fresh &= fresh
                 self.recover()
 
     def set_damp(self, damp: float) -> None:
         """Makes `damp` λ, or raises DampTooSmallError and keeps the one that is."""
-        self._unread = None  # a verdict about the λ that goes
+        self._unread.clear()  # verdicts about the λ that goes
         self._invert(damp)
 
     def rebuild(self) -> None:
@@ -122,7 +148,8 @@ class Precision:
 
     def forget(self) -> None:
         """Drops what has been found out about exchanges, as their window is replaced."""
-        self._unread, self.interrupted, self._largest = None, False, 0.0
+        self._unread.clear()
+        self.interrupted, self._fresh, self._largest = False, False, 0.0
 
     def refuse(self) -> None:
         """Raises DampTooSmallError."""
@@ -130,7 +157,7 @@ class Precision:
 
     def recover(self) -> None:
         """After a result that is too far off: computes K anew in float64, or else P anew from K."""
-        if self.exact and self.side.fresh:
+        if self.exact and self._fresh:
             self.refuse()
         self._invert(self.side.damp, anew=not self.exact)
 
@@ -142,6 +169,7 @@ class Precision:
             done = self.side.invert(damp)
         if not done:
             raise DampTooSmallError(self._advice(damp))
+        self._fresh = True
 
     def _advice(self, damp: float) -> str:
         largest = float(self.side.K.diagonal().max())
@@ -153,23 +181,25 @@ class Precision:
 
     def _new_round(self) -> None:
         """Goes back to float32 if that would have done for the last m gradients."""
-        self.exact &= not UNIT_ROUNDOFF[False] * self._largest < TOLERANCE / 2
+        self.exact &= not self._largest < 0.75 * TOLERANCE
         self._largest = 0.0
 
-    def _accepts(self, health: Tensor) -> bool:
+    def _accepts(self, errors: Tensor) -> bool:
         """Whether the exchange stands. On CUDA that is left to `settle`, and True."""
-        if not health.is_cuda:
-            return self._judge(*health.tolist())
+        if not errors.is_cuda:
+            return self._judge(*errors.tolist())
         if not torch.cuda.is_current_stream_capturing():
-            numbers = torch.empty(health.shape, dtype=health.dtype, device="cpu", pin_memory=True)
-            numbers.copy_(health, non_blocking=True)
+            numbers = torch.empty(errors.shape, dtype=errors.dtype, device="cpu", pin_memory=True)
+            numbers.copy_(errors, non_blocking=True)
             arrived = torch.cuda.Event()
-            arrived.record(torch.cuda.current_stream(health.device))
-            self._unread = numbers, arrived
+            arrived.record(torch.cuda.current_stream(errors.device))
+            self._unread.append((numbers, arrived, self._fresh))
         return True
 
-    def _judge(self, accepted: float, error: float, amplification: float) -> bool:
-        self._largest = max(self._largest, amplification)
+    def _judge(self, error: float, in_float32: float = 0.0) -> bool:
+        self._largest = max(self._largest, in_float32)
         if math.isnan(error):
             raise NonFiniteGradientError("The gradient has NaN or Inf; the window is unchanged")
-        return accepted != 0
+        accepted = error <= TOLERANCE
+        self.side.fresh &= not accepted
+        return accepted

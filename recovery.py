@@ -35,16 +35,20 @@ class Recovery:
         self.skipped_steps = self.raised_steps = 0
         self._steps = self._last_skip = self._in_a_row = 0
 
-    def settle(self, fisher: "DynamicInverseFisher") -> NonFiniteGradientError | None:
-        """Reads what the last step on CUDA found out; returns what is left to raise."""
-        try:
-            fisher.settle()
-        except DampTooSmallError:
-            self._raise_damp(fisher)
-        except NonFiniteGradientError as error:
-            self._skip(error)
-            return error if self.on_nonfinite == "raise" else None
-        return None
+    def settle(
+        self, fisher: "DynamicInverseFisher", wait: bool = True
+    ) -> NonFiniteGradientError | None:
+        """Reads what steps on CUDA found out; returns what is left to raise."""
+        late = None
+        while True:
+            try:
+                fisher.settle(wait)
+                return late if self.on_nonfinite == "raise" else None
+            except DampTooSmallError:
+                self._raise_damp(fisher)
+            except NonFiniteGradientError as error:
+                self._skip(error)
+                late = error
 
     def update_matvec(
         self, fisher: "DynamicInverseFisher", g: Tensor, damp: float
@@ -59,14 +63,21 @@ class Recovery:
                 u = fisher.update_matvec(g)
             except DampTooSmallError:
                 self._raise_damp(fisher)
+                continue
             except NonFiniteGradientError as error:
                 self._skip(error)
                 if self.on_nonfinite == "raise":
                     raise
                 return None
-            else:
-                self.raised_steps += fisher.damp != damp
-                return u
+            if fisher.damp != damp:
+                self.raised_steps += 1
+                if self.raised_steps == 1:
+                    warn_user(
+                        f"damp = {damp:g} is too small for these gradients: {fisher.damp:g} is used, or "
+                        "more, for as long as needed, without another warning; raised_steps counts the "
+                        "steps"
+                    )
+            return u
 
     def state_dict(self) -> dict[str, int]:
         """The counts."""
@@ -98,17 +109,12 @@ class Recovery:
             damp *= 10
             with contextlib.suppress(DampTooSmallError):
                 fisher.damp = damp
-        if self.raised_steps == 0:
-            warn_user(
-                f"damp = {before:g} is too small for these gradients: {damp:g} is used, or more, for "
-                "as long as needed, without another warning; raised_steps counts the steps"
-            )
 
 
 def warn_user(message: str) -> None:
     """Warns at the line outside of torch and of this project's modules that led here."""
     level, frame = 1, sys._getframe()
-    inside = ("torch", "optim", "recovery", "mfac")
+    inside = ("torch", "optim", "recovery", "states", "mfac")
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in inside:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from checks import check_damp, check_integer, checked_dtype, is_real, kind
-from flat import Flat, views
+from flat import Flat
 from ranks import as_dtensor, is_dtensor, local, placed_as, sharded_dim
 from windows import BLOCK, SCALED
 
@@ -36,6 +36,7 @@ def of_fisher(fisher: "DynamicInverseFisher") -> dict[str, Any]:
     side = fisher.coefficients
     return {
         "window": [block.state for block in fisher.window.blocks],
+        "dims": fisher.window.dims,
         "count": fisher.count,
         "damp": fisher.damp,
         "exact": fisher.precision.exact,
@@ -74,6 +75,8 @@ def into_fisher(
     like = (m, dtype, compress) == (fisher.num_grads, fisher.dtype, fisher.compress)
     side, precision = fisher.coefficients, fisher.precision
     precision.forget()
+    if like and sum(state["dims"]) == sum(dims):
+        fisher.window.divide(state["dims"])  # as sums over blocks are rounded
     if not (like and (plain or dims == fisher.window.dims)):
         for tensor in (side.K, fisher.counter, *_stored(fisher)):
             tensor.zero_()
@@ -97,7 +100,6 @@ def into_fisher(
     precision.exact = precision.always_exact or state["exact"]
     side.K.copy_(state["K"])
     side.P.copy_(state["P"])
-    side.fresh = False
     if not complete:
         precision.rebuild()
     elif state["damp"] != fisher.damp:
@@ -126,7 +128,7 @@ def _row(block: dict[str, Tensor], j: int, dtype: torch.dtype, compress: float |
 
 
 def _check_shared(state: Any) -> None:
-    names = ("window", "count", "damp", "exact", "K", "P", "dtype", "compress")
+    names = ("window", "dims", "count", "damp", "exact", "K", "P", "dtype", "compress")
     if not (isinstance(state, dict) and all(name in state for name in names)):
         found = list(state) if isinstance(state, dict) else kind(state)
         raise ValueError(f"Expected a state dict with {list(names)}, got {found}")
@@ -137,8 +139,10 @@ def _check_shared(state: Any) -> None:
     square = is_real(K) and is_real(P) and K.ndim == 2 and K.shape == K.T.shape == P.shape
     if not (square and len(K) and bool(K.isfinite().all()) and isinstance(state["exact"], bool)):
         raise ValueError("The state dict is damaged: K must be a finite square matrix, P like it")
-    if not isinstance(state["window"], list):
+    if not (isinstance(state["window"], list) and isinstance(state["dims"], list)):
         raise ValueError("The state dict is damaged: its window must be a list of blocks")
+    for dim in state["dims"]:
+        check_integer("dims", dim, least=0)
 
 
 def _checked_block(block: Any, m: int, dtype: torch.dtype, compress: float | None) -> int:
@@ -305,23 +309,18 @@ def replace_params(state: dict[Any, Any], old: list[Tensor], new: list[Tensor]) 
 
 
 def _to_save(flat: Flat, p: Tensor, G: Tensor) -> Tensor:
-    """The columns G (m, ·) of p as (m, *shape), or as (m, trained weights) where there are masks or
-    ranks that share it."""
-    m, here, dim = len(G), local(p), sharded_dim(p)
-    if flat.index is None:  # in the order of memory
-        stride = torch.empty_like(here, device="meta").stride()
-        return G.as_strided((m, *here.shape), (G.stride(0), *stride), G.storage_offset())
-    mask = flat.mask(p)
+    """The columns G (m, ·) of p as (m, trained weights), or (m, *shape) if p is sharded."""
+    dim, mask, here = sharded_dim(p), flat.mask(p), local(p)
     if dim is None:
-        trained = p.numel() if mask is None else int(mask.sum())
-        return flat.ranks.as_saved(G, 1, trained)
+        return flat.ranks.as_saved(G, 1, p.numel() if mask is None else int(mask.sum()))
     if mask is not None:
-        G = G.new_zeros(m, here.numel()).index_copy_(1, local(mask).flatten().nonzero()[:, 0], G)
+        index = local(mask).flatten().nonzero()[:, 0]
+        G = G.new_zeros(len(G), here.numel()).index_copy_(1, index, G)
     from torch.distributed.tensor import Shard
 
     placements = [Shard(dim + 1) if x.is_shard() else x for x in cast(Any, p).placements]
-    mesh = cast(Any, p).device_mesh
-    return as_dtensor(G.reshape(m, *here.shape), (m, *p.shape), mesh, placements)
+    shape, mesh = (len(G), *p.shape), cast(Any, p).device_mesh
+    return as_dtensor(G.reshape(len(G), *here.shape), shape, mesh, placements)
 
 
 def _own_blocks(fisher: "DynamicInverseFisher", shared: dict[str, Any]) -> list[dict[str, Tensor]]:
@@ -363,12 +362,7 @@ def _from_saved(
         G = flat.ranks.own(G.view(m, *p.shape), dim + 1).flatten(1)
     if mask is not None and G.shape[1] == local(p).numel():
         G = G[:, local(mask).flatten().to(G.device)]
-    if dim is None:
-        G = flat.ranks.part(G, 1)
-    if flat.index is None and not local(p).is_contiguous():
-        order = views(torch.arange(p.numel(), device=G.device), [p])[0].flatten()
-        G = torch.empty_like(G).index_copy_(1, order, G)
-    return G
+    return flat.ranks.part(G, 1) if dim is None else G
 
 
 def _check_parameters(

@@ -21,7 +21,7 @@ from kernels import cuda_kernels
 __all__ = ["BLOCK", "CompressedWindow", "DenseWindow", "Window", "gram", "kept"]
 
 BLOCK = 2**12  # columns that share a scale, or among which the largest entries are found
-CHUNK = 2**12  # columns, at most, summed in float32; float64 sums the chunks
+CHUNK = 2**10  # columns, at most, summed in float32; float64 sums the chunks
 TILE = 13 * 2**18  # numbers converted at a time: twelve rows of ResNet-20, which cache holds
 ALIGN = 128  # bytes: rows start at multiples of it, so that they can be read 16 bytes at a time
 SCALED = {torch.float16: 2.0**15, torch.float8_e4m3fn: 2.0**8}  # types, and the largest they store
@@ -78,6 +78,7 @@ class DenseWindow:
         blocks = pad(g.float(), (0, -self.dim % BLOCK)).view(-1, BLOCK)
         largest = blocks.abs().amax(1) / SCALED[self.G.dtype]
         scales = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent.clamp(-120, 120))
+        scales += 0 * largest  # NaN where g is not finite, since 8 bits have no Inf
         rounded = (blocks / scales[:, None]).to(self.G.dtype)
         values = (rounded.float() * scales[:, None]).flatten()[: self.dim]
         return Entry(values, {"G": rounded.flatten()[: self.dim], "scales": scales})
@@ -88,17 +89,26 @@ class DenseWindow:
             _replace(rows, entry.row[name], count, accepted)
 
     def products(self, entry: Entry, count: Tensor, exact: bool) -> Tensor:
-        """Gĝ (1, m) in float64 with ĝᵀĝ as entry j = count mod m, where row j is still the old one."""
+        """Gĝ (1, m) in float64 with ĝᵀĝ as entry j = count mod m, where row j is still the old one.
+        From float32 products (1, m + 1): by how much they miss entry j − 1 mod m comes last."""
         if kernels := cuda_kernels(self.device):
             return kernels.hinv_times(self.G, entry.values, count, self.scales)[None]
-        k = self.times(entry.values, exact, _rows_in_use(self.G, count))
-        return _with_new_row(k[None], entry.values[None], entry.values, count)
+        g = entry.values
+        k = self.times(g, exact, _rows_in_use(self.G, count))
+        rounding = []
+        if self._dtype(exact) == torch.float32:
+            i = (int(count) - 1) % len(k)
+            row = self._tile(slice(i, i + 1), slice(0, self.dim), torch.float64)
+            rounding = [k[None, i : i + 1] - row @ g.double()]
+        return torch.cat([_with_new_row(k[None], g[None], g, count), *rounding], 1)
 
     def transposed_times(self, y: Tensor, exact: bool = True) -> Tensor:
         """Gᵀy (d,) for y (m,), in float32 or wider."""
         if kernels := cuda_kernels(self.device):
             return kernels.hinv_transposed_times(self.G, y, self.scales)
         dtype = self._dtype(exact)
+        if dtype == torch.float32 and bool(((y.abs() < 2**-100) & (y != 0)).any()):
+            dtype = torch.float64  # small numbers belong to large rows
         x, y = torch.zeros(self.dim, dtype=dtype, device=self.device), y.to(dtype)
         with torch.autocast(self.device.type, enabled=False):
             for rows, columns, tile in self._converted(len(y), dtype):
@@ -322,6 +332,15 @@ class Window:
             block = CompressedWindow(self.m, dim, device, self.dtype, self.compress)
             self.blocks.append(block)
 
+    def divide(self, dims: Sequence[int]) -> None:
+        """Makes an empty window of blocks of these numbers of columns, if there are devices for them:
+        as many, or fewer where it has grown."""
+        devices = [block.device for block in self.blocks]
+        if len(devices) <= len(dims) and list(dims) != self.dims:
+            self.blocks = []
+            for i, dim in enumerate(dims):
+                self.append(dim, devices[min(i, len(devices) - 1)])
+
     @property
     def dims(self) -> list[int]:
         return [block.dim for block in self.blocks]
@@ -376,14 +395,14 @@ class Window:
         """G in float64, a few columns (m, ·) at a time, on `device`."""
         return (tile.to(self.device) for block in self.blocks for tile in block.tiles())
 
-    def columns(self, start: int, stop: int) -> list[dict[str, Tensor]]:
-        """What is stored of columns start to stop of a dense window, as views, a dict a block."""
+    def columns(self, start: int, stop: int) -> list[Tensor]:
+        """What is stored of columns start to stop of a dense window, as views, one a block."""
         views = []
         for block in self.blocks:
-            if start < block.dim and stop > 0:
+            if max(start, 0) < min(stop, block.dim):
                 views.append(block.G[:, max(start, 0) : stop])
             start, stop = start - block.dim, stop - block.dim
-        return views
+        return views or [self.blocks[0].G[:, :0]]
 
     def _split(self, x: Tensor) -> list[tuple[Any, Tensor]]:
         if len(self.blocks) == 1:
@@ -433,14 +452,18 @@ def _short_sums(G: Tensor, x: Tensor) -> Tensor:
     """Gx in float64, summed over products of a few columns each in the type of G."""
     if G.dtype == torch.float64:
         return G @ x
-    chunk = max(1, len(x) // max(16, math.ceil(len(x) / CHUNK)))
-    chunk -= chunk % 16 if chunk > 16 else 0
+    chunk = _chunk(len(x))
     whole = len(x) - len(x) % chunk
     # One batch of products x_c (1, chunk) times G_cᵀ (chunk, m) reads G no slower than G @ x does,
     # which would leave all d columns to a single float32 sum.
     chunks = G[:, :whole].unflatten(1, (-1, chunk)).permute(1, 2, 0)
     products = torch.bmm(x[:whole].view(-1, 1, chunk), chunks)
     return products.sum((0, 1), dtype=torch.float64) + G[:, whole:] @ x[whole:]
+
+
+def _chunk(d: int) -> int:
+    """Columns of a short sum: 256 sums or more."""
+    return min(CHUNK, max(16, d // 256 // 16 * 16))
 
 
 def _largest(a: Tensor, compress: float) -> Tensor:

@@ -1,13 +1,14 @@
 """What each process of tests/test_distributed.py does.
 
-    torchrun distributed_worker.py CHECK... FOLDER
+    WORLD_SIZE=4 python distributed_worker.py CHECK... FOLDER
 
-A check is a function of this module. Every process judges its results against a run of its own, in
-one process on the whole batches, or against dense matrices in float64.
+or with torchrun. A check is a function of this module. Every process judges its results against a
+run of its own, in one process on the whole batches, or against dense matrices in float64.
 """
 
 import copy
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -573,10 +574,31 @@ def disagreement(folder):
     raises("damp", lambda: pruner.prune(0.5))
 
 
+def forked(processes, folder):
+    """Goes on in so many processes, which need not import torch again; returns how they meet."""
+    how = {"world_size": processes, "init_method": f"file://{folder}/meeting-of-{os.getpid()}"}
+    children = set()
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            return {**how, "rank": rank}
+        children.add(child)
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if status:  # the others would wait for it
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(1)
+    sys.exit(0)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     *checks, folder = sys.argv[1:]
+    by_torchrun = "RANK" in os.environ
+    how = {} if by_torchrun else forked(int(os.environ["WORLD_SIZE"]), folder)
+    dist.init_process_group("gloo", **how)
     for check in checks:
         globals()[check](Path(folder))
     dist.barrier()

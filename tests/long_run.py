@@ -137,7 +137,8 @@ def check(fisher, log, step):
     for age, row in enumerate(reversed(log)):
         expected[(fisher.count - 1 - age) % fisher.num_grads, : len(row)] = row
     expected = expected.to(fisher.dtype)
-    assert torch.equal(fisher.columns(0, d), expected), f"step {step}: another window"
+    G = torch.cat(list(fisher.window.tiles()), 1)
+    assert torch.equal(G, expected.double()), f"step {step}: another window"
     if d < 1500:  # the dense inverse is too slow for more
         x = torch.linspace(-1, 1, d, dtype=torch.float64)
         reference = dense_inverse(expected, fisher.damp) @ x
@@ -155,12 +156,9 @@ def main():
         from test_numerics import ADVERSARIES, drifts
 
         for kind in ADVERSARIES:
-            for rebuild in (True, False):
-                found, condition = drifts(kind, [100, 1000, 10_000], rebuild=rebuild)
-                errors = ", ".join(f"{n:,}: {error:.1e}" for n, error in found.items())
-                print(
-                    f"{kind}, rebuilt: {rebuild}, condition {condition:.1e}; {errors}", flush=True
-                )
+            found, condition = drifts(kind, [100, 1000, 10_000])
+            errors = ", ".join(f"{n:,}: {error:.1e}" for n, error in found.items())
+            print(f"{kind}, condition {condition:.1e}; {errors}", flush=True)
         return
     for seed in range(args.seeds):
         for dtype in (torch.float32, torch.bfloat16):

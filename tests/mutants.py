@@ -47,9 +47,10 @@ import windows  # noqa: F401
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = ["test_misuse", "test_torch_conventions"]
 DYNAMIC = ["optim", "windows", "coefficients", "precision", "recovery", "flat", "states", "costs"]
-OF_DYNAMIC = ["test_contract", "test_windows", "test_optim", "test_numerics", *COMMON]
+DYNAMIC += ["checks"]
+OPTIM = ["test_contract", "test_windows", "test_optim", "test_numerics", *COMMON]
 TESTS = {
-    **{module: OF_DYNAMIC for module in [*DYNAMIC, "checks"]},
+    **{module: OPTIM for module in DYNAMIC},
     "prun": ["test_prun_fisher", "test_pruners", "test_prune_any", "test_numerics", *COMMON],
 }
 MEMORY = 24 * 2**30  # bytes of addresses, of which torch alone takes many

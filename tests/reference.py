@@ -24,6 +24,23 @@ def dense_inverse(G, damp: float) -> torch.Tensor:
     return torch.linalg.inv(dense_fisher(G, damp))
 
 
+def woodbury_column(G, damp: float, j: int) -> torch.Tensor:
+    """F⁻¹g_j (d,) for row j of G, from an m × m solve: where (d, d) is too large, or too
+    ill-conditioned (a gradient scaled by c scales a row and a column here, no more)."""
+    G, m = torch.as_tensor(G).double(), len(G)
+    A = G @ G.T + m * damp * torch.eye(m, dtype=torch.float64)
+    e = torch.eye(m, dtype=torch.float64)[j]
+    return m * G.T @ torch.cholesky_solve(e[:, None], torch.linalg.cholesky(A))[:, 0]
+
+
+def ring(rows, m: int) -> torch.Tensor:
+    """The window (m, d) that rows (n, d) leave behind, zeros where none was yet."""
+    G = torch.zeros(m, len(rows[0]), dtype=rows[0].dtype)
+    for t, row in enumerate(rows):
+        G[t % m] = row
+    return G
+
+
 def exact_inverse(G, damp: float, size: int | None = None) -> np.ndarray:
     """The inverse of dense_fisher, or of its blocks of `size` on the diagonal, as Decimals (d, d).
 
@@ -76,16 +93,37 @@ def as_kept(
         start = 0
         for size in sizes or [len(a)]:
             for first in range(start, start + size, block):
-                columns = range(first, min(first + block, start + size))
-                number = len(columns) if compress is None else round(compress * len(columns))
-                largest = sorted(columns, key=lambda i: -abs(a[i].item()))[: max(1, number)]
-                for i in largest:
-                    c[i] = a[i].to(dtype)
+                columns = slice(first, min(first + block, start + size))
+                part = a[columns]
+                number = len(part) if compress is None else max(1, round(compress * len(part)))
+                largest = sorted(range(len(part)), key=lambda i: -abs(part[i].item()))[:number]
+                c[first + torch.tensor(largest)] = rounded(part[largest], dtype).to(c.dtype)
             start += size
         rows.append(c)
         if compress is not None:
             error = a - c
     return torch.stack(rows), error
+
+
+# Of floating-point types: significant bits, the exponent of the smallest number, and, of those that
+# have scales, the exponent that the largest number of a block gets.
+FORMATS = {
+    torch.float64: (53, -1074, None),
+    torch.float32: (24, -149, None),
+    torch.bfloat16: (8, -133, None),
+    torch.float16: (11, -24, 15),
+    torch.float8_e4m3fn: (4, -9, 8),
+}
+
+
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A block x (n,) as the nearest numbers of `dtype`, which for some is times a power of two."""
+    bits, smallest, largest = FORMATS[dtype]
+    values = x.double().numpy()
+    exponent = 0 if largest is None else np.frexp(np.abs(values).max())[1] - largest
+    values = np.ldexp(values, -exponent)
+    step = np.maximum(np.frexp(values)[1] - bits, smallest)
+    return torch.from_numpy(np.ldexp(np.rint(np.ldexp(values, -step)), step + exponent))
 
 
 def recursion(G, damp: float, dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:

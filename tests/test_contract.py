@@ -28,7 +28,9 @@ def saved(G, tmp_path):
 FORMS = {
     "dynamic": (dynamic, 1),
     "dynamic, shards": (lambda *a: dynamic(*a, shards=["cpu", "cpu"]), 1),
-    "dynamic, bfloat16": (lambda *a: dynamic(*a, dtype=torch.bfloat16), 1),
+    "dynamic, bfloat16": (lambda *a: dynamic(*a, dtype="bfloat16"), 1),
+    "dynamic, float16": (lambda *a: dynamic(*a, dtype=torch.float16), 1),
+    "dynamic, float8": (lambda *a: dynamic(*a, dtype=torch.float8_e4m3fn), 1),
     "dynamic, compressed": (lambda *a: dynamic(*a, compress=0.3), 1),
     "dynamic, compressed bfloat16": (
         lambda *a: dynamic(*a, compress=0.3, dtype=torch.bfloat16),
@@ -60,6 +62,8 @@ FORMS = {
 # What these keep of the gradients; F is made of that.
 KEPT = {
     "dynamic, bfloat16": lambda G: as_kept(G, dtype=torch.bfloat16)[0],
+    "dynamic, float16": lambda G: as_kept(G, dtype=torch.float16)[0],
+    "dynamic, float8": lambda G: as_kept(G, dtype=torch.float8_e4m3fn)[0],
     "dynamic, compressed": lambda G: as_kept(G, 0.3)[0],
     "dynamic, compressed bfloat16": lambda G: as_kept(G, 0.3, torch.bfloat16)[0],
 }

@@ -1,26 +1,35 @@
-"""The CUDA kernels: executed on the CPU by tests/cuda_on_cpu, and on a GPU where there is one.
-
-Arrays are numpy's, so that the same cases run in a process without torch: the sanitizers need one.
+"""The CUDA kernels: executed on the CPU by tests/cuda_on_cpu, and on a GPU where there is one,
+through both ways in. Arrays are numpy's, so that the same cases run in a process without torch: the
+sanitizers need one.
 """
 
-import copy
-import ctypes
-import json
+import contextlib
+import functools
+import importlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import types
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
+from kernels_on_cpu import (
+    BLOCK,
+    CODES,
+    FORMATS,
+    HARNESS,
+    SOURCE,
+    KernelsOnCpu,
+    OnCpu,
+    library,
+    real,
+    run,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
-HARNESS = ROOT / "tests" / "cuda_on_cpu"
-SOURCE = ROOT / "hinv_cuda_kernel.cu"
+ROOT = SOURCE.parent
 
 SIZES = [1, 2, 31, 32, 33, 64, 96, 255, 256, 1024]
 PRECISION = {np.float32: 2e-6, np.float64: 1e-14}
@@ -30,141 +39,118 @@ needs_gxx = pytest.mark.skipif(
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 
 
-# --- the kernels, on the CPU and on a GPU ---------------------------------------------------------
-
-
-def pointer(array):
-    assert array.flags.c_contiguous
-    return ctypes.c_void_p(array.ctypes.data)
-
-
-class OnCpu:
-    """The kernels in a library built with the headers of tests/cuda_on_cpu."""
-
-    def __init__(self, path, multiprocessors=4, seed=1):
-        self.library = ctypes.CDLL(str(path))
-        self.library.cpucuda_multiprocessors(multiprocessors)
-        self.library.cpucuda_seed(seed)
-
-    def _call(self, name, *arguments):
-        error = getattr(self.library, name)(*arguments, None)
-        assert error == 0, f"{name} returned CUDA error {error}"
-
-    def setup(self, tmp, coef):
-        coef = coef.copy()
-        scratch = np.full(len(tmp) ** 2 // 4, np.nan, tmp.dtype)
-        name = "hinv_setup_float" if tmp.dtype == np.float32 else "hinv_setup_double"
-        self._call(name, pointer(tmp), pointer(coef), pointer(scratch), len(tmp))
-        return coef
-
-    def mul(self, rows, D, t):
-        t = t.copy()
-        name = "hinv_mul_float" if D.dtype == np.float32 else "hinv_mul_double"
-        self._call(name, pointer(D), pointer(t), len(D), rows, t.size // len(D))
-        return t
-
-    def update(self, P, K, k, j, damp):
-        P, K, z, health = P.copy(), K.copy(), np.full(len(k), np.nan), np.full(3, np.nan)
-        self.update_in_place(P, K, k, j, damp, z, health)
-        return P, K, z, health
-
-    def update_in_place(self, P, K, k, j, damp, z, health):
-        m, scratch = len(k), np.full(4 * len(k), np.nan)
-        matrices, outputs = map(pointer, (P, K, k)), map(pointer, (z, health, scratch))
-        self._call("hinv_update_double", *matrices, m, j, ctypes.c_double(damp), *outputs)
+# --- the kernels on a GPU -------------------------------------------------------------------------
 
 
 class OnGpu:
-    """The kernels through the extension, on `device`."""
+    """The kernels of an object with the interface of kernels.py on `device`, as `OnCpu`."""
 
-    def __init__(self, extension, device="cuda"):
-        self.extension, self.device = extension, device
+    def __init__(self, interface, device="cuda"):
+        self.interface, self.device = interface, device
 
     def _tensors(self, *arrays):
         import torch
 
-        return [torch.tensor(a, device=self.device) for a in arrays]
+        return [None if a is None else torch.tensor(a, device=self.device) for a in arrays]
+
+    def _window(self, dtype, codes):
+        import torch
+
+        integer = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}[codes.itemsize]
+        return torch.tensor(codes.view(integer), device=self.device).view(getattr(torch, dtype))
 
     def setup(self, tmp, coef):
         tmp, coef = self._tensors(tmp, coef)
-        assert self.extension.hinv_setup(tmp, coef) is coef
+        assert self.interface.hinv_setup(tmp, coef) is coef
         return coef.cpu().numpy()
 
     def mul(self, rows, D, t):
         D, t = self._tensors(D, t)
-        assert self.extension.hinv_mul(rows, D, t) is t
+        assert self.interface.hinv_mul(rows, D, t) is t
         return t.cpu().numpy()
 
-    def update(self, P, K, k, j, damp):
-        z, health = np.full(len(k), np.nan), np.full(3, np.nan)
-        P, K, k, z, health = self._tensors(P, K, k, z, health)
-        self.extension.hinv_update(P, K, k, j, damp, z, health)
-        return tuple(x.cpu().numpy() for x in (P, K, z, health))
+    def update(self, P, K, k, count, damp, limit):
+        m = len(k)
+        outputs = self._tensors(np.full(m, np.nan), np.full(1, np.nan), np.int64(7))
+        tensors = self._tensors(P, K, k, np.int64(count))
+        self.interface.hinv_update(*tensors, damp, limit, *outputs)
+        P[:], K[:] = (t.cpu().numpy() for t in tensors[:2])
+        return outputs[0].cpu().numpy(), outputs[1].item(), outputs[2].item()
+
+    def times(self, dtype, G, d, x, count, scales=None):
+        x, count, scales = self._tensors(x, np.int64(count), scales)
+        return (
+            self.interface.hinv_times(self._window(dtype, G)[:, :d], x, count, scales).cpu().numpy()
+        )
+
+    def transposed_times(
+        self, dtype, G, d, z, scales=None, factor=1.0, x=None, count=None, accepted=None
+    ):
+        window = self._window(dtype, G)
+        z, scales, x = self._tensors(z, scales, x)
+        count, accepted = (
+            None if n is None else self._tensors(np.int64(n))[0] for n in (count, accepted)
+        )
+        u = self.interface.hinv_transposed_times(
+            window[:, :d], z, scales, factor, x, count, accepted
+        )
+        integer = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}[G.itemsize]
+        import torch
+
+        G[:] = window.view(getattr(torch, integer)).cpu().numpy().view(G.dtype)
+        return u.cpu().numpy()
+
+    def sparse_times(self, dtype, columns, values, X, count):
+        columns, X, count = self._tensors(columns, X, np.int64(count))
+        values = self._window(dtype, values)
+        return self.interface.hinv_sparse_times(columns, values, X, count).cpu().numpy()
+
+    def sparse_transposed_times(self, dtype, columns, values, y, d):
+        columns, y = self._tensors(columns, y)
+        values = self._window(dtype, values)
+        return self.interface.hinv_sparse_transposed_times(columns, values, y, d).cpu().numpy()
 
 
-FLAGS = {
-    "plain": ["-O2"],
-    "race": ["-O1", "-g", "-fsanitize=thread"],
-    "sanitized": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
-}
+def on_a_gpu(way, index=0):
+    """The kernels on a GPU where there is one: way "extension" or "nvrtc"."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    import setup_cuda
 
-
-def run(*command, **keywords):
-    """Runs a command and returns what it printed; fails with that where the command does."""
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **keywords
+    return (
+        setup_cuda.load()
+        if way == "extension"
+        else importlib.import_module("kernels").Compiled(index)
     )
-    assert done.returncode == 0, f"{command} gave {done.returncode}:\n{done.stdout}"
-    return done.stdout
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    """library(kind): the kernels built for the CPU: plain, race (with the detector), sanitized."""
-
-    @cache
-    def build(kind):
-        directory = tmp_path_factory.mktemp(kind)
-        compiler = ["g++", "-std=c++20", "-fPIC", "-pthread", f"-I{HARNESS}"]
-        compiler += ["-fno-gnu-unique", "-U_FORTIFY_SOURCE"]
-        objects = [directory / "kernels.o"]
-        run(*compiler, *FLAGS[kind], "-x", "c++", "-c", SOURCE, "-o", objects[0])
-        if kind == "race":
-            objects.append(directory / "racecheck.o")
-            run(*compiler, "-O2", "-c", HARNESS / "racecheck.cpp", "-o", objects[1])
-        link = FLAGS[kind] if kind == "sanitized" else []
-        run(*compiler, *link, "-shared", *objects, "-o", directory / "kernels.so")
-        return directory / "kernels.so"
-
-    return build
 
 
 @pytest.fixture(scope="module")
 def gpu():
-    """The extension, where there is a GPU to run it on."""
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    import coefficients
-    import setup_cuda
-
-    extension = setup_cuda.load()
-    coefficients._extension.cache_clear()  # it may have looked before
-    return extension
+    return on_a_gpu("extension")
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", marks=needs_gxx),
-        pytest.param("cuda", marks=pytest.mark.cuda),
-    ]
-)
+def ways(*gpu):
+    on_gpus = [pytest.param(way, marks=pytest.mark.cuda) for way in gpu]
+    return [pytest.param("cpu", marks=needs_gxx), *on_gpus]
+
+
+def runner(way):
+    if way != "cpu":
+        return OnGpu(on_a_gpu(way))
+    return OnCpu(os.environ.get("HINV_CUDA_LIBRARY"))
+
+
+@pytest.fixture(params=ways("extension", "nvrtc"))
 def kernels(request):
-    """What runs the kernels: the same cases on the CPU and on a GPU."""
-    if request.param == "cuda":
-        return OnGpu(request.getfixturevalue("gpu"))
-    prebuilt = os.environ.get("HINV_CUDA_LIBRARY")
-    return OnCpu(prebuilt or request.getfixturevalue("library")("plain"))
+    """What runs the kernels: the same cases on the CPU and, in two ways, on a GPU."""
+    return runner(request.param)
+
+
+@pytest.fixture(params=ways("extension"))
+def recursion_kernels(request):
+    """Those of the paper's recursion, which only the extension has."""
+    return runner(request.param)
 
 
 # --- inputs and references, in float64 or wider ---------------------------------------------------
@@ -244,7 +230,7 @@ def column(A, j):
 @pytest.mark.parametrize("dtype", PRECISION)
 @pytest.mark.parametrize("kind", DAMP)
 @pytest.mark.parametrize("m", SIZES)
-def test_setup(kernels, m, kind, dtype):
+def test_setup(recursion_kernels, m, kind, dtype):
     rng = np.random.default_rng(m)
     N, _ = recursion(rng, m, kind)
     N = N.astype(dtype)
@@ -253,7 +239,7 @@ def test_setup(kernels, m, kind, dtype):
     tmp = np.where(np.tri(m, k=-1, dtype=bool), N, dtype(np.nan))
     coef = np.where(np.tri(m, k=-1, dtype=bool), dtype(np.nan), dtype(7))
     np.fill_diagonal(coef, c)
-    B = kernels.setup(tmp, coef)
+    B = recursion_kernels.setup(tmp, coef)
     assert (B[np.triu_indices(m, 1)] == 7).all()
     expected = np.linalg.solve(np.eye(m) + N.astype(float), np.diag(c.astype(float)))
     assert_close(np.tril(B), np.tril(expected), PRECISION[dtype])
@@ -262,7 +248,7 @@ def test_setup(kernels, m, kind, dtype):
 @pytest.mark.parametrize("dtype", PRECISION)
 @pytest.mark.parametrize("kind", DAMP)
 @pytest.mark.parametrize("m", SIZES)
-def test_mul(kernels, m, kind, dtype):
+def test_mul(recursion_kernels, m, kind, dtype):
     rng = np.random.default_rng(m)
     _, D = recursion(rng, m, kind)
     D = D.astype(dtype)
@@ -274,7 +260,7 @@ def test_mul(kernels, m, kind, dtype):
         expected[:rows] = substitution(N[:rows, :rows], expected[:rows])
         D_in_use = D.copy()
         D_in_use[rows:] = D_in_use[:, rows:] = np.nan
-        result = kernels.mul(rows, D_in_use, t)
+        result = recursion_kernels.mul(rows, D_in_use, t)
         assert_close(result, expected.T, PRECISION[dtype])
         assert (result[..., rows:] == t[..., rows:]).all()
 
@@ -283,35 +269,68 @@ def test_mul(kernels, m, kind, dtype):
 TOLERANCE = {"ordinary": 1e-13, "parallel": 1e-7}
 
 
+def relative_error(K, shift, P, z, j):
+    """By how much F⁻¹g is off, and by how much it may seem to be, as the residual e_j − Az is only
+    rounding error itself."""
+    A = K + shift * np.eye(len(K))
+    condition = np.sqrt((np.diag(P) * np.diag(A)).sum())
+    residual = np.eye(len(K))[j] - A.astype(np.longdouble) @ z
+    noise = 8 * 2.0**-52 * (np.abs(A) @ np.abs(z))
+    terms = 2.0**-52 * np.sqrt((z**2 * np.diag(K)).sum())
+    norm = np.sqrt(z @ (K.astype(np.longdouble) @ z))
+    in_solve = [np.sqrt((r**2 / np.diag(A)).sum()) for r in (residual, np.abs(residual) + noise)]
+    return [condition * (terms + r) / norm for r in in_solve], condition * terms / norm
+
+
+def updated(kernels, P, K, k, count, damp, limit=1.0):
+    """New P and K, and z, error, accepted."""
+    P, K = P.copy(), K.copy()
+    return P, K, *kernels.update(P, K, k, count, damp, limit)
+
+
+def assert_refused(kernels, P_old, K_old, k, j, damp, limit=1.0):
+    """Nothing changes, and z is 0. Returns the error."""
+    P, K, z, error, accepted = updated(kernels, P_old, K_old, k, j, damp, limit)
+    assert P.tobytes() == P_old.tobytes()
+    assert K.tobytes() == K_old.tobytes()
+    assert (z == 0).all()
+    assert accepted == 0
+    return error
+
+
 @pytest.mark.parametrize("kind", DAMP)
 @pytest.mark.parametrize("m", SIZES)
 def test_update(kernels, m, kind):
     K_old, P_old, k, j = window(np.random.default_rng(m), m, kind)
-    P, K, z, (s, residual, condition) = kernels.update(P_old, K_old, k, j, DAMP[kind])
+    P, K, z, error, accepted = updated(kernels, P_old, K_old, k, j + 3 * m, DAMP[kind])
     expected = K_old.copy()
     expected[j] = expected[:, j] = k
+    assert accepted == 1
     assert (K == expected).all()
     assert (P == P.T).all()
     A = damped(K, kind)
-    truth = column(A, j)
-    assert_close(z, truth, TOLERANCE[kind])
+    assert_close(z, column(A, j), TOLERANCE[kind])
     assert_close(P, inverse(A), TOLERANCE[kind])
     assert_close(P[j], z, 1e-15)
-    assert_close(s, 1 / truth[j], TOLERANCE[kind])
-    assert 0 <= residual <= TOLERANCE[kind]
-    assert_close(condition, (np.diag(P) * np.diag(A)).max(), 1e-14)
+    (_, most), least = relative_error(K, m * DAMP[kind], P, z, j)
+    assert (1 - 1e-9) * least <= error <= (1 + 1e-9) * most
+
+    # At the limit it is accepted, beyond it nothing changes.
+    again = updated(kernels, P_old, K_old, k, j, DAMP[kind], error)
+    assert all(np.all(x == y) for x, y in zip(again, (P, K, z, error, 1), strict=True))
+    assert assert_refused(kernels, P_old, K_old, k, j, DAMP[kind], 0.99 * error) == error
 
 
-@pytest.mark.parametrize("m", [1, 40, 255])
-def test_update_reports_the_residual_of_what_it_returns(kernels, m):
+@pytest.mark.parametrize("m", [2, 40, 255])
+def test_update_knows_how_far_z_is_from_solving_its_equation(kernels, m):
     rng = np.random.default_rng(m)
     K, P, k, j = window(rng, m, "ordinary")
-    noise = 1 + 1e-3 * rng.normal(size=P.shape)
-    _, K, z, health = kernels.update(P * noise * noise.T, K, k, j, DAMP["ordinary"])
-    A = damped(K, "ordinary")
-    residual = np.abs(np.eye(m)[j] - A @ z) * np.sqrt(A[j, j] / np.diag(A))
-    assert m == 1 or residual.max() > 1e-9  # at m = 1 the old P does not matter
-    assert abs(health[1] - residual.max()) <= 1e-14
+    noise = 1 + 1e-4 * rng.normal(size=P.shape)
+    P, K, z, error, accepted = updated(kernels, P * noise * noise.T, K, k, j, DAMP["ordinary"])
+    assert accepted == 1
+    (expected, _), least = relative_error(K, m * DAMP["ordinary"], P, z, j)
+    assert expected > 1000 * least
+    assert_close(error, expected, 1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e9])
@@ -323,10 +342,10 @@ def test_small_gradients_count_as_much_as_large_ones(kernels, scale):
     K, k = K * sizes * sizes[:, None], k * sizes * sizes[j]
     damp = 1e-3 * min(1, scale) ** 2
     shift = m * damp * np.eye(m)
-    P, K, z, (_, residual, _) = kernels.update(inverse(K + shift), K, k, j, damp)
+    P, K, z, error, _ = updated(kernels, inverse(K + shift), K, k, j, damp)
     A = K + shift
     units = np.sqrt(np.diag(A))
-    assert 0 <= residual <= 1e-13
+    assert 0 < error < 1e-12
     assert_close(z * units, column(A, j) * units, 1e-13)
     assert_close(P * units * units[:, None], inverse(A) * units * units[:, None], 1e-13)
 
@@ -337,110 +356,237 @@ def test_exchanges_in_a_row_stay_as_good_as_a_fresh_inverse(kernels, kind, m):
     G = gradients(rng, m, kind)
     K = G @ G.T
     P = inverse(damped(K, kind))
-    for step, g in enumerate(gradients(rng, 3 * m, kind)[:, : G.shape[1]]):
-        j = step % m
+    for count, g in enumerate(gradients(rng, 5 * m, kind)[:, : G.shape[1]]):
+        j = count % m
         G[j] = g
-        P, K, z, health = kernels.update(P, K, G @ g, j, DAMP[kind])
-        assert health[1] <= {"ordinary": 1e-13, "parallel": 1e-7}[kind]
-    tolerance = {"ordinary": 1e-9, "parallel": 1e-6}[kind]
+        P, K, z, error, _ = updated(kernels, P, K, G @ g, count, DAMP[kind])
+        assert error < {"ordinary": 1e-13, "parallel": 1e-6}[kind]
+    tolerance = {"ordinary": 1e-12, "parallel": 1e-6}[kind]
     assert_close(K, G @ G.T, 1e-14)
     assert_close(P, inverse(damped(K, kind)), tolerance)
     assert_close(z, column(damped(K, kind), j), tolerance)
 
 
-@pytest.mark.parametrize("bad", [-1e6, np.nan, np.inf])
-def test_update_without_a_positive_schur_complement_cannot_go_unnoticed(kernels, bad):
+def test_the_first_gradients_of_a_window_that_is_empty(kernels):
+    m, damp, rng = 5, 1e-3, np.random.default_rng(0)
+    G = np.zeros((m, 7))
+    K, P = np.zeros((m, m)), np.eye(m) / (m * damp)
+    for count, size in enumerate([0, 1, 1, 0, 1e-3]):  # gradients of zeros among them
+        G[count] = size * rng.normal(size=7)
+        P, K, z, error, accepted = updated(kernels, P, K, G @ G[count], count, damp)
+        assert accepted == 1
+        assert_close(z, column(K + m * damp * np.eye(m), count), 1e-13)
+        assert 0 < error < 1e-13 if size else error == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_update_changes_nothing_for_a_gradient_that_is_not_finite(kernels, bad):
     K, P, k, j = window(np.random.default_rng(0), 40, "ordinary")
-    k_bad = k.copy()
-    k_bad[j] = bad
-    P, K, z, health = kernels.update(P, K, k_bad, j, DAMP["ordinary"])
-    assert not 0 < health[0] < np.inf
-    for step in range(2):
-        assert np.isnan(P).all()
-        assert (z == 0).all()
-        assert np.isnan(health[1:]).all()
-        # A good gradient afterwards changes nothing of that: P has to be computed anew.
-        P, K, z, health = kernels.update(P, K, k, (j + step) % 40, DAMP["ordinary"])
-        assert np.isnan(health[0])
+    k[j] = bad
+    assert np.isnan(assert_refused(kernels, P, K, k, j, DAMP["ordinary"]))
 
 
-class Extension:
-    """hinv_cuda as coefficients.py calls it, for tensors on the CPU."""
-
-    def __init__(self, kernels):
-        self.kernels, self.calls = kernels, 0
-
-    def hinv_setup(self, tmp, coef):
-        self.calls += 1
-        coef.numpy()[:] = self.kernels.setup(tmp.numpy(), coef.numpy())
-
-    def hinv_update(self, P, K, k, j, damp, z, health):
-        self.calls += 1
-        P, K, k, z, health = (x.numpy() for x in (P, K, k, z, health))
-        self.kernels.update_in_place(P, K, k, j, damp, z, health)
+@pytest.mark.parametrize("bad", [-1e6, np.nan])
+def test_update_changes_nothing_without_a_positive_schur_complement(kernels, bad):
+    K, P, k, j = window(np.random.default_rng(0), 40, "ordinary")
+    k[j if bad < 0 else j - 1] = bad
+    assert assert_refused(kernels, P, K, k, j, DAMP["ordinary"]) == np.inf
 
 
-@needs_gxx
-@pytest.mark.parametrize("kind", DAMP)
-@pytest.mark.parametrize("coefficients", ["incremental", "paper"])
-def test_the_optimizer_takes_the_kernels(library, monkeypatch, coefficients, kind):
-    """The same results as torch operations, in a window that is filled, exchanged, refactored,
-    damped anew, and given a gradient that is not finite; checks are read late, as on a GPU."""
+# --- windows --------------------------------------------------------------------------------------
+
+SHAPES = [(1, 1), (3, 7), (9, 4099), (33, 130), (17, 9001)]
+SCALED = ("float16", "float8_e4m3fn")
+ROUNDING = 2e-15  # of float64 sums, relative to the sum of absolute values
+
+
+def decode(dtype, codes):
+    """The numbers of a window, in float64."""
+    if dtype == "bfloat16":
+        return (codes.astype(np.uint32) << 16).view(np.float32).astype(float)
+    if dtype != "float8_e4m3fn":
+        return codes.view(dtype).astype(float)
+    exponent, mantissa = (codes >> 3 & 15).astype(int), (codes & 7) / 8
+    size = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7))
+    return np.where(codes & 127 == 127, np.nan, np.where(codes & 128, -size, size))
+
+
+def encode(dtype, rng, shape):
+    """Codes of random numbers, subnormal ones among them."""
+    if dtype == "float8_e4m3fn":
+        return (
+            rng.integers(127, size=shape, dtype=np.uint8)
+            | rng.integers(2, size=shape, dtype=np.uint8) << 7
+        )
+    numbers = rng.normal(size=shape) * np.exp2(rng.integers(-25, 8, size=shape))
+    if dtype == "bfloat16":
+        return (numbers.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return numbers.astype(dtype).view(CODES[dtype])
+
+
+class Window:
+    """A random window: codes with padding that must not be read, numbers, and where it stands."""
+
+    def __init__(self, m, d, dtype, count, seed=0):
+        self.rng = rng = np.random.default_rng([m, d, count, seed])
+        self.m, self.d, self.dtype, self.count = m, d, dtype, count
+        self.j, self.rows = count % m, min(count + 1, m)
+        item = CODES[dtype]().itemsize
+        stride = (-(-d * item // 16) + 1) * 16 // item
+        self.codes = np.full((m, stride), np.iinfo(CODES[dtype]).max, CODES[dtype])  # NaN
+        self.codes[: self.rows, :d] = encode(dtype, rng, (self.rows, d))
+        self.scales = None
+        if dtype in SCALED:
+            self.scales = np.exp2(rng.integers(-9, 9, size=(m, -(-d // BLOCK)))).astype(np.float32)
+        self.new_codes = encode(dtype, rng, d)
+        self.x = self.of_row(self.j, decode(dtype, self.new_codes)).astype(real(dtype))
+
+    def of_row(self, i, numbers):
+        return numbers if self.scales is None else numbers * self.scales[i].repeat(BLOCK)[: self.d]
+
+    def numbers(self):
+        """The rows in use (rows, d)."""
+        codes = decode(self.dtype, self.codes[: self.rows, : self.d])
+        return np.stack([self.of_row(i, row) for i, row in enumerate(codes)])
+
+
+def assert_sums(actual, terms, rounding=0.0):
+    """Sums of float64 terms along their first axis, each rounded by `rounding` of itself."""
+    exact = terms.astype(np.longdouble).sum(0)
+    allowed = ROUNDING * np.abs(terms).sum(0) + rounding * np.abs(exact)
+    assert (np.abs(actual - exact) <= allowed).all()
+
+
+def counts(m):
+    return sorted({0, m // 2, m - 1, m, 3 * m + m // 3})
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize(("m", "d"), SHAPES)
+def test_times(kernels, m, d, dtype):
+    for count in counts(m):
+        w = Window(m, d, dtype, count)
+        k = kernels.times(dtype, w.codes, d, w.x, count, w.scales)
+        G = w.numbers()
+        G[w.j] = w.x  # the row that comes, not the one that goes
+        assert_sums(k[: w.rows], (G * w.x.astype(float)).T)
+        assert (k[w.rows :] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize(("m", "d"), SHAPES)
+def test_transposed_times(kernels, m, d, dtype):
+    for count in counts(m):
+        for accepted in (None, 0, 1):
+            w = Window(m, d, dtype, count)
+            z = w.rng.normal(size=m)
+            z[w.rows :] = np.nan  # not to be read
+            before = w.codes.copy()
+            x = None if accepted is None else w.x
+            arguments = z, w.scales, 3.0, x, count, accepted
+            u = kernels.transposed_times(dtype, w.codes, d, *arguments)
+            if accepted:
+                assert (w.codes[w.j, :d] == w.new_codes).all()
+                before[w.j] = w.codes[w.j]
+            assert (w.codes == before).all()
+            rounding = 0 if dtype == "float64" else 2.0**-24
+            assert_sums(u, w.numbers() * z[: w.rows, None] * 3.0, rounding)
+
+
+def test_without_a_count_all_rows_are_in_use(kernels):
+    w = Window(5, 77, "float32", 4)
+    z = w.rng.normal(size=5)
+    u = kernels.transposed_times("float32", w.codes, 77, z)
+    assert_sums(u, w.numbers() * z[:, None], 2.0**-24)
+
+
+@pytest.mark.parametrize("dtype", CODES)
+def test_what_is_not_finite_in_the_window_shows(kernels, dtype):
+    m, d = 20, 5000
+    w = Window(m, d, dtype, 2 * m)
+    i, c = 11, 4321
+    w.codes[i, c] = np.iinfo(CODES[dtype]).max
+    k = kernels.times(dtype, w.codes, d, w.x, w.count, w.scales)
+    assert (np.isnan(k) == (np.arange(m) == i)).all()
+    u = kernels.transposed_times(
+        dtype, w.codes, d, w.rng.normal(size=m), w.scales, 1.0, None, w.count
+    )
+    assert (np.isnan(u) == (np.arange(d) == c)).all()
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_gradient_that_is_not_finite_makes_its_product_so(kernels, dtype, bad):
+    w = Window(9, 4099, dtype, 12)
+    w.x[4097] = bad
+    assert not np.isfinite(kernels.times(dtype, w.codes, w.d, w.x, w.count, w.scales)[w.j])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
+def test_what_enters_is_rounded_as_torch_does(kernels, dtype):
     torch = pytest.importorskip("torch")
-    import optim
-
-    m = 12
-    G = torch.tensor(gradients(np.random.default_rng(0), 3 * m, kind), dtype=torch.float32)
-    plain = optim.DynamicInverseFisher(m, G.shape[1], DAMP[kind], coefficients=coefficients)
-    fisher = copy.deepcopy(plain)
-    fisher.lazy = True
-    extension = Extension(OnCpu(library("plain")))
-    used = {True: lambda device: extension, False: lambda device: None}
-    for i, g in enumerate(G):
-        results = []
-        for one in (plain, fisher):
-            monkeypatch.setattr("coefficients.cuda_kernels", used[one is fisher])
-            if i == 20:
-                one.damp = 2 * DAMP[kind]
-            results.append(one.update_matvec(g))
-            if one is fisher and i == 15:
-                one.update(g * torch.nan)
-        if fisher.accepted == 1:  # while it does not know yet how parallel they are, it waits
-            torch.testing.assert_close(
-                *results, rtol=1e-4, atol=1e-4 * float(results[0].abs().max())
-            )
-        else:
-            assert i < 3 and kind == "parallel"
-        if i == 15:
-            with pytest.raises(optim.NonFiniteGradientError):
-                fisher.settle()
-    assert extension.calls >= 3 * m - 4
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=9000) * np.exp2(rng.integers(-30, 8, size=9000))
+    x[:1000] = decode(dtype, encode(dtype, rng, 1000)) * (1 + 2.0**-8)
+    if dtype == "float8_e4m3fn":
+        x[1000:2000] = rng.integers(-240, 240, size=1000) * 2.0**-10  # ties
+    x = np.clip(x, -400, 400).astype(np.float32)
+    codes = np.zeros((1, 9008), CODES[dtype])
+    kernels.transposed_times(dtype, codes, 9000, np.ones(1), None, 1.0, x, 0, 1)
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[codes.itemsize]
+    expected = torch.from_numpy(x).to(getattr(torch, dtype)).view(integer).numpy()
+    assert (codes[0, :9000] == expected.view(codes.dtype)).all()
 
 
-def test_which_way_the_coefficients_go_is_logged_once(monkeypatch, caplog):
-    pytest.importorskip("torch")
-    import torch
+class Compressed:
+    """A random compressed window: the same number of entries in each whole block of columns."""
 
-    import coefficients
+    def __init__(self, m, d, dtype, part, count, seed=0):
+        self.rng = rng = np.random.default_rng([m, d, count, seed])
+        self.rows, self.d = min(count + 1, m), d
+        blocks = [
+            (start, min(BLOCK, d - start), max(1, round(part * min(BLOCK, d - start))))
+            for start in range(0, d, BLOCK)
+        ]
+        self.columns = np.array(
+            [
+                np.concatenate(
+                    [s + np.sort(rng.choice(size, kept, False)) for s, size, kept in blocks]
+                )
+                for _ in range(m)
+            ],
+            np.int32,
+        )
+        self.values = encode(dtype, rng, self.columns.shape)
+        self.dense = np.zeros((m, d))
+        np.put_along_axis(self.dense, self.columns, decode(dtype, self.values), 1)
 
-    caplog.set_level("DEBUG", logger="optim")
-    try:
-        for installed in (None, types.SimpleNamespace(__file__="there")):
-            monkeypatch.setitem(sys.modules, "hinv_cuda", installed)
-            coefficients._extension.cache_clear()
-            assert coefficients.cuda_kernels(torch.device("cpu")) is None
-            for _ in range(2):
-                assert coefficients.cuda_kernels(torch.device("cuda")) is installed
-    finally:
-        coefficients._extension.cache_clear()
-    ways = [record.message.split(":")[0] for record in caplog.records]
-    assert ways == [
-        "the (m, m) side runs on torch operations",
-        "the (m, m) side runs on the kernels of there",
-    ]
+
+COMPRESSED = [(1, 1, 1), (3, 10, 0.3), (40, 4096, 0.01), (130, 9000, 0.02), (300, 13000, 0.1)]
 
 
-def everything(kernels, m, dtypes=tuple(PRECISION)):
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize(("m", "d", "part"), COMPRESSED)
+def test_sparse_times(kernels, m, d, part, dtype):
+    for count, n in [(0, 2), (m // 2, 1), (m, 2)]:
+        w = Compressed(m, d, dtype, part, count)
+        X = w.rng.normal(size=(n, d)).astype(real(dtype))
+        y = kernels.sparse_times(dtype, w.columns, w.values, X, count)
+        for x, row in zip(X.astype(float), y, strict=True):
+            assert_sums(row[: w.rows], (w.dense[: w.rows] * x).T)
+        assert (y[:, w.rows :] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize(("m", "d", "part"), COMPRESSED)
+def test_sparse_transposed_times(kernels, m, d, part, dtype):
+    w = Compressed(m, d, dtype, part, m)
+    y = w.rng.normal(size=m)
+    u = kernels.sparse_transposed_times(dtype, w.columns, w.values, y, d)
+    assert_sums(u, w.dense * y[:, None], 0 if dtype == "float64" else 2.0**-24)
+
+
+def everything(kernels, m, dtypes=tuple(PRECISION), windows=tuple(CODES)):
     """Yields what each kernel makes of fresh random input of size m, as bytes."""
     rng = np.random.default_rng(m)
     N, D = recursion(rng, m, "ordinary")
@@ -448,37 +594,71 @@ def everything(kernels, m, dtypes=tuple(PRECISION)):
     for dtype in dtypes:
         yield kernels.setup(N.astype(dtype), np.eye(m, dtype=dtype)).tobytes()
         yield kernels.mul(m, D.astype(dtype), t.astype(dtype)).tobytes()
+    yield from step_kernels(kernels, m, windows)
+
+
+def step_kernels(kernels, m, windows=tuple(CODES)):
+    """The same of what a step uses."""
+    rng = np.random.default_rng(m)
     for kind in DAMP:  # with refinement and without
         K, P, k, j = window(rng, m, kind)
-        yield [result.tobytes() for result in kernels.update(P, K, k, j, DAMP[kind])]
+        results = updated(kernels, P, K, k, j, DAMP[kind])
+        yield [np.asarray(result).tobytes() for result in results]
+    for dtype in windows:
+        w = Window(m, 9000, dtype, m // 2)
+        z = rng.normal(size=m)
+        yield kernels.times(dtype, w.codes, w.d, w.x, w.count, w.scales).tobytes()
+        new = w.x, w.count, 1
+        yield kernels.transposed_times(dtype, w.codes, w.d, z, w.scales, 1.0, *new).tobytes()
+        w = Compressed(m, 5000, dtype, 0.05, m)
+        X = rng.normal(size=(2, w.d)).astype(real(dtype))
+        yield kernels.sparse_times(dtype, w.columns, w.values, X, m).tobytes()
+        yield kernels.sparse_transposed_times(dtype, w.columns, w.values, z, w.d).tobytes()
 
 
 @pytest.mark.parametrize("m", [33, 300])
 def test_same_input_same_bits(kernels, m):
-    assert list(everything(kernels, m)) == list(everything(kernels, m))
+    assert list(step_kernels(kernels, m)) == list(step_kernels(kernels, m))
+
+
+def test_same_input_same_bits_for_the_recursion(recursion_kernels):
+    first = list(everything(recursion_kernels, 300, windows=()))
+    assert list(everything(recursion_kernels, 300, windows=())) == first
 
 
 # --- on the CPU only: orders of execution, races, accesses out of bounds --------------------------
 
 
 @needs_gxx
-@pytest.mark.parametrize("m", [33, 300])
-def test_neither_the_order_of_threads_nor_the_number_of_blocks_matters(library, m):
-    path = library("plain")
-    first = list(everything(OnCpu(path), m))
+@pytest.mark.parametrize("m", [33, 140])
+def test_neither_the_order_of_threads_nor_the_number_of_blocks_matters(m):
+    first = list(everything(OnCpu(), m))
     for seed, multiprocessors in [(2, 1), (3, 2), (4, 3), (5, 16), (6, 132)]:
-        assert list(everything(OnCpu(path, multiprocessors, seed), m)) == first
+        assert list(everything(OnCpu(None, multiprocessors, seed), m)) == first
 
 
 @needs_gxx
 @pytest.mark.parametrize(("m", "doublings"), [(1, 0), (32, 0), (33, 1), (96, 2), (1024, 5)])
-def test_launches(library, m, doublings):
-    kernels = OnCpu(library("plain"))
+def test_launches(m, doublings):
+    kernels = OnCpu()
     count = kernels.library.cpucuda_launches
+    G, columns = (
+        np.zeros((m, 8), np.uint32),
+        np.arange(8, dtype=np.int32) * np.ones((m, 1), np.int32),
+    )
     for call, launches in [
         (lambda: kernels.setup(np.zeros((m, m)), np.eye(m)), 1 + 2 * doublings),
         (lambda: kernels.mul(m, np.eye(m), np.ones((3, m))), 1),
-        (lambda: kernels.update(np.eye(m), np.eye(m), np.ones(m), 0, 1e-3), 1),
+        *(
+            (step, 1)
+            for step in [
+                lambda: kernels.update(np.eye(m), np.eye(m), np.ones(m), 0, 1e-3, 1.0),
+                lambda: kernels.times("float32", G, 8, np.ones(8, np.float32), 0),
+                lambda: kernels.transposed_times("float32", G, 8, np.ones(m)),
+                lambda: kernels.sparse_times("float32", columns, G, np.ones((2, 8), np.float32), 0),
+                lambda: kernels.sparse_transposed_times("float32", columns, G, np.ones(m), 8),
+            ]
+        ),
     ]:
         before = count()
         call()
@@ -487,39 +667,47 @@ def test_launches(library, m, doublings):
 
 @needs_gxx
 @pytest.mark.parametrize(("m", "multiprocessors"), [(1, 1), (33, 4), (130, 1), (130, 4), (300, 2)])
-def test_no_races(library, m, multiprocessors):
+def test_no_races(m, multiprocessors):
     kernels = OnCpu(library("race"), multiprocessors)
     before = kernels.library.cpucuda_races()
-    list(everything(kernels, m, [np.float32]))
+    list(everything(kernels, m, [np.float32], ["bfloat16"]))
     assert kernels.library.cpucuda_races() == before
 
 
 def barriers():
     """The lines of the kernels that have a barrier."""
     lines = SOURCE.read_text().splitlines()
-    found = [
-        (i, len(re.findall(r"\b(?:__sync\w+|sync)\(", line))) for i, line in enumerate(lines, 1)
-    ]
-    assert all(count <= 1 for _, count in found)
-    return [i for i, count in found if count == 1]
+    first = lines.index("#else")  # what is above stands in for a header
+    found = [len(re.findall(r"\b(?:__sync\w+|sync)\(", line)) for line in lines[first:]]
+    assert max(found) == 1
+    return [i for i, count in enumerate(found, first + 1) if count]
 
 
 @needs_gxx
 @pytest.mark.parametrize("line", barriers())
-def test_every_barrier_is_needed(library, line):
-    """Without the barrier there is a race: so the detector sees it, and no barrier is too many."""
+def test_every_barrier_is_needed(line):
+    """Without the barrier there is a race: so the detector sees it, and no barrier is too many.
+
+    Threads of a warp that then go different ways end the process, so there is one for each."""
     kernels = OnCpu(library("race"))
     before = kernels.library.cpucuda_races()
-    kernels.library.cpucuda_skip(line)
-    # 130: two tiles in a sum of hinv_setup, two panels in hinv_mul
-    seen = any(
-        kernels.library.cpucuda_races() > before for _ in everything(kernels, 130, [np.float32])
-    )
-    kernels.library.cpucuda_skip(0)
-    assert seen
+    process = os.fork()
+    if process == 0:
+        seen = None
+        try:
+            kernels.library.cpucuda_skip(line)
+            # 130: two tiles in a sum of hinv_setup, two panels in hinv_mul
+            seen = any(
+                kernels.library.cpucuda_races() > before
+                for _ in everything(kernels, 130, [np.float32], ["float32"])
+            )
+        finally:
+            os._exit({True: 1, False: 0, None: 2}[seen])
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert status in (1, -signal.SIGABRT)
 
 
-def sanitized(library, *command):
+def sanitized(*command):
     """A Python process that can load the sanitized kernels."""
     preload = [
         run("g++", f"-print-file-name={name}").strip() for name in ("libasan.so", "libstdc++.so")
@@ -560,10 +748,9 @@ int main() {
 
 
 @needs_gxx
-def test_no_access_out_of_bounds(library):
-    cases = "(test_setup or test_mul or test_update) and cpu and ordinary and not 1024 and not 25"
+def test_no_access_out_of_bounds():
+    cases = "cpu and not 1024 and not 25 and (test_setup or test_mul or test_update or times)"
     done = sanitized(
-        library,
         "-m",
         "pytest",
         "--noconftest",
@@ -580,15 +767,189 @@ def test_no_access_out_of_bounds(library):
 
 
 @needs_gxx
-def test_an_access_out_of_bounds_would_be_seen(library):
+def test_an_access_out_of_bounds_would_be_seen():
     program = """
-import os, numpy, tests.test_hinv_cuda as t
-kernels = t.OnCpu(os.environ["HINV_CUDA_LIBRARY"])
+import os, sys, numpy
+sys.path.insert(0, "tests")
+import kernels_on_cpu
+kernels = kernels_on_cpu.OnCpu(os.environ["HINV_CUDA_LIBRARY"])
 kernels.mul(33, numpy.eye(33)[:, :32].copy(), numpy.ones(33))
 """
-    done = sanitized(library, "-c", program)
+    done = sanitized("-c", program)
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
+
+
+# --- two ways in ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def module(caplog):
+    """kernels.py, as if nobody had looked for kernels before."""
+    pytest.importorskip("torch")
+    module = importlib.import_module("kernels")
+    module._kernels.cache_clear()
+    caplog.set_level("DEBUG", logger="optim")
+    yield module
+    module._kernels.cache_clear()
+
+
+EXTENSION = {f"hinv_{name}": None for name in ("update", "times", "transposed_times")}
+EXTENSION |= {"hinv_sparse_times": None, "hinv_sparse_transposed_times": None, "__file__": "there"}
+OTHERS = types.SimpleNamespace(hinv_setup=None, hinv_mul=None, __file__="elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("installed", "nvrtc", "line"),
+    [
+        (types.SimpleNamespace(**EXTENSION), True, "CUDA kernels: those of there"),
+        (None, True, "CUDA kernels: compiled by NVRTC ("),
+        (OTHERS, True, "compiled by NVRTC (elsewhere is another hinv_cuda, without hinv_update)"),
+        (
+            OTHERS,
+            False,
+            "none (elsewhere is another hinv_cuda, without hinv_update; NVRTC: Runtime",
+        ),
+        (None, False, "CUDA kernels: none ("),
+    ],
+)
+def test_which_kernels_are_taken_is_logged_once(
+    module, monkeypatch, caplog, installed, nvrtc, line
+):
+    import torch
+
+    def compiled(device):
+        if not nvrtc:
+            raise RuntimeError("CUDA_ERROR_NO_DEVICE")
+        return "compiled"
+
+    monkeypatch.setitem(sys.modules, "hinv_cuda", installed)
+    monkeypatch.setattr(module, "Compiled", compiled)
+    expected = installed if line.endswith("there") else "compiled" if nvrtc else None
+    for _ in range(2):
+        assert module.cuda_kernels(torch.device("cuda", 0)) is expected
+        assert module.cuda_kernels(torch.device("cpu")) is None
+    assert len(caplog.records) == 1
+    assert line in caplog.text
+
+
+@needs_gxx
+@pytest.mark.parametrize("kind", DAMP)
+@pytest.mark.parametrize("compress", [None, 0.3])
+@pytest.mark.parametrize("dtype", CODES)
+def test_the_optimizer_takes_the_kernels(monkeypatch, dtype, compress, kind):
+    """The results of torch operations in float64, in a window that is filled, exchanged, damped
+    anew, and given a gradient that is not finite."""
+    torch = pytest.importorskip("torch")
+    import optim
+
+    if compress and dtype in SCALED:
+        pytest.skip("compressed windows have no scales")
+    m, on_cpu = 12, KernelsOnCpu()
+    G = torch.tensor(gradients(np.random.default_rng(0), 3 * m, kind), dtype=torch.float32)
+    plain, fisher = (
+        optim.DynamicInverseFisher(
+            m, G.shape[1], 100 * DAMP[kind], dtype=getattr(torch, dtype), compress=compress
+        )
+        for _ in range(2)
+    )
+    for i, g in enumerate(G):
+        results = []
+        for one, kernels in ((plain, None), (fisher, on_cpu)):
+            for module in ("windows", "coefficients"):
+                monkeypatch.setattr(f"{module}.cuda_kernels", lambda _, found=kernels: found)
+            if i == 20:
+                one.damp = 200 * DAMP[kind]
+            results.append(one.update_matvec(g).double())
+            if i == 15:
+                with pytest.raises(optim.NonFiniteGradientError):
+                    one.update(g * torch.nan)
+        assert torch.linalg.norm(results[0] - results[1]) <= 2e-5 * torch.linalg.norm(results[0])
+    assert on_cpu.calls >= 3 * 3 * m
+
+
+@pytest.fixture
+def nvrtc():
+    pytest.importorskip("torch")
+    bindings = pytest.importorskip("cuda.bindings.nvrtc")
+    try:
+        bindings.nvrtcVersion()
+    except RuntimeError:  # the library is not there
+        pytest.skip("needs NVRTC")
+    return bindings
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 120])
+def test_nvrtc_compiles_without_a_gpu_and_once(module, nvrtc, monkeypatch, tmp_path, architecture):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    symbols, binary = module.compiled(architecture)
+    assert len(symbols) == 1 + 4 * len(CODES)
+    assert binary[:4] == b"\x7fELF"
+    assert all(symbol.encode() in binary for symbol in symbols.values())
+    assert len(list((tmp_path / "mfac").iterdir())) == 1
+    monkeypatch.setattr(module, "_compile", None)
+    assert module.compiled(architecture) == (symbols, binary)
+
+
+def test_a_cache_that_cannot_be_written_or_read_is_none(module, nvrtc, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "_compile", lambda *_: ({"exchange": "e"}, b"binary"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("not a folder")
+    assert module.compiled(90) == ({"exchange": "e"}, b"binary")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    module.compiled(90)
+    (kept,) = (tmp_path / "mfac").iterdir()
+    kept.write_bytes(b"damaged")
+    assert module.compiled(90) == ({"exchange": "e"}, b"binary")
+
+
+def test_nvrtc_says_what_is_wrong(module, nvrtc):
+    with pytest.raises(RuntimeError, match=r"hinv_cuda_kernel\.cu\(1\): error"):
+        module._compile(nvrtc, b"nonsense", "--gpu-architecture=sm_90")
+
+
+class Driver:
+    """Stands for cuda.bindings.driver: runs what is launched on the CPU, from its raw arguments."""
+
+    def __init__(self, library):
+        self.library = library
+
+    def cuLaunchKernel(self, function, *shape_and_arguments):
+        return self._run(function, shape_and_arguments[8])
+
+    def cuLaunchCooperativeKernel(self, function, *shape_and_arguments):
+        assert shape_and_arguments[0] <= 4
+        return self._run(function, shape_and_arguments[8])
+
+    def _run(self, function, arguments):
+        values, kinds = arguments
+        name, dtype = function
+        launcher = getattr(self.library, "hinv_" + name)
+        converted = [kind(value) for value, kind in zip(values, kinds, strict=True)]
+        return (launcher(*([FORMATS[dtype]] if dtype else []), *converted, None),)
+
+
+@needs_gxx
+@pytest.mark.parametrize("dtype", CODES)
+def test_launches_through_the_driver_have_the_arguments_of_the_kernels(module, monkeypatch, dtype):
+    """Those of the launchers in C, so these are what runs: the same bits as through them."""
+    import torch
+
+    on_cpu = OnCpu()
+    kernels = module.Compiled.__new__(module.Compiled)
+    kernels.driver, kernels.device = Driver(on_cpu.library), torch.device("cpu")
+    kernels.functions, kernels.resident = {"exchange": ("update", None)}, {"exchange": 4}
+    for name, kind in module.FORMATS.items():
+        for product in module.PRODUCTS:
+            key = f"{product}<{kind}>"
+            code = str(name).removeprefix("torch."), product.removeprefix("window_")
+            kernels.functions[key], kernels.resident[key] = code[::-1], 4
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    stream = types.SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    through_driver = list(step_kernels(OnGpu(kernels, "cpu"), 33, [dtype]))
+    assert through_driver == list(step_kernels(on_cpu, 33, [dtype]))
+    assert kernels.hinv_transposed_times(torch.ones(3, 0), torch.ones(3).double()).shape == (0,)
 
 
 # --- the build ------------------------------------------------------------------------------------
@@ -647,11 +1008,16 @@ expected = "tmp is on cpu; hinv_cuda works on CUDA tensors"
 assert expected in message(hinv_cuda.hinv_setup, matrix, matrix)
 assert expected in message(torch.ops.hinv_cuda.hinv_setup, matrix, matrix)
 assert "D is on cpu" in message(hinv_cuda.hinv_mul, 3, matrix, vector)
-double = matrix.double()
-arguments = double, double, vector, 0, 1e-3, vector, vector
+double, count = matrix.double(), torch.tensor(0)
+arguments = double, double, vector, count, 1e-3, 1e-5, vector, vector, count
 assert "P is on cpu" in message(hinv_cuda.hinv_update, *arguments)
-for name in ("hinv_setup", "hinv_mul", "hinv_update"):
-    assert name in hinv_cuda.__doc__
+assert "P has shape (3,)" in message(hinv_cuda.hinv_update, vector, *arguments[1:])
+assert "G is on cpu" in message(hinv_cuda.hinv_times, matrix, vector, count)
+columns = matrix.int()
+assert "G is Int; it must be float32" in message(hinv_cuda.hinv_times, columns, vector, count)
+assert "values is on cpu" in message(hinv_cuda.hinv_sparse_times, columns, matrix, matrix, count)
+for name in ("setup", "mul", "update", "times", "transposed_times", "sparse_times"):
+    assert "hinv_" + name in hinv_cuda.__doc__
 
 def halve_and_multiply(D, t):
     t = t / 2
@@ -662,127 +1028,24 @@ with FakeTensorMode():
     D, t = torch.empty(3, 3, device="cuda"), torch.empty(3, device="cuda")
     compiled = torch.compile(halve_and_multiply, fullgraph=True, backend="aot_eager")
     assert compiled(D, t).device.type == "cuda"
+    G, count = torch.empty(3, 8, device="cuda").double(), torch.empty((), device="cuda").long()
+    assert torch.ops.hinv_cuda.hinv_times(G, G[0], count).shape == (3,)
+    assert torch.ops.hinv_cuda.hinv_transposed_times(G, t).dtype == torch.float64
+    assert torch.ops.hinv_cuda.hinv_sparse_times(G.int(), G, G[:2], count).shape == (2, 3)
+    assert torch.ops.hinv_cuda.hinv_sparse_transposed_times(G.int(), G, t, 7).shape == (7,)
 print("all is well")
 """
     assert "all is well" in in_project(project, "-c", program)
 
 
-@needs_nvcc
-def test_the_other_ways_to_install_give_the_extension_too(project, tmp_path):
-    in_project(project, "setup_cuda.py", "install", f"--root={tmp_path / 'setup'}")
-    in_project(
-        project,
-        *["-m", "pip", "install", ".", "--no-build-isolation", "--no-deps", "--no-index"],
-        f"--target={tmp_path / 'pip'}",
-    )
-    assert len(list((tmp_path / "setup").rglob("hinv_cuda.*.so"))) == 1
-    assert len(list((tmp_path / "pip").glob("hinv_cuda.*.so"))) == 1
-    assert (tmp_path / "pip" / "optim.py").exists()
-
-
-def executable(path, script):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-
-
-def setup_cuda_fails(directory=ROOT, **environment):
-    """The one line that `python setup_cuda.py build_ext` prints where something is missing."""
-    done = subprocess.run(
-        [sys.executable, "setup_cuda.py", "build_ext"],
-        cwd=directory,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert done.stdout == ""
-    lines = [line for line in done.stderr.splitlines() if "No CUDA runtime" not in line]
-    assert len(lines) == 1
-    assert lines[0].startswith("setup_cuda.py: ")
-    return lines[0]
-
-
-def test_torch_missing(tmp_path):
-    (tmp_path / "torch.py").write_text("raise ImportError")
-    assert "torch is not installed" in setup_cuda_fails(PYTHONPATH=str(tmp_path))
-
-
-def test_torch_without_cuda(tmp_path):
-    (tmp_path / "torch.py").write_text("class version: cuda = None\n__version__ = '2.9'")
-    assert "torch 2.9 is built without CUDA" in setup_cuda_fails(PYTHONPATH=str(tmp_path))
-
-
-@pytest.fixture
-def torch_with_cuda():
+def test_the_gpu_benchmark_says_what_is_missing():
     torch = pytest.importorskip("torch")
-    if torch.version.cuda is None:
-        pytest.skip("needs a CUDA build of torch")
-    return torch
-
-
-@pytest.mark.usefixtures("torch_with_cuda")
-def test_nvcc_missing(tmp_path):
-    assert "there is no nvcc" in setup_cuda_fails(CUDA_HOME=str(tmp_path))
-
-
-@pytest.mark.usefixtures("torch_with_cuda")
-def test_nvcc_of_another_version(tmp_path):
-    executable(tmp_path / "bin" / "nvcc", "echo Cuda compilation tools, release 7.5, V7.5.17")
-    message = setup_cuda_fails(CUDA_HOME=str(tmp_path))
-    assert "release 7.5, but torch is built for CUDA" in message
-
-
-@pytest.fixture
-def toolkit(tmp_path, monkeypatch, torch_with_cuda):
-    """A toolkit of the right version, for capability 7.5 and above, on a machine without a GPU."""
-    version = torch_with_cuda.version.cuda
-    script = f"echo release {version}, V{version}.1; echo compute_75; echo compute_90"
-    executable(tmp_path / "bin" / "nvcc", script)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    monkeypatch.setattr(torch_with_cuda.cuda, "device_count", lambda: 0)
-
-
-def test_compiler_missing(toolkit, monkeypatch):
-    import setup_cuda
-
-    monkeypatch.setenv("CXX", "no-such-compiler -O2")
-    with pytest.raises(setup_cuda.CannotBuildError, match="no C\\+\\+ compiler 'no-such-compiler'"):
-        setup_cuda.architecture_flags()
-
-
-@needs_gxx
-def test_architectures(toolkit, torch_with_cuda, monkeypatch):
-    import setup_cuda
-
-    assert setup_cuda.architecture_flags() == [
-        "-gencode=arch=compute_90,code=sm_90",
-        "-gencode=arch=compute_90,code=compute_90",
-    ]
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
-    assert setup_cuda.architecture_flags() == []
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
-    monkeypatch.setattr(torch_with_cuda.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch_with_cuda.cuda, "get_device_name", lambda i: "Old GPU")
-    monkeypatch.setattr(torch_with_cuda.cuda, "get_device_capability", lambda i: (7, 5))
-    assert setup_cuda.architecture_flags() == []
-    monkeypatch.setattr(torch_with_cuda.cuda, "get_device_capability", lambda i: (6, 1))
-    with pytest.raises(setup_cuda.CannotBuildError, match=r"Old GPU has .* 6\.1, below 7\.5"):
-        setup_cuda.architecture_flags()
-
-
-def test_the_gpu_benchmark_runs_without_a_gpu_too(tmp_path):
-    pytest.importorskip("torch")
-    figures = tmp_path / "figures.json"
-    table = run(
-        *[sys.executable, ROOT / "benchmarks" / "gpu_step.py", "--device", "cpu", "--rounds", "1"],
-        *["--m", "8", "--d", "100", "--json", figures],
-    )
-    assert "| 8 | 100 | " in table
-    times = json.loads(figures.read_text())["m = 8, d = 100"]
-    assert len(times) == 5
-    assert all(t > 0 for t in times.values())
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    command = [sys.executable, ROOT / "benchmarks" / "gpu_step.py"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.endswith("gpu_step.py: error: torch sees no CUDA device\n")
 
 
 def test_gpu_check_says_what_is_missing():
@@ -805,55 +1068,91 @@ def test_gpu_check_says_what_is_missing():
 
 
 @pytest.mark.cuda
-def test_another_device(gpu):
+@pytest.mark.parametrize("way", ["extension", "nvrtc"])
+def test_another_device(way):
     import torch
 
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    results = [list(everything(OnGpu(gpu, device), 300)) for device in ("cuda:0", "cuda:1")]
+    results = [list(step_kernels(OnGpu(on_a_gpu(way, i), f"cuda:{i}"), 300)) for i in (0, 1)]
     assert torch.cuda.current_device() == 0
     assert results[0] == results[1]
 
 
 @pytest.mark.cuda
-def test_the_current_stream(gpu):
+@pytest.mark.parametrize("way", ["extension", "nvrtc"])
+def test_the_current_stream(way):
     import torch
 
-    m = 300
-    _, D = recursion(np.random.default_rng(0), m, "ordinary")
-    D = torch.tensor(D, device="cuda")
-    t = torch.ones(m, device="cuda", dtype=torch.float64)
-    expected = gpu.hinv_mul(m, D, t.clone())
-    result = torch.zeros_like(t)
+    interface = on_a_gpu(way)
+    G = torch.randn(5, 64, device="cuda")
+    z = torch.randn(5, device="cuda", dtype=torch.float64)
+    expected = interface.hinv_transposed_times(G, z)
+    late = torch.zeros_like(z)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(10**8)  # a kernel on another stream would run before the copy
-        result.copy_(t)
-        gpu.hinv_mul(m, D, result)
+        late.copy_(z)
+        result = interface.hinv_transposed_times(G, late)
     torch.cuda.synchronize()
     assert torch.equal(result, expected)
 
 
+class Step:
+    """The step of a dense window and the products of a compressed one, on the device alone."""
+
+    def __init__(self, kernels, device):
+        import torch
+
+        self.kernels, self.device = kernels, torch.device(device)
+        self.m, self.d, self.damp = 4, 100, 1e-3
+        zeros = functools.partial(torch.zeros, device=device)
+        self.G = zeros(self.m, 112, dtype=torch.bfloat16)[:, : self.d]
+        self.K = zeros(self.m, self.m, dtype=torch.float64)
+        self.P = torch.eye(self.m, dtype=torch.float64, device=device) / (self.m * self.damp)
+        self.count, self.accepted = zeros((), dtype=torch.int64), zeros((), dtype=torch.int64)
+        self.z, self.error = zeros(self.m, dtype=torch.float64), zeros(1, dtype=torch.float64)
+        self.columns = torch.arange(0, self.d, 5, device=device).int().repeat(self.m, 1)
+
+    def __call__(self, g):
+        """F⁻¹g, and the products of a compressed window with it."""
+        x = g.to(self.G.dtype).float()
+        k = self.kernels.hinv_times(self.G, x, self.count)
+        outputs = self.z, self.error, self.accepted
+        self.kernels.hinv_update(self.P, self.K, k, self.count, self.damp, 1e-5, *outputs)
+        new = x, self.count, self.accepted
+        u = self.kernels.hinv_transposed_times(self.G, self.z, None, float(self.m), *new)
+        self.count += self.accepted
+        values = self.G[:, ::5].contiguous()
+        y = self.kernels.hinv_sparse_times(self.columns, values, x[None], self.count)
+        t = self.kernels.hinv_sparse_transposed_times(self.columns, values, y[0], self.d)
+        return u, y, t
+
+
 @pytest.mark.cuda
-def test_graph_capture(gpu):
+@pytest.mark.parametrize("way", ["extension", "nvrtc"])
+def test_graph_capture(way):
+    """A captured step replayed over more than a window gives the bits of eager steps."""
     import torch
 
-    m, rng = 300, np.random.default_rng(0)
-    K, P, k, j = (torch.tensor(a, device="cuda") for a in window(rng, m, "ordinary"))
-    start = P.clone(), K.clone()
-    z, health = torch.empty(m, device="cuda", dtype=torch.float64), torch.empty_like(k[:3])
-    gpu.hinv_update(P, K, k, int(j), DAMP["ordinary"], z, health)
-    expected = [x.clone() for x in (P, K, z, health)]
-    row = int(j)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        P.copy_(start[0])
-        K.copy_(start[1])
-        gpu.hinv_update(P, K, k, row, DAMP["ordinary"], z, health)
-    for x in (P, K, z, health):
-        x.zero_()
-    graph.replay()
-    assert all(torch.equal(x, y) for x, y in zip((P, K, z, health), expected, strict=True))
+    interface = on_a_gpu(way)
+    gradients = torch.randn(13, 100, device="cuda")
+    gradients[7, 3] = torch.nan
+    eager, captured = Step(interface, "cuda"), Step(interface, "cuda")
+    expected = [[t.clone() for t in eager(g)] for g in gradients]
+    g = gradients[0].clone()
+    captured(g)  # warm up
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph, stream=stream):
+        outputs = captured(g)
+    for new, results in zip(gradients[1:], expected[1:], strict=True):
+        g.copy_(new)
+        graph.replay()
+        for actual, result in zip(outputs, results, strict=True):
+            assert torch.equal(actual, result)
+    for name in ("G", "P", "K", "count"):
+        assert torch.equal(getattr(eager, name), getattr(captured, name))
+    assert eager.count == len(gradients) - 1
 
 
 @pytest.mark.cuda
@@ -861,18 +1160,26 @@ def test_arguments_are_checked(gpu):
     import torch
 
     matrix, t = torch.eye(4, device="cuda"), torch.ones(4, device="cuda")
-    big, vector = matrix.double(), t.double()
+    big, vector, count = matrix.double(), t.double(), torch.zeros((), device="cuda").long()
 
-    def update(j=0, damp=1e-3, z=None, health=None):
+    def update(K=None, count=count, damp=1e-3, z=None, error=None):
+        K = big.clone() if K is None else K
         z = vector.clone() if z is None else z
-        health = vector[:3].clone() if health is None else health
-        gpu.hinv_update(big, big.clone(), vector, j, damp, z, health)
+        error = vector[:1].clone() if error is None else error
+        accepted = count.clone()
+        gpu.hinv_update(big, K, vector, count, damp, 1e-5, z, error, accepted)
+
+    def times(G=matrix, x=t, count=count, scales=None):
+        gpu.hinv_times(G, x, count, scales)
+
+    def transposed_times(z=vector, **arguments):
+        gpu.hinv_transposed_times(matrix, z, **arguments)
 
     for message, call in [
         ("coef is on cpu", lambda: gpu.hinv_setup(matrix, matrix.cpu())),
-        ("tmp has shape", lambda: gpu.hinv_setup(matrix[:3], matrix)),
+        (r"tmp has shape \(3, 4\)", lambda: gpu.hinv_setup(matrix[:3], matrix)),
         ("tmp is Half", lambda: gpu.hinv_setup(matrix.half(), matrix.half())),
-        ("they must be of one type", lambda: gpu.hinv_setup(matrix, big)),
+        ("coef is Double; it must be Float", lambda: gpu.hinv_setup(matrix, big)),
         ("coef has shape", lambda: gpu.hinv_setup(matrix, torch.eye(3, device="cuda"))),
         (
             "tmp is not contiguous",
@@ -882,11 +1189,26 @@ def test_arguments_are_checked(gpu):
         ("rows is 5", lambda: gpu.hinv_mul(5, matrix, t)),
         ("t has shape", lambda: gpu.hinv_mul(4, matrix, t[:3])),
         ("t has shape", lambda: gpu.hinv_mul(4, matrix, t[None, None])),
-        ("P is Float", lambda: gpu.hinv_update(matrix, matrix, t, 0, 1e-3, t, t[:3])),
-        ("j is 4", lambda: update(j=4)),
+        ("K is Float", lambda: update(K=matrix)),
         ("damp is 0", lambda: update(damp=0.0)),
-        ("health has shape", lambda: update(health=vector.clone())),
+        ("count is Int", lambda: update(count=count.int())),
+        ("error has shape", lambda: update(error=vector.clone())),
         ("share memory", lambda: update(z=vector)),
+        ("G is Int", lambda: times(G=matrix.int())),
+        ("G has shape", lambda: times(G=t)),
+        ("G has strides", lambda: times(G=torch.ones(4, 5, device="cuda")[:, :4])),
+        ("G has strides", lambda: times(G=matrix[:, 1:], x=t[1:])),
+        (r"x has shape \(3,\); it must be \(4,\)", lambda: times(x=t[:3])),
+        ("count is on cpu", lambda: times(count=count.cpu())),
+        ("scales has shape", lambda: times(scales=torch.ones(4, 2, device="cuda"))),
+        ("z is Float", lambda: transposed_times(z=t)),
+        ("without count and accepted", lambda: transposed_times(x=t)),
+        ("columns is Long", lambda: gpu.hinv_sparse_times(matrix.long(), matrix, matrix, count)),
+        ("X has shape", lambda: gpu.hinv_sparse_times(matrix.int(), matrix, matrix, count)),
+        (
+            "d is 3",
+            lambda: gpu.hinv_sparse_transposed_times(matrix.int(), matrix, vector, 3),
+        ),
     ]:
         with pytest.raises(RuntimeError, match=message):
             call()
@@ -915,12 +1237,11 @@ def trained(torch, device, steps=20, **options):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("coefficients", ["incremental", "paper"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_step_on_the_gpu_is_that_on_the_cpu_and_waits_for_nothing(gpu, coefficients, masked):
+def test_a_step_on_the_gpu_is_that_on_the_cpu_and_waits_for_nothing(gpu, masked):
     import torch
 
-    options = {"coefficients": coefficients}
+    options = {}
     if masked:
         generator = torch.Generator().manual_seed(1)
         shapes = ((16, 8), (16,), (3, 16), (3,))
@@ -937,24 +1258,3 @@ def test_a_step_on_the_gpu_is_that_on_the_cpu_and_waits_for_nothing(gpu, coeffic
         assert optimizer.skipped_steps == 0
         for p, reference in zip(weights, expected, strict=True):
             torch.testing.assert_close(p.cpu(), reference, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.cuda
-def test_graph_capture_of_a_step(gpu):
-    import torch
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        weights, optimizer, step = trained(torch, "cuda")
-        optimizer.fisher.settle()
-        twin, _, twin_step = trained(torch, "cuda")
-        graph = torch.cuda.CUDAGraph()
-        before = [p.detach().clone() for p in weights]
-        with torch.cuda.graph(graph, stream=stream):
-            step()
-        for p, value in zip(weights, before, strict=True):
-            assert torch.equal(p, value)  # captured, not run
-        graph.replay()
-        twin_step()
-        for p, other in zip(weights, twin, strict=True):
-            torch.testing.assert_close(p, other)

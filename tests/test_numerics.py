@@ -15,9 +15,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import exact_inverse, exact_times
+from reference import exact_inverse, exact_times, woodbury_column
 
-from optim import DynamicInverseFisher, NonFiniteGradientError
+from optim import DampTooSmallError, DynamicInverseFisher, NonFiniteGradientError
 from prun import BlockedInverseFisher, PagedInverseFisher
 
 ERROR = 2e-5
@@ -30,16 +30,13 @@ UNDERFLOW = 1e-36
 
 DYNAMIC = {
     "float32": {},
-    "paper": {"coefficients": "paper"},
     "shards": {"shards": ["cpu", "cpu"]},
     "float64": {"dtype": torch.float64},
     "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
+    "float8": {"dtype": torch.float8_e4m3fn},
     "compressed": {"compress": 0.5},
-    "compressed bfloat16, paper": {
-        "compress": 0.5,
-        "dtype": torch.bfloat16,
-        "coefficients": "paper",
-    },
+    "compressed bfloat16": {"compress": 0.5, "dtype": torch.bfloat16},
 }
 
 
@@ -177,7 +174,7 @@ def check_operator(fisher, inverse, G, x, tolerance=ERROR):
 
 def window(fisher):
     """G (m, d) in float64, as it is kept."""
-    return torch.cat([tile for w in fisher.windows for tile in w.tiles()], 1)
+    return torch.cat(list(fisher.window.tiles()), 1)
 
 
 # --- the dynamic one ------------------------------------------------------------------------------
@@ -187,46 +184,26 @@ def window(fisher):
 @examples
 @given(case=cases())
 def test_a_window_is_right_after_every_exchange_or_says_what_to_do(options, case):
-    fisher = DynamicInverseFisher(case.m, case.d, case.damp, **options)
-    for t, g in enumerate(case.G):
-        compressed = "compress" in options
-        try:
-            result = fisher.update(g) if compressed else fisher.update_matvec(g)
-        except ValueError as refusal:
-            about, enough = advised(refusal)
-            fisher.damp = about  # does for the window
-            fisher.damp = enough  # and this for every product with it
-            fisher.matvec(case.x[0])
-            continue
-        G = window(fisher)
-        if not compressed:
-            assert torch.equal(G[t % case.m], g.to(options.get("dtype", torch.float32)).double())
-            inverse = exact_inverse(G, fisher.damp)
-            assert_close(result, exact_times(inverse, G[t % case.m]))
-    if 1e-20 < fisher.damp < 1e20:
-        G = window(fisher)
-        check_operator(fisher, exact_inverse(G, fisher.damp), G, case.x)
-
-
-@examples
-@given(case=cases())
-def test_late_checks_let_nothing_wrong_through(case):
-    """As on CUDA: three digits are right, or the result is zero and not accepted."""
-    fisher = DynamicInverseFisher(case.m, case.d, case.damp)
-    fisher.lazy = True
+    fisher, compressed = (
+        DynamicInverseFisher(case.m, case.d, case.damp, **options),
+        "compress" in options,
+    )
     for g in case.G:
-        try:
-            result = fisher.update_matvec(g)
-        except ValueError as refusal:
-            fisher.damp = advised(refusal)[1]
-            result = fisher.update_matvec(g)
-        if fisher.accepted == 0:
-            assert not result.any()
-            continue
+        while True:
+            before = window(fisher), fisher.count
+            try:
+                result = (fisher.update if compressed else fisher.update_matvec)(g)
+            except ValueError as refusal:
+                assert torch.equal(window(fisher), before[0]) and fisher.count == before[1]
+                fisher.damp = advised(refusal)[1]
+            else:
+                break
         G = window(fisher)
-        row = (fisher.count - 1) % case.m
-        assert torch.equal(G[row], g.double())
-        assert_close(result, exact_times(exact_inverse(G, fisher.damp), G[row]), 1e-3)
+        if not compressed:  # where g is lost in an error that may be far larger
+            g = G[(fisher.count - 1) % case.m]
+            assert_close(result, exact_times(exact_inverse(G, fisher.damp), g))
+    if 1e-20 < fisher.damp < 1e20:
+        check_operator(fisher, exact_inverse(G, fisher.damp), G, case.x)
 
 
 @pytest.mark.parametrize("options", DYNAMIC.values(), ids=list(DYNAMIC))
@@ -253,11 +230,48 @@ def test_nan_and_inf_anywhere_leave_the_window_that_would_be_without(options, se
         (window(fisher), window(other)),
         (fisher.diagonal(), other.diagonal()),
         (fisher.coefficients.K, other.coefficients.K),
+        (fisher.coefficients.P, other.coefficients.P),
     ):
         assert torch.equal(*tensors)
     x = torch.ones(d).index_fill_(0, torch.tensor([seed % d]), bad)
     with pytest.raises(ValueError, match="finite numbers in x"):
         fisher.matvec(x)
+
+
+# --- float32, and when it is left -----------------------------------------------------------------
+
+
+@examples
+@given(
+    kind=st.sampled_from(["ordinary", "nearly parallel", "badly scaled", "parallel to few"]),
+    m=st.sampled_from([4, 16, 48]),
+    d=st.sampled_from([60, 700, 9000]),
+    strength=st.floats(-3, 8),
+    noise=st.floats(-6, 0),
+    seed=st.integers(0, 2**32),
+)
+def test_what_float32_gives_is_within_the_promise(kind, m, d, strength, noise, seed):
+    """Gradients of squared norm 10**strength·mλ, a round of them and a little more."""
+    r = lambda *n: torch.randn(*n, generator=torch.Generator().manual_seed(seed))  # noqa: E731
+    damp, G = 1e-5, r(m + 5, d)
+    if kind == "nearly parallel":
+        G = G[0] + 10**noise * G
+    elif kind == "badly scaled":
+        G = G * 10 ** (2 * r(m + 5, 1)) * 10 ** r(d)
+    elif kind == "parallel to few":
+        G = G[:3].repeat(m, 1)[: m + 5] + 10**noise * G
+    G = G * (10**strength * m * damp / G.square().sum(1).mean()) ** 0.5
+    fisher, kept = DynamicInverseFisher(m, d, damp), torch.zeros(m, d)
+    for t, g in enumerate(G):
+        kept[t % m] = g
+        try:
+            result = fisher.update_matvec(g)
+        except DampTooSmallError:
+            return
+        expected = woodbury_column(kept, damp, t % m)
+        assert (result - expected).norm() <= ERROR * expected.norm()
+        if fisher.precision.exact:
+            return
 
 
 # --- the static ones ------------------------------------------------------------------------------
@@ -326,20 +340,16 @@ def test_order_pages_blocks_and_portions_do_not_matter(case, seed):
 # --- many exchanges -------------------------------------------------------------------------------
 
 
-def rebuilt(fisher, damp):
-    """A⁻¹ from the window, in units of rows and columns, and these units."""
+def drift(fisher):
+    """How far P is from A⁻¹, relative to its largest entry, once columns are of one scale; and the
+    condition of A then."""
     G = window(fisher)
     A = G @ G.T
-    A.diagonal().add_(len(G) * damp)
+    A.diagonal().add_(len(G) * fisher.damp)
     units = A.diagonal().rsqrt()
-    return torch.linalg.inv(A * units[:, None] * units), units
-
-
-def drift(fisher):
-    """How far P is from A⁻¹, relative to its largest entry, once columns are of one scale."""
-    expected, units = rebuilt(fisher, fisher.damp)
+    expected = torch.linalg.inv(A * units[:, None] * units)
     found = fisher.coefficients.P / units[:, None] / units
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((found - expected).abs().max() / expected.abs().max()), float(expected.trace())
 
 
 def adversary(kind, t, m, d, generator):
@@ -359,28 +369,24 @@ def adversary(kind, t, m, d, generator):
 ADVERSARIES = ["plain", "huge, in and out", "parallel", "equal", "1e-10 and 1e10 in turn", "zero"]
 
 
-def drifts(kind, steps, m=16, d=40, damp=1e-3, rebuild=True):
-    """{number of exchanges: the largest drift in the m before}, and the condition at the end.
-
-    Without `rebuild`, P is never computed anew from A once every m exchanges.
-    """
+def drifts(kind, steps, m=16, d=40, damp=1e-3):
+    """{number of exchanges: the largest drift in the m before}, and the largest condition."""
     fisher = DynamicInverseFisher(m, d, damp, dtype=torch.float64)
     generator = torch.Generator().manual_seed(len(kind))
-    found, recent = {}, []
+    found, recent, condition = {}, [], 0.0
     for t in range(max(steps)):
         fisher.update(adversary(kind, t, m, d, generator))
-        if not rebuild:
-            fisher.coefficients.age = 0
         if any(n - m <= t < n for n in steps):
             recent.append(drift(fisher))
         if t + 1 in steps:
-            found[t + 1], recent = max(recent), []
-    return found, fisher.condition
+            errors, conditions = zip(*recent, strict=True)
+            found[t + 1], recent = max(errors), []
+            condition = max(condition, *conditions)
+    return found, condition
 
 
-@pytest.mark.parametrize("rebuild", [True, False])
 @pytest.mark.parametrize("kind", ADVERSARIES)
-def test_a_thousand_exchanges_leave_no_more_error_than_a_hundred(kind, rebuild):
+def test_a_thousand_exchanges_leave_no_more_error_than_a_hundred(kind):
     """Of what float64 and the condition allow; tests/long_run.py has 10,000."""
-    found, condition = drifts(kind, [100, 1000], rebuild=rebuild)
+    found, condition = drifts(kind, [100, 1000])
     assert max(found.values()) <= 1e-14 * max(condition, 10)

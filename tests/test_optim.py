@@ -1,23 +1,25 @@
 """The window (`DynamicInverseFisher`) and the optimizer (`MFAC`) against dense float64 oracles."""
 
 import copy
+import inspect
 import io
-import pickle
+import re
 import subprocess
 import sys
+import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from reference import dense_inverse
+from reference import dense_inverse, ring, woodbury_column
+from sklearn.datasets import load_digits
 from torch import nn
 
-import optim
-from coefficients import IncrementalCoefficients
-from optim import MFAC, DynamicInverseFisher, NonFiniteGradientError, window_bytes
-from windows import DenseWindow
+from coefficients import Coefficients
+from optim import MFAC, DampTooSmallError, DynamicInverseFisher, NonFiniteGradientError
 
-WAYS = ["incremental", "paper"]
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -30,226 +32,129 @@ def relative_error(x, reference):
     return float((x.double() - reference).norm() / reference.norm())
 
 
-def ring(gradients, m):
-    """The window (m, d) that the gradients so far leave behind, zeros where none was yet."""
-    G = torch.zeros(m, gradients[0].numel(), dtype=gradients[0].dtype)
-    for t, g in enumerate(gradients):
-        G[t % m] = g
-    return G
-
-
-def woodbury_column(G, damp, j):
-    """F⁻¹gⱼ by an m × m Cholesky solve in float64: an oracle where a (d, d) matrix is too large, or
-    too ill-conditioned (a gradient scaled by c scales a row and a column here, no more)."""
-    G = G.double()
-    m = len(G)
-    identity = torch.eye(m, dtype=torch.float64)
-    L = torch.linalg.cholesky(m * damp * identity + G @ G.T)
-    return m * G.T @ torch.cholesky_solve(identity[:, j : j + 1], L).squeeze()
+def dense(fisher):
+    """The window (m, d) in float64."""
+    return torch.cat(list(fisher.window.tiles()), 1)
 
 
 # --- DynamicInverseFisher -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shards", [None, ["cpu", "cpu"], ["cpu"] * 3])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shards", [None, ["cpu"] * 3])
 @pytest.mark.parametrize(("m", "d"), [(1, 6), (7, 40), (33, 33), (20, 9), (1, 1), (5, 2)])
-def test_every_exchange_gives_the_dense_inverse(m, d, way, shards):
-    fisher = DynamicInverseFisher(m, d, 1e-2, coefficients=way, shards=shards)
-    assert fisher.shape == (d, d)
-    gradients = []
+def test_every_exchange_gives_the_dense_inverse(m, d, shards):
+    fisher = DynamicInverseFisher(m, d, 1e-2, shards=shards)
+    x, gradients = torch.randn(d), []
+    torch.testing.assert_close(fisher.matvec(x), 100 * x)
     for _ in range(3 * m + 2):
         gradients.append(torch.randn(d))
         inverse = dense_inverse(ring(gradients, m), 1e-2)
         result = fisher.update_matvec(gradients[-1])
         assert relative_error(result, inverse @ gradients[-1].double()) < 1e-5
-        x = torch.randn(d)
-        assert relative_error(fisher.matvec(x), inverse @ x.double()) < 1e-5
-    torch.testing.assert_close(fisher.diagonal().double(), inverse.diagonal(), rtol=1e-5, atol=0)
+        assert relative_error(fisher.matvec(x), inverse @ x.double()) < 1e-6
+    torch.testing.assert_close(fisher.diagonal(), inverse.diagonal())
 
 
-def test_before_the_first_gradient_it_is_the_damping_alone():
-    fisher = DynamicInverseFisher(4, 10, 0.5)
-    x = torch.randn(10)
-    torch.testing.assert_close(fisher.matvec(x), 2 * x)
-    torch.testing.assert_close(fisher.diagonal(), torch.full((10,), 2.0))
-
-
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("m", [31, 1025])
-def test_any_window_size_is_accepted(m, way):
+def test_any_window_size_is_accepted(m):
     """Neither a multiple of 32 nor at most 1024."""
-    d, damp = 50, 0.1
-    fisher = DynamicInverseFisher(m, d, damp, coefficients=way)
-    gradients = [torch.randn(d) for _ in range(20)]
+    fisher, gradients = DynamicInverseFisher(m, 50, 0.1), list(torch.randn(20, 50))
     for g in gradients:
         result = fisher.update_matvec(g)
-    inverse = dense_inverse(ring(gradients, m), damp)
-    assert relative_error(result, inverse @ gradients[-1].double()) < 1e-5
+    inverse = dense_inverse(ring(gradients, m), 0.1)
+    assert relative_error(result, inverse @ g.double()) < 1e-5
+
+
+def test_the_squares_of_a_step_come_from_its_coefficients():
+    """‖ĝ‖² = k_j, ĝᵀu = m kᵀz = m (1 − mλz_j) and ‖u‖² = m² zᵀKz."""
+    m, d, damp = 6, 30, 0.1
+    side = Coefficients(m, damp, torch.device("cpu"))
+    gradients = list(torch.randn(9, d).double())
+    for t, g in enumerate(gradients):
+        G = ring(gradients[: t + 1], m)
+        k, j = G @ g, t % m
+        z, accepted, _ = side.exchange(k, torch.tensor(t), 2**-53)
+        u = dense_inverse(G, damp) @ g
+        assert accepted == 1
+        expected = torch.stack([g @ g, g @ u, g @ u, u @ u])
+        found = torch.stack([k[j], m * k @ z, m * (1 - m * damp * z[j]), m**2 * z @ side.K @ z])
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("common", [0.0, 1.0, 2.0])
-def test_ten_rounds_of_exchanges_stay_within_1e_5(common):
+def test_ten_rounds_of_exchanges_stay_in_float32_and_within_1e_5(common):
     """Gradients with a mean as large as their noise, and larger: sums with few sign changes."""
-    m, d, damp = 64, 50_000, 1e-5
-    fisher = DynamicInverseFisher(m, d, damp)
-    mean, G = torch.randn(d), torch.zeros(m, d)
+    m, d, damp = 32, 20_000, 1e-5
+    fisher, mean, G = DynamicInverseFisher(m, d, damp), torch.randn(d), torch.zeros(m, d)
     for t in range(10 * m):
-        g = 0.01 * (common * mean + torch.randn(d))
-        G[t % m] = g
-        result = fisher.update_matvec(g)
+        G[t % m] = 0.01 * (common * mean + torch.randn(d))
+        result = fisher.update_matvec(G[t % m])
         if t % 61 == 0 or t >= 10 * m - 2:
             assert relative_error(result, woodbury_column(G, damp, t % m)) < 1e-5
-    assert fisher.compute_dtype == torch.float32
+    assert not fisher.precision.exact
 
 
-@pytest.mark.parametrize(("m", "d"), [(64, 270_000), (256, 30_000)])
-def test_nearly_parallel_gradients_of_norm_100(m, d):
-    """Where K summed in float32 has negative eigenvalues, the result is right all the same."""
+@pytest.mark.parametrize(
+    ("m", "d", "strength"), [(64, 50_000, 1e9), (256, 2000, 0.3), (256, 2000, 8.0)]
+)
+@pytest.mark.parametrize("noise", [1e-3, 0.1])
+def test_nearly_parallel_gradients(m, d, strength, noise):
+    """Of squared norm strength·mλ. Where they are large, K summed in float32 has negative
+    eigenvalues; about as large as the damping, the terms of Gᵀz cancel to one part in m."""
     damp = 1e-5
     fisher = DynamicInverseFisher(m, d, damp)
-    common = torch.randn(d)
-    G = torch.zeros(m, d)
-    for t in range(m + 1):
-        g = 100 * common / common.norm()
-        noise = torch.randn(d)
-        g += 0.1 * noise / noise.norm()
-        G[t % m] = g
-        result = fisher.update_matvec(g)
-    assert relative_error(result, woodbury_column(G, damp, t % m)) < 1e-3
+    common, G = nn.functional.normalize(torch.randn(d), dim=0), torch.zeros(m, d)
+    for t in range(m + 2):
+        g = common + noise * nn.functional.normalize(torch.randn(d), dim=0)
+        G[t % m] = g * (strength * m * damp) ** 0.5
+        result = fisher.update_matvec(G[t % m])
+    assert relative_error(result, woodbury_column(G, damp, t % m)) < 2e-5
 
 
 def test_gradients_far_larger_than_the_damping():
     """P falls from 1/mλ by 18 orders of magnitude; the rest of the old column must not stay."""
     m, d, damp = 6, 40, 1e-10
-    fisher = DynamicInverseFisher(m, d, damp)
-    gradients = []
-    for _ in range(2 * m):
-        gradients.append(1e4 * torch.randn(d))
-        result = fisher.update_matvec(gradients[-1])
-        G = ring(gradients, m).double()
-        A = m * damp * torch.eye(m, dtype=torch.float64) + G @ G.T
-        filled = A.diagonal() > 1
-        expected = torch.linalg.inv(A[filled][:, filled])
-        torch.testing.assert_close(
-            fisher.coefficients.P[filled][:, filled],
-            expected,
-            rtol=1e-5,
-            atol=1e-5 * expected.max(),
-        )
-        j = (len(gradients) - 1) % m
-        assert relative_error(result, woodbury_column(G, damp, j)) < 1e-5
-
-
-def test_exchanges_among_nearly_parallel_gradients_need_no_rebuilding():
-    """P stays a good inverse for a whole round, at m = 64, with a condition of about 1e6."""
-    m, d, damp = 64, 3000, 1e-5
-    coefficients = IncrementalCoefficients(m, damp, torch.device("cpu"))
-    common = 100 * torch.nn.functional.normalize(torch.randn(d).double(), dim=0)
-    G = torch.zeros(m, d, dtype=torch.float64)
-    ages = []
-    for t in range(3 * m):
-        G[t % m] = common + 0.1 * torch.nn.functional.normalize(torch.randn(d).double(), dim=0)
-        z, _ = coefficients.exchange(t % m, G @ G[t % m])
-        ages.append(coefficients.age)
-        if t % 20 == 19:
-            A = m * damp * torch.eye(m, dtype=torch.float64) + G @ G.T
-            # Products of A (1e4) and z (1e2), over m = 64 terms, are rounded to about 1e-8.
-            torch.testing.assert_close(A @ z, torch.eye(m).double()[t % m], rtol=0, atol=1e-7)
-    assert ages == [(t + 1) % m for t in range(3 * m)]
-
-
-def test_damping_too_small_for_float64_is_refused_with_advice_that_works():
-    fisher = DynamicInverseFisher(4, 30, 1e-12)
-    g = 1e6 * torch.randn(30)
-    fisher.update(g)
-    with pytest.raises(ValueError, match=r"damp = 1e-12 is too small .* raise damp to about") as e:
-        fisher.update(g)
-    fisher.damp = float(str(e.value).split()[-1])
-    inverse = dense_inverse(torch.stack([g, g, 0 * g, 0 * g]), fisher.damp)
-    x = torch.randn(30)
-    assert relative_error(fisher.matvec(x), inverse @ x.double()) < 1e-4
-
-
-@pytest.mark.parametrize("scale", [1e-18, 1e18])
-def test_scales_at_which_float32_products_leave_their_range(scale):
-    m, d = 6, 40
-    damp = scale**2 / 10
-    fisher = DynamicInverseFisher(m, d, damp)
-    gradients = [scale * torch.randn(d) for _ in range(2 * m)]
-    for g in gradients:
+    fisher, gradients = DynamicInverseFisher(m, d, damp), list(1e4 * torch.randn(2 * m, d))
+    for t, g in enumerate(gradients):
         result = fisher.update_matvec(g)
-    inverse = dense_inverse(ring(gradients, m), damp)
-    assert relative_error(result, inverse @ gradients[-1].double()) < 1e-5
-    assert relative_error(fisher.diagonal(), inverse.diagonal()) < 1e-5
+        G = ring(gradients[: t + 1], m)
+        assert relative_error(result, woodbury_column(G, damp, t % m)) < 1e-5
+    A = m * damp * torch.eye(m).double() + G.double() @ G.double().T
+    expected = torch.linalg.inv(A)
+    error = (fisher.coefficients.P - expected).abs().max()
+    assert error < 1e-5 * expected.max()
 
 
 def test_a_huge_gradient_enters_and_leaves():
     m, d, damp = 8, 60, 1e-4
-    fisher = DynamicInverseFisher(m, d, damp)
-    gradients = [torch.randn(d) for _ in range(m + 3)]
+    fisher, gradients = DynamicInverseFisher(m, d, damp), torch.randn(3 * m + 3, d)
     gradients[m] *= 1e6
-    gradients += [torch.randn(d) for _ in range(2 * m)]
     for t, g in enumerate(gradients):
         result = fisher.update_matvec(g)
         expected = woodbury_column(ring(gradients[: t + 1], m), damp, t % m)
         assert relative_error(result, expected) < 1e-5
 
 
-def test_float64_is_left_when_the_gradients_allow():
-    m, d = 8, 100
-    fisher = DynamicInverseFisher(m, d, 1e-6)
-    g = torch.randn(d)
-    for _ in range(m):
-        fisher.update(g + 1e-3 * torch.randn(d))
-    assert fisher.compute_dtype == torch.float64
-    for _ in range(2 * m + 1):
-        fisher.update(torch.randn(d))
-    assert fisher.compute_dtype == torch.float32
-
-
-@pytest.mark.parametrize("noise", [0.0, 1e-3, 0.1])
-@pytest.mark.parametrize("strength", [0.3, 8.0])
-def test_parallel_gradients_about_as_large_as_the_damping(strength, noise):
-    """A is well conditioned then, but the terms of Gᵀz cancel to one part in m."""
-    m, d, damp = 256, 2000, 1e-5
-    fisher = DynamicInverseFisher(m, d, damp)
-    mean = torch.nn.functional.normalize(torch.randn(d), dim=0) * (strength * m * damp) ** 0.5
-    gradients = [mean + noise * mean.norm() / d**0.5 * torch.randn(d) for _ in range(m + 2)]
-    for g in gradients:
-        result = fisher.update_matvec(g)
-    expected = woodbury_column(ring(gradients, m), damp, (m + 1) % m)
-    assert relative_error(result, expected) < 1e-5
-
-
-def test_where_terms_cancel_float64_takes_over_and_needs_two_reads_again(monkeypatch):
-    """The result in which float32 turns out to be too short takes more, once."""
-    reads = []
-    for name in ("times", "transposed_times"):
-        call = getattr(DenseWindow, name)
-        monkeypatch.setattr(DenseWindow, name, lambda *a, c=call: reads.append(None) or c(*a))
-    m, d, damp = 64, 500, 1e-5
-    fisher = DynamicInverseFisher(m, d, damp)
-    mean = torch.nn.functional.normalize(torch.randn(d), dim=0) * (8 * m * damp) ** 0.5
-    counts = []
-    for _ in range(m):
-        reads.clear()
-        fisher.update_matvec(mean)
-        counts.append(len(reads))
-    assert max(counts) > 2
-    assert sorted(counts)[:-1] == [2] * (m - 1)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_after_a_refused_gradient_every_answer_is_refused(way):
-    fisher = DynamicInverseFisher(4, 30, 1e-12, coefficients=way)
-    g = 1e6 * torch.randn(30)
+def test_a_damping_too_small_is_refused_with_advice_that_works_and_nothing_changes():
+    fisher, g, x = DynamicInverseFisher(4, 30, 1e-12), 1e6 * torch.randn(30), torch.randn(30)
     fisher.update(g)
-    for method in (fisher.update, fisher.update_matvec, fisher.matvec):
-        with pytest.raises(ValueError, match="too small"):
-            method(g)
-    with pytest.raises(ValueError, match="too small"):
-        fisher.diagonal()
+    before = copy.deepcopy(fisher.state_dict())
+    for call in (fisher.update, fisher.update_matvec):
+        for _ in range(2):  # the second time is no different
+            with pytest.raises(
+                DampTooSmallError,
+                match=r"damp = 1e-12 is too small .* even in float64; raise damp to about \S+ or",
+            ) as refusal:
+                call(g)
+    after = fisher.state_dict()
+    assert torch.equal(after["window"][0]["G"], before["window"][0]["G"])
+    for name in ("K", "P"):  # may have been computed anew, in float64
+        torch.testing.assert_close(after[name], before[name], rtol=1e-6, atol=0)
+    assert (after["count"], after["damp"]) == (before["count"], before["damp"])
+    fisher.damp = float(str(refusal.value).split()[-1])
+    fisher.update(g)
+    inverse = dense_inverse(torch.stack([g, g]) / 2**0.5, fisher.damp)
+    assert relative_error(fisher.matvec(x), inverse @ x.double()) < 2e-5
 
 
 def test_a_product_that_cancels_altogether_is_refused():
@@ -257,167 +162,142 @@ def test_a_product_that_cancels_altogether_is_refused():
     g = 1e4 * torch.randn(30)
     expected = 4 * g / (4e-10 + g.double() @ g.double())
     assert relative_error(fisher.update_matvec(g), expected) < 1e-5
-    with pytest.raises(ValueError, match="too small"):
+    with pytest.raises(DampTooSmallError, match="too small"):
         fisher.matvec(g)
 
 
-def test_order_of_the_gradients_is_irrelevant():
-    m, d = 12, 30
-    G, x = torch.randn(m, d), torch.randn(d)
-    results = []
-    for order in (torch.arange(m), torch.randperm(m)):
-        fisher = DynamicInverseFisher(m, d, 1e-2)
-        for g in G[order]:
-            fisher.update(g)
-        results.append(fisher.matvec(x))
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+def test_float64_is_left_when_the_gradients_allow():
+    m, d = 8, 100
+    fisher, g = DynamicInverseFisher(m, d, 1e-6), torch.randn(d)
+    for _ in range(m):
+        fisher.update(g + 1e-3 * torch.randn(d))
+    assert fisher.precision.exact
+    for _ in range(2 * m + 1):
+        fisher.update(torch.randn(d))
+    assert not fisher.precision.exact
 
 
-def test_the_inverse_is_positive_and_bounded_by_the_damping():
-    fisher = DynamicInverseFisher(10, 25, 1e-3)
-    for _ in range(17):
-        fisher.update(torch.randn(25))
-        x = torch.randn(25)
-        assert 0 < float(x @ fisher.matvec(x)) <= float(x @ x) / 1e-3 * (1 + 1e-6)
-        assert 0 < fisher.diagonal().min() and fisher.diagonal().max() <= 1e3 * (1 + 1e-6)
+def test_at_most_a_twentieth_of_training_on_digits_is_in_float64():
+    """A small CNN, λ = 1e-5, m = 256: 300 steps to a loss near zero, with the errors of a few."""
+    images, labels = (torch.as_tensor(a) for a in load_digits(return_X_y=True))
+    images = images.float().view(-1, 1, 8, 8).expand(-1, 3, 8, 8) / 8 - 1
+    images = nn.functional.interpolate(images, 32)
+    layers = nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(), nn.Flatten()
+    model, m = nn.Sequential(*layers, nn.Linear(16 * 49, 10)), 256
+    optimizer = MFAC(model.parameters(), lr=1e-3, momentum=0.9, ngrads=m, damp=1e-5)
+    fisher, exact = optimizer.fisher, 0
+    for t in range(300):
+        rows = torch.randint(len(images), (64,))
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
+        loss.backward()
+        if t % 60 == 59:
+            g = torch.cat([p.grad.flatten() for p in model.parameters()])
+            result = copy.deepcopy(fisher).update_matvec(g)
+            G = fisher.window.blocks[0].G.clone()
+            G[t % m] = g
+            assert relative_error(result, woodbury_column(G, 1e-5, t % m)) < 2e-5
+        optimizer.step()
+        exact += bool(fisher.precision.exact)
+    assert float(loss.detach()) < 0.3 and optimizer.raised_steps == 0
+    assert exact <= 0.05 * 300
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_damp_can_change_at_any_time(way):
+def test_damp_can_change_at_any_time_and_costs_nothing_where_it_does_not():
     m, d = 5, 14
-    fisher = DynamicInverseFisher(m, d, 1e-1, coefficients=way)
-    gradients = []
+    fisher, gradients = DynamicInverseFisher(m, d, 1e-1), []
     for t in range(3 * m):
         if t % 4 == 3:
             fisher.damp = 10.0 ** -(t % 3)
+        P = fisher.coefficients.P
+        fisher.damp = fisher.damp
+        assert fisher.coefficients.P is P
         gradients.append(torch.randn(d))
         result = fisher.update_matvec(gradients[-1])
         inverse = dense_inverse(ring(gradients, m), fisher.damp)
         assert relative_error(result, inverse @ gradients[-1].double()) < 1e-5
+    with pytest.raises(ValueError, match="Invalid damp: 0"):
+        fisher.damp = 0
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_non_finite_gradient_never_enters(bad):
-    fisher = DynamicInverseFisher(3, 5)
-    fisher.update(torch.randn(5))
-    before = copy.deepcopy(fisher.state_dict())
-    g = torch.randn(5)
-    g[2] = bad
-    for method in (fisher.update, fisher.update_matvec):
-        with pytest.raises(NonFiniteGradientError, match="NaN or Inf"):
-            method(g)
-    assert_same_state(fisher.state_dict(), before)
-
-
-def test_a_gradient_that_overflows_the_window_is_non_finite():
-    fisher = DynamicInverseFisher(3, 5, dtype=torch.float16)
-    with pytest.raises(NonFiniteGradientError):
-        fisher.update(torch.full((5,), 1e6))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_window_types_are_exact_for_the_rounded_gradients(dtype):
-    m, d = 9, 30
-    fisher = DynamicInverseFisher(m, d, 1e-2, dtype=dtype)
-    gradients = [torch.randn(d, dtype=torch.float64) for _ in range(2 * m)]
-    for g in gradients:
-        result = fisher.update_matvec(g)
-    rounded = ring([g.to(dtype) for g in gradients], m)
-    reference = dense_inverse(rounded, 1e-2) @ rounded[(len(gradients) - 1) % m].double()
-    assert relative_error(result, reference) < (1e-12 if dtype == torch.float64 else 1e-5)
-
-
-def assert_same_state(a, b):
-    assert a.keys() == b.keys()
-    for key, value in a.items():
-        if isinstance(value, dict):
-            assert_same_state(value, b[key])
-        elif isinstance(value, torch.Tensor):
-            assert torch.equal(value, b[key]), key
-        elif isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
-            assert torch.equal(torch.cat(value, 1), torch.cat(b[key], 1)), key
-        elif isinstance(value, list):
-            assert len(value) == len(b[key])
-        else:
-            assert value == b[key], key
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("shards", [None, ["cpu", "cpu", "cpu"]])
-def test_a_restored_window_goes_on_bit_for_bit(way, shards):
-    m, d = 6, 17
-    fisher = DynamicInverseFisher(m, d, 1e-2, coefficients=way)
-    for _ in range(m + 2):
-        fisher.update(torch.randn(d))
-    file = io.BytesIO()
-    torch.save(fisher.state_dict(), file)
-    file.seek(0)
-    other = DynamicInverseFisher(3, 4, 1.0, coefficients=way, shards=shards)
-    other.load_state_dict(torch.load(file, weights_only=True))
-    for _ in range(m + 1):
-        g = torch.randn(d)
-        expected, result = fisher.update_matvec(g), other.update_matvec(g)
-        if shards is None:
-            assert torch.equal(result, expected)
-        else:  # sums over shards are rounded in another order
-            torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_a_loaded_window_shares_nothing_with_its_source():
-    fisher, other = DynamicInverseFisher(3, 5), DynamicInverseFisher(3, 5)
-    fisher.update(torch.randn(5))
-    other.load_state_dict(fisher.state_dict())
-    before = copy.deepcopy(other.state_dict())
-    fisher.update(torch.randn(5))
-    assert_same_state(other.state_dict(), before)
-
-
-def test_the_two_ways_of_the_coefficients_load_each_other():
-    a = DynamicInverseFisher(4, 9, 1e-1)
-    b = DynamicInverseFisher(4, 9, 1e-1, coefficients="paper")
-    for _ in range(6):
-        a.update(torch.randn(9))
-    b.load_state_dict(a.state_dict())
-    c = DynamicInverseFisher(4, 9, 1e-1)
-    c.load_state_dict(b.state_dict())
-    x = torch.randn(9)
-    torch.testing.assert_close(b.matvec(x), a.matvec(x))
-    torch.testing.assert_close(c.matvec(x), a.matvec(x))
-
-
-def test_new_columns_have_a_history_of_zero():
+@pytest.mark.parametrize("shards", [None, ["cpu", "cpu"]])
+def test_new_columns_have_a_history_of_zero(shards):
     m, d, more = 5, 8, 3
-    for shards in (None, ["cpu", "cpu"]):
-        fisher = DynamicInverseFisher(m, d, 1e-2, shards=shards)
-        gradients = [torch.cat([torch.randn(d), torch.zeros(more)]) for _ in range(m + 1)]
-        for g in gradients:
-            fisher.update(g[:d])
-        fisher.grow(more)
-        gradients.append(torch.randn(d + more))
-        result = fisher.update_matvec(gradients[-1])
-        inverse = dense_inverse(ring(gradients, m), 1e-2)
-        assert relative_error(result, inverse @ gradients[-1].double()) < 1e-5
+    fisher = DynamicInverseFisher(m, d, 1e-2, shards=shards)
+    gradients = [torch.cat([torch.randn(d), torch.zeros(more)]) for _ in range(m + 1)]
+    for g in gradients:
+        fisher.update(g[:d])
+    fisher.grow(more)
+    gradients.append(torch.randn(d + more))
+    result = fisher.update_matvec(gradients[-1])
+    inverse = dense_inverse(ring(gradients, m), 1e-2)
+    assert relative_error(result, inverse @ gradients[-1].double()) < 1e-5
 
 
-def test_the_result_does_not_depend_on_autocast_or_matmul_precision():
-    gradients = [torch.randn(500) for _ in range(12)]
+# --- the rest of the process ----------------------------------------------------------------------
+
+
+PRECISIONS = {
+    "torch.backends": ["none", "ieee", "tf32"],
+    "torch.backends.mkldnn.matmul": ["none", "ieee", "tf32", "bf16"],
+    "torch.backends.cuda.matmul": ["none", "ieee", "tf32"],
+}
+
+
+def settings():
+    return [eval(name).fp32_precision for name in PRECISIONS], torch.is_grad_enabled()
+
+
+def check_training():
+    """Steps of nearly parallel gradients, against the oracle."""
+    generator = torch.Generator().manual_seed(0)
+    G = torch.randn(500, generator=generator) + 0.1 * torch.randn(20, 500, generator=generator)
+    p = nn.Parameter(torch.zeros(500))
+    optimizer = MFAC([p], lr=1.0, ngrads=8, damp=1e-2)
+    for t, g in enumerate(G):
+        p.detach().zero_()
+        p.grad = g.clone()
+        optimizer.step()
+        assert relative_error(-p.detach(), woodbury_column(ring(G[: t + 1], 8), 1e-2, t % 8)) < 2e-5
+    x = torch.ones(500)
+    expected = dense_inverse(ring(G, 8), 1e-2) @ x.double()
+    assert relative_error(optimizer.fisher.matvec(x), expected) < 2e-5
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n in PRECISIONS for v in PRECISIONS[n]])
+def test_precision_of_the_process_is_neither_trusted_nor_changed(name, value):
+    place = eval(name)
+    before = place.fp32_precision
+    try:
+        place.fp32_precision = value
+        during = settings()
+        check_training()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            check_training()
+        assert settings() == during
+    finally:
+        place.fp32_precision = before
+
+
+def test_two_threads_do_not_meet():
+    before, errors = settings(), []
 
     def run():
-        fisher = DynamicInverseFisher(8, 500, 1e-3)
-        return [fisher.update_matvec(g) for g in gradients]
+        try:
+            for _ in range(5):
+                check_training()
+        except BaseException as error:
+            errors.append(error)
 
-    expected = run()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert all(map(torch.equal, run(), expected))
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        assert all(map(torch.equal, run(), expected))
-    finally:
-        torch.set_float32_matmul_precision(before)
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and settings() == before
 
 
-@pytest.mark.parametrize("options", [{}, {"coefficients": "paper"}, {"compress": 0.3}])
+@pytest.mark.parametrize("options", [{}, {"compress": 0.3}, {"window_dtype": "float8_e4m3fn"}])
 def test_the_default_device_of_torch_does_not_matter(options):
     """As after torch.set_default_device("cuda"), with a model on the CPU."""
     weights, gradients = torch.randn(12), torch.randn(7, 12)
@@ -428,7 +308,7 @@ def test_the_default_device_of_torch_does_not_matter(options):
         for g in gradients:
             p.grad = g.clone()
             optimizer.step()
-            twin = MFAC([p], ngrads=2, **options)
+            twin = MFAC([p], ngrads=4, damp=0.1, **options)
             twin.load_state_dict(optimizer.state_dict())
             optimizer = twin
         optimizer.damp = 0.2
@@ -440,13 +320,23 @@ def test_the_default_device_of_torch_does_not_matter(options):
     assert all(map(torch.equal, found, expected))
 
 
-def test_inputs_are_not_changed():
-    g, x = torch.randn(6), torch.randn(6)
-    copies = g.clone(), x.clone()
-    fisher = DynamicInverseFisher(3, 6)
-    fisher.update_matvec(g)
-    fisher.matvec(x)
-    assert torch.equal(g, copies[0]) and torch.equal(x, copies[1])
+def test_importing_optim_changes_nothing_global():
+    code = (
+        "import torch\n"
+        "def settings():\n"
+        "    return (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32,\n"
+        "            torch.get_float32_matmul_precision(), torch.get_num_threads(),\n"
+        "            torch.get_default_dtype(), torch.is_grad_enabled(),\n"
+        "            torch.get_rng_state().tolist(), torch.backends.cudnn.benchmark)\n"
+        "before = settings()\n"
+        "import optim\n"
+        "assert settings() == before\n"
+    )
+    end = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert end.returncode == 0, end.stderr
+
+
+# --- arguments ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -459,8 +349,6 @@ def test_inputs_are_not_changed():
         ({"damp": -1e-5}, "damp: -1e-05"),
         ({"damp": float("nan")}, "damp: nan"),
         ({"damp": float("inf")}, "damp: inf"),
-        ({"dtype": torch.int32}, "dtype: torch.int32"),
-        ({"coefficients": "fast"}, "coefficients: 'fast'"),
     ],
 )
 def test_wrong_arguments_of_the_window(arguments, message):
@@ -468,93 +356,19 @@ def test_wrong_arguments_of_the_window(arguments, message):
         DynamicInverseFisher(**{"num_grads": 3, "dim": 4, **arguments})
 
 
-@pytest.mark.parametrize("shape", [(3,), (5,), (4, 1), ()])
-def test_vectors_of_another_shape_are_refused(shape):
+def test_vectors_that_do_not_fit_change_nothing():
     fisher = DynamicInverseFisher(3, 4)
-    for method in (fisher.update, fisher.update_matvec, fisher.matvec):
-        with pytest.raises(ValueError, match=r"Expected a vector of shape \(4,\), got"):
-            method(torch.ones(shape))
-
-
-def test_setting_an_impossible_damp_is_refused():
-    fisher = DynamicInverseFisher(3, 4)
-    with pytest.raises(ValueError, match="Invalid damp: 0"):
-        fisher.damp = 0
-
-
-def test_the_way_back_from_float64_is_open_once_a_round():
-    fisher = DynamicInverseFisher(3, 8, 1e-2)
-    fisher.update(torch.randn(8))
-    fisher.compute_dtype = torch.float64  # as after a gradient that strained float32
-    seen = []
-    for _ in range(4):
-        fisher.update(torch.randn(8))
-        seen.append(fisher.compute_dtype)
-    assert seen == [torch.float64, torch.float64, torch.float32, torch.float32]
-
-
-@pytest.mark.parametrize(
-    ("damp", "dtype"),
-    [(1e-3, torch.float32), (1e-16, torch.float64), (1e16, torch.float64)],
-)
-def test_only_an_extreme_damp_takes_products_to_float64(damp, dtype, monkeypatch):
-    seen, times = [], DenseWindow.transposed_times
-    monkeypatch.setattr(
-        DenseWindow, "transposed_times", lambda *given: seen.append(given[2]) or times(*given)
-    )
-    fisher = DynamicInverseFisher(2, 4, damp)
-    fisher.update_matvec(damp**0.5 * torch.eye(4)[0])
-    assert seen == [dtype]
-
-
-def test_columns_may_come_from_several_shards():
-    fisher = DynamicInverseFisher(2, 7, shards=["cpu"] * 3)
-    g = torch.randn(7)
-    fisher.update(g)
-    for start in range(8):
-        for stop in range(start, 8):
-            assert torch.equal(fisher.columns(start, stop)[0], g[start:stop])
-
-
-# --- memory and import ----------------------------------------------------------------------------
-
-
-def run_python(code):
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_there_is_one_window_in_memory():
-    """Peak resident memory while a window of 256 MB is filled and exchanged."""
-    grown = run_python(
-        "import resource, torch, optim\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
-        "fisher = optim.DynamicInverseFisher(2, 1000)\n"
-        "for _ in range(3): fisher.update_matvec(torch.randn(1000))\n"
-        "start = peak()\n"
-        "fisher = optim.DynamicInverseFisher(64, 1_000_000)\n"
-        "print(peak() - start)\n"
-        "for _ in range(66): fisher.update_matvec(torch.randn(1_000_000))\n"
-        "print(peak() - start)\n"
-    )
-    constructed, used = map(int, grown.split())
-    assert constructed < 32e6  # pages are not touched before gradients come
-    assert used < 1.25 * window_bytes(64, 1_000_000)
-
-
-def test_importing_optim_changes_nothing_global():
-    run_python(
-        "import torch\n"
-        "def settings():\n"
-        "    return (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32,\n"
-        "            torch.get_float32_matmul_precision(), torch.get_num_threads(),\n"
-        "            torch.get_default_dtype(), torch.is_grad_enabled(),\n"
-        "            torch.get_rng_state().tolist(), torch.backends.cudnn.benchmark)\n"
-        "before = settings()\n"
-        "import optim\n"
-        "assert settings() == before\n"
-    )
+    fisher.update(torch.randn(4))
+    before = copy.deepcopy(fisher.state_dict())
+    for call in (fisher.update, fisher.update_matvec, fisher.matvec):
+        for shape in (3, 5, (4, 1), ()):
+            with pytest.raises(ValueError, match=r"Expected a vector of shape \(4,\), got"):
+                call(torch.ones(shape))
+        with pytest.raises(ValueError, match="Expected a vector"):
+            call(torch.ones(4, dtype=torch.complex64))
+    after = fisher.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in ("K", "P"))
+    assert after["count"] == 1 and torch.equal(after["window"][0]["G"], before["window"][0]["G"])
 
 
 # --- MFAC -----------------------------------------------------------------------------------------
@@ -587,21 +401,32 @@ class DenseMFAC:
                 self.weights[i] -= settings[i]["lr"] * self.v[i]
 
 
+def assert_same_state(a, b):
+    """Equal to the bits."""
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    elif isinstance(a, (dict, list)):
+        assert len(a) == len(b)
+        for key in a if isinstance(a, dict) else range(len(a)):
+            assert_same_state(a[key], b[key])
+    else:
+        assert a == b
+
+
 def assert_weights(parameters, reference, tolerance=1e-5):
     for p, w in zip(parameters, reference, strict=True):
         torch.testing.assert_close(p.detach().double(), w, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("gpus", [None, [], ["cpu", "cpu"]])
-@pytest.mark.parametrize("way", WAYS)
-def test_steps_follow_the_definition_group_by_group(way, gpus):
+def test_steps_follow_the_definition_group_by_group(gpus):
     a, b, c = (nn.Parameter(torch.randn(s)) for s in ((4, 3), (5,), (2, 3, 2)))
     groups = [
         {"params": [a, b], "lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1},
         {"params": [c], "lr": 3e-2},
     ]
     reference = DenseMFAC(groups, ngrads=5, damp=0.1)
-    optimizer = MFAC([dict(g) for g in groups], ngrads=5, damp=0.1, coefficients=way, gpus=gpus)
+    optimizer = MFAC([dict(g) for g in groups], ngrads=5, damp=0.1, gpus=gpus)
     for _ in range(13):
         grads = [torch.randn_like(p) for p in (a, b, c)]
         for p, g in zip((a, b, c), grads, strict=True):
@@ -617,7 +442,7 @@ def test_old_calls_of_the_paper_code_work():
     optimizer = MFAC([p], 1e-2, 0.9, 1e-4, 8, 1e-4, device, device, [device, device], False)
     p.grad = torch.randn(6)
     optimizer.step()
-    assert optimizer.fisher.num_grads == 8 and len(optimizer.fisher.windows) == 2
+    assert optimizer.fisher.num_grads == 8 and len(optimizer.fisher.window.blocks) == 2
     MFAC([p])  # every default
 
 
@@ -816,7 +641,7 @@ def test_parameters_with_nothing_in_the_window():
     other = MFAC([a, b, c], sparse=True, ngrads=2)
     other.load_state_dict(optimizer.state_dict())
     assert_same_state(other.state_dict(), optimizer.state_dict())
-    assert bool((a == 0).all())
+    assert optimizer.fisher.shape == (3, 3) and not a.any()
 
 
 def test_masks_are_copied():
@@ -843,7 +668,71 @@ def test_masks_in_the_constructor_do_not_concern_groups_added_later():
     assert optimizer.fisher.shape[0] == 4
 
 
-# faults
+# --- faults ---------------------------------------------------------------------------------------
+
+
+def stop(call, line, error):
+    """Raises `error` before line number `line` that `call` reaches in the project; False if it ends
+    before that."""
+    left = line
+
+    def trace(frame, event, argument):
+        nonlocal left
+        if Path(frame.f_code.co_filename).parent != ROOT:
+            return None
+        left -= event == "line"
+        if left == 0 and event == "line":
+            raise error
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except type(error):
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("every", "options"),
+    [(1, {}), (5, {"gpus": ["cpu"] * 2}), (5, {"window_dtype": "float16"}), (5, {"compress": 0.5})],
+)
+def test_after_an_exception_anywhere_in_a_step_later_ones_are_right(every, options):
+    """As when Ctrl-C is pressed, or memory runs out and the loop goes on."""
+    m, d = 2, 12
+    p = nn.Parameter(torch.zeros(d))
+    optimizer = MFAC([p], lr=1.0, ngrads=m, damp=0.1, **options)
+    gradients = torch.randn(m + 1 + 1 + m, d)
+
+    def step(optimizer, g):
+        (p,) = optimizer.param_groups[0]["params"]
+        p.detach().zero_()
+        p.grad = g.clone()
+        optimizer.step()
+        return -p.detach()
+
+    for g in gradients[: m + 1]:
+        step(optimizer, g)
+    line, stopped = 0, True
+    while stopped:
+        line += every
+        twin = copy.deepcopy(optimizer)
+        error = KeyboardInterrupt() if line % 2 else torch.OutOfMemoryError("CUDA out of memory")
+        stopped = stop(lambda twin=twin: step(twin, gradients[m + 1]), line, error)
+        for g in gradients[m + 2 :]:
+            before = twin.fisher.count
+            u = step(twin, g)
+            G = dense(twin.fisher)
+            assert twin.fisher.count == before + 1
+            newest = g.double() if "compress" in options else G[before % m]
+            torch.testing.assert_close(newest.float(), g, rtol=1e-3, atol=1e-3)
+            assert relative_error(u, dense_inverse(G, 0.1) @ newest) < 2e-5, f"line {line}"
+        K = twin.fisher.coefficients.K
+        torch.testing.assert_close(K, G @ G.T, rtol=1e-5, atol=1e-5)
+    assert line > 60
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -863,27 +752,121 @@ def test_a_non_finite_gradient_skips_the_step(bad):
     assert optimizer.skipped_steps == 2
     assert torch.equal(p, before[0])
     state = optimizer.state_dict()
-    state["state"][0]["fisher"]["skipped_steps"] = 0
+    state["param_groups"][0]["fisher"]["skipped_steps"] = 0
     assert_same_state(state, before[1])
 
 
-def test_a_gradient_that_does_not_fit_changes_nothing():
-    fisher = DynamicInverseFisher(3, 4)
-    fisher.update(torch.randn(4))
-    before = copy.deepcopy(fisher.state_dict())
-    for call in (fisher.update, fisher.update_matvec):
-        for wrong in (torch.randn(5), torch.ones(4, dtype=torch.complex64)):
-            with pytest.raises(ValueError, match="Expected a vector"):
-                call(wrong)
-    assert_same_state(fisher.state_dict(), before)
-
-
-def test_a_non_finite_gradient_raises_if_asked():
+def test_a_model_that_has_become_nan_is_not_skipped_for_ever():
     p = nn.Parameter(torch.randn(4))
-    optimizer = MFAC([p], ngrads=3, on_nonfinite="raise")
+    optimizer = MFAC([p], ngrads=3)
+
+    def step(value):
+        p.grad = torch.full((4,), value)
+        optimizer.step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(99):
+            step(float("nan"))
+        step(1.0)
+        for _ in range(99):
+            step(float("inf"))
+    assert optimizer.skipped_steps == 198
+    with pytest.raises(
+        NonFiniteGradientError, match="100 gradients in a row have NaN or Inf; look"
+    ):
+        step(float("nan"))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("fault", [float("nan"), 1e8])
+def test_a_warning_points_at_the_line_of_the_user(fault, wrapped):
+    p = nn.Parameter(torch.ones(4))
+    optimizer = MFAC([p], lr=1e-3, ngrads=3, damp=1e-12)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1) if wrapped else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            p.grad = torch.full((4,), fault)
+            optimizer.step(); line = inspect.currentframe().f_lineno  # fmt: skip  # noqa: E702
+            if scheduler:
+                scheduler.step()
+    assert [(w.filename, w.lineno) for w in caught] == [(__file__, line)]
+
+
+def test_damp_is_raised_as_far_and_as_long_as_needed():
+    """For gradients that are equal, and 1e12 times as long as λ^½: at least two of them."""
+    m, d, damp = 3, 20, 1e-12
+    p, g = nn.Parameter(torch.zeros(d)), 1e6 * torch.randn(d)
+    optimizer = MFAC([p], lr=1.0, ngrads=m, damp=damp)
+    rows = [torch.randn(d), *[g] * 4, *torch.randn(2 * m + 1, d)]
+    raised = 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for t, row in enumerate(rows):
+            p.detach().zero_()
+            p.grad = row.clone()
+            before = copy.deepcopy(optimizer.fisher)
+            optimizer.step()
+            used, G = optimizer.damp_in_use, ring(rows[: t + 1], m)
+            assert relative_error(-p.detach(), woodbury_column(G, used, t % m)) < 2e-5
+            raised += used > damp
+            if used > before.damp:
+                assert 10 ** round(
+                    torch.tensor(used / damp).log10().item()
+                ) * damp == pytest.approx(used)
+                before.damp = used / 10
+                with pytest.raises(DampTooSmallError):  # the smallest that will do
+                    before.update(row)
+    assert optimizer.damp == damp == optimizer.damp_in_use
+    assert 0 < raised == optimizer.raised_steps < len(rows)
+    (warning,) = caught
+    assert re.match(
+        "damp = 1e-12 is too small for these gradients: .* is used", str(warning.message)
+    )
+    state = optimizer.state_dict()
+    other = MFAC([nn.Parameter(torch.zeros(d))], ngrads=m, damp=damp)
+    other.load_state_dict(state)
+    assert other.raised_steps == raised
+
+
+def test_a_damp_that_is_refused_does_not_stay():
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = MFAC([p], lr=0.1, ngrads=3, damp=1e-2)
+    for scale in (1.0, 2.0):
+        p.grad = torch.full((4,), scale)
+        optimizer.step()
+    with pytest.raises(DampTooSmallError):
+        optimizer.damp = 1e-25
+    assert optimizer.damp == optimizer.damp_in_use == 1e-2
+    optimizer.step()
+
+
+def test_a_non_finite_gradient_raises_if_asked_and_may_be_tried_again():
+    p = nn.Parameter(torch.randn(4))
+    optimizer = MFAC([p], lr=0.1, ngrads=3, on_nonfinite="raise")
     p.grad = torch.full((4,), float("nan"))
     with pytest.raises(NonFiniteGradientError):
         optimizer.step()
+    before, p.grad = p.detach().clone(), torch.randn(4)
+    optimizer.step()
+    assert optimizer.fisher.count == 1 and not torch.equal(p, before)
+
+
+def test_a_layer_that_was_resized_is_named():
+    p, q = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(3, 2))
+    optimizer = MFAC([p, q], ngrads=3)
+    q.data = torch.randn(5, 2)
+    p.grad, q.grad = torch.randn(4), torch.randn(5, 2)
+    said = r"group 0 has a gradient of shape \(5, 2\), but had shape \(3, 2\) .*; build the optim"
+    with pytest.raises(ValueError, match=said):
+        optimizer.step()
+
+
+def test_it_shows_its_settings():
+    optimizer = MFAC([nn.Parameter(torch.randn(4))], ngrads=7, damp=0.25, window_dtype="bfloat16")
+    for shown in ("lr: 0.001", "ngrads: 7", "damp: 0.25", "bfloat16"):
+        assert shown in repr(optimizer)
 
 
 def test_a_gradient_scaler_decides_about_its_steps():
@@ -895,7 +878,7 @@ def test_a_gradient_scaler_decides_about_its_steps():
     expected = 2 * p.detach()
     scaler.step(optimizer)
     scaler.update()
-    assert torch.equal(optimizer.fisher.columns(0, 4)[0], expected)
+    assert torch.equal(optimizer.fisher.window.blocks[0].G[0], expected)
     before = p.detach().clone()
     optimizer.zero_grad()
     scaler.scale((p * float("inf")).sum()).backward()
@@ -913,17 +896,16 @@ def test_a_gradient_scaler_decides_about_its_steps():
         ({"momentum": 1.0}, "Invalid momentum: 1.0"),
         ({"momentum": -0.1}, "Invalid momentum: -0.1"),
         ({"weight_decay": -1e-4}, "Invalid weight_decay: -0.0001"),
-        ({"ngrads": 0}, "Invalid num_grads: 0"),
+        ({"ngrads": 0}, "Invalid ngrads: 0; it must be an integer of at least 1"),
         ({"damp": 0}, "Invalid damp: 0"),
         ({"on_nonfinite": "ignore"}, "Invalid on_nonfinite: 'ignore'"),
-        ({"coefficients": "none"}, "Invalid coefficients: 'none'"),
         ({"sparse": [None, None]}, "2 masks for 1 parameters"),
         ({"sparse": [torch.ones(3, dtype=torch.bool)]}, r"mask \(torch.bool, \(3,\)\)"),
         ({"sparse": [torch.ones(4)]}, r"mask \(torch.float32"),
         ({"sparse": [[True] * 4]}, "mask .*list"),
         ({"sparse": None}, "Invalid sparse: None"),
         ({"damp": "small"}, "Invalid damp: 'small'"),
-        ({"ngrads": True}, "Invalid num_grads: True"),
+        ({"ngrads": True}, "Invalid ngrads: True"),
         ({"lr": torch.ones(2)}, "1-element"),
     ],
 )
@@ -935,12 +917,36 @@ def test_wrong_arguments_of_the_optimizer(arguments, message):
 def test_a_wrong_group_is_refused_and_leaves_the_optimizer_as_it_was():
     p, q = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(3))
     optimizer = MFAC([p], ngrads=3)
-    for wrong in ({"lr": -1}, {"momentum": 2}, {"sparse": [None, None]}):
+    shared = {"damp": 1e-2, "ngrads": 5, "window_dtype": "bfloat16", "compress": 0.1}
+    with pytest.raises(
+        ValueError, match="sets damp, which all groups share; give it to MFAC itself"
+    ):
+        MFAC([{"params": [q], "damp": 1e-2}])
+    for wrong in (
+        {"lr": -1},
+        {"momentum": 2},
+        {"sparse": [None, None]},
+        *({n: v} for n, v in shared.items()),
+    ):
         with pytest.raises(ValueError):
             optimizer.add_param_group({"params": [q], **wrong})
     assert len(optimizer.param_groups) == 1 and optimizer.fisher.shape == (4, 4)
     p.grad = torch.randn(4)
     optimizer.step()
+
+
+def test_groups_of_the_caller_stay_as_they_are():
+    masks = [[torch.rand(4) < 0.5], True]
+    groups = [
+        {"params": [nn.Parameter(torch.ones(4, 1)[:, 0])], "sparse": sparse} for sparse in masks
+    ]
+    before = [dict(group) for group in groups]
+    for _ in range(2):
+        MFAC(groups, ngrads=3, lr=0.1)
+        optimizer = MFAC(groups[:1], ngrads=3)
+        optimizer.add_param_group(groups[1])
+        assert [group.keys() for group in groups] == [group.keys() for group in before]
+        assert all(group["sparse"] is sparse for group, sparse in zip(groups, masks, strict=True))
 
 
 def test_sparse_gradients_are_refused():
@@ -969,7 +975,7 @@ def train(model, optimizer, batches, scheduler=None):
             scheduler.step()
 
 
-def optimizer_for(model, way="incremental"):
+def optimizer_for(model):
     return MFAC(
         [
             {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 1e-3},
@@ -980,18 +986,16 @@ def optimizer_for(model, way="incremental"):
         ngrads=6,
         damp=1e-4,
         sparse=True,
-        coefficients=way,
     )
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("before", [0, 4, 15])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(before, way):
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(before):
     batches = [(torch.randn(8, 1, 8, 8), torch.randint(3, (8,))) for _ in range(25)]
     model = small_model()
     with torch.no_grad():
         model[4].weight[:, ::2] = 0
-    optimizer = optimizer_for(model, way)
+    optimizer = optimizer_for(model)
     train(model, optimizer, batches[:before])
     file = io.BytesIO()
     torch.save([model.state_dict(), optimizer.state_dict()], file)
@@ -1002,32 +1006,15 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(before, way):
     weights, state = torch.load(file, weights_only=True)
     resumed = small_model()
     resumed.load_state_dict(weights)
-    # Another window size and damping than the saved ones, and no zero weights to find masks by.
     other = MFAC(resumed.parameters(), ngrads=2)
     with pytest.raises(ValueError):
         other.load_state_dict(state)  # other groups
-    other = optimizer_for(resumed, way)
+    other = optimizer_for(resumed)
     other.load_state_dict(state)
     other.damp = 1e-3
     train(resumed, other, batches[before:])
     for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q)
-    assert_same_state(other.state_dict(), optimizer.state_dict())
-
-
-def test_masks_momentum_and_window_size_come_from_the_state():
-    p = nn.Parameter(torch.randn(3, 3))
-    with torch.no_grad():
-        p[0] = 0
-    optimizer = MFAC([p], lr=0.1, momentum=0.9, ngrads=4, damp=0.3, sparse=True)
-    for _ in range(6):
-        p.grad = torch.randn(3, 3)
-        optimizer.step()
-    q = nn.Parameter(p.detach().clone() + 1)
-    other = MFAC([q], ngrads=9)
-    other.load_state_dict(optimizer.state_dict())
-    assert other.fisher.num_grads == 4 and other.damp == 0.3
-    assert other.fisher.shape == (6, 6) and other.param_groups[0]["momentum"] == 0.9
     assert_same_state(other.state_dict(), optimizer.state_dict())
 
 
@@ -1052,9 +1039,10 @@ def test_low_precision_models_keep_float32_momentum_on_resume():
     optimizer = MFAC([p], momentum=0.9, ngrads=3)
     p.grad = torch.randn(5).bfloat16()
     optimizer.step()
-    other = MFAC([nn.Parameter(p.detach().clone())], ngrads=3)
+    other = MFAC([nn.Parameter(p.detach().clone())], momentum=0.9, ngrads=3)
     other.load_state_dict(optimizer.state_dict())
     assert_same_state(other.state_dict(), optimizer.state_dict())
+    assert other.state_dict()["state"][0]["momentum_buffer"].dtype == torch.float32
 
 
 def test_a_learning_rate_of_zero_fills_the_window_alone():
@@ -1062,7 +1050,7 @@ def test_a_learning_rate_of_zero_fills_the_window_alone():
     before, optimizer = p.detach().clone(), MFAC([p], lr=0, weight_decay=0, ngrads=3)
     p.grad = torch.randn(4)
     optimizer.step()
-    assert torch.equal(p, before) and torch.equal(optimizer.fisher.columns(0, 4)[0], p.grad)
+    assert torch.equal(p, before) and torch.equal(optimizer.fisher.window.blocks[0].G[0], p.grad)
 
 
 def test_without_momentum_none_is_kept():
@@ -1109,239 +1097,3 @@ def test_what_a_state_lacks_of_frozen_parameters_is_zero():
         inverse = dense_inverse(ring(gradients, 4), 0.1)
         result = other.fisher.update_matvec(gradients[-1])
         assert relative_error(result, inverse @ gradients[-1].double()) < 1e-5
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_copies_go_on_alike(duplicate):
-    model = small_model()
-    optimizer = optimizer_for(model)
-    batches = [(torch.randn(8, 1, 8, 8), torch.randint(3, (8,))) for _ in range(9)]
-    train(model, optimizer, batches)
-    model2, optimizer2 = duplicate((model, optimizer))
-    train(model, optimizer, batches)
-    train(model2, optimizer2, batches)
-    for p, q in zip(model.parameters(), model2.parameters(), strict=True):
-        assert torch.equal(p, q)
-
-
-def test_window_bytes_counts_the_window_and_the_two_small_matrices():
-    optimizer = MFAC([nn.Parameter(torch.randn(50))], ngrads=6)
-    fisher = optimizer.fisher
-    tensors = [
-        *(window.G for window in fisher.windows),
-        fisher.coefficients.K,
-        fisher.coefficients.P,
-    ]
-    assert window_bytes(6, 50) == sum(t.numel() * t.element_size() for t in tensors)
-
-
-def test_the_condition_limit_separates_the_types():
-    """Both ways must agree on when float32 suffices, or they would differ in cost and result."""
-    G = torch.randn(6, 40) + 2
-    conditions = []
-    for way in WAYS:
-        fisher = DynamicInverseFisher(6, 40, 1e-3, coefficients=way)
-        for g in G:
-            fisher.update(g)
-        conditions.append(float(fisher.coefficients.condition()))
-    assert conditions[0] == pytest.approx(conditions[1], rel=1e-9)
-    P = torch.linalg.inv(6e-3 * torch.eye(6).double() + G.double() @ G.double().T)
-    A = torch.linalg.inv(P)
-    assert conditions[0] == pytest.approx(float((P.diagonal() * A.diagonal()).max()), rel=1e-6)
-    assert optim.CONDITION_LIMIT[torch.float32] < optim.CONDITION_LIMIT[torch.float64]
-
-
-# --- late checks, as on a GPU, where nothing waits for the device; a CPU can do so too -----------
-
-
-def lazily(optimizer_or_fisher):
-    """The same object, reading its checks a step late."""
-    fisher = getattr(optimizer_or_fisher, "fisher", optimizer_or_fisher)
-    fisher.lazy = True
-    return optimizer_or_fisher
-
-
-@pytest.mark.parametrize("coefficients", ["incremental", "paper"])
-def test_late_checks_change_no_result(coefficients):
-    m, d = 6, 40
-    now = DynamicInverseFisher(m, d, 1e-3, coefficients=coefficients)
-    late = lazily(DynamicInverseFisher(m, d, 1e-3, coefficients=coefficients))
-    for _ in range(3 * m):
-        g = torch.randn(d)
-        assert torch.equal(now.update_matvec(g), late.update_matvec(g))
-        g = torch.randn(d)
-        now.update(g)
-        late.update(g)
-    assert torch.equal(now.matvec(g), late.matvec(g))
-    assert (now.count, now.condition) == (late.count, late.condition)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("filled", [1, 4, 7])
-def test_a_late_refusal_moves_nothing_and_leaves_the_window_alone(bad, filled):
-    m, d = 4, 30
-    now, late = DynamicInverseFisher(m, d, 1e-3), lazily(DynamicInverseFisher(m, d, 1e-3))
-    gradients = torch.randn(filled + 3, d)
-    for g in gradients[:filled]:
-        now.update(g)
-        late.update(g)
-    broken = torch.randn(d)
-    broken[3] = bad
-    assert not late.update_matvec(broken).any()
-    assert late.accepted == 0
-    with pytest.raises(optim.NonFiniteGradientError):
-        late.settle()
-    assert late.count == filled
-    assert torch.equal(late.windows[0].G, now.windows[0].G)
-    for g in gradients[filled:]:
-        torch.testing.assert_close(late.update_matvec(g), now.update_matvec(g))
-        assert late.accepted == 1
-    assert torch.equal(late.windows[0].G, now.windows[0].G)
-
-
-def test_a_late_skip_leaves_weights_and_momentum_alone():
-    """The run is the one without the broken gradient, to the bits; the skip is counted."""
-    runs = []
-    start = [torch.randn(5, 4), torch.randn(7)]
-    steps = [[torch.randn(5, 4), torch.randn(7)] for _ in range(12)]
-    for late in (False, True):
-        params = [torch.nn.Parameter(p.clone()) for p in start]
-        optimizer = MFAC(params, lr=0.1, momentum=0.9, weight_decay=0.01, ngrads=4, damp=1e-2)
-        if late:
-            lazily(optimizer)
-        for i, grads in enumerate(steps):
-            for p, g in zip(params, grads, strict=True):
-                p.grad = g.clone()
-            if i in (5, 6, 9):
-                params[0].grad[2, 1] = float("nan")
-            before = [p.detach().clone() for p in params]
-            if i == (6 if late else 5):  # the first one warns, when it is read
-                with pytest.warns(UserWarning, match="NaN or Inf"):
-                    optimizer.step()
-            else:
-                optimizer.step()
-            moved = [not torch.equal(p, b) for p, b in zip(params, before, strict=True)]
-            assert all(moved) if i not in (5, 6, 9) else not any(moved)
-        assert optimizer.skipped_steps == 3
-        assert optimizer.fisher.count == 9
-        runs.append(params)
-    for one, other in zip(*runs, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-@pytest.mark.parametrize("compress", [None, 0.5])
-def test_a_late_zero_gradient_is_accepted(compress):
-    """Else it would leave the momentum as it was."""
-    fisher = lazily(DynamicInverseFisher(3, 8, 1e-2, compress=compress))
-    for g in (torch.randn(8), torch.zeros(8)):
-        result = fisher.update_matvec(g)
-        assert fisher.accepted == 1
-    assert not result.any()
-
-
-def test_late_updates_whose_result_nobody_asks_for_are_seen_to():
-    """Nearly parallel gradients, of which float32 gives no A⁻¹ that will do."""
-    m, d, damp = 5, 300, 1e-5
-    fisher, x = lazily(DynamicInverseFisher(m, d, damp)), torch.randn(d)
-    gradients = [1 + 1e-3 * torch.randn(d) for _ in range(2 * m)]
-    for g in gradients:
-        fisher.update(g)
-    inverse = dense_inverse(ring(gradients, m), damp)
-    assert relative_error(fisher.matvec(x), inverse @ x.double()) < 1e-5
-
-
-def test_a_late_refusal_is_raised_if_asked_for():
-    p = torch.nn.Parameter(torch.ones(3))
-    optimizer = lazily(MFAC([p], ngrads=2, on_nonfinite="raise"))
-    p.grad = torch.tensor([1.0, float("inf"), 0.0])
-    optimizer.step()
-    assert torch.equal(p.detach(), torch.ones(3))
-    p.grad = torch.ones(3)
-    with pytest.raises(optim.NonFiniteGradientError):
-        optimizer.step()
-    optimizer.step()
-    assert not torch.equal(p.detach(), torch.ones(3))
-
-
-@pytest.mark.parametrize("spread", [1e-3, 1e-1, 10.0])
-def test_late_checks_let_no_wrong_result_through(spread):
-    """Parallel gradients of norm 100 with λ = 1e-5: each result is right to 1e-3, or zero and not
-    accepted. What was read makes later ones right."""
-    m, d, damp = 16, 2000, 1e-5
-    common = 100 * torch.nn.functional.normalize(torch.randn(d).double(), dim=0)
-    fisher, G, refused = lazily(DynamicInverseFisher(m, d, damp)), torch.zeros(m, d).double(), 0
-    for t in range(4 * m):
-        g = common + spread * torch.nn.functional.normalize(torch.randn(d).double(), dim=0)
-        G[t % m] = g.float()
-        result = fisher.update_matvec(g.float())
-        if fisher.accepted == 0:
-            assert not result.any()
-            refused += 1
-            continue
-        A = m * damp * torch.eye(m).double() + G @ G.T
-        expected = m * G.T @ torch.linalg.solve(A, torch.eye(m).double()[t % m])
-        assert (result - expected).norm() <= 1e-3 * expected.norm()
-    assert refused <= 3
-
-
-def test_a_late_failure_of_the_update_is_seen_to(monkeypatch):
-    """P becomes NaN: the step moves nothing, and the next one is right again."""
-    m, d, damp = 5, 30, 1e-3
-    fisher, G = lazily(DynamicInverseFisher(m, d, damp)), torch.randn(m + 2, d)
-    for g in G[:m]:
-        fisher.update(g)
-    fisher.settle()
-    fisher.coefficients.P.fill_(torch.nan)
-    assert not fisher.update_matvec(G[m]).any()
-    result = fisher.update_matvec(G[m + 1])
-    expected = dense_inverse(G[2:], damp) @ G[m + 1].double()
-    torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_too_little_damping_is_said_a_step_late():
-    m, d = 4, 50
-    fisher = lazily(DynamicInverseFisher(m, d, 1e-30))
-    g = torch.ones(d)
-    with pytest.raises(ValueError, match="raise damp"):
-        for _ in range(m + 2):
-            fisher.update_matvec(g)
-            assert fisher.accepted == 0 or fisher.count == 1
-
-
-def test_a_state_of_an_optimizer_that_reads_late_has_read():
-    p = torch.nn.Parameter(torch.randn(6))
-    optimizer = lazily(MFAC([p], ngrads=3))
-    p.grad = torch.full((6,), float("nan"))
-    optimizer.step()
-    with pytest.warns(UserWarning, match="NaN or Inf"):
-        state = optimizer.state_dict()
-    other = MFAC([torch.nn.Parameter(p.detach().clone())], ngrads=3)
-    other.load_state_dict(state)
-    assert other.skipped_steps == optimizer.skipped_steps == 1
-    assert other.fisher.count == 0
-
-
-def test_copies_of_an_optimizer_that_reads_late_have_read():
-    p = torch.nn.Parameter(torch.randn(6))
-    optimizer = lazily(MFAC([p], ngrads=3))
-    p.grad = torch.full((6,), float("nan"))
-    optimizer.step()
-    with pytest.warns(UserWarning, match="NaN or Inf"):
-        twin = copy.deepcopy(optimizer)
-    assert twin.skipped_steps == optimizer.skipped_steps == 1
-    assert twin.fisher.count == 0
-
-
-def test_masks_are_looked_up_once(monkeypatch):
-    """On a GPU, counting the True of a mask waits for the device."""
-    p = torch.nn.Parameter(torch.randn(4, 4))
-    optimizer = MFAC([p], ngrads=3, sparse=[torch.rand(4, 4) > 0.5])
-    p.grad = torch.randn(4, 4)
-    optimizer.step()
-
-    def waits(*_):
-        raise AssertionError("nonzero() waits for the device")
-
-    monkeypatch.setattr(torch.Tensor, "nonzero", waits)
-    monkeypatch.setattr(torch.Tensor, "__int__", waits)
-    optimizer.step()

@@ -37,6 +37,9 @@
 struct uint3 {
   unsigned x, y, z;
 };
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -47,6 +50,7 @@ inline thread_local constinit dim3 blockDim{}, gridDim{};
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t {
   cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorCooperativeLaunchTooLarge = 82
 };
@@ -175,7 +179,7 @@ struct Block {
   void (*body)(void*);
   void* argument;
 
-  explicit Block(int threads) : fibers(threads), ready(threads) {
+  explicit Block(int threads) : fibers(threads) {
     void* memory = mmap(nullptr, STACK * threads, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) die("no memory for the stacks of the fibers");
@@ -238,6 +242,7 @@ CPUCUDA_NOSAN inline void run_ready(Block& b) {
 CPUCUDA_NOSAN inline void run_block(Block& b, int block, uint32_t launch) {
   const int n = b.fibers.size();
   self.block = &b;
+  b.ready.resize(n);  // the block before has left it empty
   for (int i = 0; i < n; i++) {
     Fiber& f = b.fibers[i];
     f.started = false;
@@ -314,8 +319,9 @@ CPUCUDA_NOSAN inline void sync_warp(int line) {
   if (line != skipped_line) meet(0xffffffffu, line, true);
 }
 
-template <class T>
-CPUCUDA_NOSAN T shuffle_xor(unsigned mask, T value, int lanes, int line) {
+// What `value` is in the lane that `source` gives for the calling thread's number in the block.
+template <class T, class Source>
+CPUCUDA_NOSAN T shuffle(unsigned mask, T value, Source source, int line) {
   static_assert(sizeof(T) <= sizeof(Fiber::slots[0]));
   Block& b = *self.block;
   self.now.on = false;
@@ -324,7 +330,7 @@ CPUCUDA_NOSAN T shuffle_xor(unsigned mask, T value, int lanes, int line) {
   std::memcpy(f.slots[parity], &value, sizeof(T));
   meet(mask, line, false);
   self.now.on = false;
-  const size_t other = (&f - b.fibers.data()) ^ lanes;
+  const size_t other = source(&f - b.fibers.data());
   if (other < b.fibers.size()) std::memcpy(&value, b.fibers[other].slots[parity], sizeof(T));
   self.now.on = true;
   return value;
@@ -402,7 +408,27 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
 
 #define __syncthreads() cpucuda::wait(cpucuda::State::AT_BLOCK, __LINE__)
 #define __syncwarp() cpucuda::sync_warp(__LINE__)
-#define __shfl_xor_sync(mask, value, lanes) cpucuda::shuffle_xor(mask, value, lanes, __LINE__)
+#define __shfl_xor_sync(mask, value, lanes) \
+  cpucuda::shuffle(mask, value, [&](size_t thread) { return thread ^ (lanes); }, __LINE__)
+#define __shfl_sync(mask, value, lane) \
+  cpucuda::shuffle(mask, value, [&](size_t thread) { return (thread & ~31) + (lane); }, __LINE__)
+
+template <class T>
+T __ldcs(const T* address) {
+  return *address;
+}
+template <class To, class From>
+To cpucuda_bits(From value) {
+  To result;
+  static_assert(sizeof(To) == sizeof(From));
+  std::memcpy(&result, &value, sizeof(To));
+  return result;
+}
+inline double __hiloint2double(int high, int low) {
+  return cpucuda_bits<double>(uint64_t(uint32_t(high)) << 32 | uint32_t(low));
+}
+inline long long __double_as_longlong(double value) { return cpucuda_bits<long long>(value); }
+inline double __longlong_as_double(long long bits) { return cpucuda_bits<double>(bits); }
 
 // --- for the tests ------------------------------------------------------------------------------
 
