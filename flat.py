@@ -120,9 +120,9 @@ class Segment:
 class Flat:
     """The vector of d numbers, its segments, and its columns.
 
-    There is a column of the window for each number of the vector, but for those that a mask keeps as
-    they are and, where replicated parameters share a window, those that other ranks have. Columns are
-    in the order of the weights; the vector is in that of memory.
+    There is a column of the window for each number of the vector, but for those that a mask keeps
+    as they are and, where replicated parameters share a window, those that other ranks have.
+    Columns are in the order of the weights; the vector is in that of memory.
 
     Args:
         params: (group, parameter) for each one that is trained, in the order of the columns.

@@ -7,10 +7,10 @@ A = mλI + K, P = A⁻¹, D = diag(A)^½, the error of u = mGᵀz, A z = e_j, is
     ‖δu‖/‖u‖ ≲ (r (Σᵢ PᵢᵢAᵢᵢ)^½ + q) (Σᵢ zᵢ²Kᵢᵢ / zᵀKz)^½                                         (5)
 
 where the root of the trace says how nearly parallel gradients are, and the last factor how much
-cancels in Gᵀz, which is itself off by q. The residual e_j − Az of the solve enters in the place of δK z.
-In float64, r = 2⁻⁵², and q is nothing beside it. In float32, q = 2⁻²⁶m^½ for sums of m terms, and r is
-measured: short sums err by 0.02 to 1 unit roundoff, depending on the gradients, so one entry of each k
-is computed both ways, and r is 1.5 times the root mean square of the difference.
+cancels in Gᵀz, which is itself off by q. The residual e_j − Az of the solve enters in the place of
+δK z. In float64, r = 2⁻⁵², and q is nothing beside it. In float32, q = 2⁻²⁶m^½ for sums of m terms,
+and r is measured: short sums err by 0.02 to 1 unit roundoff, depending on the gradients, so one
+entry of each k is computed both ways, and r is 1.5 times the root mean square of the difference.
 """
 
 import math
@@ -84,7 +84,8 @@ class Precision:
         """z, whether it is accepted, and the products, which it asks for in float64 or not.
 
         Raises:
-            NonFiniteGradientError, DampTooSmallError: nothing has changed. On CUDA z is zero, and the
+            NonFiniteGradientError, DampTooSmallError: nothing has changed. On CUDA z is zero, and
+            the
                 next `settle` raises.
         """
         m = len(self.side.K)

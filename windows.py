@@ -1,8 +1,9 @@
 """Where the gradients of a sliding window are kept, and the products with them.
 
-`DenseWindow` keeps G (m, d), the m gradients of d weights as rows, and `CompressedWindow` the largest
-entries of each row. Both round what enters to their type and compute everything from what they keep.
-A `Window` is such blocks of columns side by side, each on its device. Nothing here waits for a GPU.
+`DenseWindow` keeps G (m, d), the m gradients of d weights as rows, and `CompressedWindow` the
+largest entries of each row. Both round what enters to their type and compute everything from what
+they keep. A `Window` is such blocks of columns side by side, each on its device. Nothing here waits
+for a GPU.
 
 On CUDA, kernels multiply exactly, add in float64 and read the window once (module `kernels`).
 Elsewhere torch operations multiply in float32 and add short sums in float64, or all is float64.
@@ -184,7 +185,8 @@ class DenseWindow:
 
 
 class CompressedWindow:
-    """G (m, d) with the largest entries of each gradient alone, of which each block of columns has its
+    """G (m, d) with the largest entries of each gradient alone, of which each block of columns has
+    its
     share, in float64, float32 or bfloat16.
 
     What a gradient loses is carried over to the next one (error feedback; EFCP, arXiv 2306.06098):
@@ -333,7 +335,8 @@ class Window:
             self.blocks.append(block)
 
     def divide(self, dims: Sequence[int]) -> None:
-        """Makes an empty window of blocks of these numbers of columns, if there are devices for them:
+        """Makes an empty window of blocks of these numbers of columns, if there are devices for
+        them:
         as many, or fewer where it has grown."""
         devices = [block.device for block in self.blocks]
         if len(devices) <= len(dims) and list(dims) != self.dims:
@@ -479,7 +482,8 @@ def _largest(a: Tensor, compress: float) -> Tensor:
 
 
 def _rows_in_use(rows: Tensor, count: Tensor) -> int:
-    """How many rows are in use once the next is written. All of them on CUDA, which would have to be
+    """How many rows are in use once the next is written. All of them on CUDA, which would have to
+    be
     waited for to know better."""
     return len(rows) if count.is_cuda else min(int(count) + 1, len(rows))
 
