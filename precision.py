@@ -85,8 +85,7 @@ class Precision:
 
         Raises:
             NonFiniteGradientError, DampTooSmallError: nothing has changed. On CUDA z is zero, and
-            the
-                next `settle` raises.
+                a later `settle` raises.
         """
         m = len(self.side.K)
         if not self.always_exact and int(count) % m == 0:
@@ -201,6 +200,4 @@ class Precision:
         self._largest = max(self._largest, in_float32)
         if math.isnan(error):
             raise NonFiniteGradientError("The gradient has NaN or Inf; the window is unchanged")
-        accepted = error <= TOLERANCE
-        self.side.fresh &= not accepted
-        return accepted
+        return error <= TOLERANCE
