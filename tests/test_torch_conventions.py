@@ -933,6 +933,7 @@ def late(request, monkeypatch):
         return True
 
     monkeypatch.setattr(Precision, "_accepts", unread)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return "cpu"
 
 
