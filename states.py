@@ -316,9 +316,9 @@ def _own_blocks(fisher: "DynamicInverseFisher", shared: dict[str, Any]) -> list[
     own = of_fisher(fisher)
     if saved != (len(own["K"]), own["dtype"], own["compress"], ranks.size, len(own["window"])):
         raise ValueError(
-            "A window of 8 or 16 bits with scales, or a compressed one, that processes share goes "
+            "A window with scales (8 or 16 bits), or a compressed one, that processes share goes "
             f"on in as many processes ({shared['ranks']} saved it), with the same ngrads, "
-            "window_dtype and compress, and the same layers trained; load it so, or start without it"
+            "window_dtype and compress, and the same layers trained; load it so, or start anew"
         )
     return [
         {name: ranks.own(block[name], x.ndim - 1)[..., : x.shape[-1]] for name, x in mine.items()}

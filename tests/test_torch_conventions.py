@@ -922,15 +922,18 @@ def test_parameters_of_several_types_and_devices(settings, device):
 
 @pytest.fixture(params=["simulated", CUDA])
 def late(request, monkeypatch):
-    """A device whose verdict about a gradient is read at the next step."""
+    """A device whose verdict about a gradient is read by a later step, here the next."""
     if request.param == "cuda":
         return "cuda"
 
-    def unread(self, health):
-        self._unread = health.clone(), SimpleNamespace(synchronize=lambda: None)
+    arrived = SimpleNamespace(synchronize=lambda: None, query=lambda: True)
+
+    def unread(self, errors):
+        self._unread.append((errors.clone(), arrived, self._fresh))
         return True
 
     monkeypatch.setattr(Precision, "_accepts", unread)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return "cpu"
 
 
@@ -946,6 +949,8 @@ def test_a_late_refusal_raises_after_the_next_step_which_is_taken(late):
             optimizer.step()
             continue
         if t == 3:
+            if late == "cuda":
+                torch.cuda.synchronize()
             with pytest.raises(NonFiniteGradientError):
                 optimizer.step()
         else:
