@@ -28,7 +28,7 @@ matrix: test
 	.venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
 
 docs: .venv/installed
-	$(BIN)/python -m pdoc --docformat google -o docs optim.py windows.py ranks.py coefficients.py prun.py datautils.py ./models
+	$(BIN)/python -m pdoc --docformat google -o docs optim.py windows.py ranks.py coefficients.py prun.py fisher.py blocks.py pages.py masks.py gradients.py memory.py datautils.py ./models
 
 lint: .venv/installed
 	$(BIN)/ruff check .
