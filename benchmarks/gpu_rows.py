@@ -134,9 +134,9 @@ def row(m: int, dtype: torch.dtype, rate: float, **options: Any) -> dict[str, fl
     fisher = optimizer.fisher
     d = fisher.shape[0]
     for _ in range(m):
-        fisher.update(torch.randn(d, device="cuda"))
-    sets = itertools.cycle([[torch.randn_like(p) for p in params] for _ in range(16)])
-    vectors = itertools.cycle(torch.randn(16, d, device="cuda"))
+        fisher.update(torch.randn(d, device="cuda") / d**0.5)
+    sets = itertools.cycle([[torch.randn_like(p) / d**0.5 for p in params] for _ in range(16)])
+    vectors = itertools.cycle(torch.randn(16, d, device="cuda") / d**0.5)
 
     def refresh() -> None:
         torch._foreach_copy_([p.grad for p in params], next(sets))
@@ -168,8 +168,8 @@ def large_row(m: int, d: int, dtype: torch.dtype, rate: float) -> dict[str, floa
     """Times of `update_matvec`."""
     fisher = DynamicInverseFisher(m, d, device="cuda", dtype=dtype)
     for _ in range(m):
-        fisher.update(torch.randn(d, device="cuda"))
-    vectors = itertools.cycle(torch.randn(3, d, device="cuda"))
+        fisher.update(torch.randn(d, device="cuda") / d**0.5)
+    vectors = itertools.cycle(torch.randn(3, d, device="cuda") / d**0.5)
     found = milliseconds(lambda: fisher.update_matvec(next(vectors)), 5, 6)
     reads = 2 * m * d * dtype.itemsize / rate * 1e3
     return {"update_matvec": found, "two reads": reads, "ratio": found / reads}
