@@ -189,7 +189,7 @@ def mixed(folder):
 
 
 def messages(folder):
-    """A step sums up m + 1 float64 numbers and gathers d numbers where weights are replicated."""
+    """A step sums up m + 2 float64 numbers and gathers d numbers where weights are replicated."""
     sent, all_reduce, all_gather = [], dist.all_reduce, dist.all_gather
     dist.all_reduce = lambda x, **o: (sent.append((x.dtype, x.numel())), all_reduce(x, **o))
     dist.all_gather = lambda out, x, **o: (
@@ -204,7 +204,7 @@ def messages(folder):
             train(net, optimizer, batches(7))
             sent.clear()
             optimizer.step()
-            expected = [] if kind == "replicated" else [(torch.float64, 7)]
+            expected = [] if kind == "replicated" else [(torch.float64, 8)]
             if kind == "ddp":
                 sizes = [p.numel() for p in model.parameters() if p.requires_grad]
                 own = sum(-(-size // dist.get_world_size()) for size in sizes)
