@@ -5,7 +5,7 @@ their gradients are copied in, and its pieces are subtracted from the weights, e
 call over views that are made once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ranks import Ranks, is_dtensor, local, sharded_dim
+from checks import check_group, checked_masks
+from ranks import (
+    Ranks,
+    dtensor_like,
+    find_process_group,
+    is_dtensor,
+    local,
+    placed_as,
+    sharded_dim,
+)
+from recovery import warn_user
 
 __all__ = ["Flat", "Segment", "views"]
 
@@ -111,8 +121,8 @@ class Segment:
         for g, shape in zip(grads, self._present(self.shapes), strict=True):
             if g.shape != shape:
                 raise ValueError(
-                    f"A parameter of group {self.group} has a gradient of shape {tuple(g.shape)}, but "
-                    f"had shape {tuple(shape)} when it got its place in the window; build the "
+                    f"A parameter of group {self.group} has a gradient of shape {tuple(g.shape)}, "
+                    f"but had shape {tuple(shape)} when it got its place in the window; build the "
                     "optimizer anew after layers have been replaced or resized"
                 )
 
@@ -232,7 +242,7 @@ class Flat:
         return self.vector if self.index is None else self.vector.index_select(0, self.index)
 
     def spread(self, u: Tensor) -> Tensor:
-        """A vector (d,) with u (size,) in the columns, those of other ranks in theirs, else zeros."""
+        """A vector (d,) with u (size,) in its columns, that of other ranks in theirs, else 0."""
         if self.index is None:
             return u
         whole = torch.zeros_like(self.vector).index_copy_(0, self.index, u)
@@ -240,6 +250,119 @@ class Flat:
             gathered = self.ranks.gather(pad(u, (0, 1))[self._sent]).flatten()
             whole.index_copy_(0, self._received, gathered[self._filled])
         return whole
+
+
+class FlatOptimizer(torch.optim.Optimizer):
+    """An optimizer whose trained parameters are the vector `flat`, while groups come and change.
+
+    A subclass says in `build` how `flat` and `fisher`, what it keeps for each column, are made.
+
+    Args:
+        params, defaults: as for any optimizer; `sparse` among the defaults gives masks.
+        shared: settings that groups may not have of their own.
+        process_group: as for `MFAC`.
+    """
+
+    flat: Flat
+    fisher: Any
+
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], shared: dict[str, Any], process_group: Any
+    ):
+        self._shared, self.process_group, self._built = shared, process_group, False
+        super().__init__(params, defaults)
+        # Masks belong to the parameters given now, not to groups that are added later.
+        self.defaults["sparse"] = defaults["sparse"] is True
+        self.build()
+        self._name_state()
+        self._built = True
+
+    def build(self, also: Collection[int] = ()) -> None:
+        """Makes `flat` and an empty `fisher`, also for the parameters with these ids."""
+        raise NotImplementedError
+
+    def numbered(self) -> list[tuple[int, Tensor]]:
+        """Every parameter, with the index of its group."""
+        return [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]]
+
+    def mask(self, p: Tensor) -> Tensor | None:
+        """True where p is trained; None for all of it."""
+        return self.state[p].get("mask")
+
+    def velocity(self) -> Tensor:
+        """v (d,), from zeros; the state of each parameter has a view of it in its shape."""
+        flat = self.flat
+        if flat.momentum is None:
+            flat.momentum = torch.zeros_like(flat.vector)
+        if flat.params and "momentum_buffer" not in self.state[flat.params[-1]]:
+            for p, view in zip(flat.params, views(flat.momentum, flat.params), strict=True):
+                self.state[p]["momentum_buffer"] = dtensor_like(p, view)
+        return flat.momentum
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; the window gets columns for it whose history is zero."""
+        # First, so that torch's own errors come first; of a copy, as the caller's group is kept.
+        super().add_param_group(dict(param_group) if isinstance(param_group, dict) else param_group)
+        group = self.param_groups[-1]
+        try:
+            check_group(group, self._shared)
+            masks = checked_masks(group["params"], group["sparse"])
+            find_process_group(group["params"], self.process_group)
+        except (TypeError, ValueError):
+            del self.param_groups[-1]
+            raise
+        group["sparse"] = bool(group["sparse"])
+        if group is self.param_groups[0]:
+            group["fisher"] = None  # whose place in a state torch.distributed.checkpoint must know
+        for p, mask in zip(group["params"], masks, strict=True):
+            if mask is not None:
+                self.state[p]["mask"] = placed_as(p, mask)
+        if self._built:
+            self.follow()
+
+    def follow(self) -> None:
+        """Gives columns to parameters that are trained by now. Where others have gone, as when a
+        framework puts its own in their place, the window starts anew."""
+        params = self.numbered()
+        if self.flat.covers(params):
+            return
+        flat = self.flat.extended(params)
+        if flat is None:
+            if self.fisher.count:
+                warn_user("The parameters of the optimizer have changed: its window starts anew")
+            replace_params(self.state, self._params, [p for _, p in params])
+            self.build()
+        else:
+            self.fisher.grow(flat.size - self.flat.size)
+            self.flat = flat
+        self._name_state()
+
+    def _name_state(self) -> None:
+        """Enters the names of what `state_dict` will have into the state of each parameter, since
+        torch.distributed.checkpoint goes by them."""
+        self._params = [p for _, p in self.numbered()]
+        for p in self.flat.params:
+            self.state[p].pop("momentum_buffer", None)
+            if self.fisher.window.separable:
+                self.state[p]["grads"] = None
+        if self.flat.momentum is not None or any(g["momentum"] != 0 for g in self.param_groups):
+            self.velocity()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: torch keeps only the defaults, the state and the groups."""
+        own = {name: getattr(self, name) for name in ("flat", "_shared", "_params", "_built")}
+        return {**super().__getstate__(), **own}
+
+
+def replace_params(state: dict[Any, Any], old: list[Tensor], new: list[Tensor]) -> None:
+    """Drops what belongs to parameters that have gone. Those in their places get their masks."""
+    known, present = set(map(id, old)), set(map(id, new))
+    for p, q in zip(old, new, strict=False):
+        mask = state[p].get("mask") if p in state else None
+        if mask is not None and id(q) not in known and q.shape == p.shape:
+            state[q]["mask"] = placed_as(q, mask)
+    for p in [p for p in state if isinstance(p, Tensor) and id(p) not in present]:
+        del state[p]
 
 
 def is_trained(p: Tensor) -> bool:

@@ -4,7 +4,7 @@ K (m, m) is summed from rounded products, so that its entries are off by up to r
 A = mλI + K, P = A⁻¹, D = diag(A)^½, the error of u = mGᵀz, A z = e_j, is δu = −m GᵀP δK z. Since
 ‖GᵀP^½‖ ≤ 1, and ‖P^½D‖² ≤ Σᵢ PᵢᵢAᵢᵢ, for independent roundings
 
-    ‖δu‖/‖u‖ ≲ (r (Σᵢ PᵢᵢAᵢᵢ)^½ + q) (Σᵢ zᵢ²Kᵢᵢ / zᵀKz)^½                                         (5)
+    ‖δu‖/‖u‖ ≲ (r (Σᵢ PᵢᵢAᵢᵢ)^½ + q) (Σᵢ zᵢ²Kᵢᵢ / zᵀKz)^½                             (5)
 
 where the root of the trace says how nearly parallel gradients are, and the last factor how much
 cancels in Gᵀz, which is itself off by q. The residual e_j − Az of the solve enters in the place of
@@ -134,7 +134,7 @@ class Precision:
             arrived.synchronize()
             self._unread.popleft()
             if not self._judge(*errors.tolist()):
-                self._fresh &= fresh
+                self._fresh = fresh
                 self.recover()
 
     def set_damp(self, damp: float) -> None:
@@ -174,9 +174,9 @@ class Precision:
     def _advice(self, damp: float) -> str:
         largest = float(self.side.K.diagonal().max())
         return (
-            f"damp = {damp:g} is too small for gradients of squared norm up to {largest:g}, even in "
-            f"float64; raise damp to about {max(10 * damp, 1e-10 * largest):.0e} or, if that is not "
-            f"enough, to {max(100 * damp, 1e-6 * largest):.0e}"
+            f"damp = {damp:g} is too small for gradients of squared norm up to {largest:g}, even "
+            f"in float64; raise damp to about {max(10 * damp, 1e-10 * largest):.0e} or, if that is "
+            f"not enough, to {max(100 * damp, 1e-6 * largest):.0e}"
         )
 
     def _new_round(self) -> None:

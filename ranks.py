@@ -1,7 +1,7 @@
 """Processes that share a window, and DTensors.
 
-Parameters are replicated, the same in all processes, or sharded: DTensors, each process with a part.
-Without a process group there is one process, which has everything.
+Parameters are replicated, the same in all processes, or sharded: DTensors, each process with a
+part. Without a process group there is one process, which has everything.
 """
 
 import contextlib
@@ -167,8 +167,8 @@ class Ranks:
 def find_process_group(
     params: list[Tensor], given: "ProcessGroup | bool | None"
 ) -> "ProcessGroup | None":
-    """The group that shares a window of these parameters: the `given` one, or that of DTensors; None
-    if there is none, or it is one process.
+    """The group that shares a window of these parameters: the `given` one, or that of DTensors;
+    None if there is none, or it is one process.
 
     Raises:
         ValueError: for a DTensor that is sharded in another way, or over another group, and for
@@ -187,8 +187,8 @@ def find_process_group(
         )
     if any(getattr(p, "_fsdp_flattened", False) for p in params):
         raise ValueError(
-            "These parameters are flat shards of FullyShardedDataParallel (FSDP1), which hide their "
-            "shapes; MFAC takes those of torch.distributed.fsdp.fully_shard (FSDP2)"
+            "These parameters are flat shards of FullyShardedDataParallel (FSDP1), which hide "
+            "their shapes; MFAC takes those of torch.distributed.fsdp.fully_shard (FSDP2)"
         )
     groups = {}
     for p in filter(is_dtensor, params):

@@ -21,8 +21,8 @@ IN_A_ROW = 100  # steps skipped, at most
 class Recovery:
     """Goes on after a gradient that is refused, and keeps count.
 
-    A gradient with NaN or Inf skips a step. Where λ is too small, the smallest sufficient one of its
-    multiples by 10, 100, ... is used, and once a round of m steps λ itself is tried again.
+    A gradient with NaN or Inf skips a step. Where λ is too small, the smallest sufficient one of
+    its multiples by 10, 100, ... is used, and once a round of m steps λ itself is tried again.
 
     Args:
         on_nonfinite: "skip" or "raise".
@@ -73,9 +73,9 @@ class Recovery:
                 self.raised_steps += 1
                 if self.raised_steps == 1:
                     warn_user(
-                        f"damp = {damp:g} is too small for these gradients: {fisher.damp:g} is used, or "
-                        "more, for as long as needed, without another warning; raised_steps counts the "
-                        "steps"
+                        f"damp = {damp:g} is too small for these gradients: {fisher.damp:g} is "
+                        "used, or more, for as long as needed, without another warning; "
+                        "raised_steps counts the steps"
                     )
             return u
 
@@ -94,8 +94,8 @@ class Recovery:
         self.skipped_steps += 1
         if self._in_a_row >= IN_A_ROW:
             raise NonFiniteGradientError(
-                f"{IN_A_ROW} gradients in a row have NaN or Inf; look for NaN in the parameters, go "
-                "back to a checkpoint, and train with a lower lr"
+                f"{IN_A_ROW} gradients in a row have NaN or Inf; look for NaN in the parameters, "
+                "go back to a checkpoint, and train with a lower lr"
             ) from error
         if self.skipped_steps == 1 and self.on_nonfinite == "skip":
             warn_user(

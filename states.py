@@ -19,12 +19,10 @@ if TYPE_CHECKING:
     from optim import MFAC, DynamicInverseFisher
 
 __all__ = [
-    "by_parameter",
     "into_fisher",
     "into_optimizer",
     "of_fisher",
     "of_optimizer",
-    "replace_params",
 ]
 
 
@@ -58,7 +56,8 @@ def into_fisher(
     Args:
         fisher: what to load into.
         state: what to load.
-        update: what takes gradients one by one where the window is another, by default `fisher.update`.
+        update: what takes gradients one by one where the window is another; by default that of
+            the inverse Fisher.
         complete: whether K is of all columns; otherwise it is computed anew.
 
     Raises:
@@ -171,21 +170,15 @@ def _checked_block(block: Any, m: int, dtype: torch.dtype, compress: float | Non
 # --- the optimizer --------------------------------------------------------------------------------
 
 
-def by_parameter(fisher: "DynamicInverseFisher") -> bool:
-    """Whether a window is saved with the parameters its columns belong to: not where blocks of
-    columns have scales, or entries, in common."""
-    return fisher.compress is None and fisher.dtype not in SCALED
-
-
 def of_optimizer(optimizer: "MFAC", state_dict: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `state_dict` gives, with the window."""
 
     def add(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        flat, fisher = optimizer._flat, optimizer.fisher
+        flat, fisher = optimizer.flat, optimizer.fisher
         shared = of_fisher(fisher)
         blocks = shared.pop("window")
-        if by_parameter(fisher):
-            numbers = {id(p): i for i, (_, p) in enumerate(optimizer._numbered())}
+        if fisher.window.separable:
+            numbers = {id(p): i for i, (_, p) in enumerate(optimizer.numbered())}
             none = fisher.window.blocks[0].G[:, :0]
             for p, span in zip(flat.params, flat.columns, strict=True):
                 views = fisher.window.columns(span.start, span.stop)
@@ -225,7 +218,7 @@ def into_optimizer(
         raise ValueError(f"Expected a state dict of MFAC, got {kind(state_dict)}")
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(f"This state dict is not one of MFAC: it has {list(state_dict)} only")
-    params = [p for _, p in optimizer._numbered()]
+    params = [p for _, p in optimizer.numbered()]
     saved: list[dict[str, Any]] = []
     shared: dict[str, Any] = {}
     masks = [optimizer.state[p].get("mask") for p in params]
@@ -254,16 +247,16 @@ def into_optimizer(
             mask = entries.get("mask", mask)
             if mask is not None:
                 optimizer.state[p]["mask"] = placed_as(p, mask)
-        optimizer._build(
+        optimizer.build(
             {id(p) for p, entries in zip(params, saved, strict=True) if "grads" in entries}
         )
-        flat, fisher = optimizer._flat, optimizer.fisher
+        flat, fisher = optimizer.flat, optimizer.fisher
         entries = {id(p): found for p, found in zip(params, saved, strict=True)}
         for p in flat.params:
             if "momentum_buffer" in entries[id(p)]:
-                optimizer._velocity()
+                optimizer.velocity()
                 value = placed_as(p, entries[id(p)]["momentum_buffer"])
-                if (mask := optimizer._mask(p)) is not None:
+                if (mask := optimizer.mask(p)) is not None:
                     value *= mask  # which the state may know nothing of
                 local(optimizer.state[p]["momentum_buffer"]).copy_(local(value))
         ranks, complete = flat.ranks, True
@@ -295,17 +288,6 @@ def into_optimizer(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def replace_params(state: dict[Any, Any], old: list[Tensor], new: list[Tensor]) -> None:
-    """Drops what belongs to parameters that have gone. Those in their places get their masks."""
-    known, present = set(map(id, old)), set(map(id, new))
-    for p, q in zip(old, new, strict=False):
-        mask = state[p].get("mask") if p in state else None
-        if mask is not None and id(q) not in known and q.shape == p.shape:
-            state[q]["mask"] = placed_as(q, mask)
-    for p in [p for p in state if isinstance(p, Tensor) and id(p) not in present]:
-        del state[p]
 
 
 def _to_save(flat: Flat, p: Tensor, G: Tensor) -> Tensor:
@@ -399,6 +381,6 @@ def _check_ranks(fisher: "DynamicInverseFisher") -> None:
     found, expected = fisher.ranks.sum(squares), fisher.coefficients.K.diagonal()
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-30):
         raise ValueError(
-            "The window is not the one that belongs to the state dict; each process must load what it "
-            "saved itself, or a state that was made whole, as by full_state_dict=True"
+            "The window is not the one that belongs to the state dict; each process must load what "
+            "it saved itself, or a state that was made whole, as by full_state_dict=True"
         )

@@ -9,7 +9,6 @@ On CUDA, kernels multiply exactly, add in float64 and read the window once (modu
 Elsewhere torch operations multiply in float32 and add short sums in float64, or all is float64.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -46,7 +45,7 @@ class DenseWindow:
         >>> window = DenseWindow(2, 3, torch.device("cpu"), torch.float8_e4m3fn)
         >>> window.write(window.entry(torch.tensor([1e-9, 2e-9, 3.1e-9])), torch.tensor(0))
         >>> window.times(torch.full((3,), 1e9))
-        tensor([6.1094, 0.0000], dtype=torch.float64)
+        tensor([6.1700, 0.0000], dtype=torch.float64)
     """
 
     def __init__(self, m: int, d: int, device: torch.device, dtype: torch.dtype):
@@ -154,7 +153,7 @@ class DenseWindow:
         return torch.float64 if exact else torch.float32
 
     def _converted(self, rows: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
-        """The first rows in `dtype`: at once if they have it, otherwise in tiles that cache holds."""
+        """The first rows in `dtype`: at once if they have it, else in tiles that cache holds."""
         if self.G.dtype == dtype or rows * self.dim == 0:
             yield slice(0, rows), slice(0, self.dim), self.G[:rows].to(dtype)
             return
@@ -345,6 +344,12 @@ class Window:
                 self.append(dim, devices[min(i, len(devices) - 1)])
 
     @property
+    def separable(self) -> bool:
+        """Whether columns can be saved with what they belong to: not where blocks of them have
+        scales, or the largest entries, in common."""
+        return self.compress is None and self.dtype not in SCALED
+
+    @property
     def dims(self) -> list[int]:
         return [block.dim for block in self.blocks]
 
@@ -414,7 +419,7 @@ class Window:
         return [(block, part.to(block.device)) for block, part in parts]
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
-        """Parts of a vector from all blocks, started on all devices before the first is collected."""
+        """A vector from its parts, started on all devices before the first is collected."""
         parts = [part.to(self.device) for part in parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -186,7 +186,7 @@ def main():
         floor = 2 * m * made.fisher.shape[0] * dtype.itemsize / rate * 1e3
         copying = milliseconds(refresh)
         eager = milliseconds(step) - copying
-        only = milliseconds(lambda: made.fisher.update_matvec(made._flat.vector))
+        only = milliseconds(lambda: made.fisher.update_matvec(made.flat.vector))
         graph = captured(made)
 
         def replayed():
@@ -213,7 +213,7 @@ def main():
         print(
             "compressed 1 %:",
             round(milliseconds(step) - copying, 3),
-            round(milliseconds(lambda: made.fisher.update_matvec(made._flat.vector)), 3),
+            round(milliseconds(lambda: made.fisher.update_matvec(made.flat.vector)), 3),
             flush=True,
         )
         del params, made, step

@@ -705,7 +705,7 @@ def test_after_an_exception_anywhere_in_a_step_later_ones_are_right(every, optio
     m, d = 2, 12
     p = nn.Parameter(torch.zeros(d))
     optimizer = MFAC([p], lr=1.0, ngrads=m, damp=0.1, **options)
-    gradients = torch.randn(m + 1 + 1 + m, d)
+    gradients, x = torch.randn(m + 1 + 1 + m, d), torch.randn(d).double()
 
     def step(optimizer, g):
         (p,) = optimizer.param_groups[0]["params"]
@@ -722,6 +722,8 @@ def test_after_an_exception_anywhere_in_a_step_later_ones_are_right(every, optio
         twin = copy.deepcopy(optimizer)
         error = KeyboardInterrupt() if line % 2 else torch.OutOfMemoryError("CUDA out of memory")
         stopped = stop(lambda twin=twin: step(twin, gradients[m + 1]), line, error)
+        result = copy.deepcopy(twin.fisher).matvec(x)
+        assert relative_error(result, dense_inverse(dense(twin.fisher), 0.1) @ x) < 2e-5
         for g in gradients[m + 2 :]:
             before = twin.fisher.count
             u = step(twin, g)
