@@ -57,21 +57,20 @@ class Segment:
         Raises:
             ValueError: a gradient has another shape than its parameter had, or is sparse.
         """
-        grads = [p.grad for p in self.params]
-        self.lacking = [i for i, g in enumerate(grads) if g is None]
+        found = [p.grad for p in self.params]
+        self.lacking = [i for i, g in enumerate(found) if g is None]
         if self.lacking:
             self.staging.zero_()
-            grads = [g for g in grads if g is not None]
+        grads = self._local([g for g in found if g is not None])
         if not grads:
             return False
-        grads, views = self._local(grads), self._present(self.views)
         if [g.shape for g in grads] != self._present(self.shapes):
             self._refuse(grads)
         if any(g.layout is not torch.strided for g in grads):
             raise ValueError(
                 "MFAC does not support sparse gradients; use sparse=False in the module"
             )
-        torch._foreach_copy_(views, grads)
+        torch._foreach_copy_(self._present(self.views), grads)
         if self.staging is not self.numbers:
             self.numbers.copy_(self.staging)
         return True
@@ -162,7 +161,9 @@ class Flat:
         self._frozen: list[Tensor] = []
         self.columns: list[slice] = []  # of each parameter, among those of this process
         self.index: Tensor | None = None  # of the columns in the vector; None if they are all of it
-        self._sent = self._received = self._filled = None  # see `spread`
+        self._sent: Tensor | None = None  # see `spread`
+        self._received: Any = None
+        self._filled: Any = None
         self._find_columns(sizes)
 
     def _find_columns(self, sizes: list[int]) -> None:

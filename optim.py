@@ -358,17 +358,17 @@ class MFAC(FlatOptimizer):
         self._recovery = Recovery(on_nonfinite)
         given = {"optdev": optdev, "moddev": moddev}
         devices = [checks.check_device(d, name) for name, d in given.items() if d is not None]
-        self._device = (devices or [None])[0]
-        self._window = {
+        self._device = devices[0] if devices else None
+        self._window: dict[str, Any] = {
             "num_grads": checks.check_integer("ngrads", ngrads),
             "damp": checks.check_damp(damp),
             "shards": checks.check_devices("gpus", gpus or []),
             "dtype": checks.checked_dtype("window_dtype", window_dtype, compress),
             "compress": compress,
         }
-        shared = {"ngrads": ngrads, "damp": damp, "window_dtype": window_dtype}
-        shared |= {"compress": compress, "on_nonfinite": on_nonfinite}
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        shared = dict(ngrads=ngrads, damp=damp, window_dtype=window_dtype, compress=compress)
+        shared["on_nonfinite"] = on_nonfinite
+        defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         defaults |= {"sparse": sparse, "maximize": maximize}
         super().__init__(params, defaults, shared, process_group or None)
 

@@ -146,25 +146,30 @@ def _check_shared(state: Any) -> None:
 
 def _checked_block(block: Any, m: int, dtype: torch.dtype, compress: float | None) -> int:
     """The number of columns of a saved block of m gradients."""
-    scaled = dtype in SCALED
-    dense = ("G", "scales") if scaled else ("G",)
-    names = dense if compress is None else ("error", "columns", "values")
-    parts = [block.get(name) if isinstance(block, dict) else None for name in names]
-    fits = all(isinstance(x, Tensor) and x.layout == torch.strided for x in parts)
-    if fits and compress is None:
-        G = parts[0]
-        fits = G.ndim == 2 and len(G) == m and G.dtype == dtype
-        if fits and scaled:
-            fits = parts[1].shape == (m, -(-G.shape[1] // BLOCK)) and is_real(parts[1])
-    elif fits:
-        error, columns, values = parts
-        fits = error.ndim == 1 and is_real(error) and values.dtype == dtype
-        fits = fits and columns.dtype == torch.int32 and columns.shape == values.shape
-        fits = fits and values.ndim == 2 and len(values) == m
-        fits = fits and bool(((0 <= columns) & (columns < len(error))).all())
+    wanted = {"G": (dtype, 2)}
+    if compress is not None:
+        real = torch.promote_types(dtype, torch.float32)
+        wanted = {"error": (real, 1), "columns": (torch.int32, 2), "values": (dtype, 2)}
+    elif dtype in SCALED:
+        wanted["scales"] = (torch.float32, 2)
+    parts: dict[str, Any] = block if isinstance(block, dict) else {}
+    fits = all(
+        isinstance(x := parts.get(name), Tensor)
+        and (x.layout, x.dtype, x.ndim) == (torch.strided, *kind)
+        and (x.ndim == 1 or len(x) == m)
+        for name, kind in wanted.items()
+    )
+    d = parts[next(iter(wanted))].shape[-1] if fits else 0
+    if fits and compress is not None:
+        columns = parts["columns"]
+        fits = columns.shape == parts["values"].shape and bool(
+            ((columns >= 0) & (columns < d)).all()
+        )
+    elif fits and dtype in SCALED:
+        fits = parts["scales"].shape[1] == -(-d // BLOCK)
     if not fits:
         raise ValueError(f"The state dict is damaged: its window must have {m} rows of {dtype}")
-    return parts[0].shape[-1]
+    return d
 
 
 # --- the optimizer --------------------------------------------------------------------------------
@@ -251,11 +256,11 @@ def into_optimizer(
             {id(p) for p, entries in zip(params, saved, strict=True) if "grads" in entries}
         )
         flat, fisher = optimizer.flat, optimizer.fisher
-        entries = {id(p): found for p, found in zip(params, saved, strict=True)}
+        of = {id(p): found for p, found in zip(params, saved, strict=True)}
         for p in flat.params:
-            if "momentum_buffer" in entries[id(p)]:
+            if "momentum_buffer" in of[id(p)]:
                 optimizer.velocity()
-                value = placed_as(p, entries[id(p)]["momentum_buffer"])
+                value = placed_as(p, of[id(p)]["momentum_buffer"])
                 if (mask := optimizer.mask(p)) is not None:
                     value *= mask  # which the state may know nothing of
                 local(optimizer.state[p]["momentum_buffer"]).copy_(local(value))
@@ -266,7 +271,7 @@ def into_optimizer(
             m = len(shared["K"])
             dtype = getattr(torch, shared["dtype"])
             blocks = [
-                {"G": _from_saved(flat, p, span, entries[id(p)], m, dtype)}
+                {"G": _from_saved(flat, p, span, of[id(p)], m, dtype)}
                 for p, span in zip(flat.params, flat.columns, strict=True)
             ]
             complete = sum("grads" in found for found in saved) == shared["parameters"]
@@ -377,7 +382,7 @@ def _check_parameters(
 
 def _check_ranks(fisher: "DynamicInverseFisher") -> None:
     """Raises ValueError if K is not of this window: each process may have loaded what one saved."""
-    squares = sum(tile.square().sum(1) for tile in fisher.window.tiles())
+    squares = torch.stack([tile.square().sum(1) for tile in fisher.window.tiles()]).sum(0)
     found, expected = fisher.ranks.sum(squares), fisher.coefficients.K.diagonal()
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-30):
         raise ValueError(

@@ -148,7 +148,8 @@ class DenseWindow:
     def _dtype(self, exact: bool) -> torch.dtype:
         """The type of products: float32 only where the process does not let it be less. To set that
         for the process would reach other threads."""
-        full = torch.backends.mkldnn.matmul.fp32_precision in ("ieee", "none")
+        mkldnn: Any = torch.backends.mkldnn  # the annotations of torch lack its matmul
+        full = mkldnn.matmul.fp32_precision in ("ieee", "none")
         exact |= not full or self.device.type != "cpu" or self.G.dtype == torch.float64
         return torch.float64 if exact else torch.float32
 
