@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from reference import dense_inverse
+from test_optim import assert_same_state
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -31,7 +32,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.functional import cross_entropy
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 import main_common
 import ranks
@@ -112,9 +113,11 @@ def assert_same_everywhere(x):
 
 def assert_same(x, y):
     """What is here of two nested states is the same, to the bit."""
-    for a, b in zip(tree_leaves(x), tree_leaves(y), strict=True):
-        same = torch.equal(ranks.local(a), ranks.local(b)) if torch.is_tensor(a) else a == b
-        assert same, (a, b)
+    assert_same_state(*(tree_map(here, state) for state in (x, y)))
+
+
+def here(x):
+    return ranks.local(x) if torch.is_tensor(x) else x
 
 
 def assert_close(x, y, tolerance=1e-5):
@@ -189,7 +192,7 @@ def mixed(folder):
 
 
 def messages(folder):
-    """A step sums up m + 1 float64 numbers and gathers d numbers where weights are replicated."""
+    """A step sums up m + 2 float64 numbers and gathers d numbers where weights are replicated."""
     sent, all_reduce, all_gather = [], dist.all_reduce, dist.all_gather
     dist.all_reduce = lambda x, **o: (sent.append((x.dtype, x.numel())), all_reduce(x, **o))
     dist.all_gather = lambda out, x, **o: (
@@ -204,7 +207,7 @@ def messages(folder):
             train(net, optimizer, batches(7))
             sent.clear()
             optimizer.step()
-            expected = [] if kind == "replicated" else [(torch.float64, 7)]
+            expected = [] if kind == "replicated" else [(torch.float64, 8)]
             if kind == "ddp":
                 sizes = [p.numel() for p in model.parameters() if p.requires_grad]
                 own = sum(-(-size // dist.get_world_size()) for size in sizes)
@@ -221,7 +224,7 @@ def skipped(folder):
         net = parallel(model, kind)
         optimizer = MFAC(model.parameters(), momentum=0.5, **OPTIONS, **extra, **shared(kind))
         train(net, optimizer, batches(4))
-        before = copy.deepcopy((weights(model), optimizer.fisher.state_dict()))
+        before = copy.deepcopy([weights(model), optimizer.fisher.state_dict()])
         p = model[0].weight
         if kind == "ddp" or dist.get_rank() == 1:
             local = p.grad.to_local() if kind == "fsdp" else p.grad
@@ -230,7 +233,7 @@ def skipped(folder):
             warnings.simplefilter("always")
             optimizer.step()
         assert optimizer.skipped_steps == 1 and "NaN or Inf" in str(caught[0].message)
-        after = weights(model), optimizer.fisher.state_dict()
+        after = [weights(model), optimizer.fisher.state_dict()]
         assert_same(after, before)
 
 
@@ -258,13 +261,13 @@ def absent(folder):
             if step % 2 == 0:  # in the other steps, no process has a gradient
                 model(torch.ones(2, 8)).sum().backward()
             optimizer.step()
-        before = copy.deepcopy((weights(model), optimizer.fisher.state_dict()))
+        before = copy.deepcopy([weights(model), optimizer.fisher.state_dict()])
         assert before[1]["count"] == 3
         optimizer.zero_grad()
         if rank != 1:
             model(torch.ones(2, 8)).sum().backward()
         raises(f"1 of {dist.get_world_size()} processes", optimizer.step)
-        assert_same((weights(model), optimizer.fisher.state_dict()), before)
+        assert_same([weights(model), optimizer.fisher.state_dict()], before)
 
     torch.manual_seed(rank)
     for model in (nn.Linear(8, 4), nn.Linear(8, 4 + (rank == 1))):
@@ -423,7 +426,7 @@ def thawed(folder):
             K = gram(other.fisher.window.tiles())
             assert_close(other.fisher.coefficients.K, other.fisher.ranks.sum(K), 1e-6)
             a, b = (o.state_dict()["state"][6]["grads"] for o in (optimizer, other))
-            assert_same((a, weights(model)), (b, weights(loaded)))
+            assert_same([a, weights(model)], [b, weights(loaded)])
             for net, each in ((model, optimizer), (loaded, other)):
                 train(net, each, data[9:], together=False)
             if unfrozen:
