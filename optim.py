@@ -242,7 +242,7 @@ class DynamicInverseFisher:
         if not direct:
             W = (torch.linalg.solve_triangular(L, t, upper=False) for t in self.window.tiles())
             left = 1 - torch.cat([w.square().sum(0) for w in W])
-            error = error.max() * (1 - left) / left
+            error = 2 * error.max() * (1 - left) / left  # twice, as W is squared
         if not self.ranks.all((0 <= error) & (error <= TOLERANCE)):  # nor are NaN
             self.precision.refuse()
         return left / self.damp

@@ -70,7 +70,7 @@ class Precision:
         self.side, self.gram = side, gram
         self.always_exact = self.exact = always_exact
         self.interrupted = False  # while K and the window may disagree, as after an exception
-        self._mean_square, self._measured = (SINGLE / 8) ** 2, 0  # of roundings in float32
+        self._mean_square, self._measured = (SINGLE / 4) ** 2, 0  # of roundings in float32
         self._largest = 0.0  # error in this round, as it is or would be in float32
         self._unread: tuple[Tensor, torch.cuda.Event] | None = None
 
@@ -107,9 +107,9 @@ class Precision:
         return 1.5 * self._mean_square**0.5
 
     def _measure(self, rounding: Tensor) -> None:
-        """Takes the relative error of an entry of K into the mean over about m of them."""
+        """Takes the relative error of an entry of K into the mean over about m of them, at least 32."""
         if bool(rounding.isfinite()):
-            self._measured = min(self._measured + 1, len(self.side.K))
+            self._measured = min(self._measured + 1, max(32, len(self.side.K)))
             self._mean_square += (float(rounding) ** 2 - self._mean_square) / (self._measured + 1)
 
     def settle(self) -> None:
@@ -163,8 +163,8 @@ class Precision:
         largest = float(self.side.K.diagonal().max())
         return (
             f"damp = {damp:g} is too small for gradients of squared norm up to {largest:g}, even in "
-            f"float64; raise damp to about {max(10 * damp, 1e-10 * largest):.0e} or, if that is not "
-            f"enough, to {max(100 * damp, 1e-6 * largest):.0e}"
+            f"float64; raise damp to about {min(1e30, max(10 * damp, 1e-10 * largest)):.0e} or, if "
+            f"that is not enough, to {min(1e30, max(100 * damp, 1e-6 * largest)):.0e}"
         )
 
     def _new_round(self) -> None:
