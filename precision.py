@@ -10,7 +10,7 @@ where the root of the trace says how nearly parallel gradients are, and the last
 cancels in Gᵀz, which is itself off by q. The residual e_j − Az of the solve enters in the place of δK z.
 In float64, r = 2⁻⁵², and q is nothing beside it. In float32, q = 2⁻²⁶m^½ for sums of m terms, and r is
 measured: short sums err by 0.02 to 1 unit roundoff, depending on the gradients, so one entry of each k
-is computed both ways, and r is 1.5 times the root mean square of the difference.
+is computed both ways, and r is twice the root mean square of the difference.
 """
 
 import math
@@ -104,7 +104,7 @@ class Precision:
     @property
     def rounding(self) -> float:
         """r in float32"""
-        return 1.5 * self._mean_square**0.5
+        return 2 * self._mean_square**0.5
 
     def _measure(self, rounding: Tensor) -> None:
         """Takes the relative error of an entry of K into the mean over about m of them, at least 32."""
