@@ -107,7 +107,7 @@ class Precision:
         return 2 * self._mean_square**0.5
 
     def _measure(self, rounding: Tensor) -> None:
-        """Takes the relative error of an entry of K into the mean over about m of them, at least 32."""
+        """Takes the relative error of an entry of K into the mean over about max(m, 32)."""
         if bool(rounding.isfinite()):
             self._measured = min(self._measured + 1, max(32, len(self.side.K)))
             self._mean_square += (float(rounding) ** 2 - self._mean_square) / (self._measured + 1)

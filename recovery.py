@@ -69,9 +69,9 @@ class Recovery:
                 self.raised_steps += 1
                 if self.raised_steps == 1:
                     warn_user(
-                        f"damp = {damp:g} is too small for these gradients: {fisher.damp:g} is used, or "
-                        "more, for as long as needed, without another warning; raised_steps counts the "
-                        "steps"
+                        f"damp = {damp:g} is too small for these gradients: {fisher.damp:g} is used, "
+                        "or more, for as long as needed, without another warning; raised_steps counts "
+                        "the steps"
                     )
             return u
 
