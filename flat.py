@@ -286,10 +286,6 @@ class FlatOptimizer(torch.optim.Optimizer):
         """Every parameter, with the index of its group."""
         return [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]]
 
-    def mask(self, p: Tensor) -> Tensor | None:
-        """True where p is trained; None for all of it."""
-        return self.state[p].get("mask")
-
     def velocity(self) -> Tensor:
         """v (d,), from zeros; the state of each parameter has a view of it in its shape."""
         flat = self.flat
@@ -350,9 +346,16 @@ class FlatOptimizer(torch.optim.Optimizer):
             self.velocity()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle: torch keeps only the defaults, the state and the groups."""
-        own = {name: getattr(self, name) for name in ("flat", "_shared", "_params", "_built")}
-        return {**super().__getstate__(), **own}
+        """For copy and pickle: torch keeps only the defaults, the state and the groups. Hooks do
+        not come along, nor does the process group, which the inverse Fisher has."""
+        names = [name for name in vars(self) if "hook" not in name and "step" not in name]
+        kept = {name: getattr(self, name) for name in names if name != "process_group"}
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "process_group" not in vars(self):
+            self.process_group = self.fisher.ranks.group
 
 
 def replace_params(state: dict[Any, Any], old: list[Tensor], new: list[Tensor]) -> None:
@@ -364,6 +367,16 @@ def replace_params(state: dict[Any, Any], old: list[Tensor], new: list[Tensor]) 
             state[q]["mask"] = placed_as(q, mask)
     for p in [p for p in state if isinstance(p, Tensor) and id(p) not in present]:
         del state[p]
+
+
+def mask_of(state: dict[Any, Any], p: Tensor) -> Tensor | None:
+    """True where p is trained, by the state of an optimizer; None for all of it.
+
+    Example:
+        >>> mask_of({}, torch.zeros(2)) is None
+        True
+    """
+    return state[p].get("mask") if p in state else None
 
 
 def is_trained(p: Tensor) -> bool:

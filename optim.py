@@ -29,6 +29,7 @@ Information", NeurIPS 2021, arXiv 2107.03356, section 3.2 (dynamic algorithm).
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ import checks
 import states
 from coefficients import DOUBLE, SINGLE, TOLERANCE, Coefficients, factor
 from costs import check_memory, step_traffic, window_bytes
-from flat import Flat, FlatOptimizer, is_trained
+from flat import Flat, FlatOptimizer, is_trained, mask_of
 from precision import DampTooSmallError, NonFiniteGradientError, Precision
 from ranks import Ranks, find_process_group
 from recovery import Recovery
@@ -64,8 +65,8 @@ class DynamicInverseFisher:
     """F⁻¹ for F = λI + (1/m) Σ gᵢgᵢᵀ, the last m = `num_grads` gradients of d = `dim` weights.
 
     m is the full window size from the first gradient on; a row not yet filled counts as zero.
-    Results come back on `device`, in float32 or wider, with a relative error of at most 2e-5.
-    Memory: `window_bytes(m, d)`, that is m·d numbers of `dtype` and two (m, m) float64 matrices.
+    Results have a relative error of at most 2e-5. Memory: `window_bytes(m, d)`, that is m·d numbers
+    of `dtype` and two (m, m) float64 matrices.
 
     Args:
         num_grads: m ≥ 1.
@@ -120,7 +121,8 @@ class DynamicInverseFisher:
         self.counter = torch.zeros((), dtype=torch.int64, device=self.device)
         self.accepted = torch.ones_like(self.counter)  # 0 if the last gradient was refused
         exact = compress is not None or self.device.type != "cpu" or self.dtype == torch.float64
-        self.precision = Precision(self.coefficients, self._gram, always_exact=exact)
+        gram = partial(_gram, self.window, self.ranks)  # no method, so that no cycle holds a window
+        self.precision = Precision(self.coefficients, gram, always_exact=exact)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -194,8 +196,7 @@ class DynamicInverseFisher:
         self.precision.interrupted = False  # K and the window agree again
 
     def settle(self, wait: bool = True) -> None:
-        """Reads what exchanges on CUDA found out, all of them if it is to `wait`. Raises as
-        `update_matvec`."""
+        """Reads what exchanges on CUDA found out, all if it is to `wait`; raises it."""
         self.precision.settle(wait)
 
     def abstain(self) -> None:
@@ -229,13 +230,12 @@ class DynamicInverseFisher:
             if roundoff * float(terms) <= TOLERANCE * self.damp * float(self.ranks.norm(u)):
                 break
             self.precision.recover()
-        result = u.to(self.result_dtype)
-        if not self.ranks.all(result.isfinite()):
+        if not self.ranks.all(u.to(self.result_dtype).isfinite()):
             raise ValueError(
-                f"Results of up to {float(u.abs().max()):.3g} do not fit {result.dtype}; use "
+                f"Results of up to {float(u.abs().max()):.3g} do not fit {self.result_dtype}; use "
                 "dtype=torch.float64, or a higher damp"
             )
-        return result
+        return u.to(self.result_dtype)
 
     def diagonal(self) -> Tensor:
         """diag(F⁻¹) (d,), each entry in (0, 1/λ], in float64. By (2), O(dm²): (1 − Σᵢ Wᵢⱼ²) / λ,
@@ -244,7 +244,7 @@ class DynamicInverseFisher:
         m, direct = self.num_grads, self.ranks.size == 1 and self.shape[0] <= self.num_grads
         if direct:
             G = torch.cat(list(self.window.tiles()), 1)
-        A = G.T @ G if direct else self._gram()
+        A = G.T @ G if direct else _gram(self.window, self.ranks)
         A.diagonal().add_(m * self.damp)
         L = factor(A)
         inverse = torch.cholesky_inverse(L).diagonal()
@@ -253,14 +253,10 @@ class DynamicInverseFisher:
         if not direct:
             W = (torch.linalg.solve_triangular(L, t, upper=False) for t in self.window.tiles())
             left = 1 - torch.cat([w.square().sum(0) for w in W])
-            error = error.max() * (1 - left) / left
+            error = 2 * error.max() * (1 - left) / left  # twice, as W is squared
         if not self.ranks.all((0 <= error) & (error <= TOLERANCE)):  # nor are NaN
             self.precision.refuse()
         return left / self.damp
-
-    def _gram(self) -> Tensor:
-        """K (m, m) in float64, anew from the window."""
-        return self.ranks.sum(gram(self.window.tiles()))
 
     def grow(self, columns: int) -> None:
         """Appends `columns` weights with past gradients of zero, which moves no others."""
@@ -273,10 +269,14 @@ class DynamicInverseFisher:
         return states.of_fisher(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes a copy of what `state_dict` gave, from any device and number of shards.
-        `num_grads`, `damp`, `dtype` and `compress` stay as constructed: where the state has others,
-        the newest gradients that fit enter the window one after the other."""
+        """Takes a copy of what `state_dict` gave, from any device and number of shards. Where the
+        window has another size or type, the newest gradients enter it one by one."""
         states.into_fisher(self, state)
+
+
+def _gram(window: Window, ranks: Ranks) -> Tensor:
+    """K (m, m) in float64, anew from the window."""
+    return ranks.sum(gram(window.tiles()))
 
 
 class MFAC(FlatOptimizer):
@@ -367,10 +367,11 @@ class MFAC(FlatOptimizer):
             "compress": compress,
         }
         shared = dict(ngrads=ngrads, damp=damp, window_dtype=window_dtype, compress=compress)
-        shared["on_nonfinite"] = on_nonfinite
         defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         defaults |= {"sparse": sparse, "maximize": maximize}
-        super().__init__(params, defaults, shared, process_group or None)
+        super().__init__(
+            params, defaults, shared | {"on_nonfinite": on_nonfinite}, process_group or None
+        )
 
     @torch.compiler.disable(reason="MFAC.step is few launches already; it is not for torch.compile")
     @torch.no_grad()
@@ -397,18 +398,15 @@ class MFAC(FlatOptimizer):
             for segment, group in segments:
                 step = u[segment.span]
                 if group["momentum"] != 0:
-                    weight = self._unless_refused(1 - group["momentum"])
+                    weight: Any = 1 - group["momentum"]
+                    if u.is_cuda:  # v stays where the step is refused
+                        weight = weight * self.fisher.accepted.to(u.dtype)
                     step = segment.average(self.velocity(), u, weight)
                 torch.mul(step, group["lr"], out=segment.numbers)
                 segment.subtract()
         if late is not None:
             raise late
         return loss
-
-    def _unless_refused(self, weight: float) -> float | Tensor:
-        """The weight of u in the average: on CUDA 0 where the step is refused, so that v stays."""
-        on_host = self.fisher.device.type != "cuda"
-        return weight if on_host else weight * self.fisher.accepted.to(self.fisher.result_dtype)
 
     def build(self, also: Collection[int] = ()) -> None:
         """An empty window with columns for the parameters that are trained, and for those with an
@@ -418,7 +416,7 @@ class MFAC(FlatOptimizer):
         device = self._device or next((p.device for _, p in params), torch.device("cpu"))
         trained = [(i, p) for i, p in params if is_trained(p) or id(p) in also]
         wide = torch.float64 if settings["dtype"] == torch.float64 else torch.float32
-        self.flat = Flat(trained, self.mask, ranks, device, wide)
+        self.flat = Flat(trained, partial(mask_of, self.state), ranks, device, wide)
         self.fisher: Any = None  # the old window goes before the new one comes
         self.fisher = DynamicInverseFisher(
             dim=self.flat.size, device=device, process_group=ranks.group, **settings
@@ -440,15 +438,10 @@ class MFAC(FlatOptimizer):
         """λ, or the multiple of it that these gradients need."""
         return self.fisher.damp
 
-    @property
-    def raised_steps(self) -> int:
-        """Steps with a multiple of `damp`."""
-        return self._recovery.raised_steps
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps skipped for a gradient with NaN or Inf, as far as they have been read."""
-        return self._recovery.skipped_steps
+    raised_steps = property(lambda self: self._recovery.raised_steps, doc="Steps with more damp.")
+    skipped_steps = property(
+        lambda self: self._recovery.skipped_steps, doc="Steps with NaN or Inf."
+    )
 
     def __repr__(self) -> str:
         window = f"Window (ngrads: {self.fisher.num_grads}, damp: {self.damp}, {self.fisher.dtype})"
@@ -458,26 +451,17 @@ class MFAC(FlatOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """As for any optimizer, with the window's columns in each parameter's state ("grads") and
         what all share in the first group ("fisher"). By reference, as far as one tensor holds it.
-        With a process group, what ranks have of their own is a DTensor, for
-        torch.distributed.checkpoint."""
+        What ranks have of their own is a DTensor, for torch.distributed.checkpoint."""
         self._recovery.settle(self.fisher)
         return states.of_optimizer(self, super().state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes a copy of what `state_dict` gave: groups, momentum, masks and window; with a
-        process group of what all gave, as DTensors or complete. `ngrads`, `damp`, `window_dtype`
-        and `compress` stay as constructed: where the state has others, the newest gradients that
-        fit enter the window one after the other.
-
-        Raises:
-            ValueError: it belongs to other parameters, or to another optimizer."""
+        """Takes a copy of what `state_dict` gave; with a process group of what all gave, as
+        DTensors or complete. `ngrads`, `damp`, `window_dtype` and `compress` stay as constructed:
+        where the state has others, the newest gradients enter the window one by one. ValueError if
+        it belongs to other parameters, or to another optimizer."""
         states.into_optimizer(self, state_dict, super().load_state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         self._recovery.settle(self.fisher)
-        own = {name: getattr(self, name) for name in ("fisher", "_recovery", "_device", "_window")}
-        return {**super().__getstate__(), **own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.process_group = self.fisher.ranks.group  # which itself can't be copied
+        return super().__getstate__()

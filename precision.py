@@ -10,7 +10,7 @@ where the root of the trace says how nearly parallel gradients are, and the last
 cancels in Gᵀz, which is itself off by q. The residual e_j − Az of the solve enters in the place of
 δK z. In float64, r = 2⁻⁵², and q is nothing beside it. In float32, q = 2⁻²⁶m^½ for sums of m terms,
 and r is measured: short sums err by 0.02 to 1 unit roundoff, depending on the gradients, so one
-entry of each k is computed both ways, and r is 1.5 times the root mean square of the difference.
+entry of each k is computed both ways, and r is twice the root mean square of the difference.
 """
 
 import math
@@ -73,7 +73,7 @@ class Precision:
         self.side, self.gram = side, gram
         self.always_exact = self.exact = always_exact
         self.interrupted = False  # while K and the window may disagree, as after an exception
-        self._mean_square, self._measured = (SINGLE / 8) ** 2, 0  # of roundings in float32
+        self._mean_square, self._measured = (SINGLE / 4) ** 2, 0  # of roundings in float32
         self._largest = 0.0  # error in this round, as it is or would be in float32
         self._fresh = True  # whether P has been computed from K as it is
         self._unread: deque[tuple[Tensor, torch.cuda.Event, bool]] = deque()
@@ -109,12 +109,12 @@ class Precision:
     @property
     def rounding(self) -> float:
         """r in float32"""
-        return 1.5 * self._mean_square**0.5
+        return 2 * self._mean_square**0.5
 
     def _measure(self, rounding: Tensor) -> None:
-        """Takes the relative error of an entry of K into the mean over about m of them."""
+        """Takes the relative error of an entry of K into the mean over about max(m, 32)."""
         if bool(rounding.isfinite()):
-            self._measured = min(self._measured + 1, len(self.side.K))
+            self._measured = min(self._measured + 1, max(32, len(self.side.K)))
             self._mean_square += (float(rounding) ** 2 - self._mean_square) / (self._measured + 1)
 
     def settle(self, wait: bool = True) -> None:
@@ -175,8 +175,8 @@ class Precision:
         largest = float(self.side.K.diagonal().max())
         return (
             f"damp = {damp:g} is too small for gradients of squared norm up to {largest:g}, even "
-            f"in float64; raise damp to about {max(10 * damp, 1e-10 * largest):.0e} or, if that is "
-            f"not enough, to {max(100 * damp, 1e-6 * largest):.0e}"
+            f"in float64; raise damp to about {min(1e30, max(10 * damp, 1e-10 * largest)):.0e} or, "
+            f"if that is not enough, to {min(1e30, max(100 * damp, 1e-6 * largest)):.0e}"
         )
 
     def _new_round(self) -> None:

@@ -261,7 +261,7 @@ def into_optimizer(
             if "momentum_buffer" in of[id(p)]:
                 optimizer.velocity()
                 value = placed_as(p, of[id(p)]["momentum_buffer"])
-                if (mask := optimizer.mask(p)) is not None:
+                if (mask := flat.mask(p)) is not None:
                     value *= mask  # which the state may know nothing of
                 local(optimizer.state[p]["momentum_buffer"]).copy_(local(value))
         ranks, complete = flat.ranks, True
