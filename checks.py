@@ -1,7 +1,7 @@
 """Checks of arguments that several modules share: what was given, and what is allowed."""
 
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,17 @@ def checked_vector(x: Any, d: int) -> Tensor:
     if x.shape != (d,):
         raise ValueError(f"Expected a vector of shape {(d,)}, got {tuple(x.shape)}")
     return x.detach()
+
+
+def fitting(x: Tensor, dtype: torch.dtype, everywhere: Callable[[Tensor], bool]) -> Tensor:
+    """x in `dtype`, or a ValueError where it does not fit, `everywhere` in all processes."""
+    fitted = x.to(dtype)
+    if not everywhere(fitted.isfinite()):
+        raise ValueError(
+            f"Results of up to {float(x.abs().max()):.3g} do not fit {dtype}; use "
+            "dtype=torch.float64, or a higher damp"
+        )
+    return fitted
 
 
 def check_damp(damp: Any) -> float:

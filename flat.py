@@ -345,6 +345,12 @@ class FlatOptimizer(torch.optim.Optimizer):
         if self.flat.momentum is not None or any(g["momentum"] != 0 for g in self.param_groups):
             self.velocity()
 
+    def __repr__(self) -> str:
+        fisher = self.fisher
+        window = f"Window (ngrads: {fisher.num_grads}, damp: {fisher.damp}, {fisher.dtype})"
+        groups = super().__repr__().replace("    fisher: None\n", "")
+        return f"{groups[:-1]}{window}\n)"
+
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: torch keeps only the defaults, the state and the groups. Hooks do
         not come along, nor does the process group, which the inverse Fisher has."""

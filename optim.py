@@ -65,8 +65,7 @@ class DynamicInverseFisher:
     """F⁻¹ for F = λI + (1/m) Σ gᵢgᵢᵀ, the last m = `num_grads` gradients of d = `dim` weights.
 
     m is the full window size from the first gradient on; a row not yet filled counts as zero.
-    Results have a relative error of at most 2e-5. Memory: `window_bytes(m, d)`, that is m·d numbers
-    of `dtype` and two (m, m) float64 matrices.
+    Results have a relative error of at most 2e-5. Memory: `window_bytes(m, d)`.
 
     Args:
         num_grads: m ≥ 1.
@@ -230,12 +229,7 @@ class DynamicInverseFisher:
             if roundoff * float(terms) <= TOLERANCE * self.damp * float(self.ranks.norm(u)):
                 break
             self.precision.recover()
-        if not self.ranks.all(u.to(self.result_dtype).isfinite()):
-            raise ValueError(
-                f"Results of up to {float(u.abs().max()):.3g} do not fit {self.result_dtype}; use "
-                "dtype=torch.float64, or a higher damp"
-            )
-        return u.to(self.result_dtype)
+        return checks.fitting(u, self.result_dtype, self.ranks.all)
 
     def diagonal(self) -> Tensor:
         """diag(F⁻¹) (d,), each entry in (0, 1/λ], in float64. By (2), O(dm²): (1 − Σᵢ Wᵢⱼ²) / λ,
@@ -443,11 +437,6 @@ class MFAC(FlatOptimizer):
         lambda self: self._recovery.skipped_steps, doc="Steps with NaN or Inf."
     )
 
-    def __repr__(self) -> str:
-        window = f"Window (ngrads: {self.fisher.num_grads}, damp: {self.damp}, {self.fisher.dtype})"
-        groups = super().__repr__().replace("    fisher: None\n", "")
-        return f"{groups[:-1]}{window}\n)"
-
     def state_dict(self) -> dict[str, Any]:
         """As for any optimizer, with the window's columns in each parameter's state ("grads") and
         what all share in the first group ("fisher"). By reference, as far as one tensor holds it.
@@ -456,12 +445,7 @@ class MFAC(FlatOptimizer):
         return states.of_optimizer(self, super().state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes a copy of what `state_dict` gave; with a process group of what all gave, as
-        DTensors or complete. `ngrads`, `damp`, `window_dtype` and `compress` stay as constructed:
-        where the state has others, the newest gradients enter the window one by one. ValueError if
-        it belongs to other parameters, or to another optimizer."""
+        """Takes a copy of what `state_dict` gave. `ngrads`, `damp`, `window_dtype` and `compress`
+        stay as constructed: where the state has others, the newest gradients enter one by one.
+        ValueError if it belongs to other parameters, or to another optimizer."""
         states.into_optimizer(self, state_dict, super().load_state_dict)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._recovery.settle(self.fisher)
-        return super().__getstate__()

@@ -16,6 +16,7 @@ entry of each k is computed both ways, and r is twice the root mean square of th
 import math
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,6 +137,9 @@ class Precision:
             if not self._judge(*errors.tolist()):
                 self._fresh = fresh
                 self.recover()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_unread": deque()}  # events can't be copied
 
     def set_damp(self, damp: float) -> None:
         """Makes `damp` λ, or raises DampTooSmallError and keeps the one that is."""
