@@ -1,42 +1,47 @@
 # make demo: train, prune and look; make test: all tests; make docs: the API as pages; make coverage:
 # what the tests reach; make matrix: all tests, and again with the oldest torch that is supported. Each
-# sets up .venv on its first call.
+# sets up what it needs of .venv on its first call.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup $(PYTEST_ARGS)
 DEMO := --dataset digits --checkpoint runs/demo.pth --sparsities 0.3 0.4 0.5 0.6 0.7 0.8 --overwrite
 # OpenMP's busy waiting makes a training step up to ten times slower when anything else runs.
 export OMP_WAIT_POLICY = passive
 
 .PHONY: demo test coverage matrix lint docs
-demo: .venv/installed
+demo: .venv/for-scripts
 	$(BIN)/python main_optim.py --model resnet20 --dataset digits --optim mfac --save runs/demo.pth --overwrite
 	$(BIN)/python main_prun.py $(DEMO) --pruner magnitude --out runs/demo-magnitude
 	$(BIN)/python main_prun.py $(DEMO) --pruner mfac --ngrads 256 --out runs/demo-mfac --plot runs/demo-magnitude.csv
 
-test: .venv/installed
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: .venv/for-tests
+	$(BIN)/python $(PYTEST)
 
-coverage: .venv/installed
+coverage: .venv/for-tests
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	$(BIN)/coverage run $(PYTEST)
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 
 matrix: test
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install -r requirements.txt torch==2.9.0 torchvision==0.24.0
-	.venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
+	.venv-oldest/bin/python -m pip install -r requirements-test.txt torch==2.9.0 torchvision==0.24.0
+	.venv-oldest/bin/python $(PYTEST)
 
-docs: .venv/installed
-	$(BIN)/python -m pdoc --docformat google -o docs optim.py windows.py ranks.py coefficients.py prun.py datautils.py ./models
+docs: .venv/for-tests
+	$(BIN)/python -m pdoc --docformat google -o build/api $(filter-out setup%.py main_%.py,$(wildcard *.py)) ./models
 
-lint: .venv/installed
+lint: .venv/for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.venv/installed: requirements.txt
+.venv/for-scripts: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -r requirements.txt
+	touch $@
+
+.venv/for-tests: requirements-test.txt .venv/for-scripts
+	$(BIN)/python -m pip install -r requirements-test.txt
 	touch $@

@@ -90,8 +90,8 @@ def check_devices(name: str, devices: Any) -> list[torch.device]:
 # --- of the optimizer -----------------------------------------------------------------------------
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """The settings and parameters of a group."""
+def check_group(group: dict[str, Any], shared: dict[str, Any]) -> None:
+    """The settings and parameters of a group; it may repeat what is `shared`, as in wrappers."""
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     if not 0.0 <= group["lr"]:
@@ -100,10 +100,11 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"Invalid momentum: {group['momentum']}; it must be in [0, 1)")
     if not 0.0 <= group["weight_decay"]:
         raise ValueError(f"Invalid weight_decay: {group['weight_decay']}; it must be at least 0")
-    for name in {"damp", "ngrads", "window_dtype", "compress", "on_nonfinite"} & group.keys():
-        raise ValueError(
-            f"Invalid group: it sets {name}, which all groups share; give it to MFAC itself"
-        )
+    for name in shared.keys() & group.keys():
+        if group[name] != shared[name]:
+            raise ValueError(
+                f"Invalid group: it sets {name}, which all groups share; give it to MFAC itself"
+            )
     for p in group["params"]:
         if not (p.is_complex() or p.is_floating_point()):
             raise ValueError(f"MFAC trains floating-point parameters, got one of {p.dtype}")

@@ -1,8 +1,8 @@
 """The (m, m) side of the dynamic algorithm: A⁻¹ for A = mλI + K, as rows of the window come and go.
 
 With the last m gradients as the rows of G (m, d), K = GGᵀ is their Gram matrix and λ the damping
-`damp`. Nothing here sees the window or waits for a device: when row j is replaced by g, k = Gg comes
-in and z = A⁻¹e_j goes out. All in float64.
+`damp`. Nothing here sees the window or waits for a device: when row j is replaced by g, k = Gg
+comes in and z = A⁻¹e_j goes out. All in float64.
 """
 
 import torch
@@ -43,7 +43,6 @@ class Coefficients:
         self.damp = damp
         self.K = torch.zeros(m, m, dtype=torch.float64, device=device)
         self.P = torch.eye(m, dtype=torch.float64, device=device) / (m * damp)
-        self.fresh = True  # P has been computed from K as it is
 
     def invert(self, damp: float) -> bool:
         """Computes P from K for damping λ = `damp`, O(m³). False, and nothing changes, if A is not
@@ -53,7 +52,7 @@ class Coefficients:
         P = torch.cholesky_inverse(factor(A)).contiguous()  # kernels take rows
         if not bool(P[0, 0].isfinite()):
             return False
-        self.P, self.damp, self.fresh = P, damp, True
+        self.P, self.damp = P, damp
         return True
 
     def exchange(
@@ -62,9 +61,9 @@ class Coefficients:
         """Makes k (m,) row and column j = count mod m of K: O(m²).
 
         Returns z = A⁻¹e_j (m,); whether it is accepted, 1 or 0; and the relative error of F⁻¹g, by
-        (5) for products in float64 (`exact`) or float32 with this `rounding`, on the CPU followed by
-        that for float32. Where it exceeds `TOLERANCE`, or k_j is not finite, nothing changes and z is
-        zero.
+        (5) for products in float64 (`exact`) or float32 with this `rounding`, on the CPU followed
+        by that for float32. Where it exceeds `TOLERANCE`, or k_j is not finite, nothing changes and
+        z is zero.
 
         With ' for "without row and column j", and p = P[:, j] before the exchange,
 

@@ -8,21 +8,27 @@ need no network, or a path, and what lies there decides the kind:
   not exist or is empty, they are downloaded to it.
 
 Sets whose images all have one size of at most 64x64 are decoded once to a uint8 tensor and
-augmented a batch at a time: random crops of the image padded with black, and mirroring where the
-mirror image is of the same class. Others are cropped to 224x224 as usual for ImageNet, in worker
-processes that decode and augment.
+augmented a batch at a time, on the device that the batches are for: random crops of the image
+padded with black, and mirroring where the mirror image is of the same class. What was decoded from
+many files is kept in the user's cache folder (`XDG_CACHE_HOME`, by default `~/.cache`), for as long
+as their names, sizes and times stay. Larger images are cropped to 224x224 as usual for ImageNet, in
+worker processes that decode and augment.
 
 Order and augmentation are a function of (seed, epoch) alone: they neither read nor change any
 global generator, so a resumed run gets the batches of an uninterrupted one without saved state.
 """
 
 import contextlib
+import functools
+import hashlib
 import os
 import re
+import shutil
 import sys
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +43,8 @@ SMALL = 64  # pixels: sets with images up to this side are held in memory
 PADDING = 4  # pixels: black margin from which small images are cropped
 CROP = 224  # pixels: side of what is cut from larger images
 SAMPLE = 1000  # training images read for the statistics of a set of larger ones
+CACHED = 10_000  # images: sets of at least so many small ones are kept decoded
+SHARED_MEMORY = "/dev/shm"  # through which worker processes hand over their batches
 
 # Published mean and standard deviation of each channel, for pixels from 0 to 1.
 CONSTANTS = {
@@ -57,7 +65,7 @@ CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
 SOME_CIFAR100_CLASSES = {"aquarium_fish", "maple_tree", "pickup_truck", "sweet_pepper"}
 
 
-Batch = tuple[torch.Tensor, torch.Tensor]  # images float32 (n, C, H, W), labels int64 (n,)
+Batch = tuple[torch.Tensor, torch.Tensor]  # images (n, C, H, W), labels int64 (n,)
 Channels = tuple[float, ...]  # one figure a channel
 
 
@@ -71,8 +79,6 @@ class Pixels:
 
     images: torch.Tensor
     labels: torch.Tensor
-    mean: Channels
-    std: Channels
     flip: bool
 
     def batch(self, indices: torch.Tensor, draws: torch.Tensor | None) -> Batch:
@@ -80,7 +86,7 @@ class Pixels:
         images = self.images[indices]
         if draws is not None:
             images = _crop_and_flip(images, draws, self.flip)
-        return _normalise(images, self.mean, self.std), self.labels[indices]
+        return images, self.labels[indices]
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,6 @@ class Files:
 
     paths: list[str]
     labels: torch.Tensor
-    mean: Channels
-    std: Channels
     central_view: Callable[[Image.Image], torch.Tensor]
     random_view: Callable[[Image.Image], torch.Tensor]
 
@@ -107,7 +111,7 @@ class Files:
                     torch.default_generator.manual_seed(seed)
                     views.append(self.random_view(image))
         images = torch.stack(views) if views else torch.empty(0, 3, CROP, CROP, dtype=torch.uint8)
-        return _normalise(images, self.mean, self.std), self.labels[indices]
+        return images, self.labels[indices]
 
 
 @dataclass(frozen=True)
@@ -139,33 +143,60 @@ class Data:
         shuffle: bool | None = None,
         workers: int | None = None,
         part: tuple[int, int] = (0, 1),
+        device: torch.device | str = "cpu",
     ) -> "Loader":
-        """Batches of the split "train" or "test".
+        """Batches of the split "train" or "test", on `device`.
 
         `augment` and `shuffle` default to True for "train" and to False for "test". `workers`
         processes read images that are not held in memory (default: one a core, at most 8). With
         `part` = (i, n), batches are the i-th of n parts of each, which may be empty.
-        Raises ValueError for another split, or if `batch_size` is below 1.
+        Raises ValueError for another split, or if `batch_size` is below 1, and DataError if there
+        is too little shared memory for as many workers.
         """
         if split not in self.splits:
             raise ValueError(f"Unknown split {split!r}: choose 'train' or 'test'.")
         if batch_size < 1:
             raise ValueError(f"Invalid batch size {batch_size}: it must be at least 1.")
-        training = split == "train"
-        source = self.splits[split]
+        training, source, device = split == "train", self.splits[split], torch.device(device)
         if isinstance(source, Pixels):
             workers = 0  # a batch takes about a millisecond: a process would only add to that
-        elif workers is None:
-            workers = min(8, os.cpu_count() or 1)
+            images, labels = source.images.to(device), source.labels.to(device)
+            source = replace(source, images=images, labels=labels)
+        else:
+            workers = _find_workers(workers, batch_size)
         return Loader(
             source,
             batch_size,
+            mean=self.mean,
+            std=self.std,
             seed=seed,
             augment=training if augment is None else augment,
             shuffle=training if shuffle is None else shuffle,
             workers=workers,
             part=part,
+            device=device,
         )
+
+
+def _find_workers(workers: int | None, batch_size: int) -> int:
+    """The number of worker processes, which need shared memory for two batches each. With too
+    little for `workers`, raises DataError; the default adapts, with a warning."""
+    wanted = min(8, os.cpu_count() or 1) if workers is None else workers
+    if wanted == 0 or not os.path.isdir(SHARED_MEMORY):
+        return wanted
+    free, size = shutil.disk_usage(SHARED_MEMORY).free, batch_size * 3 * CROP * CROP
+    most = max(0, (free // size - 1) // 2)  # one more is on its way to the device
+    if most >= wanted:
+        return wanted
+    message = (
+        f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free, but {wanted} workers with batches of "
+        f"{batch_size} images need {(2 * wanted + 1) * size / 2**20:.0f} MiB: make it larger "
+        f"(docker run --shm-size)"
+    )
+    if workers is not None:
+        raise DataError(f"{message}, or use at most {most} workers.")
+    warnings.warn(f"{message}; until then {most or 'no'} workers read the images.", stacklevel=2)
+    return most
 
 
 class Loader:
@@ -180,11 +211,14 @@ class Loader:
         source: Pixels | Files,
         batch_size: int,
         *,
+        mean: Channels,
+        std: Channels,
         seed: int,
         augment: bool,
         shuffle: bool,
         workers: int,
         part: tuple[int, int],
+        device: torch.device,
     ) -> None:
         self.source = source
         self.batch_size = batch_size
@@ -194,7 +228,11 @@ class Loader:
         self.augment = augment
         self.shuffle = shuffle
         self.workers = workers
+        self.device = device
         self.epoch = 0
+        self.mean, self.std = (
+            (255 * torch.tensor(figure)[:, None, None]).to(device) for figure in (mean, std)
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order and the augmentation of the iterations that start from now on."""
@@ -206,21 +244,44 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         epoch = _Epoch(self.source, self.batch_size, self.part, *self._draw())
         if self.workers == 0:
-            return map(_checked, map(epoch.__getitem__, range(len(self))))
-        # A generator of its own keeps DataLoader from drawing a seed from the global one.
-        processes = DataLoader(
-            epoch, batch_size=None, num_workers=self.workers, generator=torch.Generator()
-        )
-        return map(_checked, processes)
+            return map(self._finished, map(epoch.__getitem__, range(len(self))))
+        return map(self._finished, self._by_workers(epoch))
 
     def _draw(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The order of the samples, and if augmented three random integers for each of them."""
+        """The order of the samples, and if augmented three random integers for each of them, where
+        the images are."""
         seed = np.random.SeedSequence([self.seed % 2**64, self.epoch]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(seed[0]))
-        n = self.num_samples
+        n, place = self.num_samples, self.source.labels.device
         order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
         draws = torch.randint(2**62, (n, 3), generator=generator) if self.augment else None
-        return order, draws
+        return order.to(place), None if draws is None else draws.to(place)
+
+    def _by_workers(self, epoch: "_Epoch") -> "Iterator[Batch | DataError]":
+        """The batches, made by worker processes."""
+        processes = DataLoader(
+            epoch,
+            batch_size=None,
+            num_workers=self.workers,
+            generator=torch.Generator(),  # its own: otherwise it draws a seed from the global one
+            pin_memory=self.device.type == "cuda",
+        )
+        try:
+            yield from processes
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"A worker process that reads images was killed ({_one_line(error)}): use fewer "
+                f"workers, which take less memory."
+            ) from error
+
+    def _finished(self, batch: "Batch | DataError") -> Batch:
+        """The batch on the device, normalised; raises the error that came in its place."""
+        if isinstance(batch, DataError):
+            raise DataError(str(batch))  # a new one: raising it would keep the workers alive
+        images, labels = (x.to(self.device, non_blocking=True) for x in batch)
+        return images.float().sub_(self.mean).div_(self.std), labels
 
 
 class _Epoch:
@@ -251,14 +312,6 @@ class _Epoch:
             return self.source.batch(self.order[batch], draws)
         except DataError as error:  # returned, because a worker would add its traceback to it
             return error
-
-
-def _checked(batch: Batch | DataError) -> Batch:
-    """The batch itself; raises the error that came in its place."""
-    if isinstance(batch, DataError):
-        # As a new one: raising a local variable makes a cycle that would keep the workers alive.
-        raise DataError(str(batch))
-    return batch
 
 
 def load(dataset: str | Path = "digits") -> Data:
@@ -370,16 +423,17 @@ def _one_line(error: Exception) -> str:
 def _load_folders(path: Path) -> Data:
     """A set in class folders, held in memory if its images are small."""
     train = path / "train"
-    # ImageNet's test/ has no classes, so a folder without any doesn't count.
-    test = next((path / d for d in ("test", "val") if _class_names(path / d)), None)
-    if test is None:
-        raise DataError(
-            f"The data set {path} has no test/ or val/ with a folder of images a class: "
-            f"add one with the classes of train/."
-        )
     classes = _class_names(train)
     if not classes:
         raise DataError(f"The folder {train} holds no class folders: add one for each class.")
+    # ImageNet's test/ has no classes, and its val/ may have none either.
+    folders = [path / name for name in ("test", "val")]
+    test = next((d for d in folders if {*_class_names(d)} & {*classes}), None)
+    if test is None:
+        raise DataError(
+            f"The data set {path} has no test/ or val/ with a folder of images for each class of "
+            f"train/, of the same name: sort the images that are there into such folders."
+        )
     for one, other in ((train, test), (test, train)):
         extra = sorted(set(_class_names(one)) - set(_class_names(other)))
         if extra:
@@ -399,9 +453,8 @@ def _load_folders(path: Path) -> Data:
     }
     if max(max(size) for size in sizes) > SMALL:
         return _on_disk(path.name, classes, listed)
-    splits = {
-        split: (_decode(paths, sizes[0]), labels) for split, (paths, labels) in listed.items()
-    }
+    images = _decoded(path, {split: paths for split, (paths, _) in listed.items()}, sizes[0])
+    splits = {split: (images[split], labels) for split, (_, labels) in listed.items()}
     return _in_memory(path.name, classes, splits)
 
 
@@ -454,26 +507,73 @@ def _read_image(path: str, header_only: bool = False) -> Image.Image:
         ) from error
 
 
+@functools.cache
+def _jpeg_decoder() -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """That of torchvision, which announces its removal; None where it is gone."""
+    try:
+        from torchvision.io import decode_jpeg  # here, because its import takes a second
+    except ImportError:
+        return None
+    return decode_jpeg
+
+
+def _read_pixels(path: str) -> torch.Tensor:
+    """The image in a file, as uint8 (3, H, W)."""
+    if path.lower().endswith((".jpg", ".jpeg")) and (decode_jpeg := _jpeg_decoder()):
+        # The same pixels as PIL in a third of the time. Files that it can't decode go to PIL.
+        with contextlib.suppress(OSError, RuntimeError):
+            pixels = decode_jpeg(torch.from_numpy(np.fromfile(path, dtype=np.uint8)))
+            if len(pixels) in (1, 3):
+                return pixels.expand(3, -1, -1)
+    return torch.from_numpy(np.array(_read_image(path))).permute(2, 0, 1)
+
+
 def _decode(paths: list[str], size: tuple[int, int]) -> torch.Tensor:
     """All images, each of `size` (width, height), as one uint8 tensor (N, 3, H, W)."""
-    images = np.empty((len(paths), 3, size[1], size[0]), dtype=np.uint8)
+    width, height = size
+    images = torch.empty(len(paths), 3, height, width, dtype=torch.uint8)
+    for path, image in zip(paths, images, strict=True):
+        pixels = _read_pixels(path)
+        if pixels.shape != image.shape:
+            raise DataError(
+                f"The image {path} is {pixels.shape[2]}x{pixels.shape[1]} where others are "
+                f"{width}x{height}: images up to {SMALL}x{SMALL} must all have one size, so "
+                f"resize it."
+            )
+        image.copy_(pixels)
+    return images
 
-    def decode(chunk: range) -> None:
-        for index in chunk:
-            image = _read_image(paths[index])
-            if image.size != size:
-                raise DataError(
-                    f"The image {paths[index]} is {image.width}x{image.height} where others are "
-                    f"{size[0]}x{size[1]}: images up to {SMALL}x{SMALL} must all "
-                    f"have one size, so resize it."
-                )
-            images[index] = np.asarray(image).transpose(2, 0, 1)
 
-    chunks = [range(i, min(i + 256, len(paths))) for i in range(0, len(paths), 256)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes without Python's global lock
-        for _ in pool.map(decode, chunks):
-            pass
-    return torch.from_numpy(images)
+def _decoded(
+    path: Path, files: dict[str, list[str]], size: tuple[int, int]
+) -> dict[str, torch.Tensor]:
+    """The images of each split, from the cache if no file has changed, else decoded."""
+    if sum(map(len, files.values())) < CACHED:
+        return {split: _decode(paths, size) for split, paths in files.items()}
+    key = hashlib.sha256()
+    for split, paths in files.items():
+        for file in paths:
+            status = os.stat(file)
+            key.update(f"{split} {file} {status.st_size} {status.st_mtime_ns}\n".encode())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mfac")
+    place = hashlib.sha256(str(path).encode()).hexdigest()[:16]  # one file a set, old or new
+    cache = folder / f"{path.name}-{place}.npz"
+    # A cache that can't be read is replaced; a folder that can't be written to is left alone.
+    unreadable = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+    with contextlib.suppress(*unreadable), np.load(cache) as saved:
+        if saved["key"] == key.hexdigest():
+            return {split: torch.from_numpy(saved[split]) for split in files}
+    images = {split: _decode(paths, size) for split, paths in files.items()}
+    temporary = folder / f"{cache.stem}-{os.getpid()}.tmp"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, key=key.hexdigest(), **{k: v.numpy() for k, v in images.items()})
+            os.replace(temporary, cache)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return images
 
 
 def _in_memory(
@@ -483,8 +583,7 @@ def _in_memory(
     shape = tuple(splits["train"][0].shape[1:])
     mean, std = _published(name, classes, shape) or _statistics(splits["train"][0])
     sources = {
-        split: Pixels(images, labels, mean, std, _mirrors(name))
-        for split, (images, labels) in splits.items()
+        split: Pixels(images, labels, _mirrors(name)) for split, (images, labels) in splits.items()
     }
     return Data(name, classes, shape, mean, std, sources)
 
@@ -508,7 +607,7 @@ def _on_disk(
         sample = paths[:: -(-len(paths) // SAMPLE)]
         constants = _statistics(torch.stack([central_view(_read_image(path)) for path in sample]))
     sources = {
-        split: Files(paths, labels, *constants, central_view, random_view)
+        split: Files(paths, labels, central_view, random_view)
         for split, (paths, labels) in splits.items()
     }
     return Data(name, classes, shape, *constants, sources)
@@ -555,12 +654,6 @@ def _statistics(images: torch.Tensor) -> tuple[Channels, Channels]:
     return tuple(means), tuple(stds)
 
 
-def _normalise(images: torch.Tensor, mean: Channels, std: Channels) -> torch.Tensor:
-    """uint8 (n, C, H, W) to float32 with mean 0 and standard deviation 1 of each channel."""
-    mean, std = (255 * torch.tensor(figure)[:, None, None] for figure in (mean, std))
-    return images.float().sub_(mean).div_(std)
-
-
 def _crop_and_flip(images: torch.Tensor, draws: torch.Tensor, flip: bool) -> torch.Tensor:
     """A random HxW window of each image (n, C, H, W) padded with black, mirrored or not if `flip`.
 
@@ -569,8 +662,8 @@ def _crop_and_flip(images: torch.Tensor, draws: torch.Tensor, flip: bool) -> tor
     """
     n, channels, height, width = images.shape
     top, left = (draws[:, :2] % (2 * PADDING + 1)).T
-    rows = top[:, None] + torch.arange(height)
-    columns = torch.arange(width).expand(n, -1)
+    rows = top[:, None] + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device).expand(n, -1)
     if flip:
         columns = torch.where(draws[:, 2:] % 2 == 1, width - 1 - columns, columns)
     columns = columns + left[:, None]

@@ -5,14 +5,25 @@ their gradients are copied in, and its pieces are subtracted from the weights, e
 call over views that are made once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ranks import Ranks, local, sharded_dim
+from checks import check_group, checked_masks
+from ranks import (
+    Ranks,
+    dtensor_like,
+    find_process_group,
+    is_dtensor,
+    local,
+    placed_as,
+    sharded_dim,
+)
+from recovery import warn_user
 
 __all__ = ["Flat", "Segment", "views"]
 
@@ -29,6 +40,7 @@ class Segment:
 
     def __init__(self, group: int, params: list[Tensor], start: int, vector: Tensor):
         self.group, self.params, first = group, params, local(params[0])
+        self.sharded = any(map(is_dtensor, params))
         self.dtype, self.device = first.dtype, first.device
         self.span = slice(start, start + sum(local(p).numel() for p in params))
         self.numbers = vector[self.span]
@@ -45,11 +57,11 @@ class Segment:
         Raises:
             ValueError: a gradient has another shape than its parameter had, or is sparse.
         """
-        grads = [p.grad for p in self.params]
-        self.lacking = [i for i, g in enumerate(grads) if g is None]
+        found = [p.grad for p in self.params]
+        self.lacking = [i for i, g in enumerate(found) if g is None]
         if self.lacking:
             self.staging.zero_()
-        grads, views = [local(g) for g in grads if g is not None], self._present(self.views)
+        grads = self._local([g for g in found if g is not None])
         if not grads:
             return False
         if [g.shape for g in grads] != self._present(self.shapes):
@@ -58,7 +70,7 @@ class Segment:
             raise ValueError(
                 "MFAC does not support sparse gradients; use sparse=False in the module"
             )
-        torch._foreach_copy_(views, grads)
+        torch._foreach_copy_(self._present(self.views), grads)
         if self.staging is not self.numbers:
             self.numbers.copy_(self.staging)
         return True
@@ -93,7 +105,10 @@ class Segment:
         return (first.dtype, first.device) != (self.dtype, self.device)
 
     def _weights(self) -> list[Tensor]:
-        return [local(p) for p in self._present(self.params)]
+        return self._local(self._present(self.params))
+
+    def _local(self, tensors: list[Tensor]) -> list[Tensor]:
+        return list(map(local, tensors)) if self.sharded else tensors
 
     def _present(self, things: list) -> list:
         """Of one thing for each parameter, those of parameters with a gradient."""
@@ -105,8 +120,8 @@ class Segment:
         for g, shape in zip(grads, self._present(self.shapes), strict=True):
             if g.shape != shape:
                 raise ValueError(
-                    f"A parameter of group {self.group} has a gradient of shape {tuple(g.shape)}, but "
-                    f"had shape {tuple(shape)} when it got its place in the window; build the "
+                    f"A parameter of group {self.group} has a gradient of shape {tuple(g.shape)}, "
+                    f"but had shape {tuple(shape)} when it got its place in the window; build the "
                     "optimizer anew after layers have been replaced or resized"
                 )
 
@@ -114,8 +129,9 @@ class Segment:
 class Flat:
     """The vector of d numbers, its segments, and its columns.
 
-    There is a column of the window for each number of the vector, but for those that a mask keeps as
-    they are and, where replicated parameters share a window, those that other ranks have.
+    There is a column of the window for each number of the vector, but for those that a mask keeps
+    as they are and, where replicated parameters share a window, those that other ranks have.
+    Columns are in the order of the weights; the vector is in that of memory.
 
     Args:
         params: (group, parameter) for each one that is trained, in the order of the columns.
@@ -145,18 +161,20 @@ class Flat:
         self._frozen: list[Tensor] = []
         self.columns: list[slice] = []  # of each parameter, among those of this process
         self.index: Tensor | None = None  # of the columns in the vector; None if they are all of it
-        self._sent = self._received = self._filled = None  # see `spread`
+        self._sent: Tensor | None = None  # see `spread`
+        self._received: Any = None
+        self._filled: Any = None
         self._find_columns(sizes)
 
     def _find_columns(self, sizes: list[int]) -> None:
         ranks, device = self.ranks, self.vector.device
         masks = [self.mask(p) for p in self.params]
-        whole = ranks.size == 1 and all(mask is None for mask in masks)
+        ordered = all(local(p).is_contiguous() for p in self.params)
+        whole = ordered and ranks.size == 1 and all(mask is None for mask in masks)
         own, sent, received, start, stop = [], [], [], 0, 0
         for p, size, mask in zip(self.params, sizes, masks, strict=True):
             columns = size
             if not whole:
-                # The columns of a parameter are in the order of its weights, not of its memory.
                 (place,) = views(torch.arange(start, start + size, device=device), [p])
                 positions = place.flatten() if mask is None else place[local(mask).to(device)]
                 if ranks.size > 1 and sharded_dim(p) is None:
@@ -177,8 +195,16 @@ class Flat:
             self._sent, self._filled = torch.cat(sent), places >= 0
             self._received = places[self._filled]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle, which do not keep what is a view of what: `extended` makes segments
+        anew."""
+        return {**self.__dict__, "segments": [], "_seen": []}
+
     def covers(self, params: list[tuple[int, Tensor]]) -> bool:
-        """Whether these parameters, with the index of their group, are those of the vector."""
+        """Whether these parameters, with the index of their group, are those of the vector. The
+        first time that they are, checks that other ranks have the same."""
+        if self.params and not self.segments:
+            return False
         if [id(p) for _, p in params] == self._seen:
             unfrozen = any(p.grad is not None for p in self._frozen)
             return not unfrozen and not any(segment.moved() for segment in self.segments)
@@ -188,6 +214,7 @@ class Flat:
         same = all(groups.get(id(p)) == s.group for s in self.segments for p in s.params)
         if not same or any(is_trained(p) for p in frozen):
             return False
+        self.ranks.check_same(self.params, self.vector.device)
         self._seen, self._frozen = [id(p) for _, p in params], frozen
         return True
 
@@ -216,7 +243,7 @@ class Flat:
         return self.vector if self.index is None else self.vector.index_select(0, self.index)
 
     def spread(self, u: Tensor) -> Tensor:
-        """A vector (d,) with u (size,) in the columns, those of other ranks in theirs, else zeros."""
+        """A vector (d,) with u (size,) in its columns, that of other ranks in theirs, else 0."""
         if self.index is None:
             return u
         whole = torch.zeros_like(self.vector).index_copy_(0, self.index, u)
@@ -224,6 +251,119 @@ class Flat:
             gathered = self.ranks.gather(pad(u, (0, 1))[self._sent]).flatten()
             whole.index_copy_(0, self._received, gathered[self._filled])
         return whole
+
+
+class FlatOptimizer(torch.optim.Optimizer):
+    """An optimizer whose trained parameters are the vector `flat`, while groups come and change.
+
+    A subclass says in `build` how `flat` and `fisher`, what it keeps for each column, are made.
+
+    Args:
+        params, defaults: as for any optimizer; `sparse` among the defaults gives masks.
+        shared: settings that groups may not have of their own.
+        process_group: as for `MFAC`.
+    """
+
+    flat: Flat
+    fisher: Any
+
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], shared: dict[str, Any], process_group: Any
+    ):
+        self._shared, self.process_group, self._built = shared, process_group, False
+        super().__init__(params, defaults)
+        # Masks belong to the parameters given now, not to groups that are added later.
+        self.defaults["sparse"] = defaults["sparse"] is True
+        self.build()
+        self._name_state()
+        self._built = True
+
+    def build(self, also: Collection[int] = ()) -> None:
+        """Makes `flat` and an empty `fisher`, also for the parameters with these ids."""
+        raise NotImplementedError
+
+    def numbered(self) -> list[tuple[int, Tensor]]:
+        """Every parameter, with the index of its group."""
+        return [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]]
+
+    def mask(self, p: Tensor) -> Tensor | None:
+        """True where p is trained; None for all of it."""
+        return self.state[p].get("mask")
+
+    def velocity(self) -> Tensor:
+        """v (d,), from zeros; the state of each parameter has a view of it in its shape."""
+        flat = self.flat
+        if flat.momentum is None:
+            flat.momentum = torch.zeros_like(flat.vector)
+        if flat.params and "momentum_buffer" not in self.state[flat.params[-1]]:
+            for p, view in zip(flat.params, views(flat.momentum, flat.params), strict=True):
+                self.state[p]["momentum_buffer"] = dtensor_like(p, view)
+        return flat.momentum
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; the window gets columns for it whose history is zero."""
+        # First, so that torch's own errors come first; of a copy, as the caller's group is kept.
+        super().add_param_group(dict(param_group) if isinstance(param_group, dict) else param_group)
+        group = self.param_groups[-1]
+        try:
+            check_group(group, self._shared)
+            masks = checked_masks(group["params"], group["sparse"])
+            find_process_group(group["params"], self.process_group)
+        except (TypeError, ValueError):
+            del self.param_groups[-1]
+            raise
+        group["sparse"] = bool(group["sparse"])
+        if group is self.param_groups[0]:
+            group["fisher"] = None  # whose place in a state torch.distributed.checkpoint must know
+        for p, mask in zip(group["params"], masks, strict=True):
+            if mask is not None:
+                self.state[p]["mask"] = placed_as(p, mask)
+        if self._built:
+            self.follow()
+
+    def follow(self) -> None:
+        """Gives columns to parameters that are trained by now. Where others have gone, as when a
+        framework puts its own in their place, the window starts anew."""
+        params = self.numbered()
+        if self.flat.covers(params):
+            return
+        flat = self.flat.extended(params)
+        if flat is None:
+            if self.fisher.count:
+                warn_user("The parameters of the optimizer have changed: its window starts anew")
+            replace_params(self.state, self._params, [p for _, p in params])
+            self.build()
+        else:
+            self.fisher.grow(flat.size - self.flat.size)
+            self.flat = flat
+        self._name_state()
+
+    def _name_state(self) -> None:
+        """Enters the names of what `state_dict` will have into the state of each parameter, since
+        torch.distributed.checkpoint goes by them."""
+        self._params = [p for _, p in self.numbered()]
+        for p in self.flat.params:
+            self.state[p].pop("momentum_buffer", None)
+            if self.fisher.window.separable:
+                self.state[p]["grads"] = None
+        if self.flat.momentum is not None or any(g["momentum"] != 0 for g in self.param_groups):
+            self.velocity()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: torch keeps only the defaults, the state and the groups."""
+        own = {name: getattr(self, name) for name in ("flat", "_shared", "_params", "_built")}
+        return {**super().__getstate__(), **own}
+
+
+def replace_params(state: dict[Any, Any], old: list[Tensor], new: list[Tensor]) -> None:
+    """Drops what belongs to parameters that have gone. Those in their places get their masks."""
+    known, present = set(map(id, old)), set(map(id, new))
+    for p, q in zip(old, new, strict=False):
+        mask = state[p].get("mask") if p in state else None
+        if mask is not None and id(q) not in known and q.shape == p.shape:
+            state[q]["mask"] = placed_as(q, mask)
+    for p in [p for p in state if isinstance(p, Tensor) and id(p) not in present]:
+        del state[p]
 
 
 def is_trained(p: Tensor) -> bool:

@@ -14,17 +14,18 @@
 //       D     (m, m)  its upper triangle; the rest is not read
 //       t     (m,) or (n, m), a right-hand side a row; in place
 //                     t_i <- t_i - sum_{k<i} D_ki t_k / q_k
-//   hinv_update(P, K, k, count, damp, tolerance, z, error, accepted) -> None   float64
+//   hinv_update(P, K, k, count, damp, tolerance, z, error, accepted) -> None    float64
 //       P     (m, m)  A^-1, A = K + m damp I, symmetric; in place, the inverse of the new A
 //       K     (m, m)  symmetric; in place: row and column j = count % m become k
 //       k     (m,)    products of the new gradient with all m, itself included
 //       count ()      int64: gradients seen before
 //       damp          lambda
-//       tolerance     largest error that is accepted
-//       z     (m,)    output: column j of the new P, or 0
-//       error (1,)    output: estimate of the relative error of G^T z; NaN where k_j is not finite
-//       accepted ()   int64, output: 1, or 0 where the error is above the tolerance, or NaN; P and K
-//                     then stay as they are
+//       tolerance     the largest error with which the gradient is accepted
+//       z     (m,)    output: column j of the new P
+//       error (1,)    output: by how much m G^T z may be off, relatively; NaN where k_j is not finite,
+//                     infinite where A is not positive definite
+//       accepted ()   int64, output: 1, or 0 where the error is not within tolerance: P and K then
+//                     stay as they are, and z is 0
 //
 // A window G (m, d) is of float32, bfloat16, float16, float64 or float8_e4m3fn, each row contiguous
 // and on 16 bytes. Numbers of d columns ("vectors") are float32, or float64 for float64. A number is
@@ -53,7 +54,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
-#include <ctolerances>
+#include <climits>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -370,7 +371,8 @@ hinv_mul(rows, D, t) -> t: t_i -= sum_{k<i} D_ki t_k / q_k for t (m,) or (n, m),
     float32 or float64.
 hinv_update(P, K, k, count, damp, tolerance, z, error, accepted): P = inverse of K + m damp I (m, m)
     when row and column j = count % m of K become k (m,); P and K in place. z (m,) becomes column j
-    of P, error (1,) that of G^T z, accepted () whether it is within tolerance. float64.
+    of P, error (1,) the relative error of G^T z, accepted () whether that is within the tolerance;
+    where it is not, nothing changes. float64.
 hinv_times(G, x, count, scales) -> Gx (m,), hinv_transposed_times(G, z, scales, factor, x, count,
     accepted) -> factor G^T z (d,): products with a window G (m, d); the second writes x to row j.
 hinv_sparse_times(columns, values, X, count) -> X G^T (n, m), hinv_sparse_transposed_times(columns,

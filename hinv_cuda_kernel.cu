@@ -331,12 +331,12 @@ __device__ double sum_over_warp(double value) {
   return value;  // the same bits in every lane
 }
 
-// store(i, sum over c < n of M_ic x(c)) for each i < m, where M is (m, n): a warp a row.
-template <class X, class Store>
-__device__ void times(const double* M, int m, int n, X x, Store store) {
+// store(i, sum over c < n of row(i)[c] x(c)) for each i < m: a warp a row.
+template <class Row, class X, class Store>
+__device__ void times(Row row_of, int m, int n, X x, Store store) {
   const int lane = threadIdx.x % WARP;
   for (int i = blockIdx.x * WARPS + threadIdx.x / WARP; i < m; i += gridDim.x * WARPS) {
-    const double* const row = M + size_t(i) * n;
+    const double* const row = row_of(i);
     double sum = 0;
 #pragma unroll 8
     for (int c = lane; c < n; c += WARP) sum += row[c] * x(c);
@@ -345,22 +345,37 @@ __device__ void times(const double* M, int m, int n, X x, Store store) {
   }
 }
 
-// The sum or, with LARGEST, the largest of f(i) over i < m, by each block on its own.
-template <bool LARGEST, class F>
-__device__ double reduce(int m, F f) {
-  __shared__ double part[THREADS];
-  double value = 0;
-  for (int i = threadIdx.x; i < m; i += THREADS) value = LARGEST ? fmax(value, f(i)) : value + f(i);
-  part[threadIdx.x] = value;
-  for (int half = THREADS / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) {
-      const double other = part[threadIdx.x + half];
-      part[threadIdx.x] = LARGEST ? fmax(part[threadIdx.x], other) : part[threadIdx.x] + other;
+template <int COUNT>
+struct Numbers {
+  double at[COUNT];
+};
+
+// The sums or, with LARGEST, the largest of the numbers of f(i) over i < m, by each block on its own.
+template <int COUNT, bool LARGEST = false, class F>
+__device__ Numbers<COUNT> reduce(int m, F f) {
+  __shared__ double part[COUNT][WARPS];
+  Numbers<COUNT> result{};
+  const auto take = [](double a, double b) { return LARGEST ? fmax(a, b) : a + b; };
+  for (int i = threadIdx.x; i < m; i += THREADS) {
+    const Numbers<COUNT> numbers = f(i);
+#pragma unroll
+    for (int n = 0; n < COUNT; n++) result.at[n] = take(result.at[n], numbers.at[n]);
+  }
+#pragma unroll
+  for (int n = 0; n < COUNT; n++) {
+    for (int distance = WARP / 2; distance > 0; distance /= 2) {
+      const double other = __shfl_xor_sync(0xffffffffu, result.at[n], distance);
+      result.at[n] = take(result.at[n], other);
     }
+    if (threadIdx.x % WARP == 0) part[n][threadIdx.x / WARP] = result.at[n];
   }
   __syncthreads();
-  return part[0];
+#pragma unroll
+  for (int n = 0; n < COUNT; n++) {
+    result.at[n] = part[n][0];
+    for (int w = 1; w < WARPS; w++) result.at[n] = take(result.at[n], part[n][w]);
+  }
+  return result;
 }
 
 // `count` gradients have been seen, and one more is on its way: to row j, one of the `rows` in use.
@@ -387,12 +402,14 @@ struct Place {
 // A_ u - k' are the entries of A u~ but for j. Residuals are in units of row and column,
 // sqrt(A_ii A_jj): small gradients count as much as large ones.
 //
-// Nothing is written before it is known to be good: the relative error of G^T z, with products in
-// float64, is estimated from the new diagonals,
+// How far F^-1 g = m G^T z may be off, relatively, for products and sums in float64:
 //
-//   (2^-52 (sum_i z_i^2 K_ii)^1/2 + |D^-1 (e_j - A z)|) (sum_i P_ii A_ii / z^T K z)^1/2,  D^2 = diag(A)
-constexpr double ROUNDING = 1e-13;                 // of A u, relative: what refinement leaves
-constexpr double DOUBLE = 2.220446049250313e-16;  // 2^-52
+//   (2^-52 c (sum_i u~_i^2 K_ii)^1/2 + c (sum_i r_i^2 / A_ii)^1/2) / (u~^T K u~)^1/2
+//
+// with c = (sum_i P_ii A_ii)^1/2 and the residual r = s e_j + A u~. All of it, and whether it is
+// below the tolerance, is known before anything is written.
+constexpr double ROUNDING = 1e-13;  // of A u, relative: what refinement would not make smaller
+constexpr double UNIT = 0x1p-52;
 constexpr int AHEAD = 4;
 
 __global__ __launch_bounds__(THREADS, 2) void exchange(
@@ -403,74 +420,77 @@ __global__ __launch_bounds__(THREADS, 2) void exchange(
   const auto grid = cooperative_groups::this_grid();
   const int thread = blockIdx.x * THREADS + threadIdx.x;
   const int threads = gridDim.x * THREADS;
-  const int j = Place(count, m).j;
   double* const p = scratch;
-  double* const product = p + m;          // P k', then P (A_ u - k')
-  double* const u = product + m;          // before its refinement
-  double* const image = u + m;            // K u~, but for j
-  double* const P_diagonal = image + m;   // the old one
+  double* const diagonal = p + m;        // of the old P
+  double* const product = diagonal + m;  // P k', then P (A_ u - k')
+  double* const u = product + m;         // u~ before its refinement
+  double* const image = u + m;           // K u~, for the new K
+  const int j = Place(count, m).j;
   const double shift = m * damp, a = k[j] + shift;
-  const auto K_diagonal = [=](int i) { return i == j ? k[j] : K[size_t(i) * m + i]; };
+  const auto k_diagonal = [=](int i) { return i == j ? k[j] : K[size_t(i) * m + i]; };
+  const auto a_diagonal = [=](int i) { return k_diagonal(i) + shift; };
+  const auto row_of_P = [=](int i) { return P + size_t(i) * m; };
+  const auto row_of_K = [=](int i) { return i == j ? k : K + size_t(i) * m; };
+  const auto store_product = [=](int i, double y) { product[i] = y; };
+  // u~_j = -1, column j of the new K is k
+  const auto store_image = [=](int i, double y) { image[i] = y - k[i]; };
 
   for (int i = thread; i < m; i += threads) {
     p[i] = P[size_t(j) * m + i];
-    P_diagonal[i] = P[size_t(i) * m + i];
+    diagonal[i] = P[size_t(i) * m + i];
   }
-  const auto store_product = [=](int i, double y) { product[i] = y; };
-  const auto store_image = [=](int i, double y) { image[i] = y - k[i]; };
-  times(P, m, m, [=](int c) { return c == j ? 0 : k[c]; }, store_product);
+  times(row_of_P, m, m, [=](int c) { return c == j ? 0 : k[c]; }, store_product);
   grid.sync();
 
   // p^T k' is entry j of P k': P is symmetric.
   const double along = product[j] / p[j];
   const auto rough = [=](int i) { return i == j ? 0 : product[i] - p[i] * along; };
-  for (int i = thread; i < m; i += threads) u[i] = rough(i);
-  times(K, m, m, rough, store_image);
+  for (int i = thread; i < m; i += threads) u[i] = i == j ? -1 : rough(i);
+  times(row_of_K, m, m, rough, store_image);
   grid.sync();
 
   // Every block finds the same, so that all of them go the same way.
-  const auto off = [=](int i) { return i == j ? 0 : image[i] + shift * u[i]; };
-  const double largest = reduce<true>(
-      m, [=](int i) { return fabs(off(i)) / sqrt((K_diagonal(i) + shift) * a); });
-  const bool refine = !(largest < ROUNDING);
+  const auto residual = [=](int i) { return i == j ? 0 : image[i] + shift * u[i]; };
+  const auto relative = [=](int i) {
+    return Numbers<1>{{fabs(residual(i)) / sqrt(a_diagonal(i) * a)}};
+  };
+  const bool refine = !(reduce<1, true>(m, relative).at[0] < ROUNDING);
   if (refine) {
-    times(P, m, m, off, store_product);
+    times(row_of_P, m, m, residual, store_product);
     grid.sync();
   }
   const double correction = product[j] / p[j];
-  const auto others = [=](int i) {  // u~ but for j
-    return i == j ? 0 : refine ? u[i] - (product[i] - p[i] * correction) : u[i];
+  const auto refined = [=](int i) {
+    return i == j ? -1 : refine ? u[i] - (product[i] - p[i] * correction) : u[i];
   };
-  const auto refined = [=](int i) { return i == j ? -1 : others(i); };
-  if (refine) times(K, m, m, others, store_image);
-  const double s = a - reduce<false>(m, [=](int i) { return k[i] * others(i); });
-  grid.sync();  // image and the old diagonals are there, and P has been read
-
-  // Entry j of K u~ is k'^T u - k_j = shift - s. All but the trace is multiplied by s.
-  const double inverse_s = 1 / s, inverse_p = 1 / p[j];
-  const double trace = reduce<false>(m, [=](int i) {
-    const double without_j = i == j ? 0 : P_diagonal[i] - p[i] * p[i] * inverse_p;
-    return (without_j + refined(i) * refined(i) * inverse_s) * (K_diagonal(i) + shift);
-  });
-  const double terms =
-      reduce<false>(m, [=](int i) { return refined(i) * refined(i) * K_diagonal(i); });
-  const double left =
-      s - shift + reduce<false>(m, [=](int i) { return others(i) * image[i]; });
-  const double residual = reduce<false>(m, [=](int i) {
-    const double r = i == j ? 0 : image[i] + shift * others(i);
-    return r * r / (K_diagonal(i) + shift);
-  });
-  double estimate = k[j] == 0 ? 0 : (DOUBLE * sqrt(terms) + sqrt(residual)) * sqrt(trace / fabs(left));
-  if (!(s > 0 && trace > 0 && estimate < INFINITY)) estimate = INFINITY;
-  if (!(fabs(k[j]) < INFINITY)) estimate = NAN;
-  const bool good = estimate <= tolerance;
-  if (thread == 0) {
-    *accepted = good;
-    *error = estimate;
+  if (refine) {
+    times(row_of_K, m, m, [=](int i) { return i == j ? 0 : refined(i); }, store_image);
+    grid.sync();
   }
+
+  const auto projected = [=](int i) { return Numbers<1>{{i == j ? 0 : k[i] * refined(i)}}; };
+  const double s = a - reduce<1>(m, projected).at[0], inverse_s = 1 / s, inverse_p = 1 / p[j];
+  const auto new_diagonal = [=](int i) {
+    const double without_j = i == j ? 0 : diagonal[i] - (p[i] * p[i]) * inverse_p;
+    return without_j + (refined(i) * refined(i)) * inverse_s;
+  };
+  const Numbers<4> sums = reduce<4>(m, [=](int i) {
+    const double x = refined(i), r = image[i] + shift * x + (i == j ? s : 0);
+    const double k_i = k_diagonal(i), a_i = k_i + shift;
+    return Numbers<4>{{new_diagonal(i) * a_i, x * x * k_i, r * r / a_i, x * image[i]}};
+  });
+  double off = (UNIT * sqrt(sums.at[1]) + sqrt(sums.at[2])) * sqrt(sums.at[0] / fabs(sums.at[3]));
+  if (!(off < INFINITY && s > 0 && s < INFINITY && sums.at[0] > 0)) off = INFINITY;
+  if (k[j] == 0) off = 0;
+  if (!(fabs(k[j]) < INFINITY)) off = NAN;
+  const bool good = off <= tolerance;
   for (int i = thread; i < m; i += threads) {
     z[i] = good ? -refined(i) * inverse_s : 0;
     if (good) K[size_t(i) * m + j] = K[size_t(j) * m + i] = k[i];
+  }
+  if (thread == 0) {
+    *error = off;
+    *accepted = good;
   }
   if (!good) return;
 
@@ -609,7 +629,7 @@ constexpr int ITEMS = 4096;  // into which a product is divided, about
 
 // Columns of an item: whole blocks.
 __device__ long long columns_of_item(int groups, long long d) {
-  const long long blocks = (d + BLOCK - 1) / BLOCK, most = ITEMS / groups;
+  const long long blocks = d > 0 ? (d + BLOCK - 1) / BLOCK : 1, most = ITEMS / groups;
   const long long parts = most < 1 ? 1 : most < blocks ? most : blocks;
   return (blocks + parts - 1) / parts * BLOCK;
 }
@@ -675,7 +695,9 @@ __global__ __launch_bounds__(THREADS) void window_times(
     __syncthreads();  // of_warp has been read
   }
   grid.sync();
-  times(partial, place.rows, parts, [](int) { return 1.0; }, [=](int i, double y) { k[i] = y; });
+  const auto row_of_partial = [=](int i) { return partial + i * size_t(parts); };
+  const auto store_k = [=](int i, double y) { k[i] = y; };
+  times(row_of_partial, place.rows, parts, [](int) { return 1.0; }, store_k);
   for (int i = place.rows + blockIdx.x * THREADS + threadIdx.x; i < m; i += gridDim.x * THREADS)
     k[i] = 0;
 }
@@ -754,8 +776,8 @@ __global__ __launch_bounds__(THREADS, 2) void window_transposed_times(
 
 // How many entries a row has in each whole block: found in the first row.
 __device__ int kept_in_block(const int* columns, long long k) {
-  const auto in_first = [=](int e) { return columns[e] < BLOCK ? 1.0 : 0.0; };
-  return int(reduce<false>(k < BLOCK ? int(k) : BLOCK, in_first));
+  const auto in_first = [=](int e) { return Numbers<1>{{columns[e] < BLOCK ? 1.0 : 0.0}}; };
+  return int(reduce<1>(k < BLOCK ? int(k) : BLOCK, in_first).at[0]);
 }
 
 constexpr int SHARE = 8;                              // threads that share a row
@@ -768,7 +790,7 @@ constexpr int VECTORS = 2;
 // y (n, m) = G X^T over the rows in use, n <= VECTORS. An item is a few rows times a part of the
 // blocks of columns, whose part of X is gathered from shared memory.
 template <class F>
-__global__ __launch_bounds__(THREADS) void sparse_times(
+__global__ __launch_bounds__(THREADS, 3) void sparse_times(
     const int* __restrict__ columns, const typename F::Code* __restrict__ values,
     const typename F::Real* __restrict__ X, const long long* __restrict__ count, int n, int m,
     long long k, long long d, double* __restrict__ partial, double* __restrict__ y) {
@@ -776,7 +798,7 @@ __global__ __launch_bounds__(THREADS) void sparse_times(
   const auto grid = cooperative_groups::this_grid();
   const int rows = Place(count, m).rows, kept = kept_in_block(columns, k);
   const int blocks = int((d + BLOCK - 1) / BLOCK);
-  const int per_part = (blocks + SPARSE_PARTS - 1) / SPARSE_PARTS;
+  const int per_part = blocks > 0 ? (blocks + SPARSE_PARTS - 1) / SPARSE_PARTS : 1;
   const int parts = (blocks + per_part - 1) / per_part;
   const int groups = (rows + SPARSE_ROWS - 1) / SPARSE_ROWS;
   for (int item = blockIdx.x; item < groups * parts; item += gridDim.x) {
@@ -816,8 +838,9 @@ __global__ __launch_bounds__(THREADS) void sparse_times(
     }
   }
   grid.sync();
-  times(partial, n * rows, parts, [](int) { return 1.0; },
-        [=](int i, double sum) { y[i / rows * size_t(m) + i % rows] = sum; });
+  const auto row_of_partial = [=](int i) { return partial + i * size_t(parts); };
+  const auto store_y = [=](int i, double sum) { y[i / rows * size_t(m) + i % rows] = sum; };
+  times(row_of_partial, n * rows, parts, [](int) { return 1.0; }, store_y);
   for (int i = blockIdx.x * THREADS + threadIdx.x; i < n * m; i += gridDim.x * THREADS)
     if (i % m >= rows) y[i] = 0;
 }
@@ -828,7 +851,7 @@ constexpr int SPARSE_AHEAD = 8;      // rows of a warp in flight
 // u = G^T y. Each warp adds up some of the rows in its own part of shared memory, one row after the
 // other: within a row no two entries meet.
 template <class F>
-__global__ __launch_bounds__(THREADS) void sparse_transposed_times(
+__global__ __launch_bounds__(THREADS, 2) void sparse_transposed_times(
     const int* __restrict__ columns, const typename F::Code* __restrict__ values,
     const double* __restrict__ y, int m, long long k, long long d,
     typename F::Real* __restrict__ u) {
@@ -936,13 +959,12 @@ cudaError_t hinv_mul_double(const double* D, double* t, int m, int rows, int n,
   return multiply_inverse(D, t, m, rows, n, stream);
 }
 
-// P, K (m, m), k, z (m,), count (), error (1,), accepted (). scratch: 5 m.
+// P, K (m, m), k, z (m,), count (), error (1,), accepted (). scratch: 5 m numbers.
 cudaError_t hinv_update(double* P, double* K, const double* k, const long long* count, int m,
                         double damp, double tolerance, double* z, double* error,
-                        long long* accepted,
-                        double* scratch, cudaStream_t stream) {
-  return launch_together(exchange, ceil_div(m, WARPS), stream, P, K, k, count, m, damp, tolerance, z,
-                         error, accepted, scratch);
+                        long long* accepted, double* scratch, cudaStream_t stream) {
+  return launch_together(exchange, ceil_div(m, WARPS), stream, P, K, k, count, m, damp, tolerance,
+                         z, error, accepted, scratch);
 }
 
 // format: 0 float32, 1 bfloat16, 2 float16, 3 float64, 4 float8_e4m3fn. G (m, d), rows `stride`
@@ -970,7 +992,7 @@ cudaError_t hinv_transposed_times(int format, void* G, const double* z, const fl
                                   void* u, cudaStream_t stream) {
   return with_format(format, [=](auto f) {
     using F = decltype(f);
-    const dim3 grid(ceil_div(d, LANES * F::N));
+    const dim3 grid(std::max(1, ceil_div(d, LANES * F::N)));
     return launch(window_transposed_times<F>, grid, THREADS, false, stream,
                   static_cast<typename F::Code*>(G), z, scales, factor,
                   static_cast<const typename F::Real*>(x), count, accepted, m, d, stride,
@@ -997,7 +1019,7 @@ cudaError_t hinv_sparse_transposed_times(int format, const int* columns, const v
                                          cudaStream_t stream) {
   return with_format(format, [=](auto f) {
     using F = decltype(f);
-    const dim3 grid(ceil_div(d, SPARSE_COLUMNS));
+    const dim3 grid(std::max(1, ceil_div(d, SPARSE_COLUMNS)));
     return launch(sparse_transposed_times<F>, grid, THREADS, false, stream, columns,
                   static_cast<const typename F::Code*>(values), y, m, k, d,
                   static_cast<typename F::Real*>(u));

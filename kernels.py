@@ -1,19 +1,18 @@
-"""The CUDA kernels of hinv_cuda_kernel.cu for one device: one source, two ways in.
+"""The CUDA kernels of hinv_cuda_kernel.cu for a device: one source, two ways in.
 
-Where the extension hinv_cuda is installed, it is taken. Elsewhere the same file is compiled at first
-use with NVRTC, which torch's CUDA builds bring along with `cuda.bindings`; that takes some seconds
-and is kept on disk. Where neither works, `cuda_kernels` is None, and torch operations do the same.
+Where the extension hinv_cuda is installed, it is taken. Elsewhere the same file is compiled at
+first use by NVRTC, which torch's CUDA builds bring along with `cuda.bindings`; that takes ten
+seconds, and the result is kept on disk. Where neither works, torch operations do the same. One
+debug line of the logger `optim` says which.
 
-m gradients of d weights are the rows of the window G (m, d). All tensors are on one device; nothing
-here waits for it, and everything can be captured in a CUDA graph. Numbers that change with each step
-(`count`, `accepted`) are int64 tensors on the device; row j = count % m is the one that changes.
+hinv_cuda.cpp says what the functions do. They work on the current stream and never wait for it; a
+CUDA graph can capture them. What changes with each step (`count`, `accepted`) is on the device.
 """
 
 import contextlib
 import functools
 import hashlib
 import importlib
-import importlib.util
 import json
 import logging
 import os
@@ -31,6 +30,8 @@ logger = logging.getLogger("optim")
 
 SOURCE = Path(__file__).with_name("hinv_cuda_kernel.cu")
 FUNCTIONS = ["update", "times", "transposed_times", "sparse_times", "sparse_transposed_times"]
+PRODUCTS = ["window_times", "window_transposed_times", "sparse_times", "sparse_transposed_times"]
+# As in the source: the types of windows, threads of a block, what a block has of G, scratch memory.
 FORMATS = {
     torch.float32: "Float32",
     torch.bfloat16: "BFloat16",
@@ -38,11 +39,8 @@ FORMATS = {
     torch.float64: "Float64",
     torch.float8_e4m3fn: "Float8",
 }
-# As in the source.
-THREADS, WARPS = 256, 8
-SCRATCH = 2**16  # numbers, for the sums of a product's items
-LANES, SPARSE_COLUMNS, SPARSE_PARTS = 32, 512, 128
-KERNELS = ["window_times", "window_transposed_times", "sparse_times", "sparse_transposed_times"]
+THREADS, BYTES, SPARSE_COLUMNS = 256, 512, 512
+SCRATCH, SPARSE_PARTS = 2**16, 128
 
 
 def cuda_kernels(device: torch.device) -> Any:
@@ -53,100 +51,62 @@ def cuda_kernels(device: torch.device) -> Any:
         >>> cuda_kernels(torch.device("cpu")) is None
         True
     """
-    if device.type != "cuda":
-        return None
-    return _kernels(torch.cuda.current_device() if device.index is None else device.index)
+    return _kernels(device) if device.type == "cuda" else None
 
 
 @functools.cache
-def _kernels(index: int) -> Any:
-    extension, why = _extension()
-    if extension:
-        logger.debug("CUDA kernels: those of %s", extension.__file__)
-        return extension
+def _kernels(device: torch.device) -> Any:
     try:
-        kernels = Compiled(index)
+        extension = importlib.import_module("hinv_cuda")
+        missing = [name for name in FUNCTIONS if not hasattr(extension, f"hinv_{name}")]
+        if not missing:
+            logger.debug("CUDA kernels: those of %s", extension.__file__)
+            return extension
+        why: Any = f"{extension.__file__} is another hinv_cuda, without hinv_{missing[0]}"
+    except ImportError as error:  # also one that was built for another torch
+        why = error
+    try:
+        kernels = Compiled(device)
     except Exception as error:  # whatever it is, torch operations do the same
-        logger.debug("CUDA kernels: none, torch operations instead: %s; NVRTC: %r", why, error)
+        logger.debug("CUDA kernels: none (%s; NVRTC: %r), torch operations instead", why, error)
         return None
-    logger.debug("CUDA kernels: compiled by NVRTC for device %d, as %s", index, why)
+    logger.debug("CUDA kernels: compiled by NVRTC (%s)", why)
     return kernels
 
 
-def _extension() -> tuple[Any, str]:
-    """The extension, or None and why."""
-    try:
-        module = importlib.import_module("hinv_cuda")
-    except ImportError as error:
-        return None, str(error)
-    if not all(hasattr(module, f"hinv_{name}") for name in FUNCTIONS):
-        return None, f"{getattr(module, '__file__', module)} is another module of that name"
-    return module, ""
-
-
 class Compiled:
-    """The kernels, compiled by NVRTC for device `index`. Raises whatever keeps them from running."""
+    """The functions of the extension for a window on `device`, compiled by NVRTC. Raises whatever
+    keeps them from running."""
 
-    def __init__(self, index: int):
-        from cuda.bindings import driver
-
-        self.driver, self.device = driver, torch.device("cuda", index)
-        device = torch.cuda.get_device_properties(index)
-        names, binary = compiled(10 * device.major + device.minor)
-        self.functions, self.resident = {}, {}
-        with torch.cuda.device(index):
-            torch.cuda.synchronize()  # so that there is a context
+    def __init__(self, device: torch.device):
+        driver = importlib.import_module("cuda.bindings.driver")
+        properties = torch.cuda.get_device_properties(device)
+        symbols, binary = compiled(10 * properties.major + properties.minor)
+        self.driver, self.device = driver, device
+        self.functions: dict[str, Any] = {}
+        self.resident: dict[str, int] = {}  # how many blocks the device holds at once
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()  # makes the context that modules are loaded into
             module = _checked(driver.cuModuleLoadData(binary))
-            for name, symbol in names.items():
+            for name, symbol in symbols.items():
                 function = _checked(driver.cuModuleGetFunction(module, symbol.encode()))
                 blocks = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, THREADS, 0)
                 self.functions[name] = function
-                self.resident[name] = _checked(blocks) * device.multi_processor_count
+                self.resident[name] = _checked(blocks) * properties.multi_processor_count
 
-    def hinv_update(
-        self,
-        P: Tensor,
-        K: Tensor,
-        k: Tensor,
-        count: Tensor,
-        damp: float,
-        tolerance: float,
-        z: Tensor,
-        error: Tensor,
-        accepted: Tensor,
-    ) -> None:
-        """Exchanges row and column j of K for k (m,), and P = (K + m·damp·I)⁻¹ with it, in place.
-
-        z (m,) becomes column j of P, error (1,) the relative error of Gᵀz, and accepted () 1. Where
-        the error exceeds `tolerance`, or k_j is not finite, nothing changes: z and accepted are 0.
-        """
+    def hinv_update(self, P, K, k, count, damp, tolerance, z, error, accepted) -> None:  # type: ignore
         m, scratch = len(k), k.new_empty(5 * len(k))
-        numbers = m, float(damp), float(tolerance)
-        blocks = -(-m // WARPS)
-        self._launch(
-            "exchange",
-            blocks,
-            P,
-            K,
-            k,
-            count,
-            *numbers,
-            z,
-            error,
-            accepted,
-            scratch,
-            together=True,
-        )
+        inputs = P, K, k, count, m, float(damp), float(tolerance)
+        self._launch("exchange", -(-m * 32 // THREADS), *inputs, z, error, accepted, scratch)
 
     def hinv_times(
         self, G: Tensor, x: Tensor, count: Tensor, scales: Tensor | None = None
     ) -> Tensor:
-        """k = Gx (m,) in float64 over the first min(count + 1, m) rows, the others 0, k_j = xᵀx."""
         (m, d), stride = G.shape, G.stride(0)
-        k, scratch = (count.new_empty(n, dtype=torch.float64) for n in (m, max(SCRATCH, m)))
+        k = count.new_empty(m, dtype=torch.float64)
+        scratch = k.new_empty(max(SCRATCH, m))
         name = f"window_times<{FORMATS[G.dtype]}>"
-        arguments = G, x, count, scales, m, d, stride, scratch, k
-        self._launch(name, SCRATCH, *arguments, together=True)
+        self._launch(name, SCRATCH, G, x, count, scales, m, d, stride, scratch, k)
         return k
 
     def hinv_transposed_times(
@@ -159,110 +119,92 @@ class Compiled:
         count: Tensor | None = None,
         accepted: Tensor | None = None,
     ) -> Tensor:
-        """factor·Gᵀz (d,), rounded once, after row j has become x / scale where accepted is 1."""
         (m, d), stride = G.shape, G.stride(0)
-        u = torch.empty(d, dtype=_real(G.dtype), device=G.device)
-        blocks = -(-d // (LANES * (16 // G.element_size())))
-        name = f"window_transposed_times<{FORMATS[G.dtype]}>"
-        arguments = G, z, scales, float(factor), x, count, accepted, m, d, stride, u
-        self._launch(name, blocks, *arguments)
+        u = torch.empty(d, dtype=_real(G), device=G.device)
+        name, blocks = f"window_transposed_times<{FORMATS[G.dtype]}>", -(-d * G.itemsize // BYTES)
+        row = x, count, accepted
+        self._launch(name, blocks, G, z, scales, float(factor), *row, m, d, stride, u)
         return u
 
     def hinv_sparse_times(
         self, columns: Tensor, values: Tensor, X: Tensor, count: Tensor
     ) -> Tensor:
-        """XGᵀ (n, m) in float64 over the rows in use, for X (n, d), n ≤ 2, and a compressed G."""
         (m, k), (n, d) = values.shape, X.shape
         y = count.new_empty(n, m, dtype=torch.float64)
         scratch = y.new_empty(SPARSE_PARTS * n * m)
-        arguments = columns, values, X, count, n, m, k, d, scratch, y
         name = f"sparse_times<{FORMATS[values.dtype]}>"
-        self._launch(name, SCRATCH, *arguments, together=True)
+        self._launch(name, SCRATCH, columns, values, X, count, n, m, k, d, scratch, y)
         return y
 
     def hinv_sparse_transposed_times(
         self, columns: Tensor, values: Tensor, y: Tensor, d: int
     ) -> Tensor:
-        """Gᵀy (d,) for a compressed G."""
         m, k = values.shape
-        u = torch.empty(d, dtype=_real(values.dtype), device=y.device)
+        u = torch.empty(d, dtype=_real(values), device=values.device)
         name = f"sparse_transposed_times<{FORMATS[values.dtype]}>"
         self._launch(name, -(-d // SPARSE_COLUMNS), columns, values, y, m, k, d, u)
         return u
 
-    def _launch(
-        self, name: str, blocks: int, *arguments: Tensor | float | None, together: bool = False
-    ) -> None:
-        """Kernels take pointers, integers and doubles; `together`: they meet in grid.sync()."""
+    def _launch(self, name: str, blocks: int, *arguments: Tensor | float | None) -> None:
+        """Parameters of kernels are pointers, integers and doubles."""
         values = tuple(a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments)
         types = tuple(c_double if isinstance(v, float) else c_longlong for v in values)
+        together = "transposed" not in name  # the others meet in grid.sync()
+        blocks = min(blocks, self.resident[name]) if together else max(blocks, 1)
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream().cuda_stream
-            shape = min(blocks, self.resident[name]) if together else blocks, 1, 1, THREADS, 1, 1, 0
-            launch = self.functions[name], *shape, stream, (values, types)
+            launch = self.functions[name], blocks, 1, 1, THREADS, 1, 1, 0, stream, (values, types)
             if together:
                 _checked(self.driver.cuLaunchCooperativeKernel(*launch))
             else:
                 _checked(self.driver.cuLaunchKernel(*launch, 0))
 
 
-def _real(dtype: torch.dtype) -> torch.dtype:
+def _real(window: Tensor) -> torch.dtype:
     """The type of vectors of d numbers."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.float64 if window.dtype == torch.float64 else torch.float32
 
 
 def compiled(architecture: int) -> tuple[dict[str, str], bytes]:
-    """The names of the kernels in the binary, and the binary, from the cache if it is there.
-
-    Raises:
-        ImportError: there is no cuda.bindings.
-        RuntimeError: NVRTC does not compile the source; with its log.
-    """
-    from cuda.bindings import nvrtc
-
+    """The kernels for a compute capability times 10, from the cache if they are there: the symbol
+    of each in the binary, and the binary."""
+    nvrtc = importlib.import_module("cuda.bindings.nvrtc")
     source = SOURCE.read_bytes()
-    version = _checked(nvrtc.nvrtcVersion())
-    key = hashlib.sha256(repr((source, architecture, version)).encode()).hexdigest()
+    key = repr((source, architecture, _checked(nvrtc.nvrtcVersion())))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mfac")
-    kept = folder / f"{key}.cubin"
+    kept = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
     with contextlib.suppress(OSError, ValueError):
-        names, binary = kept.read_bytes().split(b"\n", 1)
-        return json.loads(names), binary
-    names, binary = _compile(nvrtc, source, architecture)
-    with contextlib.suppress(OSError):  # a cache that can't be written is none
+        header, binary = kept.read_bytes().split(b"\n", 1)
+        return json.loads(header), binary
+    symbols, binary = _compile(nvrtc, source, f"--gpu-architecture=sm_{architecture}")
+    with contextlib.suppress(OSError):  # a cache that cannot be written is none
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            file.write(json.dumps(names).encode() + b"\n" + binary)
+            file.write(json.dumps(symbols).encode() + b"\n" + binary)
         os.replace(file.name, kept)
-    return names, binary
+    return symbols, binary
 
 
-def _compile(nvrtc: Any, source: bytes, architecture: int) -> tuple[dict[str, str], bytes]:
-    kernels = [
-        "exchange",
-        *(f"{kernel}<{name}>" for kernel in KERNELS for name in FORMATS.values()),
-    ]
+def _compile(nvrtc: Any, source: bytes, *options: str) -> tuple[dict[str, str], bytes]:
+    names = ["exchange", *(f"{name}<{type}>" for name in PRODUCTS for type in FORMATS.values())]
     program = _checked(nvrtc.nvrtcCreateProgram(source, SOURCE.name.encode(), 0, [], []))
-    for name in kernels:
+    for name in names:
         _checked(nvrtc.nvrtcAddNameExpression(program, name.encode()))
-    options = [f"--gpu-architecture=sm_{architecture}".encode(), b"--std=c++17"]
-    if nvrtc.nvrtcCompileProgram(program, len(options), options)[0]:
+    flags = [option.encode() for option in ("--std=c++17", *options)]
+    if nvrtc.nvrtcCompileProgram(program, len(flags), flags)[0]:
         log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
         _checked(nvrtc.nvrtcGetProgramLog(program, log))
         raise RuntimeError(log.decode())
-    names = {
-        name: _checked(nvrtc.nvrtcGetLoweredName(program, name.encode())).decode()
-        for name in kernels
-    }
+    symbols = [_checked(nvrtc.nvrtcGetLoweredName(program, name.encode())) for name in names]
     binary = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
     _checked(nvrtc.nvrtcGetCUBIN(program, binary))
     _checked(nvrtc.nvrtcDestroyProgram(program))
-    return names, bytes(binary)
+    return dict(zip(names, (s.decode() for s in symbols), strict=True)), bytes(binary)
 
 
 def _checked(result: tuple) -> Any:
     """What a function of cuda.bindings returns beside its status, which must be 0."""
     status, *values = result
     if status:
-        raise RuntimeError(f"{status!r}")
-    return values[0] if values else None
+        raise RuntimeError(str(status))
+    return values[0] if len(values) == 1 else tuple(values)

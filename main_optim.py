@@ -8,7 +8,9 @@ rewritten after each epoch: the model (--save), and with the same stem the train
 (.state), the figures of each epoch (.csv) and the curves (.png, at the end, with those of other
 runs if --plot names their CSVs). Every file is derived from the training state, which is written
 first: a run killed at any moment goes on with --resume to the same bits as an uninterrupted one (on
-the CPU, with as many threads).
+the CPU with as many threads, on CUDA with --deterministic). --state_every and --light_state save
+time and space where the window is large. With --resume, flags of CHANGEABLE may be given anew: more
+--epochs, another --lr or --damp.
 
     torchrun --nproc-per-node N main_optim.py ...
 
@@ -18,9 +20,11 @@ first one writes; a run may go on in another number of processes.
 
 import argparse
 import bisect
+import copy
 import itertools
 import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,29 +35,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import datautils
 import models
 from main_common import (
-    COUNT,
-    FACTOR,
-    FRACTION,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SEED,
     STYLES,
-    Parser,
     Runs,
     TensorBoard,
+    TrainingStep,
     UserError,
-    add_figure_flags,
     alike,
     are_rows,
     available_memory,
     check_existing,
     check_folder,
-    check_same,
     check_space,
     distributed,
     evaluate,
@@ -63,6 +58,7 @@ from main_common import (
     gathered,
     load_optimizer,
     load_state,
+    make_deterministic,
     note,
     read_runs,
     save_atomically,
@@ -72,125 +68,15 @@ from main_common import (
     train_epoch,
 )
 from optim import MFAC, window_bytes
+from optim_settings import COMMON, WINDOW, build_parser, changed, choose_settings
 from ranks import Ranks
 
-# What a flag is when it is not given. First what holds for all runs, then by data and optimizer:
-# the paper's values, and for the digits those of a small search. A row has all the settings of its
-# optimizer: one that it lacks is refused. The paper's number of epochs depends on the model.
-COMMON = dict(model="resnet20", dataset="digits", optim="mfac", schedule="step", seed=0, amp=False)
-WINDOW = dict(window_dtype="float32", compress=None)
-COMPRESSED = dict(lr=1e-3, damp=1e-3)  # a step goes lr/damp along what the window does not hold
-DEFAULTS = {
-    ("paper", "sgd"): dict(lr=0.1, momentum=0.9, weightdecay=5e-4, batchsize=128),
-    ("paper", "adam"): dict(lr=1e-3, weightdecay=5e-4, batchsize=128),
-    ("paper", "mfac"): dict(
-        lr=1e-3, momentum=0.0, weightdecay=3e-3, batchsize=128, ngrads=1024, damp=1e-5
-    )
-    | WINDOW,
-    ("digits", "sgd"): dict(epochs=10, lr=0.03, momentum=0.9, weightdecay=5e-4, batchsize=64),
-    ("digits", "adam"): dict(epochs=10, lr=1e-2, weightdecay=5e-4, batchsize=64),
-    ("digits", "mfac"): dict(
-        epochs=10, lr=1e-2, momentum=0.9, weightdecay=5e-4, batchsize=64, ngrads=128, damp=1e-3
-    )
-    | WINDOW,
-}
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "seconds", "images_per_second")
 COLUMNS += ("optimizer_seconds", "test_loss", "test_accuracy")  # of the CSV
-PAPER_EPOCHS = {"resnet": 164, "wideresnet": 200, "mobilenet": 100}  # by the start of the name
 
 # The figures that are drawn, and how large they may be in the CSV of an earlier run.
 DRAWN = dict(epoch=1e9, seconds=1e9, train_loss=None, test_loss=None)
 DRAWN |= dict(train_accuracy=100, test_accuracy=100)
-
-
-# --- the command line -----------------------------------------------------------------------
-
-
-def build_parser() -> Parser:
-    """All flags. One that is not given is None, so that defaults and --resume can tell."""
-    parser = Parser(
-        prog="main_optim.py",
-        description="Train an image classifier with M-FAC, SGD or Adam.",
-        epilog="Beside the model of --save lie a .state for --resume, a .csv and a .png.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument_group("model and data").add_argument
-    text = f"default: resnet20; others: {', '.join(models.MODELS)}"
-    add("--model", choices=models.MODELS, metavar="MODEL", help=text)
-    add("--dataset", help="a folder, or 'digits', the default: handwritten digits, embedded")
-    add("--checkpoint", metavar="FILE", help="begin with the weights in it, not with random ones")
-
-    group = "optimizer (defaults are the paper's, and others for the digits)"
-    add = parser.add_argument_group(group).add_argument
-    add("--optim", choices=("mfac", "sgd", "adam"), help="default: mfac")
-    add("--lr", type=POSITIVE, help="learning rate at the start")
-    add("--momentum", type=FRACTION, help="of sgd; of mfac, as an exponential moving average")
-    add("--weightdecay", type=NOT_NEGATIVE, help="L2 decay: part of the gradient")
-    add("--ngrads", type=COUNT, help="mfac: gradients in the window, of 4 bytes a weight")
-    text = "mfac: type of the numbers in the window; default: float32, bfloat16 takes half of that"
-    add("--window_dtype", choices=("float32", "bfloat16"), help=text)
-    text = (
-        "mfac: keep only this part of each gradient, its largest entries, and add the rest to the "
-    )
-    text += "next one; 0.01 takes 2%% of the memory; default: keep all"
-    add("--compress", type=FACTOR, metavar="FRACTION", help=text)
-    add("--damp", type=POSITIVE, help="mfac: damping of the Fisher matrix")
-
-    add = parser.add_argument_group("schedule").add_argument
-    add("--epochs", type=COUNT, help="passes over the training images")
-    add("--batchsize", type=COUNT, help="images a step")
-    add(
-        "--schedule",
-        choices=("step", "linear", "cosine"),
-        help="of the learning rate: the steps of --drop_at (default), or falling to zero",
-    )
-    text = "epochs after which it drops; default: 50%% and 75%% of all"
-    add("--drop_at", type=COUNT, nargs="+", metavar="EPOCH", help=text)
-    add("--drop_by", type=FACTOR, help="the factor of a drop; default: 0.1")
-    text = (
-        "test and save a moving average of the weights, which keeps this part of itself each step"
-    )
-    add("--ema", type=FRACTION, metavar="DECAY", help=text)
-
-    add = parser.add_argument_group("machine").add_argument
-    add("--seed", type=SEED, help="of the weights and of the order of the images; default: 0")
-    add("--device", help="default: cuda if there is one, otherwise cpu")
-    add("--amp", action="store_true", default=None, help="forward in bfloat16 where that is safe")
-
-    group = parser.add_argument_group("files")
-    text = "the model file, .pth or .pt; default: runs/MODEL-DATASET-OPTIM.pth"
-    group.add_argument("--save", type=Path, help=text)
-    add = group.add_mutually_exclusive_group().add_argument
-    text = "go on with the run of --save, if there is one, after the last epoch that it saved"
-    add("--resume", action="store_true", help=text)
-    add("--overwrite", action="store_true", help="begin anew, whatever is at --save")
-    add_figure_flags(group)
-    return parser
-
-
-def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
-    """All settings of a new run, where `given` are those of the command line. Raises UserError."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = {**COMMON, "device": device, **given}
-    optim, schedule = settings["optim"], settings["schedule"]
-    defaults = DEFAULTS["digits" if settings["dataset"] == "digits" else "paper", optim]
-    for name in ("momentum", "ngrads", "damp", *WINDOW):
-        if name in given and name not in defaults:
-            raise UserError(f"--{name} is no setting of --optim {optim}: leave it out")
-    family = next((name for name in PAPER_EPOCHS if settings["model"].startswith(name)), "resnet")
-    compressed = COMPRESSED if "compress" in given else {}
-    settings = {"epochs": PAPER_EPOCHS[family], **defaults, **compressed, **settings}
-    if schedule == "step":
-        drops = [math.ceil(settings["epochs"] * part) for part in (0.5, 0.75)]
-        settings = {"drop_at": drops, "drop_by": 0.1, **settings}
-        if settings["drop_at"] != drops and max(settings["drop_at"]) >= settings["epochs"]:
-            raise UserError(
-                f"--drop_at {max(settings['drop_at'])} never comes: choose epochs below --epochs "
-                f"{settings['epochs']}"
-            )
-    elif given.keys() & {"drop_at", "drop_by"}:
-        raise UserError(f"--drop_at and --drop_by are not for --schedule {schedule}")
-    return settings
 
 
 # --- a run ----------------------------------------------------------------------------------
@@ -213,13 +99,15 @@ def build_optimizer(
     """The optimizer of `settings`, and what to tell of its memory. Raises UserError if the window
     of mfac can't fit."""
     options = {"lr": settings["lr"], "weight_decay": settings["weightdecay"]}
+    fused = device.type == "cuda" or None  # as a CUDA graph needs
     if settings["optim"] == "adam":
+        options |= {"fused": fused, "capturable": bool(fused)}
         return torch.optim.Adam(model.parameters(), **options), ""
     options["momentum"] = settings["momentum"]
     if settings["optim"] == "sgd":
-        return torch.optim.SGD(model.parameters(), **options), ""
+        return torch.optim.SGD(model.parameters(), **options, fused=fused), ""
     m, d = settings["ngrads"], sum(weight.numel() for weight in model.parameters())
-    chosen = {name: settings.get(name, default) for name, default in WINDOW.items()}
+    chosen = {name: settings[name] for name in ("window_dtype", "compress")}
     free = available_memory(device)
 
     def needed(m: int = m, **others: Any) -> int:
@@ -244,6 +132,7 @@ def build_optimizer(
         )
     options |= {"ngrads": m, "damp": settings["damp"], "compress": chosen["compress"]}
     options["window_dtype"] = getattr(torch, chosen["window_dtype"])
+    options["process_group"] = ranks.group  # each process has its part of the window
     return MFAC(model.parameters(), **options), size
 
 
@@ -278,7 +167,7 @@ def save_curves(runs: Runs, path: Path) -> None:
 class Run:
     """A training run: all that a step needs, and the files that keep it."""
 
-    STATEFUL = ("model", "optimizer", "scheduler", "tested")
+    STATEFUL = ("model", "optimizer", "tested")
 
     def __init__(self, args: argparse.Namespace):
         """Begins a run or goes on with a saved one. Whatever can be checked is checked here, and
@@ -296,15 +185,17 @@ class Run:
         self.tensorboard = TensorBoard(args.tensorboard, self.path.stem)
         self.others = read_runs(args.plot, DRAWN)
         state = self.check_files(args.resume, args.overwrite)
-        if state:
-            check_same(given, state["settings"])
-        self.settings = settings = state["settings"] if state else choose_settings(given)
+        settings = changed(state["settings"], given) if state else choose_settings(given)
+        self.settings = settings
 
         self.device = find_device(settings["device"])
+        if settings["deterministic"]:
+            make_deterministic()
         self.data = datautils.load(settings["dataset"])
-        self.ranks = find_ranks()
+        self.ranks = find_ranks(self.device)
         options = {"batch_size": settings["batchsize"], "seed": settings["seed"]}
-        options["part"] = (self.ranks.rank, self.ranks.size)
+        options |= {"part": (self.ranks.rank, self.ranks.size), "device": self.device}
+        options["workers"] = settings.get("workers")
         self.train_loader = self.data.loader("train", **options)
         self.test_loader = self.data.loader("test", **options)
         if (self.train_loader.num_samples - 1) % settings["batchsize"] == 0:
@@ -317,27 +208,42 @@ class Run:
         if "checkpoint" in settings and not state:
             models.load_checkpoint(model, settings["checkpoint"])
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.trained = distributed(self.model, self.ranks)
         self.optimizer, memory = build_optimizer(self.model, settings, self.device, self.ranks)
         self.tested = self.model  # and saved
         if "ema" in settings:
-            average = get_ema_multi_avg_fn(settings["ema"])
-            self.tested = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
-            self.optimizer.register_step_post_hook(
-                lambda *_: self.tested.update_parameters(self.model)
-            )
-        factor = learning_rate_factor(settings, len(self.train_loader))
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+            self.tested = copy.deepcopy(self.model)
+            self.average(settings["ema"])
+        self.trained = distributed(self.model, self.ranks)
+        if settings["compile"]:
+            self.trained = torch.compile(self.trained, dynamic=False)
+        graph = settings.get("graph") == "yes" and self.ranks.size == 1
+        how = {"ranks": self.ranks, "amp": settings["amp"], "graph": graph}
+        self.step = TrainingStep(self.trained, self.optimizer, **how)
         self.history = []  # a dict an epoch, the rows of the CSV
         if state:
             self.restore(state)
-        size = tensor_bytes([self.model.state_dict(), self.optimizer.state_dict()])
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = settings["lr"]
+        steps = len(self.train_loader)
+        factor, done = learning_rate_factor(settings, steps), len(self.history) * steps
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor, done - 1)
+        size = tensor_bytes([self.model.state_dict(), self.saved_optimizer()])
         check_space(self.state_path, size if state else 2 * size)
         if memory:
             note(memory)
         if state:
-            note(f"going on after epoch {len(self.history)} of {settings['epochs']}")
+            note(self.describe_resumption(state))
         self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def average(self, decay: float) -> None:
+        """Makes `tested` the moving average of the model, updated after each optimizer step."""
+        pairs = zip(
+            self.tested.state_dict().values(), self.model.state_dict().values(), strict=True
+        )
+        averages, weights = zip(*((a, w) for a, w in pairs if a.is_floating_point()), strict=True)
+        self.optimizer.register_step_post_hook(
+            lambda *_: torch._foreach_lerp_(averages, weights, 1 - decay)
+        )
 
     def check_files(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
         """The saved state, if there is one to go on with. Raises UserError if it is none, or if
@@ -353,12 +259,18 @@ class Run:
         """Goes on where `state` was saved. Raises UserError if it does not fit."""
         if state["classes"] != self.data.classes:
             raise UserError(f"{self.settings['dataset']} has other classes than the saved run")
+        saved, epochs = state["settings"], self.settings["epochs"]
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = saved["lr"]
         try:
-            if not are_rows(state["history"], COLUMNS, self.settings["epochs"]):
+            if not are_rows(state["history"], COLUMNS, saved["epochs"]):
                 raise ValueError("the figures of the epochs are others")
+            if epochs < (done := len(state["history"])):
+                raise UserError(f"--epochs {epochs} is less than the {done} that are done")
             for part in self.STATEFUL:
                 if part == "optimizer":
-                    load_optimizer(self.optimizer, state[part])
+                    if state[part] is not None or not saved.get("light_state"):
+                        load_optimizer(self.optimizer, state[part])
                 elif alike(state[part], getattr(self, part).state_dict()):
                     getattr(self, part).load_state_dict(state[part])
                 else:
@@ -367,13 +279,30 @@ class Run:
             first = str(error).splitlines()[0]
             raise UserError(f"{self.state_path} does not fit the run: {first}") from error
         self.history = state["history"]
+        if self.settings.get("damp") != saved.get("damp"):
+            self.optimizer.damp = self.settings["damp"]
+
+    def describe_resumption(self, state: dict[str, Any]) -> str:
+        """From which epoch the run goes on, and with which changes."""
+        saved = state["settings"]
+        text = f"going on after epoch {len(self.history)} of {self.settings['epochs']}"
+        for name, value in self.settings.items():
+            if saved.get(name) != value:
+                text += f", with --{name} {value}, before {saved.get(name)}"
+        if state["optimizer"] is None:
+            text += ", with an empty window, as the state was saved with --light_state"
+        return text
+
+    def saved_optimizer(self) -> dict[str, Any] | None:
+        """The optimizer's part of the state."""
+        return None if self.settings.get("light_state") else self.optimizer.state_dict()
 
     def go(self) -> None:
         """All epochs that are left, then the curves."""
         shown = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         say(f"# {shown}")
         epochs = self.settings["epochs"]
-        how = {"device": self.device, "ranks": self.ranks, "amp": self.settings["amp"]}
+        how = {"device": self.device, "ranks": self.ranks}
         for epoch in range(len(self.history), epochs):
             # Like the order of the images a function of seed and epoch, so there is none to save.
             torch.manual_seed(self.settings["seed"] + epoch)
@@ -381,37 +310,49 @@ class Run:
             title = f"epoch {epoch + 1}/{epochs}"
             row = {"epoch": epoch + 1, "lr": float(self.optimizer.param_groups[0]["lr"])}
             parts = self.trained, self.train_loader, self.optimizer, self.scheduler
-            row |= train_epoch(*parts, title=title, **how)
-            loss, accuracy = evaluate(self.tested, self.test_loader, **how)
+            row |= train_epoch(*parts, title=title, step=self.step, **how)
+            amp = self.settings["amp"]
+            loss, accuracy = evaluate(self.tested, self.test_loader, amp=amp, **how)
             row |= {"test_loss": loss, "test_accuracy": accuracy}
-            self.tensorboard.write([*self.history, row])
-            self.save_state([*self.history, row])
-            self.history.append(row)
-            self.save_results()
+            history, began = [*self.history, row], time.perf_counter()
+            self.tensorboard.write(history)
+            if self.is_due("state_every", epoch + 1):
+                self.save_state(history)
+            self.history = history
+            self.save_results(self.is_due("save_every", epoch + 1))
+            optimizer = row["optimizer_seconds"]
             say(
                 f"{title}  lr {row['lr']:.4g}  loss {row['train_loss']:.4f}  "
                 f"train {row['train_accuracy']:.2f} %  test {accuracy:.2f} %  "
                 f"{row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s  "
-                f"optimizer {row['optimizer_seconds']:.1f} s"
+                + (f"optimizer {optimizer:.1f} s  " if optimizer is not None else "")
+                + f"saving {time.perf_counter() - began:.1f} s"
             )
         self.save_results()  # again: a run that goes on may have been killed before it came to it
         if self.ranks.rank == 0:
             runs = [(str(self.path.with_suffix("")), self.history), *self.others]
             save_curves(runs, self.path.with_suffix(".png"))
 
+    def is_due(self, flag: str, epoch: int) -> bool:
+        """Whether to save after this epoch: always after the first one, so that --resume works."""
+        return epoch in (1, self.settings["epochs"]) or epoch % self.settings[flag] == 0
+
     def save_state(self, history: list[dict[str, float]]) -> None:
         """Writes what --resume needs, from which the other files can be made again."""
         state = {"settings": self.settings, "classes": self.data.classes, "history": history}
-        for part in self.STATEFUL:
-            state[part] = gathered(getattr(self, part).state_dict(), self.ranks)
+        state |= {"model": self.model.state_dict(), "tested": self.tested.state_dict()}
+        state["optimizer"] = gathered(self.saved_optimizer(), self.ranks)
         if self.ranks.rank == 0:
             save_atomically(self.state_path, lambda file: torch.save(state, file))
 
-    def save_results(self) -> None:
+    def save_results(self, model_too: bool = True) -> None:
         """Writes the model, on the CPU and in plain memory order, and the CSV."""
         if self.ranks.rank > 0:
             return
-        weights = getattr(self.tested, "module", self.tested).state_dict()
+        save_csv(self.path.with_suffix(".csv"), COLUMNS, self.history)
+        if not model_too:
+            return
+        weights = self.tested.state_dict()
         model = {
             "state_dict": {name: weight.cpu().contiguous() for name, weight in weights.items()},
             "model": self.settings["model"],
@@ -419,7 +360,6 @@ class Run:
             "accuracy": self.history[-1]["test_accuracy"],
         }
         save_atomically(self.path, lambda file: torch.save(model, file))
-        save_csv(self.path.with_suffix(".csv"), COLUMNS, self.history)
 
 
 def main(argv: list[str] | None = None) -> None:

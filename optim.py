@@ -29,6 +29,7 @@ Information", NeurIPS 2021, arXiv 2107.03356, section 3.2 (dynamic algorithm).
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,10 +39,10 @@ import checks
 import states
 from coefficients import DOUBLE, SINGLE, TOLERANCE, Coefficients, factor
 from costs import check_memory, step_traffic, window_bytes
-from flat import Flat, is_trained, views
+from flat import Flat, FlatOptimizer, is_trained
 from precision import DampTooSmallError, NonFiniteGradientError, Precision
-from ranks import Ranks, dtensor_like, find_process_group, placed_as
-from recovery import Recovery, warn_user
+from ranks import Ranks, find_process_group
+from recovery import Recovery
 from windows import Entry, Window, gram
 
 if TYPE_CHECKING:
@@ -56,36 +57,33 @@ __all__ = [
     "window_bytes",
 ]
 
+Device = torch.device | str | int
+
 
 class DynamicInverseFisher:
     """F⁻¹ for F = λI + (1/m) Σ gᵢgᵢᵀ, the last m = `num_grads` gradients of d = `dim` weights.
 
     m is the full window size from the first gradient on; a row not yet filled counts as zero.
-
-    Memory: `window_bytes(m, d)`: m·d numbers of `dtype` and two (m, m) float64 matrices. Vectors may
-    live anywhere; results come back on `device`, in float32 or wider. Results have a relative error
-    of at most 2e-5, or there is a ValueError.
+    Results come back on `device`, in float32 or wider, with a relative error of at most 2e-5.
+    Memory: `window_bytes(m, d)`, that is m·d numbers of `dtype` and two (m, m) float64 matrices.
 
     Args:
         num_grads: m ≥ 1.
         dim: d ≥ 0.
-        damp: λ, from 1e-30 to 1e30, in units of squared gradients. May be assigned to at any time,
-            which costs O(m³).
-        device: of the window and of the results.
+        damp: λ, from 1e-30 to 1e30, in units of squared gradients. A change costs O(m³).
+        device: of the window and of the results. Vectors that come in may live anywhere.
         shards: devices among which the columns are split, for example ``["cuda:0", "cuda:1"]``;
             a device may appear more than once.
-        dtype: of the window: float64, float32, bfloat16, float16 or float8_e4m3fn, the last two with
-            scales. Gradients are rounded to it on entry; everything else is exact for the rounded.
+        dtype: of the window: float64, float32, bfloat16, float16 or float8_e4m3fn, the last two
+            with scales. Gradients are rounded to it; the rest is exact for the rounded ones.
         compress: the part of each gradient's entries that the window keeps, for example 0.01: the
-            largest, with those of the gradients before that were not kept (`CompressedWindow`). F
-            is that of the gradients as kept. None keeps all.
+            largest (`CompressedWindow`). F is that of the gradients as kept. None keeps all.
         process_group: processes with a part of the columns each, which make the same calls at the
             same time. `dim`, `shape` and all vectors are then those of this process; an exchange
             sums up m float64 numbers of each. None: this process alone.
 
     Raises:
-        ValueError: for arguments outside these ranges, and a DampTooSmallError where λ is too small
-            for the gradients.
+        ValueError: for arguments outside these ranges, or a window that does not fit in memory.
 
     Example:
         >>> fisher = DynamicInverseFisher(num_grads=2, dim=3, damp=0.5)
@@ -100,8 +98,8 @@ class DynamicInverseFisher:
         dim: int,
         damp: float = 1e-5,
         *,
-        device: torch.device | str | None = None,
-        shards: Sequence[torch.device | str | int] | None = None,
+        device: Device | None = None,
+        shards: Sequence[Device] | None = None,
         dtype: torch.dtype | str = torch.float32,
         compress: float | None = None,
         process_group: "ProcessGroup | None" = None,
@@ -114,7 +112,7 @@ class DynamicInverseFisher:
         places = checks.check_devices("shards", shards or []) or devices or [torch.device("cpu")]
         self.device = (devices or places)[0]
         bounds = [d * i // len(places) for i in range(len(places) + 1)]
-        dims = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+        dims = [stop - start for start, stop in pairwise(bounds)]
         check_memory(m, dims, places, self.dtype, compress)
         self.ranks = Ranks(process_group)
         self.window = Window(m, dims, places, self.device, self.dtype, compress)
@@ -153,18 +151,18 @@ class DynamicInverseFisher:
         """Puts the gradient g (d,) into the window and returns u = F⁻¹g (d,), with g in F.
 
         Two reads of the window. On CUDA nobody waits for the device: a gradient that is refused
-        changes nothing, its result is zero, and the next call raises what is raised here.
+        changes nothing, its result is zero, and one of the next calls raises what is raised here.
 
         Raises:
-            NonFiniteGradientError: g has NaN or Inf (after rounding to the window's type).
+            NonFiniteGradientError: g has NaN or Inf.
             DampTooSmallError: λ is too small for these gradients.
             ValueError: g has another shape.
         """
-        entry, z, b = self._exchange(g)  # k = Gĝ, A z = e_j
+        entry, z, b = self._exchange(g)  # ĝ; k = Gĝ, then A z = e_j
         y, rest = self.num_grads * z, self.window.rest(entry)
         if rest is not None:  # F⁻¹g = F⁻¹ĝ + F⁻¹(g − ĝ), the latter by (1)
             y -= (self.coefficients.solve(b) / self.damp).where(self.accepted != 0, 0)
-        u = self.window.replace_and_transposed_times(  # G_j = ĝ, u = mGᵀz
+        u = self.window.replace_and_transposed_times(  # G_j = ĝ, then u = mGᵀz
             entry, self.counter, self.accepted, y, self.precision.exact
         )
         if rest is not None:
@@ -181,12 +179,12 @@ class DynamicInverseFisher:
     def _exchange(self, g: Tensor) -> tuple[list[Entry], Tensor, Tensor]:
         """ĝ as it is to become row j = count mod m, z = A⁻¹e_j (m,), and, of a compressed window,
         G(g − ĝ) (m,). K and P are those with g, if it is accepted; the window is not yet."""
-        g = self._checked(g).to(self.device)
-        self.settle()
+        g = checks.checked_vector(g, self.shape[0]).to(self.device)
+        self.settle(wait=False)
         entry = self.window.entry(g)
 
         def products(exact: bool) -> Tensor:
-            return self.ranks.sum(self.window.products(entry, self.counter, exact))
+            return self.ranks.sum_of_present(self.window.products(entry, self.counter, exact))
 
         z, self.accepted, b = self.precision.exchange(products, self.counter)
         return entry, z, b
@@ -195,19 +193,25 @@ class DynamicInverseFisher:
         self.counter += self.accepted
         self.precision.interrupted = False  # K and the window agree again
 
-    def settle(self) -> None:
-        """Reads what the last exchange on CUDA found out. Raises as `update_matvec`."""
-        self.precision.settle()
+    def settle(self, wait: bool = True) -> None:
+        """Reads what exchanges on CUDA found out, all of them if it is to `wait`. Raises as
+        `update_matvec`."""
+        self.precision.settle(wait)
+
+    def abstain(self) -> None:
+        """In place of an exchange, where no rank has a gradient; ValueError if some have one."""
+        rows = 1 if self.compress is None else 2
+        self.ranks.sum_of_present(self.coefficients.P.new_zeros(rows, self.num_grads), False)
 
     def matvec(self, x: Tensor) -> Tensor:
-        """F⁻¹x (d,) for x (d,), by (1), in float64: two reads of the window, or four where K is from
-        float32 products. On the CPU that takes about six times as long as `update_matvec`.
+        """F⁻¹x (d,) for x (d,), by (1), in float64: two reads of the window, or four where K is
+        from float32 products. On the CPU that takes about six times as long as `update_matvec`.
 
         Raises:
             DampTooSmallError: (1) cancels too much, since λ is too small.
             ValueError: x has another shape, or NaN or Inf.
         """
-        x = self._checked(x).to(self.device, torch.float64)
+        x = checks.checked_vector(x, self.shape[0]).to(self.device, torch.float64)
         if not self.ranks.all(x.isfinite()):
             raise ValueError("Expected finite numbers in x, got NaN or Inf")
         self.settle()
@@ -223,8 +227,15 @@ class DynamicInverseFisher:
             roundoff = DOUBLE + (0 if exact else SINGLE**2 * trace)
             terms = (trace * (y.square() @ side.K.diagonal())).sqrt() + self.ranks.norm(x)
             if roundoff * float(terms) <= TOLERANCE * self.damp * float(self.ranks.norm(u)):
-                return self._fitting(u)
+                break
             self.precision.recover()
+        result = u.to(self.result_dtype)
+        if not self.ranks.all(result.isfinite()):
+            raise ValueError(
+                f"Results of up to {float(u.abs().max()):.3g} do not fit {result.dtype}; use "
+                "dtype=torch.float64, or a higher damp"
+            )
+        return result
 
     def diagonal(self) -> Tensor:
         """diag(F⁻¹) (d,), each entry in (0, 1/λ], in float64. By (2), O(dm²): (1 − Σᵢ Wᵢⱼ²) / λ,
@@ -263,27 +274,12 @@ class DynamicInverseFisher:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes a copy of what `state_dict` gave, from any device and number of shards.
-
         `num_grads`, `damp`, `dtype` and `compress` stay as constructed: where the state has others,
-        the newest gradients that fit enter the window one after the other.
-        """
+        the newest gradients that fit enter the window one after the other."""
         states.into_fisher(self, state)
 
-    def _checked(self, x: Tensor) -> Tensor:
-        return checks.checked_vector(x, self.shape[0])
 
-    def _fitting(self, result: Tensor) -> Tensor:
-        """The result in the type of all results."""
-        fitted = result.to(self.result_dtype)
-        if not self.ranks.all(fitted.isfinite()):
-            raise ValueError(
-                f"Results of up to {float(result.abs().max()):.3g} do not fit {fitted.dtype}; use "
-                "dtype=torch.float64, or a higher damp"
-            )
-        return fitted
-
-
-class MFAC(torch.optim.Optimizer):
+class MFAC(FlatOptimizer):
     """Preconditions the gradient with the inverse empirical Fisher of the last `ngrads` gradients.
 
     For each parameter w with gradient g, group by group,
@@ -295,12 +291,11 @@ class MFAC(torch.optim.Optimizer):
         w ← w − lr·v
 
     A parameter whose `grad` is None has a zero gradient in the window and stays as it is. If all
-    are None, nothing happens at all. A gradient with NaN or Inf skips the whole step: weights,
-    momentum and window stay as they are. Where `damp` is too small for the gradients, the smallest
-    sufficient one of its multiples by 10, 100, ... is used for as long as needed.
+    are None, nothing happens at all. A gradient with NaN or Inf skips the whole step. Where `damp`
+    is too small for the gradients, it is multiplied by 10, 100, ... for as long as needed.
 
-    A step reads the window twice and does not wait for a GPU. It can be captured in a CUDA graph.
-    Captured, it skips what it would otherwise warn about, raise, or raise `damp` for.
+    A step reads the window twice and does not wait for a GPU. It can be captured in a CUDA graph,
+    where it skips what it would otherwise warn about, raise, or raise `damp` for.
 
     Memory: `window_bytes(ngrads, d)`, that is 4·ngrads·d bytes and a little, for d weights; half of
     it with `window_dtype=torch.bfloat16`, a quarter with `torch.float8_e4m3fn`, about 2 % with
@@ -313,11 +308,9 @@ class MFAC(torch.optim.Optimizer):
         momentum: in [0, 1).
         weight_decay: at least 0.
         ngrads: m, the size of the window.
-        damp: λ > 0, in units of squared gradients. The attribute `damp` may be assigned to; a change
-            costs O(m³), which is about a step for m = 1024.
+        damp: λ > 0, in units of squared gradients. The attribute may be assigned to.
         moddev: device of the model, as in the paper's code; the default for `optdev`.
-        optdev: device of the window and its arithmetic; by default that of the first parameter. A
-            step moves one vector of d numbers there, and one back.
+        optdev: device of the window and its arithmetic; by default that of the first parameter.
         gpus: devices among which the window's columns are split, in place of `optdev` alone.
         sparse: True keeps the weights that are zero now at zero and out of the window, in
             parameters of two or more dimensions. A list gives one mask a parameter (True: trained),
@@ -325,16 +318,16 @@ class MFAC(torch.optim.Optimizer):
         window_dtype, compress: `dtype` and `compress` of `DynamicInverseFisher`.
         on_nonfinite: "skip" counts the step in `skipped_steps`, warns the first time, and raises
             NonFiniteGradientError after 100 in a row; "raise" raises it at once, or on CUDA at the
-            end of the next step.
+            end of one of the next steps.
         maximize: climbs instead; the weight decay shrinks the weights all the same.
-        process_group: processes that share one window, in each of which `step` is called: each keeps
-            its part of the columns, and all end a step with the same weights. Parameters are the
-            same in all of them, with gradients that have been averaged, as by DDP. None: a window of
-            this process's own. Parameters that are DTensors, as by FSDP2, are shared by the group
-            that they are sharded over, each rank with the columns of its shards.
+        process_group: processes that share one window, in each of which `step` is called: each
+            keeps a part of the columns, and all end a step with the same weights. Parameters are
+            the same in all of them, with gradients that have been averaged, as by DDP. None: a
+            window of this process's own. Parameters that are DTensors, as by FSDP2, are shared by
+            the group that they are sharded over, each rank with the columns of its shards.
 
     Raises:
-        ValueError: for arguments outside these ranges.
+        ValueError: for arguments outside these ranges, or a window that does not fit in memory.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
@@ -351,9 +344,9 @@ class MFAC(torch.optim.Optimizer):
         weight_decay: float = 0,
         ngrads: int = 1024,
         damp: float = 1e-5,
-        moddev: torch.device | str | int | None = None,
-        optdev: torch.device | str | int | None = None,
-        gpus: Sequence[torch.device | str | int] | None = None,
+        moddev: Device | None = None,
+        optdev: Device | None = None,
+        gpus: Sequence[Device] | None = None,
         sparse: bool | Sequence[Tensor | None] = False,
         *,
         window_dtype: torch.dtype | str = torch.float32,
@@ -365,20 +358,71 @@ class MFAC(torch.optim.Optimizer):
         self._recovery = Recovery(on_nonfinite)
         given = {"optdev": optdev, "moddev": moddev}
         devices = [checks.check_device(d, name) for name, d in given.items() if d is not None]
-        self._device, self._process_group = (devices or [None])[0], process_group
-        self._window = {
+        self._device = devices[0] if devices else None
+        self._window: dict[str, Any] = {
             "num_grads": checks.check_integer("ngrads", ngrads),
             "damp": checks.check_damp(damp),
             "shards": checks.check_devices("gpus", gpus or []),
             "dtype": checks.checked_dtype("window_dtype", window_dtype, compress),
             "compress": compress,
         }
-        self._flat: Flat | None = None
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "sparse": sparse, "maximize": maximize})
-        # Masks belong to the parameters given now, not to groups that are added later.
-        self.defaults["sparse"] = sparse is True
-        self._build()
+        shared = dict(ngrads=ngrads, damp=damp, window_dtype=window_dtype, compress=compress)
+        shared["on_nonfinite"] = on_nonfinite
+        defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        defaults |= {"sparse": sparse, "maximize": maximize}
+        super().__init__(params, defaults, shared, process_group or None)
+
+    @torch.compiler.disable(reason="MFAC.step is few launches already; it is not for torch.compile")
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; returns what `closure`, which computes loss and gradients anew, returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.follow()
+        segments = [(s, self.param_groups[s.group]) for s in self.flat.segments if s.gather()]
+        if not segments:
+            self.fisher.abstain()
+            return loss
+        for segment, group in segments:
+            if group["maximize"]:
+                segment.numbers.neg_()
+            if group["weight_decay"] != 0:
+                segment.add_weights(group["weight_decay"])
+        late = self._recovery.settle(self.fisher, wait=False)
+        u = self._recovery.update_matvec(self.fisher, self.flat.gradient(), self.damp)
+        if u is not None:
+            u = self.flat.spread(u)
+            for segment, group in segments:
+                step = u[segment.span]
+                if group["momentum"] != 0:
+                    weight = self._unless_refused(1 - group["momentum"])
+                    step = segment.average(self.velocity(), u, weight)
+                torch.mul(step, group["lr"], out=segment.numbers)
+                segment.subtract()
+        if late is not None:
+            raise late
+        return loss
+
+    def _unless_refused(self, weight: float) -> float | Tensor:
+        """The weight of u in the average: on CUDA 0 where the step is refused, so that v stays."""
+        on_host = self.fisher.device.type != "cuda"
+        return weight if on_host else weight * self.fisher.accepted.to(self.fisher.result_dtype)
+
+    def build(self, also: Collection[int] = ()) -> None:
+        """An empty window with columns for the parameters that are trained, and for those with an
+        id in `also`."""
+        params, settings = self.numbered(), self._window
+        ranks = Ranks(find_process_group([p for _, p in params], self.process_group))
+        device = self._device or next((p.device for _, p in params), torch.device("cpu"))
+        trained = [(i, p) for i, p in params if is_trained(p) or id(p) in also]
+        wide = torch.float64 if settings["dtype"] == torch.float64 else torch.float32
+        self.flat = Flat(trained, self.mask, ranks, device, wide)
+        self.fisher: Any = None  # the old window goes before the new one comes
+        self.fisher = DynamicInverseFisher(
+            dim=self.flat.size, device=device, process_group=ranks.group, **settings
+        )
 
     @property
     def damp(self) -> float:
@@ -408,148 +452,32 @@ class MFAC(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         window = f"Window (ngrads: {self.fisher.num_grads}, damp: {self.damp}, {self.fisher.dtype})"
-        return f"{super().__repr__()[:-1]}{window}\n)"
-
-    @torch.compiler.disable(reason="MFAC.step is few launches already; it is not for torch.compile")
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what `closure`, which computes loss and gradients anew, returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._follow()
-        segments = [(s, self.param_groups[s.group]) for s in self._flat.segments if s.gather()]
-        if not segments:
-            return loss
-        for segment, group in segments:
-            if group["maximize"]:
-                segment.numbers.neg_()
-            if group["weight_decay"] != 0:
-                segment.add_weights(group["weight_decay"])
-        late = self._recovery.settle(self.fisher)
-        u = self._recovery.update_matvec(self.fisher, self._flat.gradient(), self.damp)
-        if u is not None:
-            u = self._flat.spread(u)
-            for segment, group in segments:
-                step = u[segment.span]
-                if group["momentum"] != 0:
-                    step = segment.average(self._velocity(), u, self._weight(group["momentum"]))
-                torch.mul(step, group["lr"], out=segment.numbers)
-                segment.subtract()
-        if late is not None:
-            raise late
-        return loss
-
-    def _weight(self, momentum: float) -> float | Tensor:
-        """Of u in the moving average: 0 on CUDA where the step is refused."""
-        if self.fisher.device.type != "cuda":
-            return 1 - momentum
-        return (1 - momentum) * self.fisher.accepted.to(self.fisher.result_dtype)
-
-    def _velocity(self) -> Tensor:
-        """v (d,), of which the state of each parameter has a view in its shape."""
-        flat = self._flat
-        if flat.momentum is None:
-            flat.momentum = torch.zeros_like(flat.vector)
-        if flat.params and "momentum_buffer" not in self.state[flat.params[-1]]:
-            for p, view in zip(flat.params, views(flat.momentum, flat.params), strict=True):
-                self.state[p]["momentum_buffer"] = dtensor_like(p, view)
-        return flat.momentum
-
-    # --- parameters
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; the window gets columns for it whose history is zero."""
-        # First, so that torch's own errors come first; of a copy, as the caller's group is kept.
-        super().add_param_group(dict(param_group) if isinstance(param_group, dict) else param_group)
-        group = self.param_groups[-1]
-        try:
-            checks.check_group(group)
-            masks = checks.checked_masks(group["params"], group["sparse"])
-            find_process_group(group["params"], self._process_group or None)
-        except (TypeError, ValueError):
-            del self.param_groups[-1]
-            raise
-        group["sparse"] = bool(group["sparse"])
-        for p, mask in zip(group["params"], masks, strict=True):
-            if mask is not None:
-                self.state[p]["mask"] = placed_as(p, mask)
-        if self._flat is not None:
-            self._follow()
-
-    def _build(self, also: Collection[int] = ()) -> None:
-        """An empty window with columns for the parameters that are trained, and for those with an id
-        in `also`."""
-        params = self._numbered()
-        ranks = Ranks(find_process_group([p for _, p in params], self._process_group or None))
-        device, settings = self._device or params[0][1].device, self._window
-        trained = [(i, p) for i, p in params if is_trained(p) or id(p) in also]
-        wide = torch.float64 if settings["dtype"] == torch.float64 else torch.float32
-        self._flat = Flat(trained, self._mask, ranks, device, wide)
-        self.fisher: Any = None  # the old window goes before the new one comes
-        self.fisher = DynamicInverseFisher(
-            dim=self._flat.size, device=device, process_group=ranks.group, **settings
-        )
-        self._name_state()
-
-    def _follow(self) -> None:
-        """Gives columns to parameters that are trained by now. Where others have gone, as when a
-        framework puts its own in their place, the window starts anew."""
-        params = self._numbered()
-        if self._flat.covers(params):
-            return
-        flat = self._flat.extended(params)
-        if flat is None:
-            if self.fisher.count:
-                warn_user("The parameters of the optimizer have changed: its window starts anew")
-            self._build()
-            return
-        self.fisher.grow(flat.size - self._flat.size)
-        self._flat = flat
-        self._name_state()
-
-    def _name_state(self) -> None:
-        """Enters the names of what `state_dict` will have into the state of each parameter, since
-        torch.distributed.checkpoint goes by them."""
-        for p in self._flat.params:
-            self.state[p].pop("momentum_buffer", None)
-            if states.by_parameter(self.fisher):
-                self.state[p]["grads"] = None
-        if self._flat.momentum is not None or any(g["momentum"] != 0 for g in self.param_groups):
-            self._velocity()
-
-    def _numbered(self) -> list[tuple[int, Tensor]]:
-        """Every parameter, with the index of its group."""
-        return [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]]
-
-    def _mask(self, p: Tensor) -> Tensor | None:
-        return self.state[p].get("mask")
-
-    # --- state
+        groups = super().__repr__().replace("    fisher: None\n", "")
+        return f"{groups[:-1]}{window}\n)"
 
     def state_dict(self) -> dict[str, Any]:
         """As for any optimizer, with the window's columns in each parameter's state ("grads") and
         what all share in the first group ("fisher"). By reference, as far as one tensor holds it.
         With a process group, what ranks have of their own is a DTensor, for
-        torch.distributed.checkpoint.
-        """
+        torch.distributed.checkpoint."""
         self._recovery.settle(self.fisher)
         return states.of_optimizer(self, super().state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes a copy of what `state_dict` gave: groups, momentum, masks and window; with a process
-        group of what all gave, as DTensors or complete. `ngrads`, `damp`, `window_dtype` and
-        `compress` stay as constructed: where the state has others, the newest gradients that fit
-        enter the window one after the other.
+        """Takes a copy of what `state_dict` gave: groups, momentum, masks and window; with a
+        process group of what all gave, as DTensors or complete. `ngrads`, `damp`, `window_dtype`
+        and `compress` stay as constructed: where the state has others, the newest gradients that
+        fit enter the window one after the other.
 
         Raises:
-            ValueError: it belongs to other parameters, or to another optimizer.
-        """
+            ValueError: it belongs to other parameters, or to another optimizer."""
         states.into_optimizer(self, state_dict, super().load_state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle: the base class keeps only the defaults, the state and the groups."""
         self._recovery.settle(self.fisher)
-        own = ("fisher", "_recovery", "_device", "_process_group", "_window", "_flat")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        own = {name: getattr(self, name) for name in ("fisher", "_recovery", "_device", "_window")}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.process_group = self.fisher.ranks.group  # which itself can't be copied

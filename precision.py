@@ -4,16 +4,17 @@ K (m, m) is summed from rounded products, so that its entries are off by up to r
 A = mλI + K, P = A⁻¹, D = diag(A)^½, the error of u = mGᵀz, A z = e_j, is δu = −m GᵀP δK z. Since
 ‖GᵀP^½‖ ≤ 1, and ‖P^½D‖² ≤ Σᵢ PᵢᵢAᵢᵢ, for independent roundings
 
-    ‖δu‖/‖u‖ ≲ (r (Σᵢ PᵢᵢAᵢᵢ)^½ + q) (Σᵢ zᵢ²Kᵢᵢ / zᵀKz)^½                                         (5)
+    ‖δu‖/‖u‖ ≲ (r (Σᵢ PᵢᵢAᵢᵢ)^½ + q) (Σᵢ zᵢ²Kᵢᵢ / zᵀKz)^½                             (5)
 
 where the root of the trace says how nearly parallel gradients are, and the last factor how much
-cancels in Gᵀz, which is itself off by q. The residual e_j − Az of the solve enters in the place of δK z.
-In float64, r = 2⁻⁵², and q is nothing beside it. In float32, q = 2⁻²⁶m^½ for sums of m terms, and r is
-measured: short sums err by 0.02 to 1 unit roundoff, depending on the gradients, so one entry of each k
-is computed both ways, and r is twice the root mean square of the difference.
+cancels in Gᵀz, which is itself off by q. The residual e_j − Az of the solve enters in the place of
+δK z. In float64, r = 2⁻⁵², and q is nothing beside it. In float32, q = 2⁻²⁶m^½ for sums of m terms,
+and r is measured: short sums err by 0.02 to 1 unit roundoff, depending on the gradients, so one
+entry of each k is computed both ways, and r is twice the root mean square of the difference.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor
 from coefficients import SINGLE, TOLERANCE, Coefficients
 
 __all__ = ["DampTooSmallError", "NonFiniteGradientError", "Precision"]
+
+UNREAD = 4  # exchanges on CUDA, at most, that the host is ahead
 
 
 class NonFiniteGradientError(ValueError):
@@ -58,7 +61,7 @@ class Precision:
 
     On the CPU products start in float32. Where (5) is too large, they fall back to float64 for at
     least the rest of a round of m gradients. On CUDA all is float64, and what an exchange found out
-    is read by the next call, so that nobody waits for the device.
+    is read by one of the next calls, so that nobody waits for the device.
 
     Args:
         side: K and P.
@@ -72,7 +75,8 @@ class Precision:
         self.interrupted = False  # while K and the window may disagree, as after an exception
         self._mean_square, self._measured = (SINGLE / 4) ** 2, 0  # of roundings in float32
         self._largest = 0.0  # error in this round, as it is or would be in float32
-        self._unread: tuple[Tensor, torch.cuda.Event] | None = None
+        self._fresh = True  # whether P has been computed from K as it is
+        self._unread: deque[tuple[Tensor, torch.cuda.Event, bool]] = deque()
 
     def exchange(
         self, products: Callable[[bool], Tensor], count: Tensor
@@ -80,8 +84,8 @@ class Precision:
         """z, whether it is accepted, and the products, which it asks for in float64 or not.
 
         Raises:
-            NonFiniteGradientError, DampTooSmallError: nothing has changed. On CUDA z is zero, and the
-                next `settle` raises.
+            NonFiniteGradientError, DampTooSmallError: nothing has changed. On CUDA z is zero, and
+                a later `settle` raises.
         """
         m = len(self.side.K)
         if not self.always_exact and int(count) % m == 0:
@@ -95,6 +99,7 @@ class Precision:
             z, accepted, errors = self.side.exchange(k[0, :m], count, self.rounding, self.exact)
             try:
                 if self._accepts(errors):
+                    self._fresh = False
                     return z, accepted, k[-1, :m]
                 self.recover()
             except ValueError:
@@ -112,24 +117,29 @@ class Precision:
             self._measured = min(self._measured + 1, max(32, len(self.side.K)))
             self._mean_square += (float(rounding) ** 2 - self._mean_square) / (self._measured + 1)
 
-    def settle(self) -> None:
-        """Reads what the last exchange on CUDA found out, and repairs what was interrupted.
+    def settle(self, wait: bool = True) -> None:
+        """Reads what exchanges on CUDA found out, and repairs what was interrupted. Unless it is to
+        `wait`, the last few exchanges may be left unread.
 
         Raises:
-            NonFiniteGradientError, DampTooSmallError: of that exchange.
+            NonFiniteGradientError, DampTooSmallError: of such an exchange.
         """
         if self.interrupted:
             self.rebuild()
             self.interrupted = False
-        if self._unread is not None and not torch.cuda.is_current_stream_capturing():
-            (numbers, arrived), self._unread = self._unread, None
+        while self._unread and not torch.cuda.is_current_stream_capturing():
+            errors, arrived, fresh = self._unread[0]
+            if not (wait or len(self._unread) > UNREAD or arrived.query()):
+                return
             arrived.synchronize()
-            if not self._judge(*numbers.tolist()):
+            self._unread.popleft()
+            if not self._judge(*errors.tolist()):
+                self._fresh = fresh
                 self.recover()
 
     def set_damp(self, damp: float) -> None:
         """Makes `damp` λ, or raises DampTooSmallError and keeps the one that is."""
-        self._unread = None  # a verdict about the λ that goes
+        self._unread.clear()  # verdicts about the λ that goes
         self._invert(damp)
 
     def rebuild(self) -> None:
@@ -138,7 +148,8 @@ class Precision:
 
     def forget(self) -> None:
         """Drops what has been found out about exchanges, as their window is replaced."""
-        self._unread, self.interrupted, self._largest = None, False, 0.0
+        self._unread.clear()
+        self.interrupted, self._fresh, self._largest = False, False, 0.0
 
     def refuse(self) -> None:
         """Raises DampTooSmallError."""
@@ -146,7 +157,7 @@ class Precision:
 
     def recover(self) -> None:
         """After a result that is too far off: computes K anew in float64, or else P anew from K."""
-        if self.exact and self.side.fresh:
+        if self.exact and self._fresh:
             self.refuse()
         self._invert(self.side.damp, anew=not self.exact)
 
@@ -158,13 +169,14 @@ class Precision:
             done = self.side.invert(damp)
         if not done:
             raise DampTooSmallError(self._advice(damp))
+        self._fresh = True
 
     def _advice(self, damp: float) -> str:
         largest = float(self.side.K.diagonal().max())
         return (
-            f"damp = {damp:g} is too small for gradients of squared norm up to {largest:g}, even in "
-            f"float64; raise damp to about {min(1e30, max(10 * damp, 1e-10 * largest)):.0e} or, if "
-            f"that is not enough, to {min(1e30, max(100 * damp, 1e-6 * largest)):.0e}"
+            f"damp = {damp:g} is too small for gradients of squared norm up to {largest:g}, even "
+            f"in float64; raise damp to about {min(1e30, max(10 * damp, 1e-10 * largest)):.0e} or, "
+            f"if that is not enough, to {min(1e30, max(100 * damp, 1e-6 * largest)):.0e}"
         )
 
     def _new_round(self) -> None:
@@ -181,13 +193,11 @@ class Precision:
             numbers.copy_(errors, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(errors.device))
-            self._unread = numbers, arrived
+            self._unread.append((numbers, arrived, self._fresh))
         return True
 
     def _judge(self, error: float, in_float32: float = 0.0) -> bool:
         self._largest = max(self._largest, in_float32)
         if math.isnan(error):
             raise NonFiniteGradientError("The gradient has NaN or Inf; the window is unchanged")
-        accepted = error <= TOLERANCE
-        self.side.fresh &= not accepted
-        return accepted
+        return error <= TOLERANCE

@@ -1,11 +1,12 @@
 """Processes that share a window, and DTensors.
 
-Parameters are replicated, the same in all processes, or sharded: DTensors, each process with a part.
-Without a process group there is one process, which has everything.
+Parameters are replicated, the same in all processes, or sharded: DTensors, each process with a
+part. Without a process group there is one process, which has everything.
 """
 
 import contextlib
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
@@ -39,6 +40,43 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(x, group=self.group)
         return x
+
+    def sum_of_present(self, x: Tensor, present: bool = True) -> Tensor:
+        """`sum` of x (n, m), in one message with who is present, that is, has something to add. On
+        CUDA nobody waits for that: the sum is NaN, and those that are absent raise.
+
+        Raises:
+            ValueError: some ranks are present and some are not.
+        """
+        if self.size == 1:
+            return x
+        total = self.sum(pad(x, (0, 1), value=float(not present)))
+        absent = total[:, -1:]
+        if not (present and x.is_cuda) and 0 < int(absent[0]) < self.size:
+            raise ValueError(
+                f"{int(absent[0])} of {self.size} processes that share a window have no gradients "
+                "at all; let each compute a loss of its own batch, or none of them"
+            )
+        return total[:, :-1].where(absent == 0, torch.nan)
+
+    def check_same(self, params: Sequence[Tensor], device: torch.device) -> None:
+        """Raises ValueError if ranks differ in the shapes of the parameters, or in the numbers of
+        those that all have. `device` is that of the message."""
+        if self.size == 1:
+            return
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        shapes = zlib.crc32(repr([tuple(p.shape) for p in params]).encode())
+        own = torch.tensor([shapes, 0], device=device)
+        for i, p in enumerate(params):
+            if sharded_dim(p) is None:
+                x = local(p).detach()
+                own[1] += (i + 1) * x.view(bits[x.element_size()]).sum().to(device)
+        found = self.gather(own)
+        if not bool((found == own).all()):
+            raise ValueError(
+                "The processes that share a window have parameters of different shapes or values; "
+                "give all of them the same ones, as DDP does, or leave process_group out"
+            )
 
     def all(self, holds: Tensor) -> bool:
         """Whether it holds for all entries, in all ranks."""
@@ -100,13 +138,18 @@ class Ranks:
         return -(-length // self.size)
 
     def as_saved(self, x: Tensor, dim: int, length: int | None = None) -> Tensor:
-        """x, or, if other ranks have more of it, the DTensor of which it is a part along `dim`."""
+        """x, or, if other ranks have more of it, the DTensor of which it is a part along `dim`, all
+        ranks having `length` together. None: each part is filled up to the longest, with zeros."""
         if self.size == 1:
             return x
         from torch.distributed.tensor import DeviceMesh, Shard
 
+        if length is None:  # DTensors have parts of one length
+            lengths = self.gather(torch.tensor([x.shape[-1]], device=x.device))
+            x = padded(x, int(lengths.max()))
+            length = self.size * x.shape[-1]
         shape = list(x.shape)
-        shape[dim] = self.size * x.shape[dim] if length is None else length
+        shape[dim] = length
         mesh = DeviceMesh.from_group(cast("ProcessGroup", self.group), x.device.type)
         return as_dtensor(x, shape, mesh, [Shard(dim)])
 
@@ -124,8 +167,8 @@ class Ranks:
 def find_process_group(
     params: list[Tensor], given: "ProcessGroup | bool | None"
 ) -> "ProcessGroup | None":
-    """The group that shares a window of these parameters: the `given` one, or that of DTensors; None
-    if there is none, or it is one process.
+    """The group that shares a window of these parameters: the `given` one, or that of DTensors;
+    None if there is none, or it is one process.
 
     Raises:
         ValueError: for a DTensor that is sharded in another way, or over another group, and for
@@ -144,8 +187,8 @@ def find_process_group(
         )
     if any(getattr(p, "_fsdp_flattened", False) for p in params):
         raise ValueError(
-            "These parameters are flat shards of FullyShardedDataParallel (FSDP1), which hide their "
-            "shapes; MFAC takes those of torch.distributed.fsdp.fully_shard (FSDP2)"
+            "These parameters are flat shards of FullyShardedDataParallel (FSDP1), which hide "
+            "their shapes; MFAC takes those of torch.distributed.fsdp.fully_shard (FSDP2)"
         )
     groups = {}
     for p in filter(is_dtensor, params):
@@ -191,6 +234,8 @@ def as_dtensor(local: Tensor, shape: Sequence[int], mesh: Any, placements: Seque
 
     stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     size = torch.Size(shape)
+    if local.storage_offset():  # which deep copies of DTensors do not know
+        local = torch.from_dlpack(local.detach())
     return DTensor.from_local(
         local, mesh, placements, run_check=False, shape=size, stride=tuple(stride)
     )

@@ -21,8 +21,8 @@ IN_A_ROW = 100  # steps skipped, at most
 class Recovery:
     """Goes on after a gradient that is refused, and keeps count.
 
-    A gradient with NaN or Inf skips a step. Where λ is too small, the smallest sufficient one of its
-    multiples by 10, 100, ... is used, and once a round of m steps λ itself is tried again.
+    A gradient with NaN or Inf skips a step. Where λ is too small, the smallest sufficient one of
+    its multiples by 10, 100, ... is used, and once a round of m steps λ itself is tried again.
 
     Args:
         on_nonfinite: "skip" or "raise".
@@ -35,16 +35,20 @@ class Recovery:
         self.skipped_steps = self.raised_steps = 0
         self._steps = self._last_skip = self._in_a_row = 0
 
-    def settle(self, fisher: "DynamicInverseFisher") -> NonFiniteGradientError | None:
-        """Reads what the last step on CUDA found out; returns what is left to raise."""
-        try:
-            fisher.settle()
-        except DampTooSmallError:
-            self._raise_damp(fisher)
-        except NonFiniteGradientError as error:
-            self._skip(error)
-            return error if self.on_nonfinite == "raise" else None
-        return None
+    def settle(
+        self, fisher: "DynamicInverseFisher", wait: bool = True
+    ) -> NonFiniteGradientError | None:
+        """Reads what steps on CUDA found out; returns what is left to raise."""
+        late = None
+        while True:
+            try:
+                fisher.settle(wait)
+                return late if self.on_nonfinite == "raise" else None
+            except DampTooSmallError:
+                self._raise_damp(fisher)
+            except NonFiniteGradientError as error:
+                self._skip(error)
+                late = error
 
     def update_matvec(
         self, fisher: "DynamicInverseFisher", g: Tensor, damp: float
@@ -69,9 +73,9 @@ class Recovery:
                 self.raised_steps += 1
                 if self.raised_steps == 1:
                     warn_user(
-                        f"damp = {damp:g} is too small for these gradients: {fisher.damp:g} is used, "
-                        "or more, for as long as needed, without another warning; raised_steps counts "
-                        "the steps"
+                        f"damp = {damp:g} is too small for these gradients: {fisher.damp:g} is "
+                        "used, or more, for as long as needed, without another warning; "
+                        "raised_steps counts the steps"
                     )
             return u
 
@@ -81,8 +85,8 @@ class Recovery:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` gave, and other entries that it leaves alone."""
-        for name in self.state_dict():
-            setattr(self, name, check_integer(name, state.get(name), least=0))
+        counts = {name: check_integer(name, state.get(name), least=0) for name in self.state_dict()}
+        vars(self).update(counts)
 
     def _skip(self, error: NonFiniteGradientError) -> None:
         self._in_a_row = self._in_a_row + 1 if self._last_skip == self._steps - 1 else 1
@@ -90,8 +94,8 @@ class Recovery:
         self.skipped_steps += 1
         if self._in_a_row >= IN_A_ROW:
             raise NonFiniteGradientError(
-                f"{IN_A_ROW} gradients in a row have NaN or Inf; look for NaN in the parameters, go "
-                "back to a checkpoint, and train with a lower lr"
+                f"{IN_A_ROW} gradients in a row have NaN or Inf; look for NaN in the parameters, "
+                "go back to a checkpoint, and train with a lower lr"
             ) from error
         if self.skipped_steps == 1 and self.on_nonfinite == "skip":
             warn_user(

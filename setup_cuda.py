@@ -1,15 +1,17 @@
 """Builds the CUDA extension `hinv_cuda`. It is optional: without it torch operations do the same.
 
-    python setup_cuda.py install                     into this environment
     python setup_cuda.py build_ext --inplace         beside this file
-    MFAC_CUDA=1 pip install . --no-build-isolation   together with the rest of the project
+    python setup_cuda.py install                     into this environment, for clones
+    MFAC_CUDA=1 pip install . --no-build-isolation   into the package `mfac`
+    python -m mfac.setup_cuda build_ext --inplace    the same, once `mfac` is installed
     setup_cuda.load()                                from Python: builds on the first call
 
 Needs a CUDA build of torch, nvcc of the same major version as torch's CUDA, and a C++ compiler.
-Builds for the GPUs that are present, for those in TORCH_CUDA_ARCH_LIST where that is set, and where
-neither says anything for every generation in DEFAULT_ARCHITECTURES that nvcc knows.
+Builds for TORCH_CUDA_ARCH_LIST where that is set, else for the GPUs that are present, and without a
+GPU for every generation in DEFAULT_ARCHITECTURES that nvcc knows.
 """
 
+import importlib
 import os
 import re
 import shutil
@@ -22,72 +24,155 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SOURCES = ["hinv_cuda.cpp", "hinv_cuda_kernel.cu"]
+NAME = "mfac.hinv_cuda" if __name__.startswith("mfac.") else "hinv_cuda"
 DEFAULT_ARCHITECTURES = [80, 86, 89, 90, 100, 120]  # compute capability times 10
 
 
 class CannotBuildError(RuntimeError):
-    """Something that the build needs is missing; the message says what, and what to do."""
+    """The build is not possible; the message says what is wrong, and what to do."""
 
 
 def architecture_flags() -> list[str]:
     """Checks that everything the build needs is there; returns the architectures, as nvcc's flags.
 
     Raises:
-        CannotBuildError: what is missing, in one sentence.
+        CannotBuildError: what is missing or does not fit, in one sentence.
     """
     try:
         import torch
     except ImportError:
-        raise CannotBuildError("torch is not installed; install a CUDA build of it first") from None
+        raise CannotBuildError(
+            "torch is not installed; install a CUDA build of it first, and build without isolation"
+        ) from None
     if torch.version.cuda is None:
+        remedy = "install a CUDA build of it, or go without the extension"
+        if sys.platform == "darwin":
+            remedy = "there is none for macOS and its MPS devices; go without the extension"
+        raise CannotBuildError(f"torch {torch.__version__} is built without CUDA; {remedy}")
+    nvcc = _nvcc(torch.version.cuda)
+    _check_compiler(nvcc)
+
+    known = sorted(map(int, re.findall(r"compute_(\d+)", _run(nvcc, "--list-gpu-arch").stdout)))
+    if os.environ.get("TORCH_CUDA_ARCH_LIST", "native") not in ("", "native"):
+        return _listed_flags(nvcc, known)
+    binaries = sorted(_present(nvcc, known) or {*DEFAULT_ARCHITECTURES} & {*known})
+    return [
+        *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in binaries),
+        f"-gencode=arch=compute_{binaries[-1]},code=compute_{binaries[-1]}",
+    ]
+
+
+def _listed_flags(nvcc: Path, known: list[int]) -> list[str]:
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST. Raises CannotBuildError if nvcc lacks one."""
+    from torch.utils import cpp_extension
+
+    try:
+        flags = cpp_extension._get_cuda_arch_flags()
+    except ValueError:
         raise CannotBuildError(
-            f"torch {torch.__version__} is built without CUDA; install a CUDA build of it"
-        )
-    version = torch.version.cuda
-    nvcc = _nvcc()
-    if nvcc is None:
+            f"TORCH_CUDA_ARCH_LIST={os.environ['TORCH_CUDA_ARCH_LIST']!r} is not a list of "
+            "architectures that torch knows; write it like '8.0;9.0+PTX', or unset it"
+        ) from None
+    for number in map(int, re.findall(r"compute_(\d+)", " ".join(flags))):
+        if number not in known:
+            raise CannotBuildError(
+                f"TORCH_CUDA_ARCH_LIST has {_capability(number)}, but {nvcc} builds for "
+                f"{', '.join(map(_capability, known))}; take it off the list, or install a toolkit "
+                "that has it"
+            )
+    return flags
+
+
+def _present(nvcc: Path, known: list[int]) -> set[int]:
+    """The architectures of this machine's GPUs. Raises CannotBuildError if nvcc lacks one."""
+    import torch
+
+    present = set()
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        number = 10 * major + minor
+        if number not in known:
+            older = [other for other in known if other < number]
+            remedy = "use an older CUDA toolkit and torch"
+            if older:
+                remedy = (
+                    f"install a newer one, or set TORCH_CUDA_ARCH_LIST={_capability(older[-1])}+PTX"
+                )
+            raise CannotBuildError(
+                f"{torch.cuda.get_device_name(i)} has compute capability {major}.{minor}, but "
+                f"{nvcc} builds for {', '.join(map(_capability, known))}; {remedy}"
+            )
+        present.add(number)
+    return present
+
+
+def _capability(number: int) -> str:
+    return f"{number // 10}.{number % 10}"
+
+
+def _nvcc(version: str) -> Path:
+    """nvcc in CUDA_HOME or CUDA_PATH, on the PATH, or where the toolkit's installer puts it.
+
+    Raises CannotBuildError if there is none that builds for torch's CUDA `version`.
+    """
+    remedy = f"install the CUDA toolkit {version}, or set CUDA_HOME to the folder it is in"
+    variable = next((name for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)), None)
+    if variable:
+        nvcc = Path(os.environ[variable], "bin", "nvcc")
+        missing = f"{variable} is {os.environ[variable]!r}, and there is no {nvcc}"
+    else:
+        nvcc = Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
+        missing = "there is no nvcc"
+    if not nvcc.is_file():
+        raise CannotBuildError(f"{missing}; {remedy}")
+    said = _run(nvcc, "--version").stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    if release is None:
+        raise CannotBuildError(f"{nvcc} is not nvcc, as --version gives {said[:80]!r}; {remedy}")
+    if release[1] != version.split(".")[0]:
         raise CannotBuildError(
-            f"there is no nvcc; install the CUDA toolkit {version}, or set CUDA_HOME to where it is"
+            f"{nvcc} is {release[0]}, but torch is built for CUDA {version}; install a toolkit of "
+            "the same major version, or set CUDA_HOME to it"
         )
-    release = re.search(r"release (\d+)\.(\d+)", _output(nvcc, "--version"))
-    if release is None or release[1] != version.split(".")[0]:
-        found = release[0] if release else "of unknown version"
-        raise CannotBuildError(
-            f"{nvcc} is {found}, but torch is built for CUDA {version}; install a toolkit of the "
-            "same major version, or set CUDA_HOME to it"
-        )
-    compiler = os.environ.get("CXX", "c++").split()[0]
+    return nvcc
+
+
+def _check_compiler(nvcc: Path) -> None:
+    """Raises CannotBuildError if there is no C++ compiler, or none that nvcc works with."""
+    compiler = os.environ.get("CXX", "c++").split(" ")[0]
     if shutil.which(compiler) is None:
         raise CannotBuildError(
             f"there is no C++ compiler {compiler!r}; install g++, or set CXX to a compiler"
         )
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         raise CannotBuildError("Python.h is missing; install Python's headers (python3-dev)")
-
-    known = [int(n) for n in re.findall(r"compute_(\d+)", _output(nvcc, "--list-gpu-arch"))]
-    for i in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(i)
-        if 10 * major + minor < min(known):
-            raise CannotBuildError(
-                f"{torch.cuda.get_device_name(i)} has compute capability {major}.{minor}, below "
-                f"{min(known) / 10}, the least that CUDA {version} builds for; use an older CUDA"
-            )
-    if torch.cuda.device_count() > 0 or os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return []  # torch sees to the architectures
-    binaries = [number for number in DEFAULT_ARCHITECTURES if number in known]
-    newest = max(binaries)
-    return [
-        *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in binaries),
-        f"-gencode=arch=compute_{newest},code=compute_{newest}",
-    ]
+    host = ["-ccbin", os.environ["CC"]] if "CC" in os.environ else []  # as torch calls nvcc
+    trial = _run(nvcc, *host, "-x", "cu", "-E", os.devnull, "-o", os.devnull)
+    if trial.returncode:
+        reason = re.search(r"(?:error: #error -- |error: |fatal +: )([^!\n]*)", trial.stdout)
+        raise CannotBuildError(
+            f"{nvcc} does not work with the compiler {' '.join(host[1:]) or 'on the PATH'} "
+            f"({reason[1] if reason else trial.stdout[:80]}); set CC and CXX to one that it takes"
+        )
 
 
-def _nvcc() -> Path | None:
-    """nvcc in CUDA_HOME, on the PATH, or where the toolkit's installer puts it."""
-    home = os.environ.get("CUDA_HOME")
-    found = None if home else shutil.which("nvcc")
-    nvcc = Path(found or Path(home or "/usr/local/cuda", "bin", "nvcc"))
-    return nvcc if nvcc.exists() else None
+def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    """A finished process, its standard error in its output. Raises CannotBuildError."""
+    try:
+        return subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=120,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = getattr(error, "strerror", None) or "no answer in two minutes"
+        raise CannotBuildError(
+            f"{command[0]} cannot be run ({reason}); set CUDA_HOME to a whole CUDA toolkit"
+        ) from None
 
 
 def _cpp_extension() -> ModuleType:
@@ -95,25 +180,38 @@ def _cpp_extension() -> ModuleType:
 
     It guesses from the place of nvcc, which is wrong where that is a wrapper; nvcc itself knows.
     """
+    import torch
     from torch.utils import cpp_extension
 
-    top = re.search(r"TOP=(.*)", _output(_nvcc(), "--dryrun", "-x", "cu", "/dev/null"))
+    nvcc = _nvcc(str(torch.version.cuda))
+    top = re.search(r"TOP=(.*)", _run(nvcc, "--dryrun", "-x", "cu", os.devnull).stdout)
     if top:
         cpp_extension.CUDA_HOME = os.path.realpath(top[1])
     return cpp_extension
 
 
-def _output(*command: str | Path) -> str:
-    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return run.stdout
+def extension(name: str = "hinv_cuda") -> dict[str, Any]:
+    """Arguments with which `setuptools.setup` builds the module `name`.
 
-
-def extension() -> dict[str, Any]:
-    """Arguments with which `setuptools.setup` builds hinv_cuda. Raises as `architecture_flags`."""
+    Raises as `architecture_flags`.
+    """
     flags = {"cxx": [], "nvcc": architecture_flags()}
     torch_build = _cpp_extension()
-    module = torch_build.CUDAExtension("hinv_cuda", SOURCES, extra_compile_args=flags)
+    module = torch_build.CUDAExtension(name, SOURCES, extra_compile_args=flags)
     return {"ext_modules": [module], "cmdclass": {"build_ext": torch_build.BuildExtension}}
+
+
+def installed() -> ModuleType:
+    """hinv_cuda, from the environment or from beside this file.
+
+    Raises:
+        ImportError: it is not installed, cannot be loaded, or is not the one of these sources.
+    """
+    module = importlib.import_module(NAME)
+    functions = re.findall(r'module\.def\(\s*"(\w+)"', (HERE / SOURCES[0]).read_text("utf-8"))
+    if missing := [name for name in functions if not hasattr(module, name)]:
+        raise ImportError(f"{module} has no {missing[0]}: it is another one, or of another version")
+    return module
 
 
 def load() -> ModuleType:
@@ -122,39 +220,43 @@ def load() -> ModuleType:
     `import hinv_cuda` finds the module afterwards.
 
     Raises:
-        CannotBuildError: something that the build needs is missing.
+        CannotBuildError: something that the build needs is missing, or what is installed is wrong.
     """
     try:
-        import hinv_cuda
+        return installed()
     except ModuleNotFoundError:
-        flags = architecture_flags()
-        torch_build = _cpp_extension()
-        if not torch_build.is_ninja_available():
-            raise CannotBuildError("ninja is not installed; pip install ninja") from None
-        hinv_cuda = torch_build.load(
-            "hinv_cuda",
-            [str(HERE / source) for source in SOURCES],
-            extra_cuda_cflags=flags,
-        )
-        sys.modules["hinv_cuda"] = hinv_cuda
-    return hinv_cuda
+        pass
+    except ImportError as error:
+        raise CannotBuildError(
+            f"{error}; remove it, or build anew with python setup_cuda.py build_ext --inplace"
+        ) from None
+    flags = architecture_flags()
+    torch_build = _cpp_extension()
+    if not torch_build.is_ninja_available():
+        raise CannotBuildError("ninja is not installed; pip install ninja")
+    module = torch_build.load(
+        "hinv_cuda", [str(HERE / source) for source in SOURCES], extra_cuda_cflags=flags
+    )
+    sys.modules[NAME] = module
+    return module
 
 
 def main() -> None:
     """The command line: the commands of setuptools, for the extension alone."""
-    try:
-        arguments = extension()
-    except CannotBuildError as error:
-        print(f"setup_cuda.py: {error}", file=sys.stderr)
-        sys.exit(2)
     from setuptools import Distribution, setup
 
     class ExtensionAlone(Distribution):
         def parse_config_files(self, *_: Any, **__: Any) -> None:
             """Reads none: pyproject.toml describes the project, not this extension."""
 
-    os.chdir(HERE)
-    setup(name="hinv_cuda", version="0.1.0", distclass=ExtensionAlone, **arguments)
+    try:
+        arguments = extension()
+        folders = {"build_base": "build/hinv_cuda", "build_temp": "build/objects"}
+        os.chdir(HERE)
+        setup(name=NAME, distclass=ExtensionAlone, options={"build": folders}, **arguments)
+    except RuntimeError as error:  # of torch's build, too, after what the compilers print
+        print(f"setup_cuda.py: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

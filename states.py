@@ -11,14 +11,19 @@ import torch
 from torch import Tensor
 
 from checks import check_damp, check_integer, checked_dtype, is_real, kind
-from flat import Flat, views
+from flat import Flat
 from ranks import as_dtensor, is_dtensor, local, placed_as, sharded_dim
 from windows import BLOCK, SCALED
 
 if TYPE_CHECKING:
     from optim import MFAC, DynamicInverseFisher
 
-__all__ = ["by_parameter", "into_fisher", "into_optimizer", "of_fisher", "of_optimizer"]
+__all__ = [
+    "into_fisher",
+    "into_optimizer",
+    "of_fisher",
+    "of_optimizer",
+]
 
 
 # --- the inverse Fisher ---------------------------------------------------------------------------
@@ -51,7 +56,8 @@ def into_fisher(
     Args:
         fisher: what to load into.
         state: what to load.
-        update: what takes gradients one by one where the window is another, by default `fisher.update`.
+        update: what takes gradients one by one where the window is another; by default that of
+            the inverse Fisher.
         complete: whether K is of all columns; otherwise it is computed anew.
 
     Raises:
@@ -93,7 +99,6 @@ def into_fisher(
     precision.exact = precision.always_exact or state["exact"]
     side.K.copy_(state["K"])
     side.P.copy_(state["P"])
-    side.fresh = False
     if not complete:
         precision.rebuild()
     elif state["damp"] != fisher.damp:
@@ -141,51 +146,51 @@ def _check_shared(state: Any) -> None:
 
 def _checked_block(block: Any, m: int, dtype: torch.dtype, compress: float | None) -> int:
     """The number of columns of a saved block of m gradients."""
-    scaled = dtype in SCALED
-    dense = ("G", "scales") if scaled else ("G",)
-    names = dense if compress is None else ("error", "columns", "values")
-    parts = [block.get(name) if isinstance(block, dict) else None for name in names]
-    fits = all(isinstance(x, Tensor) and x.layout == torch.strided for x in parts)
-    if fits and compress is None:
-        G = parts[0]
-        fits = G.ndim == 2 and len(G) == m and G.dtype == dtype
-        if fits and scaled:
-            fits = parts[1].shape == (m, -(-G.shape[1] // BLOCK)) and is_real(parts[1])
-    elif fits:
-        error, columns, values = parts
-        fits = error.ndim == 1 and is_real(error) and values.dtype == dtype
-        fits = fits and columns.dtype == torch.int32 and columns.shape == values.shape
-        fits = fits and values.ndim == 2 and len(values) == m
-        fits = fits and bool(((0 <= columns) & (columns < len(error))).all())
+    wanted = {"G": (dtype, 2)}
+    if compress is not None:
+        real = torch.promote_types(dtype, torch.float32)
+        wanted = {"error": (real, 1), "columns": (torch.int32, 2), "values": (dtype, 2)}
+    elif dtype in SCALED:
+        wanted["scales"] = (torch.float32, 2)
+    parts: dict[str, Any] = block if isinstance(block, dict) else {}
+    fits = all(
+        isinstance(x := parts.get(name), Tensor)
+        and (x.layout, x.dtype, x.ndim) == (torch.strided, *kind)
+        and (x.ndim == 1 or len(x) == m)
+        for name, kind in wanted.items()
+    )
+    d = parts[next(iter(wanted))].shape[-1] if fits else 0
+    if fits and compress is not None:
+        columns = parts["columns"]
+        fits = columns.shape == parts["values"].shape and bool(
+            ((columns >= 0) & (columns < d)).all()
+        )
+    elif fits and dtype in SCALED:
+        fits = parts["scales"].shape[1] == -(-d // BLOCK)
     if not fits:
         raise ValueError(f"The state dict is damaged: its window must have {m} rows of {dtype}")
-    return parts[0].shape[-1]
+    return d
 
 
 # --- the optimizer --------------------------------------------------------------------------------
-
-
-def by_parameter(fisher: "DynamicInverseFisher") -> bool:
-    """Whether a window is saved with the parameters its columns belong to: not where blocks of
-    columns have scales, or entries, in common."""
-    return fisher.compress is None and fisher.dtype not in SCALED
 
 
 def of_optimizer(optimizer: "MFAC", state_dict: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `state_dict` gives, with the window."""
 
     def add(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        flat, fisher = optimizer._flat, optimizer.fisher
+        flat, fisher = optimizer.flat, optimizer.fisher
         shared = of_fisher(fisher)
         blocks = shared.pop("window")
-        if by_parameter(fisher):
-            numbers = {id(p): i for i, (_, p) in enumerate(optimizer._numbered())}
+        if fisher.window.separable:
+            numbers = {id(p): i for i, (_, p) in enumerate(optimizer.numbered())}
+            none = fisher.window.blocks[0].G[:, :0]
             for p, span in zip(flat.params, flat.columns, strict=True):
                 views = fisher.window.columns(span.start, span.stop)
                 G = (
                     views[0]
                     if len(views) == 1
-                    else torch.cat([x.to(fisher.device) for x in views], 1)
+                    else torch.cat([x.to(fisher.device) for x in [none, *views]], 1)
                 )
                 entries = state["state"][numbers[id(p)]]
                 state["state"][numbers[id(p)]] = {**entries, "grads": _to_save(flat, p, G)}
@@ -218,7 +223,7 @@ def into_optimizer(
         raise ValueError(f"Expected a state dict of MFAC, got {kind(state_dict)}")
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(f"This state dict is not one of MFAC: it has {list(state_dict)} only")
-    params = [p for _, p in optimizer._numbered()]
+    params = [p for _, p in optimizer.numbered()]
     saved: list[dict[str, Any]] = []
     shared: dict[str, Any] = {}
     masks = [optimizer.state[p].get("mask") for p in params]
@@ -235,9 +240,11 @@ def into_optimizer(
         shared.update(first["fisher"])
         ids = [i for group in groups for i in group["params"]]
         saved.extend(state_dict["state"].get(i, {}) for i in ids)
-        _check_parameters(params, saved)
+        # All that can be checked is, before anything changes.
+        _check_parameters(params, saved, shared)
+        optimizer._recovery.load_state_dict(shared)
         rest = {key: v for key, v in state_dict["state"].items() if key not in ids}
-        first = {name: value for name, value in first.items() if name != "fisher"}
+        first = {**first, "fisher": None}
         return {**state_dict, "state": rest, "param_groups": [first, *others]}
 
     def put(_: torch.optim.Optimizer) -> None:
@@ -245,29 +252,26 @@ def into_optimizer(
             mask = entries.get("mask", mask)
             if mask is not None:
                 optimizer.state[p]["mask"] = placed_as(p, mask)
-        optimizer._build(
+        optimizer.build(
             {id(p) for p, entries in zip(params, saved, strict=True) if "grads" in entries}
         )
-        flat, fisher = optimizer._flat, optimizer.fisher
-        entries = {id(p): found for p, found in zip(params, saved, strict=True)}
+        flat, fisher = optimizer.flat, optimizer.fisher
+        of = {id(p): found for p, found in zip(params, saved, strict=True)}
         for p in flat.params:
-            if "momentum_buffer" in entries[id(p)]:
-                optimizer._velocity()
-                value = placed_as(p, entries[id(p)]["momentum_buffer"])
+            if "momentum_buffer" in of[id(p)]:
+                optimizer.velocity()
+                value = placed_as(p, of[id(p)]["momentum_buffer"])
+                if (mask := optimizer.mask(p)) is not None:
+                    value *= mask  # which the state may know nothing of
                 local(optimizer.state[p]["momentum_buffer"]).copy_(local(value))
-        optimizer._recovery.load_state_dict(shared)
         ranks, complete = flat.ranks, True
         if "window" in shared:
-            window = shared["window"]
-            blocks = [
-                {name: ranks.own(x, x.ndim - 1) for name, x in window[str(i)].items()}
-                for i in range(len(window))
-            ]
+            blocks = _own_blocks(fisher, shared)
         else:
             m = len(shared["K"])
             dtype = getattr(torch, shared["dtype"])
             blocks = [
-                {"G": _from_saved(flat, p, span, entries[id(p)], m, dtype)}
+                {"G": _from_saved(flat, p, span, of[id(p)], m, dtype)}
                 for p, span in zip(flat.params, flat.columns, strict=True)
             ]
             complete = sum("grads" in found for found in saved) == shared["parameters"]
@@ -292,23 +296,39 @@ def into_optimizer(
 
 
 def _to_save(flat: Flat, p: Tensor, G: Tensor) -> Tensor:
-    """The columns G (m, ·) of p as (m, *shape), or as (m, trained weights) where there are masks or
-    ranks that share it."""
-    m, here, dim = len(G), local(p), sharded_dim(p)
-    if flat.index is None:  # in the order of memory
-        stride = torch.empty_like(here, device="meta").stride()
-        return G.as_strided((m, *here.shape), (G.stride(0), *stride), G.storage_offset())
-    mask = flat.mask(p)
+    """The columns G (m, ·) of p as (m, trained weights), or (m, *shape) if p is sharded."""
+    dim, mask, here = sharded_dim(p), flat.mask(p), local(p)
     if dim is None:
-        trained = p.numel() if mask is None else int(mask.sum())
-        return flat.ranks.as_saved(G, 1, trained)
+        return flat.ranks.as_saved(G, 1, p.numel() if mask is None else int(mask.sum()))
     if mask is not None:
-        G = G.new_zeros(m, here.numel()).index_copy_(1, local(mask).flatten().nonzero()[:, 0], G)
+        index = local(mask).flatten().nonzero()[:, 0]
+        G = G.new_zeros(len(G), here.numel()).index_copy_(1, index, G)
     from torch.distributed.tensor import Shard
 
     placements = [Shard(dim + 1) if x.is_shard() else x for x in cast(Any, p).placements]
-    mesh = cast(Any, p).device_mesh
-    return as_dtensor(G.reshape(m, *here.shape), (m, *p.shape), mesh, placements)
+    shape, mesh = (len(G), *p.shape), cast(Any, p).device_mesh
+    return as_dtensor(G.reshape(len(G), *here.shape), shape, mesh, placements)
+
+
+def _own_blocks(fisher: "DynamicInverseFisher", shared: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """The blocks of a window that is not saved by parameter: of one that ranks share, this rank's
+    part, without what makes all parts of one length."""
+    ranks, window = fisher.ranks, shared["window"]
+    blocks = [window[str(i)] for i in range(len(window))]
+    if ranks.size == shared["ranks"] == 1:
+        return blocks
+    saved = len(shared["K"]), shared["dtype"], shared["compress"], shared["ranks"], len(blocks)
+    own = of_fisher(fisher)
+    if saved != (len(own["K"]), own["dtype"], own["compress"], ranks.size, len(own["window"])):
+        raise ValueError(
+            "A window with scales (8 or 16 bits), or a compressed one, that processes share goes "
+            f"on in as many processes ({shared['ranks']} saved it), with the same ngrads, "
+            "window_dtype and compress, and the same layers trained; load it so, or start anew"
+        )
+    return [
+        {name: ranks.own(block[name], x.ndim - 1)[..., : x.shape[-1]] for name, x in mine.items()}
+        for mine, block in zip(own["window"], blocks, strict=True)
+    ]
 
 
 def _from_saved(
@@ -329,16 +349,18 @@ def _from_saved(
         G = flat.ranks.own(G.view(m, *p.shape), dim + 1).flatten(1)
     if mask is not None and G.shape[1] == local(p).numel():
         G = G[:, local(mask).flatten().to(G.device)]
-    if dim is None:
-        G = flat.ranks.part(G, 1)
-    if flat.index is None and not local(p).is_contiguous():
-        order = views(torch.arange(p.numel(), device=G.device), [p])[0].flatten()
-        G = torch.empty_like(G).index_copy_(1, order, G)
-    return G
+    return flat.ranks.part(G, 1) if dim is None else G
 
 
-def _check_parameters(params: list[Tensor], saved: list[dict[str, Any]]) -> None:
-    """Raises ValueError if the saved entries are not those of these parameters."""
+def _check_parameters(
+    params: list[Tensor], saved: list[dict[str, Any]], shared: dict[str, Any]
+) -> None:
+    """Raises ValueError if the saved entries are not those of these parameters, or damaged."""
+    _check_shared({**shared, "window": []})
+    m, dtype = len(shared["K"]), getattr(torch, shared["dtype"])
+    for block in shared.get("window", {}).values():
+        parts = {name: local(x) for name, x in block.items()}
+        _checked_block(parts, m, dtype, shared["compress"] or None)
     for p, entries in zip(params, saved, strict=True):
         if not all(isinstance(value, Tensor) for value in entries.values()):
             raise ValueError(f"The state dict is damaged: not all of {list(entries)} are tensors")
@@ -346,6 +368,8 @@ def _check_parameters(params: list[Tensor], saved: list[dict[str, Any]]) -> None
             tuple(entries[name].shape) for name in ("mask", "momentum_buffer") if name in entries
         ]
         grads, weights = entries.get("grads"), p.numel()
+        if grads is not None and (len(grads) != m or grads.dtype != dtype):
+            raise ValueError(f"The state dict is damaged: its window must have {m} rows of {dtype}")
         if "mask" in entries and sharded_dim(entries["mask"]) is None:
             weights = int(local(entries["mask"]).sum())
         columns = weights if grads is None else grads.shape[1:].numel()
@@ -358,10 +382,10 @@ def _check_parameters(params: list[Tensor], saved: list[dict[str, Any]]) -> None
 
 def _check_ranks(fisher: "DynamicInverseFisher") -> None:
     """Raises ValueError if K is not of this window: each process may have loaded what one saved."""
-    squares = sum(tile.square().sum(1) for tile in fisher.window.tiles())
+    squares = torch.stack([tile.square().sum(1) for tile in fisher.window.tiles()]).sum(0)
     found, expected = fisher.ranks.sum(squares), fisher.coefficients.K.diagonal()
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-30):
         raise ValueError(
-            "The window is not the one that belongs to the state dict; each process must load what it "
-            "saved itself, or a state that was made whole, as by full_state_dict=True"
+            "The window is not the one that belongs to the state dict; each process must load what "
+            "it saved itself, or a state that was made whole, as by full_state_dict=True"
         )

@@ -1,14 +1,14 @@
 """Where the gradients of a sliding window are kept, and the products with them.
 
-`DenseWindow` keeps G (m, d), the m gradients of d weights as rows, and `CompressedWindow` the largest
-entries of each row. Both round what enters to their type and compute everything from what they keep.
-A `Window` is such blocks of columns side by side, each on its device. Nothing here waits for a GPU.
+`DenseWindow` keeps G (m, d), the m gradients of d weights as rows, and `CompressedWindow` the
+largest entries of each row. Both round what enters to their type and compute everything from what
+they keep. A `Window` is such blocks of columns side by side, each on its device. Nothing here waits
+for a GPU.
 
 On CUDA, kernels multiply exactly, add in float64 and read the window once (module `kernels`).
 Elsewhere torch operations multiply in float32 and add short sums in float64, or all is float64.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -148,12 +148,13 @@ class DenseWindow:
     def _dtype(self, exact: bool) -> torch.dtype:
         """The type of products: float32 only where the process does not let it be less. To set that
         for the process would reach other threads."""
-        full = torch.backends.mkldnn.matmul.fp32_precision in ("ieee", "none")
+        mkldnn: Any = torch.backends.mkldnn  # the annotations of torch lack its matmul
+        full = mkldnn.matmul.fp32_precision in ("ieee", "none")
         exact |= not full or self.device.type != "cpu" or self.G.dtype == torch.float64
         return torch.float64 if exact else torch.float32
 
     def _converted(self, rows: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
-        """The first rows in `dtype`: at once if they have it, otherwise in tiles that cache holds."""
+        """The first rows in `dtype`: at once if they have it, else in tiles that cache holds."""
         if self.G.dtype == dtype or rows * self.dim == 0:
             yield slice(0, rows), slice(0, self.dim), self.G[:rows].to(dtype)
             return
@@ -184,7 +185,8 @@ class DenseWindow:
 
 
 class CompressedWindow:
-    """G (m, d) with the largest entries of each gradient alone, of which each block of columns has its
+    """G (m, d) with the largest entries of each gradient alone, of which each block of columns has
+    its
     share, in float64, float32 or bfloat16.
 
     What a gradient loses is carried over to the next one (error feedback; EFCP, arXiv 2306.06098):
@@ -333,13 +335,20 @@ class Window:
             self.blocks.append(block)
 
     def divide(self, dims: Sequence[int]) -> None:
-        """Makes an empty window of blocks of these numbers of columns, if there are devices for them:
+        """Makes an empty window of blocks of these numbers of columns, if there are devices for
+        them:
         as many, or fewer where it has grown."""
         devices = [block.device for block in self.blocks]
         if len(devices) <= len(dims) and list(dims) != self.dims:
             self.blocks = []
             for i, dim in enumerate(dims):
                 self.append(dim, devices[min(i, len(devices) - 1)])
+
+    @property
+    def separable(self) -> bool:
+        """Whether columns can be saved with what they belong to: not where blocks of them have
+        scales, or the largest entries, in common."""
+        return self.compress is None and self.dtype not in SCALED
 
     @property
     def dims(self) -> list[int]:
@@ -411,7 +420,7 @@ class Window:
         return [(block, part.to(block.device)) for block, part in parts]
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
-        """Parts of a vector from all blocks, started on all devices before the first is collected."""
+        """A vector from its parts, started on all devices before the first is collected."""
         parts = [part.to(self.device) for part in parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -479,7 +488,8 @@ def _largest(a: Tensor, compress: float) -> Tensor:
 
 
 def _rows_in_use(rows: Tensor, count: Tensor) -> int:
-    """How many rows are in use once the next is written. All of them on CUDA, which would have to be
+    """How many rows are in use once the next is written. All of them on CUDA, which would have to
+    be
     waited for to know better."""
     return len(rows) if count.is_cuda else min(int(count) + 1, len(rows))
 

@@ -16,7 +16,7 @@ fi
 "$PYTHON" -m pytest -m cuda -rs tests
 
 if command -v compute-sanitizer > /dev/null; then
-    cases='(test_setup or test_mul or test_update) and not 1024'
+    cases='(test_setup or test_mul or test_update or times) and not 1024'
     for tool in memcheck racecheck initcheck synccheck; do
         compute-sanitizer --tool "$tool" --error-exitcode 1 \
             "$PYTHON" -m pytest -m cuda tests/test_hinv_cuda.py -k "$cases"
@@ -25,4 +25,5 @@ else
     echo "compute-sanitizer is not installed: its checks were left out"
 fi
 
-"$PYTHON" benchmarks/gpu_step.py --json benchmarks/results/gpu_step.json
+"$PYTHON" benchmarks/gpu_step.py
+"$PYTHON" benchmarks/gpu_rows.py --json benchmarks/results/gpu_rows.json

@@ -1,10 +1,10 @@
 """Time of a step on a GPU: MFAC on the parameters of ResNet-20, and `update_matvec` for large d.
 
-    python benchmarks/gpu_rows.py [--json FILE]
+    python benchmarks/gpu_rows.py [--large] [--json FILE]
 
 Each row: median milliseconds of a step with fresh random gradients, eagerly and replayed as a CUDA
-graph, and two reads of the window at the bandwidth of a copy. The window is full. Before times are
-taken, a step's result is compared with float64, and 3m replays with as many eager steps.
+graph, and two reads of the window at the bandwidth of a copy. The window is full. Before, results
+are compared with float64, and 3m replays of a captured step with as many eager ones.
 """
 
 import argparse
@@ -13,82 +13,49 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch import nn
 
 import kernels
 import models
 from optim import MFAC, DynamicInverseFisher
 
+DTYPES = torch.float32, torch.bfloat16, torch.float8_e4m3fn
+LARGE = [
+    (1024, 11_000_000, torch.float32),
+    (256, 25_600_000, torch.float32),
+    (1024, 25_600_000, torch.bfloat16),
+    (1024, 25_600_000, torch.float8_e4m3fn),
+]
 
-def milliseconds(run, rounds=9, repeats=20):
+
+def milliseconds(run: Callable[[], object], rounds: int = 9, repeats: int = 20) -> float:
     """Median over rounds of the time of a run, among `repeats` in a row."""
-    for _ in range(5):
-        run()
     times = []
-    for _ in range(rounds):
+    for _ in range(rounds + 1):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(repeats):
             run()
         torch.cuda.synchronize()
         times.append((time.perf_counter() - start) / repeats * 1e3)
-    return statistics.median(times)
+    return statistics.median(times[1:])
 
 
-def bandwidth():
+def bandwidth() -> float:
     """Bytes a second of a copy, read and written."""
-    source = torch.empty(2**29, dtype=torch.float32, device="cuda").normal_()
+    source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
     return 2 * 4 * source.numel() / milliseconds(lambda: target.copy_(source), 5, 10) * 1e3
 
 
-def fill(fisher, d):
-    """Makes the window full, of random gradients, K and P with it."""
-    m = fisher.num_grads
-    for _ in range(m):
-        fisher.update(torch.randn(d, device="cuda"))
-
-
-def optimizer(m, dtype, momentum=0.9, **options):
-    model = models.build("resnet20", 10).cuda()
-    params = list(model.parameters())
-    sets = [[torch.randn_like(p) for p in params] for _ in range(16)]
-    for p, g in zip(params, sets[0], strict=True):
-        p.grad = g.clone()
-    made = MFAC(params, lr=1e-6, ngrads=m, momentum=momentum, window_dtype=dtype, **options)
-    fill(made.fisher, made.fisher.shape[0])
-    following = itertools.cycle(sets)
-
-    def step():
-        torch._foreach_copy_([p.grad for p in params], next(following))
-        made.step()
-
-    return (
-        params,
-        made,
-        step,
-        lambda: torch._foreach_copy_([p.grad for p in params], next(following)),
-    )
-
-
-def captured(made):
-    graph = torch.cuda.CUDAGraph()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            made.step()
-    torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph):
-        made.step()
-    return graph
-
-
-def launches(run):
+def launches(run: Callable[[], object]) -> int:
     """Kernels, copies and fills that a run puts on the device."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -96,147 +63,143 @@ def launches(run):
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         run()
         torch.cuda.synchronize()
-    names = [event.name for event in found.events() if event.device_type.name == "CUDA"]
-    return len(names), [name[:60] for name in names]
+    return sum(event.device_type.name == "CUDA" for event in found.events())
 
 
-def check_step():
-    """Relative error of a step against float64, for nearly parallel gradients too."""
-    for dtype, noise in itertools.product(
-        (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn), (1.0, 1e-2)
-    ):
-        m, d = 96, 20_001
-        fisher = DynamicInverseFisher(m, d, 1e-3, device="cuda", dtype=dtype)
-        base = torch.randn(d, device="cuda")
-        rows = []
+def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """`run` as a CUDA graph, which captures without running."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+def on_side_stream(run: Callable[[], object], times: int) -> None:
+    """Runs before a capture, on another stream, as torch asks."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(times):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+
+
+def check_results() -> None:
+    """Relative errors of results against float64, for nearly parallel gradients too."""
+    m, d, damp = 96, 20_001, 1e-3
+    for dtype, noise in itertools.product((*DTYPES, torch.float16), (1.0, 1e-2)):
+        fisher = DynamicInverseFisher(m, d, damp, device="cuda", dtype=dtype)
+        base, rows = torch.randn(d, device="cuda"), []
         for _ in range(m + 40):
             g = (base + noise * torch.randn(d, device="cuda")) / d**0.5
             rows.append(fisher.window.entry(g)[0].values.double())
             u = fisher.update_matvec(g)
         G = torch.stack(rows[-m:])
-        A = G @ G.T + m * 1e-3 * torch.eye(m, device="cuda", dtype=torch.float64)
-        exact = (rows[-1] - G.T @ torch.linalg.solve(A, G @ rows[-1])) / 1e-3
+        A = G @ G.T + m * damp * torch.eye(m, device="cuda", dtype=torch.float64)
+        exact = (rows[-1] - G.T @ torch.linalg.solve(A, G @ rows[-1])) / damp
         error = float((u - exact).norm() / exact.norm())
-        print(f"  error {dtype} noise {noise}: {error:.1e}", "" if error < 2e-5 else "WRONG")
+        print(f"  error, {dtype}, noise {noise}: {error:.1e}", "" if error < 2e-5 else "WRONG")
 
 
-def check_graph(m=16, dtype=torch.float32, **options):
-    """Whether 3m replays of a captured step give the bits of eager steps."""
-    ends = []
-    for replay in (False, True):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(
-            torch.nn.Linear(20, 30), torch.nn.Tanh(), torch.nn.Linear(30, 5)
-        ).cuda()
-        lr = torch.tensor(1e-2, device="cuda")
-        made = MFAC(
-            model.parameters(),
-            lr=lr,
-            ngrads=m,
-            momentum=0.9,
-            weight_decay=1e-3,
-            damp=1e-3,
-            window_dtype=dtype,
-            **options,
-        )
-        x, y = torch.randn(8, 20, device="cuda"), torch.randint(5, (8,), device="cuda")
-        data = [torch.randn(8, 20, device="cuda") for _ in range(4 * m)]
+def trained(replay: bool, m: int, **options: Any) -> list[torch.Tensor]:
+    """The weights of a small model after 3 eager and 3m more steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 5)).cuda()
+    lr = torch.tensor(1e-2, device="cuda")
+    options = {"momentum": 0.9, "weight_decay": 1e-3, "damp": 1e-3, "ngrads": m} | options
+    optimizer = MFAC(model.parameters(), lr, **options)
+    batches = torch.randn(3 * m, 8, 20, device="cuda")
+    x, y = torch.randn(8, 20, device="cuda"), torch.randint(5, (8,), device="cuda")
 
-        def train():
-            made.zero_grad(set_to_none=False)
-            torch.nn.functional.cross_entropy(model(x), y).backward()
-            made.step()
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=False)
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for i in range(3):
-                x.copy_(data[i])
-                train()
-        torch.cuda.current_stream().wait_stream(side)
-        if replay:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                train()
-        for i in range(3, 3 + 3 * m):
-            x.copy_(data[i])
-            lr.fill_(1e-2 / (1 + i))
-            graph.replay() if replay else train()
-        ends.append([p.detach().clone() for p in model.parameters()])
-    same = all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
-    print(f"  graph = eager {dtype} {options}: {same}")
+    on_side_stream(step, 3)
+    run = captured(step).replay if replay else step
+    for i, batch in enumerate(batches):
+        x.copy_(batch)
+        lr.fill_(1e-2 / (1 + i))
+        run()
+    return [p.detach() for p in model.parameters()]
 
 
-def main():
+def row(m: int, dtype: torch.dtype, rate: float, **options: Any) -> dict[str, float]:
+    """Times of a step of MFAC for the parameters of ResNet-20."""
+    params = list(models.build("resnet20", 10).cuda().parameters())
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer = MFAC(params, 1e-6, 0.9, ngrads=m, window_dtype=dtype, **options)
+    fisher = optimizer.fisher
+    d = fisher.shape[0]
+    for _ in range(m):
+        fisher.update(torch.randn(d, device="cuda"))
+    sets = itertools.cycle([[torch.randn_like(p) for p in params] for _ in range(16)])
+    vectors = itertools.cycle(torch.randn(16, d, device="cuda"))
+
+    def refresh() -> None:
+        torch._foreach_copy_([p.grad for p in params], next(sets))
+
+    def eager() -> None:
+        refresh()
+        optimizer.step()
+
+    copying = milliseconds(refresh)
+    times = {
+        "eager": milliseconds(eager) - copying,
+        "update_matvec": milliseconds(lambda: fisher.update_matvec(next(vectors))),
+        "launches": launches(optimizer.step),
+    }
+    on_side_stream(optimizer.step, 3)
+    graph = captured(optimizer.step)
+
+    def replayed() -> None:
+        refresh()
+        graph.replay()
+
+    times["graph"] = milliseconds(replayed) - copying
+    times["two reads"] = 2 * m * d * dtype.itemsize / rate * 1e3
+    assert optimizer.skipped_steps == optimizer.raised_steps == 0
+    return times
+
+
+def large_row(m: int, d: int, dtype: torch.dtype, rate: float) -> dict[str, float]:
+    """Times of `update_matvec`."""
+    fisher = DynamicInverseFisher(m, d, device="cuda", dtype=dtype)
+    for _ in range(m):
+        fisher.update(torch.randn(d, device="cuda"))
+    vectors = itertools.cycle(torch.randn(3, d, device="cuda"))
+    found = milliseconds(lambda: fisher.update_matvec(next(vectors)), 5, 6)
+    reads = 2 * m * d * dtype.itemsize / rate * 1e3
+    return {"update_matvec": found, "two reads": reads, "ratio": found / reads}
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json")
-    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--large", action="store_true", help="windows of up to 52 GB, too")
+    parser.add_argument("--json", metavar="FILE", help="write the rows")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device")
     rate, rows = bandwidth(), {}
     print(torch.cuda.get_device_name(), torch.__version__, f"copy {rate / 1e12:.2f} TB/s")
-    print("kernels:", kernels.cuda_kernels(torch.device("cuda")))
-    check_step()
-    for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
-        check_graph(dtype=dtype)
-    check_graph(compress=0.1)
-    for dtype, m in itertools.product(
-        (torch.float32, torch.bfloat16, torch.float8_e4m3fn), (512, 1024)
-    ):
-        params, made, step, refresh = optimizer(m, dtype)
-        floor = 2 * m * made.fisher.shape[0] * dtype.itemsize / rate * 1e3
-        copying = milliseconds(refresh)
-        eager = milliseconds(step) - copying
-        only = milliseconds(lambda: made.fisher.update_matvec(made._flat.vector))
-        graph = captured(made)
-
-        def replayed():
-            refresh()
-            graph.replay()
-
-        replay = milliseconds(replayed) - copying
-        row = dict(eager=eager, update_matvec=only, graph=replay, floor=floor)
-        rows[f"{dtype} m={m}"] = row
-        print(
-            f"m = {m}, {dtype}:",
-            {k: round(v, 3) for k, v in row.items()},
-            made.skipped_steps,
-            flush=True,
-        )
-        del params, made, step, refresh, graph
-    for momentum in (0.0, 0.9):
-        params, made, step, _ = optimizer(512, torch.float32, momentum, weight_decay=1e-3)
-        print(f"launches of MFAC.step, momentum {momentum}:", launches(made.step))
-        del params, made, step
-    for options in ({"compress": 0.01},):
-        params, made, step, refresh = optimizer(1024, torch.float32, **options)
-        copying = milliseconds(refresh)
-        print(
-            "compressed 1 %:",
-            round(milliseconds(step) - copying, 3),
-            round(milliseconds(lambda: made.fisher.update_matvec(made._flat.vector)), 3),
-            flush=True,
-        )
-        del params, made, step
-    if args.large:
-        for m, d, dtype in (
-            (1024, 11_000_000, torch.float32),
-            (256, 25_600_000, torch.float32),
-            (1024, 25_600_000, torch.bfloat16),
-            (1024, 25_600_000, torch.float8_e4m3fn),
-        ):
-            torch.cuda.empty_cache()
-            fisher = DynamicInverseFisher(m, d, device="cuda", dtype=dtype)
-            for _ in range(m):
-                fisher.update(torch.randn(d, device="cuda"))
-            gradients = itertools.cycle([torch.randn(d, device="cuda") for _ in range(4)])
-            ms = milliseconds(lambda: fisher.update_matvec(next(gradients)), 5, 3)
-            floor = 2 * m * d * dtype.itemsize / rate * 1e3
-            rows[f"{dtype} m={m} d={d}"] = dict(update_matvec=ms, floor=floor)
-            print(
-                f"m = {m}, d = {d}, {dtype}: {ms:.2f} ms, two reads {floor:.2f}, {ms / floor:.3f}",
-                flush=True,
-            )
-            del fisher, gradients
+    print("kernels:", type(kernels.cuda_kernels(torch.device("cuda"))))
+    check_results()
+    for options in (*({"window_dtype": dtype} for dtype in DTYPES), {"compress": 0.1}):
+        ends = trained(False, 16, **options), trained(True, 16, **options)
+        same = all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+        print(f"  48 replays give the bits of eager steps, {options}: {same}")
+    cases = [(m, dtype, {}) for dtype in DTYPES for m in (512, 1024)]
+    for m, dtype, options in (*cases, (1024, torch.float32, {"compress": 0.01})):
+        name = f"m = {m}, {dtype} {options or ''}"
+        rows[name] = row(m, dtype, rate, **options)
+        print(name, {key: round(value, 3) for key, value in rows[name].items()}, flush=True)
+    for m, d, dtype in LARGE if args.large else []:
+        torch.cuda.empty_cache()
+        name = f"m = {m}, d = {d:,}, {dtype}"
+        rows[name] = large_row(m, d, dtype, rate)
+        print(name, {key: round(value, 3) for key, value in rows[name].items()}, flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
 

@@ -1,32 +1,44 @@
 """Time of one exchange with one preconditioned gradient (`update_matvec`), and of a step of MFAC.
 
-    python benchmarks/optim_step.py [--json FILE]
+    python benchmarks/optim_step.py [--rounds 21] [--json FILE]
 
-Three questions, each answered by the median of the ratios in `--rounds` rounds, in which the
-contestants take turns:
+Each question is answered by the median of the ratios in `--rounds` rounds, in which the contestants
+take turns in the same process:
 
-1. How far from the floor, one `G @ x` and one `z @ G` on the same window? And the paper's way?
+1. How far is `update_matvec` from the floor, one `G @ x` and one `z @ G` on the same window? What
+   does `MFAC.step` add to it, for the parameters of ResNet-20?
 2. How does the time grow with m? (m² would be 16 from 1024 to 4096, m³ 64.)
-3. What does `MFAC.step` add to `update_matvec`, for the parameters of ResNet-20?
+3. How long does a step keep the host, where there is next to nothing to compute, against
+   `torch.optim.Adam(foreach=True)`?
+4. How many kernels would a step launch? Operations are counted as they are dispatched, views and
+   the like not, a foreach call as one for each type of its tensors and each 100 of them. Without
+   the kernels of this project, which replace several operations by one.
+5. Which part of the steps of an ordinary training falls back to float64, and what does a window of
+   8 bits take?
 """
 
 import argparse
+import collections
 import json
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads disturb each other
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
-from optim import MFAC, DynamicInverseFisher
+from optim import MFAC, DynamicInverseFisher, window_bytes
+
+M, D = 1024, 272_474  # of ResNet-20
 
 
 def environment() -> dict[str, str | int]:
@@ -69,40 +81,46 @@ def median_ratio(a: list[float], b: list[float]) -> float:
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
-def filled(m: int, d: int, coefficients: str) -> DynamicInverseFisher:
-    """A window full of gradients, without the time that m exchanges would take."""
-    fisher = DynamicInverseFisher(m, d, coefficients=coefficients)
+def fill(fisher: DynamicInverseFisher) -> DynamicInverseFisher:
+    """Fills the window with gradients, without the time that m exchanges would take."""
+    state, m, d = fisher.state_dict(), fisher.num_grads, fisher.shape[0]
     G = torch.randn(m, d)
-    state = {"K": (G @ G.T).double(), "damp": fisher.damp}
-    fisher.load_state_dict({"window": [G], "count": m, "exact": False, "coefficients": state})
+    K = (G @ G.T).double()
+    A = K + m * fisher.damp * torch.eye(m, dtype=torch.float64)
+    P = torch.cholesky_inverse(torch.linalg.cholesky(A))
+    fisher.load_state_dict({**state, "window": [{"G": G}], "count": m, "K": K, "P": P})
     return fisher
 
 
-def floor_and_steps(rounds: int) -> dict[str, list[float]]:
-    m = 1024
-    model = models.build("resnet20", 10)
-    d = sum(p.numel() for p in model.parameters())
-    gradients = iter(torch.randn(3 * (rounds + 1), d))
-    fisher, paper = filled(m, d, "incremental"), filled(m, d, "paper")
-    optimizer = MFAC(model.parameters(), ngrads=1, lr=0.0)
-    optimizer.fisher = fisher
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
-    sizes = [p.numel() for p in model.parameters()]
+def filled(m: int, d: int) -> DynamicInverseFisher:
+    return fill(DynamicInverseFisher(m, d))
 
-    def step():
-        for p, g in zip(model.parameters(), next(gradients).split(sizes), strict=True):
+
+def resnet20(ngrads: int) -> tuple[list[nn.Parameter], MFAC]:
+    """Parameters with gradients, and their optimizer."""
+    params = list(models.build("resnet20", 10).parameters())
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return params, MFAC(params, ngrads=ngrads, lr=0.0, momentum=0.9)
+
+
+def floor_and_steps(rounds: int) -> dict[str, list[float]]:
+    gradients = iter(torch.randn(2 * (rounds + 1), D))
+    params, optimizer = resnet20(M)
+    fisher, of_optimizer = filled(M, D), fill(optimizer.fisher)
+    G, z, x = of_optimizer.window.blocks[0].G, torch.randn(M), torch.randn(D)
+    sizes = [p.numel() for p in params]
+
+    def step() -> None:
+        for p, g in zip(params, next(gradients).split(sizes), strict=True):
             p.grad = g.view_as(p)
         optimizer.step()
 
-    G, z = fisher.windows[0].G, torch.randn(m)
-    x = torch.randn(d)
     return timed(
         {
-            "floor": lambda: (G @ x, z @ G),
-            "incremental": lambda: fisher.update_matvec(next(gradients)),
+            "G @ x and z @ G": lambda: (G @ x, z @ G),
+            "update_matvec": lambda: fisher.update_matvec(next(gradients)),
             "MFAC.step": step,
-            "paper": lambda: paper.update_matvec(next(gradients)),
         },
         rounds,
     )
@@ -110,41 +128,117 @@ def floor_and_steps(rounds: int) -> dict[str, list[float]]:
 
 def growth(rounds: int) -> dict[str, list[float]]:
     d = 20_000
-    gradients = iter(torch.randn(4 * (rounds + 1), d))
+    gradients = iter(torch.randn(2 * (rounds + 1), d))
+    fishers = {f"update_matvec, m = {m}": filled(m, d) for m in (1024, 4096)}
+    return timed(
+        {name: lambda f=f: f.update_matvec(next(gradients)) for name, f in fishers.items()},
+        rounds,
+    )
 
-    def exchange(fisher: DynamicInverseFisher) -> Callable[[], object]:
-        return lambda: fisher.update_matvec(next(gradients))
 
-    times = {}
-    for way, repetitions in (("incremental", rounds), ("paper", min(rounds, 3))):
-        contestants = {f"{way}, m = {m}": exchange(filled(m, d, way)) for m in (1024, 4096)}
-        times |= timed(contestants, repetitions)
-    return times
+def host(rounds: int) -> dict[str, list[float]]:
+    """Of 100 steps."""
+    contestants = {}
+    for count in (65, 1):
+        for name, make in {
+            "MFAC": lambda params: MFAC(params, ngrads=8, momentum=0.9),
+            "Adam": lambda params: torch.optim.Adam(params, foreach=True),
+        }.items():
+            params = [nn.Parameter(torch.randn(100)) for _ in range(count)]
+            for p in params:
+                p.grad = torch.randn(100)
+            optimizer = make(params)
+            contestants[f"{name}, {count} x 100"] = lambda o=optimizer: [
+                o.step() for _ in range(100)
+            ]
+    return timed(contestants, rounds)
+
+
+VIEWS = {"as_strided", "view", "_unsafe_view", "reshape", "alias", "detach", "diagonal", "t"}
+VIEWS |= {"slice", "select", "split", "split_with_sizes", "unsqueeze", "expand", "permute"}
+VIEWS |= {"transpose", "unbind", "narrow", "empty", "empty_like", "new_empty", "empty_strided"}
+VIEWS |= {"_local_scalar_dense", "unfold", "squeeze", "lift_fresh", "is_pinned", "resize_"}
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that would be kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        if name.startswith("_foreach"):
+            self.counts[name] += len({x.dtype for x in args[0]}) * -(-len(args[0]) // 100)
+        elif name not in VIEWS:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def launches() -> dict[str, int]:
+    """Operations of a step by name, in a full window of the parameters of ResNet-20."""
+    _, optimizer = resnet20(8)
+    for _ in range(10):
+        optimizer.step()
+    with Launches() as mode:
+        optimizer.step()
+    return dict(mode.counts.most_common())
+
+
+def digits_steps(steps: int, m: int = 256) -> Iterator[MFAC]:
+    """The optimizer after each step of a small CNN on the handwritten digits."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    x = torch.tensor(images).float().view(-1, 1, 8, 8) / 16
+    y = torch.tensor(labels)
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(512, 10))
+    optimizer = MFAC(model.parameters(), lr=1e-3, momentum=0.9, ngrads=m)
+    for _ in range(steps):
+        batch = torch.randint(len(x), (64,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+        optimizer.step()
+        yield optimizer
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=21, help="timed runs of each contestant")
+    parser.add_argument("--steps", type=int, default=600, help="of training, for the float64 share")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
-    result = {"environment": environment(), "rounds": args.rounds}
+    result = {"environment": environment(), "rounds": args.rounds, "seconds": {}, "ratios": {}}
     print("  ".join(f"{k}: {v}" for k, v in result["environment"].items()))
 
-    result["m = 1024, d = 272474"] = times = floor_and_steps(args.rounds)
-    print("\nm = 1024, d = 272,474, float32        median ms   of the floor")
-    for name, seconds in times.items():
-        ratio = median_ratio(seconds, times["floor"])
-        print(f"  {name:34s} {1e3 * statistics.median(seconds):10.1f}   {ratio:.2f}")
-    ratio = median_ratio(times["MFAC.step"], times["incremental"])
-    print(f"  MFAC.step is {ratio:.3f} of update_matvec")
+    def show(title: str, times: dict[str, list[float]], *ratios: tuple[str, str]) -> None:
+        print(f"\n{title}")
+        for name, seconds in times.items():
+            print(f"  {name:34s} {1e3 * statistics.median(seconds):10.2f} ms")
+        for a, b in ratios:
+            result["ratios"][f"{a} / {b}"] = ratio = median_ratio(times[a], times[b])
+            print(f"  {a} / {b}: {ratio:.3f}")
+        result["seconds"] |= times
 
-    result["d = 20000"] = times = growth(args.rounds)
-    print("\nd = 20,000                            median ms   m = 4096 / m = 1024")
-    for way in ("incremental", "paper"):
-        small, large = times[f"{way}, m = 1024"], times[f"{way}, m = 4096"]
-        print(f"  {way + ', m = 1024':34s} {1e3 * statistics.median(small):10.1f}")
-        ratio = median_ratio(large, small)
-        print(f"  {way + ', m = 4096':34s} {1e3 * statistics.median(large):10.1f}   {ratio:.1f}")
+    names = "G @ x and z @ G", "update_matvec", "MFAC.step"
+    title = f"m = {M:,}, d = {D:,}, float32"
+    show(title, floor_and_steps(args.rounds), names[1::-1], names[:0:-1])
+    names = "update_matvec, m = 4096", "update_matvec, m = 1024"
+    show("d = 20,000", growth(args.rounds), names)
+    pairs = [("MFAC, 65 x 100", "Adam, 65 x 100"), ("MFAC, 1 x 100", "Adam, 1 x 100")]
+    show("m = 8, parameters of 100 numbers, 100 steps", host(args.rounds), *pairs)
+
+    result["launches"] = counts = launches()
+    print(f"\nA step would launch {sum(counts.values())} kernels: {counts}")
+    exact = [optimizer.fisher.precision.exact for optimizer in digits_steps(args.steps)]
+    result["float64"] = sum(exact) / len(exact)
+    print(f"Steps in float64: {result['float64']:.1%} of {len(exact)}")
+    sizes = [window_bytes(M, D, dtype=x) for x in (torch.float8_e4m3fn, torch.float32)]
+    result["float8"] = sizes[0] / sizes[1]
+    print(f"A window in float8 takes {result['float8']:.3f} of one in float32")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""What windows of three kinds cost: tables from the formulas of windows.py, and measurements.
+"""What windows of four kinds cost: tables from the formulas of costs.py, and measurements.
 
     python benchmarks/scaling.py --table
     python benchmarks/scaling.py [--rounds 11] [--busy] [--json FILE] [--plot FILE]
@@ -33,6 +33,7 @@ from optim import DynamicInverseFisher, step_traffic, window_bytes
 KINDS = {
     "float32": {},
     "bfloat16": {"dtype": torch.bfloat16},
+    "float8": {"dtype": torch.float8_e4m3fn},
     "compressed, 1 %": {"compress": 0.01},
 }
 MODELS = {
@@ -95,8 +96,9 @@ def filled(m: int, d: int, options: dict) -> DynamicInverseFisher:
     window holds decides which numbers its products gather."""
     fisher = DynamicInverseFisher(m, d, **options)
     if fisher.compress is None:
-        fisher.windows[0].G.zero_()  # memory is there once it has been written to
-        fisher.count = m
+        for tensor in fisher.window.blocks[0].state.values():
+            tensor.zero_()  # memory is there once it has been written to
+        fisher.counter.fill_(m)
     else:
         for _ in range(m):
             fisher.update(torch.randn(d))
@@ -182,8 +184,8 @@ def draw(result: dict, path: Path) -> None:
     """Time and memory against m and against d."""
     from matplotlib.figure import Figure
 
-    styles = dict(zip(KINDS, ("o-", "s--", "^:"), strict=True))
-    colors = dict(zip(KINDS, ("#0072B2", "#D55E00", "#009E73"), strict=True))
+    styles = dict(zip(KINDS, ("o-", "s--", "D-.", "^:"), strict=True))
+    colors = dict(zip(KINDS, ("#0072B2", "#D55E00", "#CC79A7", "#009E73"), strict=True))
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots(2, 3)
     sweeps = [

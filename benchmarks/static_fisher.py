@@ -15,7 +15,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +28,8 @@ import torch
 from optim_step import environment
 from reference import recursion_diagonal
 
-from prun import BATCH, BlockedInverseFisher, PagedInverseFisher
+from blocks import BATCH
+from prun import BlockedInverseFisher, PagedInverseFisher
 
 DAMP = 1e-5
 BLOCK = 128
@@ -142,29 +142,9 @@ def accumulate(m: int, d: int) -> dict[str, float]:
     }
 
 
-def mapped(path: str) -> dict[str, float]:
-    """From a file, with all that the process has resident."""
-    elapsed = seconds(lambda: PagedInverseFisher(path, DAMP, pages=32).diagonal())
-    size = Path(path).stat().st_size
-    return {"file MB": size / 1e6, "peak of all MB": peak_bytes() / 1e6, "s": elapsed}
-
-
 def in_a_process(*arguments: str) -> dict[str, float]:
     command = [sys.executable, __file__, "--child", *arguments]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def from_a_file(directory: str | None) -> dict[str, float]:
-    m, d = 1024, 2**20
-    with tempfile.TemporaryDirectory(dir=directory) as folder:
-        path = str(Path(folder) / "gradients.npy")
-        G = np.lib.format.open_memmap(path, "w+", np.float32, (m, d))
-        for start in range(0, m, 64):
-            G[start : start + 64] = random_gradients(64, d).numpy()
-            G[start : start + 64] += 0.01 * torch.randn(64, d).numpy()
-            G.flush()
-        del G
-        return in_a_process("mapped", path)
 
 
 def main() -> None:
@@ -174,13 +154,11 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=270_896, help="d, of random gradients")
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each contestant")
     parser.add_argument("--blocks", type=int, default=100, help="blocks that the recursion does")
-    parser.add_argument("--tmp", help="where to put a file of 4 GB for a while")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        kind, *rest = args.child
-        print(json.dumps(mapped(*rest) if kind == "mapped" else accumulate(*map(int, rest))))
+        print(json.dumps(accumulate(*map(int, args.child))))
         return
     if args.grads:
         G = torch.from_numpy(np.load(args.grads))
@@ -193,8 +171,7 @@ def main() -> None:
     for title, part in {
         "full": lambda: full(G, args.rounds),
         "blocked": lambda: blocked(G, args.rounds, args.blocks),
-        "blocked, accumulated": lambda: in_a_process("accumulate", str(m), str(d)),
-        "full, from a file of 4 GB": lambda: from_a_file(args.tmp),
+        "blocked, accumulated": lambda: in_a_process(str(m), str(d)),
     }.items():
         result[title] = figures = part()
         print(f"\n{title}")

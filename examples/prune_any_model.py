@@ -114,6 +114,7 @@ def main() -> dict[str, float]:
     parser.add_argument("--ngrads", type=int, default=128)
     parser.add_argument("--damp", type=float, default=1e-8)
     parser.add_argument("--blocksize", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=1, help="parts in which weights are chosen")
     parser.add_argument("--sentences", type=int, default=544, help="to compare the models on")
     parser.add_argument("--output", type=Path, metavar="FOLDER")
     arguments = vars(parser.parse_args())

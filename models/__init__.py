@@ -35,6 +35,9 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
+# Where checkpoints have their state dict, if not at the top.
+HOLDERS = ("state_dict", "model_state_dict", "model", "net")
+
 # Public checkpoints have a scalar of numpy beside the weights, their accuracy.
 SCALAR = np.float64().__reduce__()[0]
 SAFE = [(SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
@@ -54,13 +57,15 @@ def build(name: str, num_classes: int) -> nn.Module:
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Loads the weights and buffers in the file `path` into `model`, on whatever device it lives.
 
-    The file holds a state dict, alone or under "state_dict" or "model", its keys with or without
-    the "module." that DataParallel puts in front. Only tensors, numbers and plain containers are
-    unpickled. Raises ValueError, with the model untouched, for a file that is missing, not a
-    checkpoint, or that does not fit the model.
+    The file holds a state dict, alone or under "state_dict", "model_state_dict", "model" or "net",
+    in any floating-point type, or is one of safetensors. Names may have in front what wrappers put
+    there, such as "module." (DataParallel, averaged models), "_orig_mod." (torch.compile) and
+    "model." (Lightning); weights that torch.nn.utils.prune has masked are multiplied with their
+    masks. Only tensors, numbers and plain containers are unpickled. Raises ValueError, with the
+    model untouched, for a file that is missing, not a checkpoint, or that does not fit the model.
     """
-    state = _read_state_dict(Path(path))
     wanted = model.state_dict()
+    state = _unwrapped(_read_state_dict(Path(path)), wanted)
     # Checkpoints older than torch 0.4.1 lack this counter, and load_state_dict can do without it.
     missing = [
         key for key in wanted if key not in state and not key.endswith("num_batches_tracked")
@@ -125,13 +130,22 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise ValueError(f"There is no checkpoint file {path}: check the path.")
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
         state = read_tensors(path)
+    except ImportError as error:
+        raise ValueError(
+            f"Reading {path} needs the package safetensors: install it with 'pip install "
+            f"safetensors'."
+        ) from error
     except Exception as error:  # depending on the bytes: UnpicklingError, RuntimeError, EOFError, …
         raise ValueError(
             f"The file {path} is not a checkpoint of tensors that torch.load can read "
             f"({type(error).__name__}): save one with torch.save(model.state_dict(), path)."
         ) from error
-    for key in ("state_dict", "model"):
+    for key in HOLDERS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not all(
@@ -139,6 +153,25 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     ):
         raise ValueError(
             f"The checkpoint {path} holds no state dict of named tensors, neither at its top nor "
-            f"under 'state_dict' or 'model': save one with torch.save(model.state_dict(), path)."
+            f"under {', '.join(map(repr, HOLDERS))}: save one with torch.save(model.state_dict(), "
+            f"path)."
         )
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    return dict(state)
+
+
+def _unwrapped(
+    state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The state with masks applied, and without the count of an averaged model and the prefix that
+    wrappers have put in front of the names in `wanted`."""
+    for name in [key.removesuffix("_orig") for key in state if key.endswith("_orig")]:
+        if f"{name}_mask" in state:
+            state[name] = state.pop(f"{name}_orig") * state.pop(f"{name}_mask")
+    if "n_averaged" not in wanted:
+        state.pop("n_averaged", None)
+    first = next(iter(wanted), "")
+    found = min((key for key in state if f".{key}".endswith(f".{first}")), key=len, default=first)
+    prefix = found.removesuffix(first)
+    if not all(key.startswith(prefix) for key in state):
+        return state
+    return {key.removeprefix(prefix): value for key, value in state.items()}

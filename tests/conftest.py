@@ -1,21 +1,34 @@
 """What every test shares."""
 
 import os
+from datetime import timedelta
 
 # Before torch is imported: OpenMP's busy waiting slows everything down when two things run at once.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many tests at a time as there are cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
-from PIL import Image
-from sklearn.datasets import load_digits
+import torch
+import torch.distributed as dist
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("cuda"):  # one after the other on the GPU and its memory
+            item.add_marker(pytest.mark.xdist_group("cuda"))
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Path:
     """Class folders with 80 training and 40 test images of four digits."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
     folder = tmp_path_factory.mktemp("data") / "four"
     images, labels = load_digits(n_class=4, return_X_y=True)
     for index, (image, label) in enumerate(zip(images[:120], labels[:120], strict=True)):
@@ -25,9 +38,24 @@ def dataset(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def gloo() -> None:
+    """Skips the test where processes cannot talk to each other."""
+    if not dist.is_available():
+        pytest.skip("torch is built without distributed")
+    alone = {"rank": 0, "world_size": 1, "timeout": timedelta(seconds=30)}
+    try:
+        dist.init_process_group("gloo", init_method="tcp://localhost:0", **alone)
+    except (RuntimeError, OSError) as error:
+        pytest.skip(f"gloo cannot open a port: {error}")
+    dist.destroy_process_group()
+
+
 @pytest.fixture
-def figures(monkeypatch) -> list[Figure]:
-    """Every figure that is saved."""
+def figures(monkeypatch) -> list:
+    """Every figure that is saved, of matplotlib's Figure."""
+    from matplotlib.figure import Figure
+
     saved, savefig = [], Figure.savefig
 
     def spy(self, *args, **kwargs):

@@ -1,9 +1,11 @@
 """The CUDA kernels on the CPU: hinv_cuda_kernel.cu, built with the headers of cuda_on_cpu.
 
-`OnCpu` calls them with numpy arrays, in a process without torch too. `KernelsOnCpu` has the interface
-of `kernels.cuda_kernels` for tensors on the CPU, so that whole optimizers run through the kernels:
+`OnCpu` calls them with numpy arrays, in a process without torch too. `KernelsOnCpu` is what
+`kernels.cuda_kernels` returns for tensors on the CPU, so that optimizers run through the kernels:
 
-    monkeypatch.setattr("kernels.cuda_kernels", lambda device: KernelsOnCpu())
+    on_cpu = KernelsOnCpu()
+    for module in ("windows", "coefficients"):
+        monkeypatch.setattr(f"{module}.cuda_kernels", lambda device: on_cpu)
 """
 
 import ctypes

@@ -35,7 +35,10 @@ import main_prun
 
 FEW = "--model tiny --batchsize 32"
 MODES = {  # the script, what names its files, its flags
-    "train": (main_optim.main, f"{FEW} --epochs 8 --optim mfac --ngrads 16 --save net.pth"),
+    "train": (
+        main_optim.main,
+        f"{FEW} --epochs 8 --optim mfac --ngrads 16 --state_every 3 --save_every 2 --save net.pth",
+    ),
     "one-shot": (
         main_prun.main,
         f"{FEW} --sparsities 0.2 0.4 0.6 0.7 0.8 0.9 --recomps 1 2 4 --ngrads 8 --npergrad 4 "

@@ -1,4 +1,4 @@
-"""Changes optim.py or prun.py in one place at a time, and looks whether the fast tests notice.
+"""Changes a module in one place at a time, and looks whether the fast tests notice.
 
     python tests/mutants.py --module optim --number 200 --seed 0
 
@@ -46,8 +46,11 @@ import windows  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = ["test_misuse", "test_torch_conventions"]
+DYNAMIC = ["optim", "windows", "coefficients", "precision", "recovery", "flat", "states", "costs"]
+DYNAMIC += ["checks"]
+OPTIM = ["test_contract", "test_windows", "test_optim", "test_numerics", *COMMON]
 TESTS = {
-    "optim": ["test_contract", "test_windows", "test_optim", "test_numerics", *COMMON],
+    **{module: OPTIM for module in DYNAMIC},
     "prun": ["test_prun_fisher", "test_pruners", "test_prune_any", "test_numerics", *COMMON],
 }
 MEMORY = 24 * 2**30  # bytes of addresses, of which torch alone takes many

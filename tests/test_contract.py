@@ -2,7 +2,6 @@
 
 import re
 
-import numpy as np
 import pytest
 import torch
 from reference import as_kept, dense_fisher, dense_inverse, recursion, recursion_diagonal
@@ -16,12 +15,6 @@ def dynamic(G, damp, tmp_path, **options):
     for g in G:
         fisher.update(g)
     return fisher
-
-
-def saved(G, tmp_path):
-    path = tmp_path / f"{len(list(tmp_path.iterdir()))}.npy"
-    np.save(path, G.numpy())
-    return path
 
 
 # name -> (how it is made, block size of the Fisher that it inverts as a fraction of d)
@@ -43,7 +36,6 @@ FORMS = {
     ),
     "paged, d": (lambda G, damp, _: PagedInverseFisher(G, damp, pages=G.shape[1]), 1),
     "paged, array": (lambda G, damp, _: PagedInverseFisher(G.numpy(), damp, pages=1), 1),
-    "paged, file": (lambda G, damp, t: PagedInverseFisher(saved(G, t), damp, pages=1), 1),
     "blocked, whole": (lambda G, damp, _: BlockedInverseFisher(G, G.shape[1], damp), 1),
     "blocked": (lambda G, damp, _: BlockedInverseFisher(G, -(-G.shape[1] // 3), damp), 3),
     "blocked, perbatch": (

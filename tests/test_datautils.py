@@ -3,13 +3,16 @@
 The environment variable MFAC_CIFAR10 may name CIFAR-10 in class folders, for one more test.
 """
 
+import contextlib
 import os
 import pickle
 import random
+import signal
 import struct
 import urllib.request
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,8 +131,12 @@ def test_a_lossless_image_arrives_pixel_for_pixel(tmp_path, rng, suffix):
         assert labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".webp", ".gif"])
-def test_a_lossy_image_arrives_as_pil_decodes_it(tmp_path, rng, suffix):
+@pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".webp", ".gif", ".jpg without torchvision"])
+def test_a_lossy_image_arrives_as_pil_decodes_it(tmp_path, rng, monkeypatch, suffix):
+    suffix, without = suffix.split()[0], "without" in suffix
+    if without:
+        monkeypatch.setattr(datautils, "_jpeg_decoder", lambda: None)
     write_set(tmp_path, rng, count=2, suffix=suffix)
     data = load(tmp_path)
     images = torch.cat([images for images, _ in data.loader("test", 3)])
@@ -179,6 +186,87 @@ def test_other_and_hidden_files_are_passed_over_and_folders_inside_a_class_count
     data = load(tmp_path)
     images, _ = next(iter(data.loader("train", 100, augment=False, shuffle=False)))
     assert (unnormalised(data, images) == arrays["train"]).all()
+
+
+@pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+def test_a_jpeg_that_torchvision_can_not_decode_is_left_to_pil(tmp_path, rng):
+    """Of four colours, and a PNG under a wrong name."""
+    write_set(tmp_path, rng, count=1, suffix=".jpg")
+    files = [tmp_path / "test" / name / "000.jpg" for name in "ab"]
+    Image.fromarray(pixels(rng)).convert("CMYK").save(files[0])
+    Image.fromarray(pixels(rng)).save(files[1], format="PNG")
+    data = load(tmp_path)
+    images, _ = next(iter(data.loader("test", 2)))
+    decoded = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    assert (unnormalised(data, images) == np.stack(decoded)).all()
+
+
+# What was decoded is kept
+
+
+@pytest.fixture
+def cache(tmp_path, rng, monkeypatch):
+    """A set that is kept, the folder where, and a function that loads it and says whether images
+    were decoded."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(datautils, "CACHED", 8)
+    arrays = write_set(tmp_path / "set", rng, count=2)
+    calls, decode = [], datautils._decode
+    monkeypatch.setattr(datautils, "_decode", lambda *given: calls.append(0) or decode(*given))
+
+    def decoded() -> bool:
+        calls.clear()
+        data = load(tmp_path / "set")
+        for split in ("train", "test"):
+            loader = data.loader(split, 4, augment=False, shuffle=False)
+            images, labels = next(iter(loader))
+            assert (unnormalised(data, images) == arrays[split]).all()
+            assert labels.tolist() == [0, 0, 1, 1]
+        return bool(calls)
+
+    return tmp_path / "cache/mfac", decoded, arrays
+
+
+def test_images_are_decoded_once(cache, monkeypatch):
+    folder, decoded, _ = cache
+    assert decoded() and not decoded() and not decoded()
+    (kept,) = folder.iterdir()
+    assert kept.name.startswith("set-")
+    monkeypatch.setattr(datautils, "CACHED", 9)  # for fewer it is not worth it
+    assert decoded()
+
+
+def test_changed_files_are_decoded_anew(cache, tmp_path, rng):
+    folder, decoded, arrays = cache
+    assert decoded()
+    file, image = tmp_path / "set/train/b/001.png", pixels(rng)
+    Image.fromarray(image).save(file)
+    arrays["train"][3] = image
+    assert decoded() and not decoded()
+    os.utime(file, ns=(0, 0))
+    assert decoded() and not decoded()
+    file.rename(file.with_name("002.png"))
+    assert decoded() and not decoded()
+    assert len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize("damage", ["shortened", "one bit", "empty", "other"])
+def test_a_damaged_cache_is_replaced(cache, damage, rng):
+    folder, decoded, _ = cache
+    assert decoded()
+    (kept,) = folder.iterdir()
+    whole = bytearray(kept.read_bytes())
+    if damage == "one bit":
+        whole[int(rng.integers(1000, 20_000))] ^= 1
+    bad = {"shortened": whole[:9000], "one bit": whole, "empty": b"", "other": b"text"}[damage]
+    kept.write_bytes(bad)
+    assert decoded() and not decoded()
+
+
+def test_a_cache_folder_that_can_not_be_is_no_obstacle(cache):
+    folder, decoded, _ = cache
+    folder.parent.write_text("a file")
+    assert decoded() and decoded()
 
 
 @pytest.mark.parametrize("size", [(32, 32), (80, 80)])
@@ -393,6 +481,54 @@ def test_workers_change_nothing(large):
     assert equal(one, batches(large.loader("train", 3, seed=1, workers=1)))
 
 
+def test_too_little_shared_memory_for_workers(large, monkeypatch):
+    """A worker has two batches there, and one is on its way; without a wish there are fewer."""
+    size = 3 * 3 * 224 * 224
+    free = {"/dev/shm": 0}
+    monkeypatch.setattr(datautils, "SHARED_MEMORY", str(Path.cwd()))  # a folder on any system
+    monkeypatch.setattr(
+        datautils.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free["/dev/shm"])
+    )
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    for free["/dev/shm"], workers in ((5 * size, 2), (3 * size, 1), (2 * size, 0), (0, 0)):
+        how = contextlib.nullcontext() if workers == 2 else pytest.warns(match="MiB free")
+        with how:
+            assert large.loader("train", 3).workers == workers
+    assert large.loader("train", 3, workers=0).workers == 0
+    with pytest.raises(DataError, match=r"has 0 MiB free, but 2 workers .* at most 0 workers"):
+        large.loader("train", 3, workers=2)
+
+
+def test_a_worker_that_is_killed_is_a_sentence(large, monkeypatch):
+    def end(self, *given):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(datautils.Files, "batch", end)
+    message = ""
+    try:
+        batches(large.loader("train", 3, workers=1))
+    except DataError as error:
+        message = str(error)
+    assert "A worker process that reads images was killed" in message and "\n" not in message
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("fixture", ["small", "large"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_made_on_the_gpu(request, fixture, workers):
+    """The same as on the CPU."""
+    data = request.getfixturevalue(fixture)
+    made = [
+        batches(data.loader("train", 3, seed=2, workers=workers, device=device))
+        for device in ("cpu", "cuda")
+    ]
+    assert all(x.is_cuda for batch in made[1] for x in batch)
+    for one, other in zip(*made, strict=True):
+        for x, y in zip(one, other, strict=True):
+            torch.testing.assert_close(x, y.cpu(), rtol=1e-6, atol=1e-6)
+
+
 def test_arguments_of_a_loader_are_checked(small):
     for batch_size in (0, -4):
         with pytest.raises(ValueError, match=f"{batch_size}: it must be at least 1"):
@@ -558,15 +694,28 @@ def test_a_split_that_is_missing_or_empty(tmp_path, rng):
     fails(tmp_path, tmp_path / "train", "no class folders")
 
 
+@pytest.mark.parametrize("layout", ["flat", "tiny-imagenet"])
+def test_images_that_are_not_sorted_into_classes(tmp_path, rng, layout):
+    write_set(tmp_path, rng, classes=WORDNET, test="val")
+    place = tmp_path / "val" / ("" if layout == "flat" else "images")
+    place.mkdir(exist_ok=True)
+    for file in sorted((tmp_path / "val").rglob("n*/*.png")):
+        file.rename(place / f"{file.parent.name}-{file.name}")
+    for name in WORDNET:
+        (tmp_path / "val" / name).rmdir()
+    (tmp_path / "test/images").mkdir(parents=True)
+    fails(tmp_path, "has no test/ or val/", "sort the images that are there into such folders")
+
+
 def test_classes_that_differ_are_named(tmp_path, rng):
     write_set(tmp_path, rng, classes=("a", "b", "c", "d", "e"), count=1)
     (tmp_path / "test/b").rename(tmp_path / "test/z")
     fails(tmp_path, "classes differ", f"{tmp_path / 'train'} has 'b', which")
-    for name in "acde":
+    for name in "acd":
         (tmp_path / "test" / name / "000.png").unlink()
         (tmp_path / "test" / name).rmdir()
-    fails(tmp_path, "'a', 'b', 'c' and 2 more")
-    for name in "abcde":
+    fails(tmp_path, "'a', 'b', 'c' and 1 more")
+    for name in "abcd":
         (tmp_path / "test" / name).mkdir()
     fails(tmp_path, f"{tmp_path / 'test'} has 'z', which")
 

@@ -5,26 +5,34 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+pytestmark = pytest.mark.usefixtures("gloo")
+
+
+def start(*arguments, **variables):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment | variables, **pipes)
 
 
 def torchrun(processes, *arguments):
-    """A run in so many processes, as it is to be waited for."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    """A run in so many processes, which has to be waited for."""
+    several = ["torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    return start("-m", *several, *arguments)
+
+
+def work(processes, *checks):
+    """Checks of distributed_worker.py."""
+    output(start(ROOT / "tests/distributed_worker.py", *checks, WORLD_SIZE=str(processes)))
 
 
 def output(process, timeout=300):
@@ -34,21 +42,26 @@ def output(process, timeout=300):
     return out
 
 
-CHECKS = ["steps", "mixed", "messages", "skipped", "alone", "checkpoints", "refused"]
+CHECKS = ["steps", "mixed", "messages", "skipped", "absent", "lost", "zero", "fsdp1", "swapped"]
+CHECKS += ["checkpoints", "thawed", "refused"]
 CHECKS += ["batch_norm", "found", "inverses", "pruning", "disagreement"]
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_every_process_gets_what_one_process_would(processes, tmp_path):
-    """See distributed_worker.py."""
-    output(torchrun(processes, ROOT / "tests/distributed_worker.py", *CHECKS, tmp_path))
+    work(processes, *CHECKS, tmp_path)
 
 
 def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
-    worker = ROOT / "tests/distributed_worker.py"
-    output(torchrun(4, worker, "save", tmp_path))
-    output(torchrun(2, worker, "go_on", tmp_path))
-    output(torchrun(1, worker, "go_on", tmp_path))
+    work(4, "save", tmp_path)
+    work(2, "go_on", tmp_path)
+    work(1, "go_on", tmp_path)
+
+
+@pytest.mark.parametrize("library", ["accelerate", "lightning", "transformers"])
+def test_libraries_with_ddp_resume_to_the_same_bits(library, tmp_path):
+    """See trainers_worker.py."""
+    output(torchrun(2, ROOT / "tests/trainers_worker.py", library, tmp_path))
 
 
 def test_one_process_has_everything():
@@ -62,14 +75,13 @@ def test_one_process_has_everything():
 
 
 def script(name, *arguments):
-    return [str(ROOT / name), "--model", "resnet20", *map(str, arguments)]
+    return [str(ROOT / name), "--model", "resnet20", "--device", "cpu", *map(str, arguments)]
 
 
-def run_alone(arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, *arguments], env=environment, check=True, capture_output=True, timeout=300
-    )
+def run_alone(call):
+    """The call of a script, in this process."""
+    path, *flags = call
+    import_module(Path(path).stem).main([str(flag) for flag in flags])
 
 
 def state_dict(path):
@@ -95,6 +107,7 @@ def test_both_scripts(dataset, tmp_path):
     path = tmp_path / "shared.pth"
     running = torchrun(3, *script("main_optim.py", *train, path, "--epochs", 2))
     out = output(running)
+    assert out.count("# ") == 1, "the first process alone prints"
     assert out.count("epoch 1/2") == 1 and out.count("epoch 2/2") == 1
     assert_close(path, alone, 1e-3)
     assert {file.suffix for file in tmp_path.glob("shared*")} == {".pth", ".state", ".csv", ".png"}
@@ -131,7 +144,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(dataset, tmp_pa
     assert "another process of this run has ended" in err or "SIGKILL" in err, err[-3000:]
     done = len(torch.load(path.with_suffix(".state"), weights_only=True)["history"])
     assert 1 <= done < 12
-    run_alone([*map(str, call), "--resume"])
+    run_alone([*call, "--resume"])
     history = torch.load(path.with_suffix(".state"), weights_only=True)["history"]
     assert [row["epoch"] for row in history] == list(range(1, 13))
 

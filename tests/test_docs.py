@@ -14,6 +14,7 @@ import coefficients
 import costs
 import flat
 import kernels
+import mfac
 import optim
 import precision
 import prun
@@ -33,7 +34,7 @@ def public_names(module) -> list[str]:
     return getattr(module, "__all__", [name for name in own if not name.startswith("_")])
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [mfac, *MODULES], ids=lambda module: module.__name__)
 def test_examples(module):
     with torch.random.fork_rng():
         failed, attempted = doctest.testmod(module)
@@ -48,6 +49,7 @@ def test_every_public_name_has_an_example(module, name):
 
 
 def test_make_docs(tmp_path):
+    pytest.importorskip("pdoc")
     shown = subprocess.run(["make", "-n", "docs"], cwd=ROOT, capture_output=True, text=True).stdout
     (call,) = [line for line in shown.splitlines() if " pdoc " in line]
     words = call.split()[1:]

@@ -13,12 +13,15 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -29,6 +32,7 @@ import datautils
 import main_common
 import main_optim
 import models
+import optim_settings
 from optim import MFAC, window_bytes
 
 SCRIPT = Path(main_optim.__file__)
@@ -50,13 +54,15 @@ def one_thread():
 
 @pytest.fixture
 def run(dataset, tmp_path, monkeypatch):
-    """A function that runs the script in an empty folder, and returns the status it ends with."""
+    """A function that runs the script in an empty folder, and returns the status it ends with: on
+    the CPU, as bits are compared."""
     monkeypatch.chdir(tmp_path)
 
     def call(*flags) -> int:
         command = [str(flag) for flag in flags]
-        if "--dataset" not in command:
-            command += ["--dataset", str(dataset)]
+        for name, value in (("--dataset", dataset), ("--device", "cpu")):
+            if name not in command:
+                command += [name, str(value)]
         try:
             main_optim.main(command)
         except SystemExit as end:
@@ -76,7 +82,7 @@ def start(*flags, **options) -> subprocess.Popen:
     """The script in a process of its own, which minds Ctrl-C even where the tests don't, as in the
     background of a shell."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), *map(str, flags)]
+    command = [sys.executable, str(SCRIPT), *map(str, flags), "--device", "cpu"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     minds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(command, env=environment, preexec_fn=minds, **pipes | options)
@@ -327,6 +333,52 @@ def test_the_seed_decides(run):
     assert rows("a.csv", TIMES) != rows("c.csv", TIMES)
 
 
+@pytest.fixture
+def deterministic():
+    """Puts back what --deterministic sets in the process."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        context.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+        yield
+        torch.use_deterministic_algorithms(False)
+
+
+def test_operations_that_can_not_be_deterministic(run, deterministic, monkeypatch, capsys):
+    class Putting(nn.Module):
+        def __init__(self, num_classes):
+            super().__init__()
+            self.fc = nn.Linear(3 * 64, num_classes)
+
+        def forward(self, x):
+            outputs = self.fc(x.flatten(1))
+            return outputs.put(torch.tensor([0]), outputs.new_zeros(1))
+
+    monkeypatch.setitem(models.MODELS, "putting", Putting)
+    flags = [*small("sgd"), "--model", "putting", "--epochs", 1]
+    assert run(*flags, "--deterministic") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.endswith(
+        "does not have a deterministic implementation: leave out --deterministic\n"
+    )
+    torch.use_deterministic_algorithms(False)
+    assert run(*flags) == 0
+
+
+def test_a_compiled_model(run, monkeypatch):
+    """Trains as the model itself, with the same files; here without a compiler."""
+    calls = []
+
+    def spy(graph, inputs):
+        calls.append(inputs[0].shape)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=spy))
+    for save, flags in (("plain.pth", []), ("compiled.pth", ["--compile"])):
+        assert run(*small("sgd", save), "--epochs", 1, *flags) == 0
+    assert Path("plain.pth").read_bytes() == Path("compiled.pth").read_bytes()
+    assert len(calls) == 2  # for a whole batch, and the smaller one at the end
+
+
 def test_amp_trains_in_bfloat16_with_float32_weights(run):
     for save, flags in (("full.pth", []), ("half.pth", ["--amp"])):
         assert run(*small("mfac", save), *flags) == 0
@@ -373,6 +425,46 @@ def test_resumed_is_uninterrupted(run, monkeypatch, optim, flags, epochs_before,
     assert_same_run("whole", "parts")
 
 
+def test_states_and_models_every_few_epochs(run, monkeypatch, capsys):
+    """After the first epoch and the last one in any case; a run goes on from the last state."""
+    written, save = [], main_optim.save_atomically
+
+    def spy(path, write):
+        written.append(path.suffix)
+        save(path, write)
+
+    monkeypatch.setattr(main_optim, "save_atomically", spy)
+    flags = ["--epochs", 5, "--state_every", 2, "--save_every", 3]
+    assert run(*small("sgd", "whole.pth"), *flags) == 0
+    assert "".join(written) == ".state.pth.state.pth.state.state.pth.pth.png"
+    assert len(rows("whole.csv")) == 5
+    assert capsys.readouterr().out.count("  saving 0.") == 5
+    with monkeypatch.context() as context:
+        interrupt_after(context, 3)
+        assert run(*small("sgd", "parts.pth"), *flags, "--tensorboard", "tb") == 130
+    assert len(rows("parts.csv")) == 3
+    capsys.readouterr()
+    assert run("--save", "parts.pth", "--resume", "--tensorboard", "tb") == 0
+    assert capsys.readouterr().err == "going on after epoch 2 of 5\n"
+    assert_same_run("whole", "parts")
+    assert_shown("tb/parts", rows("parts.csv"))
+
+
+def test_a_state_without_the_window(run, monkeypatch, capsys):
+    flags = [*small("mfac", "light.pth"), "--ngrads", 64]
+    with monkeypatch.context() as context:
+        interrupt_after(context, 1)
+        assert run(*flags, "--light_state") == 130
+    model, state = (Path(f"light.{end}").stat().st_size for end in ("pth", "state"))
+    assert state < 1.2 * model
+    capsys.readouterr()
+    assert run("--save", "light.pth", "--resume") == 0
+    assert "after epoch 1 of 3, with an empty window" in capsys.readouterr().err
+    assert len(rows("light.csv")) == 3
+    assert run(*small("sgd", "other.pth"), "--light_state") == 2
+    assert "--light_state is no setting of --optim sgd" in capsys.readouterr().err
+
+
 def test_the_average_is_tested_saved_and_resumed(run, monkeypatch, dataset):
     flags = [*small("sgd", "whole.pth"), "--ema", "0.9"]
     weights = []
@@ -402,27 +494,29 @@ def test_the_average_is_tested_saved_and_resumed(run, monkeypatch, dataset):
 
 
 def test_the_average_is_the_exponential_one(run, monkeypatch):
-    """One batch an epoch, so that the weights of every step are seen."""
+    """From the weights at the start on, which decide nothing later. One batch an epoch, so that the
+    weights of every step are seen."""
     seen = []
     save = main_optim.Run.save_state
 
     def spy(self, history):
-        pairs = zip(self.model.parameters(), self.tested.module.parameters(), strict=True)
+        pairs = zip(self.model.parameters(), self.tested.parameters(), strict=True)
         seen.append([(w.detach().clone(), a.detach().clone()) for w, a in pairs])
         save(self, history)
 
     monkeypatch.setattr(main_optim.Run, "save_state", spy)
     flags = ["--optim", "sgd", "--epochs", "4", "--batchsize", "80", "--save", "net.pth"]
-    assert run(*flags, "--ema", "0.75") == 0
-    expected = [w for w, _ in seen[0]]
-    for step in seen[1:]:
+    assert run(*flags, "--ema", "0.75", "--seed", 7) == 0
+    torch.manual_seed(7)
+    expected = [w.detach() for w in models.build("resnet20", 4).parameters()]
+    for step in seen:
         expected = [0.75 * a + 0.25 * w for a, (w, _) in zip(expected, step, strict=True)]
     for a, (_, average) in zip(expected, seen[-1], strict=True):
         torch.testing.assert_close(a, average)
 
 
 def test_the_defaults_are_those_of_the_optimizer():
-    flags = main_optim.DEFAULTS["paper", "mfac"]
+    flags = optim_settings.DEFAULTS["paper", "mfac"]
     for name, parameter in inspect.signature(MFAC).parameters.items():
         if name in ("lr", "momentum", "ngrads", "damp", "compress"):
             assert flags[name] == parameter.default
@@ -619,10 +713,19 @@ BAD_FLAGS = [
     ("--seed x", "--seed: x is not"),
     ("--ngrads 1e3", "--ngrads: 1e3 is not"),
     *((f"--{flag} yes", "yes") for flag in ("amp", "resume", "overwrite")),
+    *((f"--{flag} yes", "yes") for flag in ("compile", "deterministic", "light_state")),
     ("--device", "--device: expected one argument"),
     ("--damp 1e-320 --ngrads 4", "1e-320"),
     ("--save .", "must end in .pth"),
     ("--save missing/../net.txt", "must end in .pth"),
+    *(
+        (f"--{name}_every {value}", f"{value} is not a whole number from 1")
+        for name in ("save", "state")
+        for value in ("0", "x")
+    ),
+    *((f"--workers {value}", f"{value} is not a whole number from 0") for value in ("-1", "x")),
+    ("--graph maybe", "maybe"),
+    ("--graph yes", "--graph yes is for CUDA only, and --device is cpu"),
 ]
 
 
@@ -709,15 +812,39 @@ def test_the_window_is_as_asked(run, monkeypatch):
     assert kinds == [(torch.bfloat16, 0.1), (torch.float32, None)]
 
 
+def test_workers_read_large_images(run, dataset, tmp_path, monkeypatch):
+    for path in dataset.rglob("*.png"):
+        large = tmp_path / "large" / path.relative_to(dataset)
+        large.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).resize((70, 70)).save(large)
+    found = []
+
+    def spy(model, loader, *args, **kwargs):
+        found.append(loader.workers)
+        return train_epoch(model, loader, *args, **kwargs)
+
+    train_epoch = main_optim.train_epoch
+    monkeypatch.setattr(main_optim, "train_epoch", spy)
+    monkeypatch.setitem(
+        models.MODELS,
+        "mean",
+        lambda n: nn.Sequential(nn.AvgPool2d(224), nn.Flatten(), nn.Linear(3, n)),
+    )
+    flags = [*small("sgd"), "--model", "mean", "--epochs", 1, "--dataset", "large"]
+    assert run(*flags, "--workers", 1) == 0
+    assert (
+        run("--save", "net.pth", "--dataset", "large", "--resume", "--epochs", 2, "--workers", 0)
+        == 0
+    )
+    assert found == [1, 0]
+
+
 def test_memory_is_measured(monkeypatch):
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 2**20 < main_optim.available_memory(torch.device("cpu")) <= total
-
-    def no_proc(path):
-        raise FileNotFoundError(path)
-
-    monkeypatch.setattr("builtins.open", no_proc)
-    assert main_optim.available_memory(torch.device("cpu")) == total
+    """Of main memory, a share for each process."""
+    free = main_optim.available_memory(torch.device("cpu"))
+    assert 2**20 < free <= psutil.virtual_memory().total
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert main_optim.available_memory(torch.device("cpu")) == pytest.approx(free / 4, rel=0.3)
 
 
 def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
@@ -730,9 +857,31 @@ def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
     assert main_common.find_device("cpu") == torch.device("cpu")
 
 
+@pytest.mark.parametrize(("found", "name"), [(1, "cuda"), (4, "cuda:0")])
+def test_processes_do_not_share_a_gpu(monkeypatch, found, name):
+    """The GPUs are thought up."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(
+        main_common.UserError, match=f"2 processes and {found} GPUs: .*--device cpu"
+    ):
+        main_common.find_device(name)
+    assert main_common.find_device("cpu") == torch.device("cpu")
+
+
+def test_a_port_in_use(monkeypatch):
+    """As where processes are started without torchrun."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        place = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+        for name, value in (place | {"MASTER_PORT": other.getsockname()[1]}).items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(main_common.UserError, match=r"at 127.0.0.1:\d+, which is in use"):
+            main_common.find_ranks(torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "saved"),
-    [("lr", 0.2, 0.1), ("epochs", 4, 3), ("optim", "adam", "sgd"), ("damp", 1.0, None)],
+    [("weightdecay", 0.2, 0.0005), ("batchsize", 40, 32), ("optim", "adam", "sgd")],
 )
 def test_resume_refuses_other_settings(run, flag, value, saved, capsys):
     assert run(*small("sgd")) == 0
@@ -741,6 +890,68 @@ def test_resume_refuses_other_settings(run, flag, value, saved, capsys):
     assert f"--{flag} {value} differs from the saved run, which has {saved}" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("optim", ["sgd", "mfac"])
+def test_more_epochs(run, optim, capsys):
+    """The bits of a run that had as many from the start."""
+    drops = ["--drop_at", 1, 2]
+    assert run(*small(optim, "whole.pth"), "--epochs", 4, *drops) == 0
+    assert run(*small(optim, "parts.pth"), *drops) == 0
+    capsys.readouterr()
+    assert run("--save", "parts.pth", "--resume", "--epochs", 4) == 0
+    note = "going on after epoch 3 of 4, with --epochs 4, before 3\n"
+    assert capsys.readouterr().err.endswith(note)
+    assert_same_run("whole", "parts")
+    assert run("--save", "parts.pth", "--resume", "--epochs", 3) == 2
+    assert "--epochs 3 is less than the 4 that are done" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("schedule", ["step", "cosine"])
+def test_another_learning_rate(run, monkeypatch, schedule, capsys):
+    """It takes the place of the first one in the schedule, and is kept."""
+    flags = [*small("sgd"), "--schedule", schedule, "--lr", 0.01]
+    with monkeypatch.context() as context:
+        interrupt_after(context, 1)
+        assert run(*flags) == 130
+    before = torch.load("net.pth", weights_only=True)["state_dict"]["fc.weight"]
+    with monkeypatch.context() as context:
+        interrupt_after(context, 1)
+        assert run("--save", "net.pth", "--resume", "--lr", 1e-9) == 130
+    assert "with --lr 1e-09, before 0.01" in capsys.readouterr().err
+    after = torch.load("net.pth", weights_only=True)["state_dict"]["fc.weight"]
+    torch.testing.assert_close(before, after, rtol=0, atol=1e-6)
+    assert run("--save", "net.pth", "--resume") == 0
+    factors = {"step": [1, 1, 0.1], "cosine": [1, 0.75, 0.25]}[schedule]
+    expected = [rate * f for rate, f in zip((0.01, 1e-9, 1e-9), factors, strict=True)]
+    assert [float(row["lr"]) for row in rows("net.csv")] == pytest.approx(expected, rel=1e-6)
+
+
+def test_another_damping(run, monkeypatch, capsys):
+    """As the advice of the optimizer is, where it has too little."""
+    damps = []
+    save = main_optim.Run.save_state
+    with monkeypatch.context() as context:
+        interrupt_after(context, 1)
+        assert run(*small("mfac"), "--damp", 1e-3) == 130
+
+    def spy(self, history):
+        damps.append(self.optimizer.damp)
+        save(self, history)
+
+    monkeypatch.setattr(main_optim.Run, "save_state", spy)
+    with monkeypatch.context() as context:
+        interrupt_after(context, 1)
+        assert run("--save", "net.pth", "--resume", "--damp", 0.5) == 130
+    assert "with --damp 0.5, before 0.001" in capsys.readouterr().err
+    assert run("--save", "net.pth", "--resume") == 0
+    assert damps == [0.5, 0.5]
+
+
+def test_resume_refuses_settings_of_another_optimizer(run, capsys):
+    assert run(*small("sgd")) == 0
+    assert run("--save", "net.pth", "--resume", "--damp", 0.5) == 2
+    assert "--damp is no setting of --optim sgd" in capsys.readouterr().err
 
 
 def test_resume_refuses_other_data(run, dataset, tmp_path, capsys):
@@ -795,6 +1006,17 @@ def test_state_of_an_older_version(run):
     assert run("--save", "net.pth", "--resume") == 0
 
 
+def test_the_help_has_every_default(capsys):
+    """By optimizer and data where they differ."""
+    for action in optim_settings.build_parser()._actions:
+        assert action.dest in ("help", "plot", "tensorboard") or "default" in action.help
+    with pytest.raises(SystemExit):
+        main_optim.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "default: mfac 0.003 (digits 0.0005), sgd 0.0005, adam 0.0005" in shown
+    assert "default: resnet 164, wideresnet 200, mobilenet 100, for the digits 10" in shown
+
+
 # --- the parts ------------------------------------------------------------------------------
 
 
@@ -802,7 +1024,7 @@ def test_state_of_an_older_version(run):
     ("model", "epochs"), [("resnet32", 164), ("wideresnet-22-2", 200), ("mobilenet", 100)]
 )
 def test_defaults_are_the_papers(model, epochs):
-    choose = main_optim.choose_settings
+    choose = optim_settings.choose_settings
     settings = choose({"model": model, "dataset": "cifar"})
     assert settings["optim"] == "mfac" and settings["lr"] == 1e-3 and settings["damp"] == 1e-5
     assert settings["epochs"] == epochs
@@ -816,7 +1038,7 @@ def test_defaults_are_the_papers(model, epochs):
 @pytest.mark.parametrize("schedule", ["step", "linear", "cosine"])
 def test_schedules_are_those_of_torch(schedule):
     epochs, steps = 8, 5
-    settings = main_optim.choose_settings({"schedule": schedule, "epochs": epochs})
+    settings = optim_settings.choose_settings({"schedule": schedule, "epochs": epochs})
     factor = main_optim.learning_rate_factor(settings, steps)
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
     lr_scheduler = torch.optim.lr_scheduler
@@ -901,3 +1123,97 @@ def test_a_state_that_does_not_fit_is_refused(run, capsys):
         assert run("--resume", "--epochs", 1, "--save", "net.pth") == 2, name
         (line,) = capsys.readouterr().err.splitlines()[-1:]
         assert line.startswith("main_optim.py: error: "), name
+
+
+# --- on CUDA --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_gpu(run, deterministic):
+    """Runs the script on the GPU, or skips the test."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    return lambda *flags: run(*flags, "--device", "cuda")
+
+
+GPU_RUNS = [
+    ("sgd", []),
+    ("adam", []),
+    ("mfac", ["--momentum", 0.5]),
+    ("mfac", ["--window_dtype", "bfloat16", "--ema", 0.9]),
+]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("optim", "flags"), GPU_RUNS)
+def test_a_graph_trains_as_single_operations_do(on_gpu, optim, flags, capsys):
+    """To the roundings of float32, which grow in training; rates change and the last batch is
+    smaller."""
+    flags = [*flags, "--batchsize", 12, "--schedule", "linear", "--lr", 1e-3, "--deterministic"]
+    for graph in ("yes", "no"):
+        assert on_gpu(*small(optim, f"{graph}.pth"), *flags, "--graph", graph) == 0
+    assert "no CUDA graph" not in capsys.readouterr().err
+    graphed, eager = rows("yes.csv"), rows("no.csv")
+    assert {row["optimizer_seconds"] for row in graphed} == {""}
+    for name in ("train_loss", "test_loss"):
+        values = [[float(row[name]) for row in table] for table in (graphed, eager)]
+        assert values[0] == pytest.approx(values[1], rel=1e-2)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("graph", ["yes", "no"])
+@pytest.mark.parametrize(("optim", "flags"), GPU_RUNS)
+def test_deterministic_runs_resume_to_the_same_bits_on_a_gpu(
+    on_gpu, monkeypatch, optim, flags, graph
+):
+    flags = [*flags, "--batchsize", 12, "--deterministic", "--graph", graph]
+    for save in ("whole.pth", "again.pth"):
+        assert on_gpu(*small(optim, save), *flags) == 0
+    assert_same_run("whole", "again")
+    with monkeypatch.context() as context:
+        interrupt_after(context, 1)
+        assert on_gpu(*small(optim, "parts.pth"), *flags) == 130
+    assert on_gpu("--save", "parts.pth", "--resume") == 0
+    assert_same_run("whole", "parts")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("graph", ["yes", "no"])
+def test_a_gpu_is_not_waited_for_at_each_batch(on_gpu, monkeypatch, graph):
+    """Of 40 batches an epoch, as many times as without 20 of them."""
+    waits = []
+
+    def count(*args, **kwargs):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                figures = train_epoch(*args, **kwargs)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing" in str(warning.message) for warning in caught))
+        return figures
+
+    train_epoch = main_optim.train_epoch
+    monkeypatch.setattr(main_optim, "train_epoch", count)
+    monkeypatch.setattr(main_common, "LOOK", 1000)
+    for size in (2, 4):
+        flags = ["--batchsize", size, "--graph", graph, "--overwrite"]
+        assert on_gpu(*small("mfac"), *flags) == 0
+    assert waits[1:3] == waits[4:6]  # not the first, in which the graph is made
+
+
+@pytest.mark.cuda
+def test_a_model_that_can_not_be_a_graph(on_gpu, monkeypatch, capsys):
+    """It asks the device for a number at each batch."""
+
+    class Asking(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) * float(x.mean() < 1e9)
+
+    monkeypatch.setitem(
+        models.MODELS, "asking", lambda n: Asking(nn.Flatten(), nn.Linear(3 * 64, n))
+    )
+    assert on_gpu(*small("sgd"), "--model", "asking", "--batchsize", 12) == 0
+    assert capsys.readouterr().err.count("no CUDA graph for this model") == 1
+    assert all(float(row["optimizer_seconds"]) > 0 for row in rows("net.csv"))

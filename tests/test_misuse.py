@@ -4,11 +4,13 @@ Each is a ValueError with what came, what was expected and a way out; a TypeErro
 raises one. What concerns one feature stands with its tests.
 """
 
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
+from test_optim import assert_same_state
 from torch import nn
 
 from optim import MFAC, DynamicInverseFisher, step_traffic, window_bytes
@@ -100,16 +102,19 @@ WINDOW = {
     "shards count": (lambda: fisher(shards=3), "Invalid shards: 3; it must be a list"),
     "shards none": (lambda: fisher(shards=[None]), "Invalid shards: None"),
     "dtype": (lambda: fisher(dtype=None), "Invalid dtype: None"),
+    "dtype name": (lambda: fisher(dtype="float31"), r"Invalid dtype: 'float31'; .*torch\.bfloat16"),
+    "dtype compressed": (
+        lambda: fisher(dtype=torch.float16, compress=0.5),
+        r"Invalid dtype: torch\.float16; .* with compress",
+    ),
+    "too large": (
+        lambda: DynamicInverseFisher(1024, 10**12),
+        r"1024 gradients of 1,000,000,000,000 weights takes .* GB on cpu, .* GB free; take fewer",
+    ),
     "compress true": (lambda: fisher(compress=True), "Invalid compress: True"),
-    "coefficients": (lambda: fisher(coefficients=["paper"]), r"Invalid coefficients: \['paper'\]"),
-    "no coefficients": (lambda: fisher(coefficients=None), "Invalid coefficients: None"),
     "grow": (lambda: fisher().grow(-1), "Invalid columns: -1; .* of at least 0"),
     "grow float": (lambda: fisher().grow(1.5), "Invalid columns: 1.5"),
     "grow compressed": (lambda: fisher(compress=0.5).grow(None), "Invalid columns: None"),
-    "columns beyond": (lambda: fisher().columns(2, 9), "2 to 9 of a window of 4"),
-    "columns below": (lambda: fisher().columns(-1, 2), "Invalid start: -1"),
-    "columns back": (lambda: fisher().columns(3, 1), "3 to 1 of a window of 4"),
-    "columns compressed": (lambda: fisher(compress=0.5).columns(0, 2), "not compressed"),
     "matvec nan": (lambda: fisher().matvec(ONES * math.nan), "finite numbers in x, got NaN"),
     "overflow": (lambda: fisher().matvec(ONES.double() * 1e39), r"do not fit torch\.float32; use"),
     **{
@@ -126,27 +131,28 @@ WINDOW = {
         for name, options in {
             "ngrads": {"ngrads": -1},
             "dim": {"dim": "5"},
-            "dtype": {"dtype": "float32"},
+            "dtype": {"dtype": "float31"},
             "compress": {"compress": 2},
             "world_size": {"world_size": 0},
         }.items()
     },
 }
 
+SHARED = ("param_groups", 0, "fisher")
 STATES = {
-    "nothing": (loads(fisher, lambda _: 5), r"Expected a state dict with \['coeff.* got int"),
+    "nothing": (loads(fisher, lambda _: 5), r"Expected a state dict with \['window.* got int"),
     "empty": (loads(fisher, lambda _: {}), r"Expected a state dict with .* got \[\]"),
     "count": (loads(fisher, edit(count=-1)), "Invalid count: -1"),
     "count float": (loads(fisher, edit(count=1.5)), "Invalid count: 1.5"),
     "no window": (loads(fisher, edit(window=None)), "damaged"),
-    "rows": (loads(fisher, edit(window=[torch.zeros(2, 4)])), "window must have 3 rows"),
-    "vector": (loads(fisher, edit(window=[torch.zeros(4)])), "window must have 3 rows"),
-    "integers": (loads(fisher, edit(window=[torch.zeros(3, 4).long()])), "damaged"),
+    "rows": (loads(fisher, edit("window", 0, G=torch.zeros(2, 4))), "window must have 3 rows"),
+    "vector": (loads(fisher, edit("window", 0, G=torch.zeros(4))), "window must have 3 rows"),
+    "integers": (loads(fisher, edit("window", 0, G=torch.zeros(3, 4).long())), "damaged"),
     "compressed": (loads(fisher, edit(compress=0.5)), "damaged"),
     **{
         f"compressed {name}": (
             loads(lambda: fisher(compress=0.5), edit("window", 0, **{part: value})),
-            "window must have 3 rows, with the column of each entry, from 0 to d - 1",
+            "window must have 3 rows of",
         )
         for name, part, value in (
             ("beyond", "columns", torch.full((3, 2), 4, dtype=torch.int32)),
@@ -159,23 +165,38 @@ STATES = {
         )
     },
     "compress": (loads(fisher, edit(compress=7)), "Invalid compress: 7"),
-    "no coefficients": (loads(fisher, edit(coefficients=None)), "Invalid damp: None"),
-    "damp": (loads(fisher, edit("coefficients", damp=-1)), "Invalid damp: -1"),
-    "K nan": (loads(fisher, edit("coefficients", K=torch.full((3, 3), math.nan))), "K must be"),
-    "K shape": (loads(fisher, edit("coefficients", K=torch.zeros(3, 2))), "K must be a finite sq"),
-    "P shape": (loads(fisher, edit("coefficients", P=torch.zeros(2, 2))), "P like it"),
+    "weights": (loads(fisher, edit("window", 0, G=torch.zeros(3, 5))), "of 5 weights, .* of 4"),
+    "scales": (
+        loads(lambda: fisher(dtype="float16"), edit("window", 0, scales=torch.ones(3, 2))),
+        "must have 3 rows of",
+    ),
+    "dtype": (loads(fisher, edit(dtype="float31")), "Invalid dtype: 'float31'"),
+    "damp": (loads(fisher, edit(damp=-1)), "Invalid damp: -1"),
+    "K nan": (loads(fisher, edit(K=torch.full((3, 3), math.nan))), "K must be"),
+    "K shape": (loads(fisher, edit(K=torch.zeros(3, 2))), "K must be a finite sq"),
+    "P shape": (loads(fisher, edit(P=torch.zeros(2, 2))), "P like it"),
     "optimizer nothing": (loads(stepped, lambda _: 5), "Expected a state dict of MFAC, got int"),
     "optimizer empty": (loads(stepped, lambda _: {}), "not one of MFAC"),
-    "fisher empty": (loads(stepped, edit("state", 0, fisher={})), "Invalid skipped_steps"),
-    "fisher none": (loads(stepped, edit("state", 0, fisher=None)), "not one of MFAC"),
-    "optimizer count": (loads(stepped, edit("state", 0, "fisher", count=-3)), "Invalid count: -3"),
+    "fisher empty": (
+        loads(stepped, edit("param_groups", 0, fisher={})),
+        "Expected a state dict with",
+    ),
+    "fisher none": (loads(stepped, edit("param_groups", 0, fisher=None)), "not one of MFAC"),
+    "optimizer count": (loads(stepped, edit(*SHARED, count=-3)), "Invalid count: -3"),
     "skipped": (
-        loads(stepped, edit("state", 0, "fisher", skipped_steps=None)),
+        loads(stepped, edit(*SHARED, skipped_steps=None)),
         "Invalid skipped_steps: None",
     ),
     "grads": (loads(stepped, edit("state", 0, grads=torch.zeros(2, 4))), "must have 3 rows"),
     "grads none": (loads(stepped, edit("state", 0, grads=None)), "not all of .* are tensors"),
-    "no grads": (loads(stepped, lambda s: s["state"].update({0: {}})), "not one of MFAC"),
+    "groups": (
+        loads(stepped, lambda s: s["param_groups"].append({"params": [1]})),
+        "different number of parameter groups",
+    ),
+    "group sizes": (
+        loads(stepped, edit("param_groups", 0, params=[0, 1])),
+        "parameter group that doesn't match the size of optimizer's group",
+    ),
     "buffer": (loads(stepped, edit("state", 0, momentum_buffer="x")), "not all of .* are tensors"),
     "masks none": (
         loads(lambda: MagnitudePruner(network()), lambda s: s.update(masks=None)),
@@ -193,7 +214,7 @@ STATES = {
 }
 
 OPTIMIZER = {
-    "ngrads": (lambda: MFAC([parameter()], ngrads=None), "Invalid num_grads: None"),
+    "ngrads": (lambda: MFAC([parameter()], ngrads=None), "Invalid ngrads: None; .* at least 1"),
     "moddev": (lambda: MFAC([parameter()], moddev="gpu0"), "Invalid moddev: 'gpu0'"),
     "optdev": (lambda: MFAC([parameter()], optdev=1.5), "Invalid optdev: 1.5"),
     "gpus": (lambda: MFAC([parameter()], gpus=["gpu0"]), "Invalid gpus: 'gpu0'"),
@@ -289,13 +310,31 @@ def test_settings_of_another_type_are_refused_as_by_torch(name, value):
             optimizer([parameter()], **{name: value})
 
 
-def test_a_state_that_is_refused_changes_nothing():
-    window = fisher()
-    before = window.matvec(ONES)
-    for case in ("state, rows", "state, K nan", "state, count"):
+CHANGES = {
+    "count": edit(*SHARED, count=-3),
+    "K": edit(*SHARED, K=torch.full((3, 3), math.nan)),
+    "raised": edit(*SHARED, skipped_steps=9, raised_steps=-1),
+    "grads": edit("state", 0, grads=torch.zeros(2, 4)),
+    "type": edit("state", 0, grads=torch.zeros(3, 4).double()),
+    "shape": edit("state", 0, grads=torch.zeros(3, 5)),
+    "buffer": edit("state", 0, momentum_buffer=torch.zeros(5)),
+    "groups": lambda state: state["param_groups"].append({"params": [1]}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_state_that_is_refused_changes_nothing(change):
+    window, optimizer = fisher(), stepped(momentum=0.5)
+    before = copy.deepcopy((window.state_dict(), optimizer.state_dict()))
+    for damage in (edit(count=-1), edit(K=torch.full((3, 3), math.nan)), edit("window", 0, G=None)):
+        state = copy.deepcopy(before[0])
+        damage(state)
         with pytest.raises(ValueError):
-            CASES[case][0]()
-    state = window.state_dict()
+            window.load_state_dict(state)
+    state = copy.deepcopy(before[1])
+    state["param_groups"][0]["lr"] = 7.0
+    CHANGES[change](state)
     with pytest.raises(ValueError):
-        window.load_state_dict({**state, "count": -1})
-    assert torch.equal(window.matvec(ONES), before)
+        optimizer.load_state_dict(state)
+    assert_same_state(window.state_dict(), before[0])
+    assert_same_state(optimizer.state_dict(), before[1])

@@ -1,6 +1,8 @@
 """The models against counts worked out here, an independent forward pass, and crafted files."""
 
+import copy
 import os
+import sys
 import zipfile
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import models
 
@@ -222,8 +225,8 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("key", [None, "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model."])
+@pytest.mark.parametrize("key", [None, "state_dict", "model", "net", "model_state_dict"])
 @pytest.mark.parametrize("legacy", [False, True])
 def test_every_layout_of_a_checkpoint_loads(tmp_path, model, trained, prefix, key, legacy):
     state = {prefix + name: tensor for name, tensor in trained.state_dict().items()}
@@ -232,6 +235,59 @@ def test_every_layout_of_a_checkpoint_loads(tmp_path, model, trained, prefix, ke
     assert not same(model, trained)
     models.load_checkpoint(model, str(tmp_path / "model.pth"))
     assert same(model, trained)
+
+
+def test_the_checkpoint_of_a_compiled_model_in_a_trainer(tmp_path, model, trained):
+    """And with it one whose own modules have the names of wrappers."""
+
+    class Trainer(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = torch.compile(model)
+
+    for inner, other in ((model, trained), (Trainer(model), Trainer(trained))):
+        torch.save(Trainer(other).state_dict(), tmp_path / "model.pth")
+        models.load_checkpoint(inner, tmp_path / "model.pth")
+        assert same(inner, other)
+
+
+def test_the_checkpoint_of_an_averaged_model(tmp_path, model, trained):
+    average = torch.optim.swa_utils.AveragedModel(trained, use_buffers=True)
+    torch.save(average.state_dict(), tmp_path / "model.pth")
+    models.load_checkpoint(model, tmp_path / "model.pth")
+    assert same(model, trained)
+
+
+def test_the_checkpoint_of_a_model_that_torch_has_pruned(tmp_path, model, trained):
+    pruned = copy.deepcopy(trained)
+    for layer in (pruned.conv1, pruned.fc):
+        prune.l1_unstructured(layer, "weight", 0.5)
+    torch.save(nn.DataParallel(pruned).state_dict(), tmp_path / "model.pth")
+    models.load_checkpoint(model, tmp_path / "model.pth")
+    for layer in (pruned.conv1, pruned.fc):
+        prune.remove(layer, "weight")
+    assert same(model, pruned) and (model.fc.weight == 0).sum() == 320
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_checkpoints_in_any_precision(tmp_path, model, trained, dtype, suffix):
+    path, state = tmp_path / f"model{suffix}", copy.deepcopy(trained).to(dtype).state_dict()
+    if suffix == ".pth":
+        torch.save(state, path)
+    else:
+        pytest.importorskip("safetensors.torch").save_file(state, path)
+    models.load_checkpoint(model, path)
+    assert same(model, trained.to(dtype).float())
+
+
+def test_files_of_safetensors(tmp_path, model, monkeypatch):
+    """A damaged one, and any without the package."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"text")
+    fails(model, path, "not a checkpoint")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    fails(model, path, "pip install safetensors")
 
 
 @pytest.mark.parametrize("module", [b"numpy.core", b"numpy._core"])

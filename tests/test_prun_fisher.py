@@ -13,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import dense_fisher, independent_removal, joint_removal
 
+import blocks
 import prun
-from prun import TILE, BlockedInverseFisher, PagedInverseFisher, inverse_bytes
+from blocks import float32_sums
+from pages import Pages
+from prun import BlockedInverseFisher, PagedInverseFisher, inverse_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -105,16 +108,20 @@ def test_the_precision_of_float32_products_is_the_callers_affair():
     """The caller's switches for TF32, bfloat16 and autocast neither matter nor change."""
     G = torch.randn(256, 2048)
     makes = (PagedInverseFisher, lambda G, damp: BlockedInverseFisher(G, 64, damp))
-    plain = [make(G, 1e-2).diagonal() for make in makes]
+    exact = [make(G.double(), 1e-2).diagonal() for make in makes]
     found = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            fast = [make(G, 1e-2).diagonal() for make in makes]
+            results = [make(G, 1e-2).diagonal() for make in makes]
         assert torch.get_float32_matmul_precision() == "medium"
+        assert makes[0](G, 1e-2).dtype == torch.float64  # no switch but that of the type
     finally:
         torch.set_float32_matmul_precision(found)
-    torch.testing.assert_close(fast, plain, rtol=1e-12, atol=0)
+    torch.testing.assert_close(results, exact, rtol=1e-12, atol=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results = [make(G, 1e-2).diagonal() for make in makes]
+    torch.testing.assert_close(results, exact, rtol=1e-5, atol=0)
 
 
 def test_damping_that_cannot_be_resolved_is_refused_with_a_value_that_can():
@@ -129,14 +136,11 @@ def test_damping_that_cannot_be_resolved_is_refused_with_a_value_that_can():
         fisher.matvec(G[0])  # this one is
 
 
-def test_the_default_device_of_torch_does_not_matter(tmp_path):
+def test_the_default_device_of_torch_does_not_matter():
     """As after torch.set_default_device("cuda"), with gradients on the CPU."""
     G, w = torch.randn(12, 60), torch.randn(60)
-    np.save(tmp_path / "gradients.npy", G.numpy())
     makes = [
-        lambda: PagedInverseFisher(G, 1e-3),
-        lambda: PagedInverseFisher(tmp_path / "gradients.npy", 1e-3, pages=3),
-        lambda: BlockedInverseFisher(tmp_path / "gradients.npy", 7, 1e-3),
+        lambda: PagedInverseFisher(G, 1e-3, pages=3),
         lambda: BlockedInverseFisher(iter(G), 7, 1e-3),
         lambda: BlockedInverseFisher(G, 7, 1e-3),
         lambda: BlockedInverseFisher(G.double(), 25, 1e-3),
@@ -156,13 +160,13 @@ def test_the_default_device_of_torch_does_not_matter(tmp_path):
 
 def watch_float64_sums(monkeypatch):
     """A list of the widths of all gradients that blocks will sum in float64."""
-    widths, add_block_grams_ = [], prun.add_block_grams_
+    widths, add_block_sums_ = [], blocks.add_block_sums_
 
     def watched(sums, G):
         widths.append(G.shape[1])
-        add_block_grams_(sums, G)
+        add_block_sums_(sums, G)
 
-    monkeypatch.setattr(prun, "add_block_grams_", watched)
+    monkeypatch.setattr(blocks, "add_block_sums_", watched)
     return widths
 
 
@@ -189,7 +193,8 @@ def test_blocks_of_ordinary_gradients_take_the_fast_way_within_1e_5(m, kind, mon
 
 @pytest.mark.parametrize("kind", ["two alike", "one huge gradient", "nearly parallel", "of 1e20"])
 def test_blocks_that_float32_does_not_resolve_are_summed_in_float64(kind, monkeypatch):
-    """And no others. From sums of float32 alone, the diagonal would be off by more than 1e-5."""
+    """With others of their batch. From sums of float32 alone, the diagonal would be off by more
+    than 1e-5."""
     G, size, damp = torch.randn(200, 96), 16, 1e-3
     lost = torch.zeros(6, dtype=torch.bool).index_fill_(0, torch.tensor([1, 4]), True)
     block = G.view(200, 6, 16)[:, lost]
@@ -202,7 +207,7 @@ def test_blocks_that_float32_does_not_resolve_are_summed_in_float64(kind, monkey
     elif kind == "of 1e20":  # squares overflow
         block *= 1e20
     G.view(200, 6, 16)[:, lost] = block
-    sums, _ = prun.block_grams(G[:, lost.repeat_interleave(16)], size)
+    sums = float32_sums(G[:, lost.repeat_interleave(16)], size)[0]
     reference = torch.linalg.inv(block_diagonal(dense_fisher(G, damp), size)).diagonal().view(6, 16)
     if kind != "of 1e20":
         H = sums / 200 + damp * torch.eye(size, dtype=torch.float64)
@@ -213,8 +218,7 @@ def test_blocks_that_float32_does_not_resolve_are_summed_in_float64(kind, monkey
             widths = watch_float64_sums(context)
             fisher = BlockedInverseFisher(G, size, damp, perbatch=perbatch)
         error = fisher.diagonal().view(6, 16) / reference - 1
-        if perbatch > 1:  # alone, each makes the next one be summed in float64, too
-            assert sum(widths) == 2 * size
+        assert sum(widths) == {1: 2, 4: 6, 6: 6}[perbatch] * size
         assert error[~lost].abs().max() < 1e-5
         assert error[lost].abs().max() < 1e-7
         streamed = BlockedInverseFisher(iter(G), size, damp).diagonal().view(6, 16)
@@ -227,21 +231,6 @@ def test_blocks_of_any_damping_are_right_to_1e_5(log_damp):
     G, damp = torch.randn(200, 64), 10.0**log_damp
     G[:, 1::2] = G[:, ::2] + 0.1 * G[:, 1::2]
     assert max(block_errors(BlockedInverseFisher(G, 16, damp), G, damp, 16)) < 1e-5
-
-
-def test_after_blocks_that_float32_does_not_resolve_it_is_left_until_it_would_do(monkeypatch):
-    """So that no more than one batch in a row is summed up twice."""
-    G = torch.randn(50, 6, 8)
-    G[:, :3] = torch.randn(1, 3, 8) + 1e-3 * G[:, :3]
-    tried, block_grams = [], prun.block_grams
-
-    def watched(some, b):
-        tried.extend(i for i in range(6) if torch.equal(some, G[:, i]))
-        return block_grams(some, b)
-
-    monkeypatch.setattr(prun, "block_grams", watched)
-    BlockedInverseFisher(G.flatten(1), 8, 1e-3, perbatch=1)
-    assert tried == [0, 4, 5]
 
 
 def test_gradients_too_small_for_float32_products_are_summed_in_float64(monkeypatch):
@@ -285,87 +274,23 @@ def test_blocks_are_right_to_1e_5_of_many_gradients(m, size, seed, log_damp, com
 # --- pages ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("pages", [1, 2, 3, 16, 17, 100, 101])
-def test_any_number_of_pages_gives_the_same_numbers(tmp_path, pages, copied):
+def test_any_number_of_pages_gives_the_same_numbers(pages):
     """m = 10 and d = 101 are divisible by none of them."""
     G, w = torch.randn(10, 101), torch.randn(101, dtype=torch.float64)
     drop = torch.randperm(101)[:60]
-    np.save(tmp_path / "gradients.npy", G.numpy())
-    source = tmp_path / "gradients.npy" if copied else G
-    one, many = PagedInverseFisher(G, 1e-3), PagedInverseFisher(source, 1e-3, pages=pages)
-    assert len(list(many._pages(None))) == pages
+    one, many = PagedInverseFisher(G, 1e-3), PagedInverseFisher(G, 1e-3, pages=pages)
+    assert len(list(Pages(G, pages, G.device).tiles(torch.float32))) == pages
     torch.testing.assert_close(many.diagonal(), one.diagonal(), rtol=1e-6, atol=0)
     for method in ("joint_update", "independent_update"):
         expected = getattr(one, method)(drop, w)
         assert relative_error(getattr(many, method)(drop, w), expected) < 1e-6
 
 
-def test_gathered_columns_are_copied_a_tile_at_a_time():
-    G = torch.randn(300, 20_000)
-    fisher, index = PagedInverseFisher(G, 1e-2), torch.arange(0, 20_000, 2)
-    pages = [page for _, page in fisher._pages(index)]
-    assert torch.equal(torch.cat(pages, 1), G[:, ::2])
-    assert max(page.numel() for page in pages) <= prun.TILE
-
-
 @pytest.mark.parametrize("pages", [0, -1, 10, 2.0, None])
 def test_page_counts_out_of_range_are_refused(pages):
     with pytest.raises(ValueError, match=r"Invalid pages.*from 1 to 9"):
         PagedInverseFisher(torch.randn(4, 9), pages=pages)
-
-
-@pytest.mark.parametrize("mode", ["r", "r+", "c"])
-def test_a_mapped_file_is_read_where_it_is_and_never_written(tmp_path, mode):
-    G = torch.randn(6, 50)
-    path = tmp_path / "gradients.bin"
-    G.numpy().tofile(path)
-    before = path.read_bytes()
-    mapped = np.memmap(path, np.float32, mode, shape=(6, 50))
-    if mode == "c":
-        mapped[2] += 1  # in memory only: must not be lost when read pages are let go
-        G[2] += 1
-    fisher = PagedInverseFisher(mapped, 1e-3, pages=4)
-    assert fisher.G.data_ptr() == mapped.ctypes.data
-    expected = PagedInverseFisher(G, 1e-3)
-    torch.testing.assert_close(fisher.diagonal(), expected.diagonal(), rtol=1e-6, atol=0)
-    assert np.array_equal(mapped, G.numpy())
-    assert path.read_bytes() == before
-
-
-def test_a_file_is_mapped_where_the_system_takes_no_advice(tmp_path, monkeypatch):
-    """As on Windows, where what was read stays until the system wants the memory."""
-    monkeypatch.delattr(prun.mmap, "MADV_DONTNEED", raising=False)
-    G = torch.randn(6, 50)
-    np.save(tmp_path / "gradients.npy", G.numpy())
-    fisher = PagedInverseFisher(tmp_path / "gradients.npy", 1e-3, pages=4)
-    expected = torch.linalg.inv(dense_fisher(G, 1e-3)).diagonal()
-    assert relative_error(fisher.diagonal(), expected) < 1e-5
-
-
-def resident_file_bytes():
-    with open("/proc/self/status") as status:
-        return int(re.search(r"RssFile:\s+(\d+) kB", status.read())[1]) * 1024
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
-def test_a_mapped_file_does_not_become_resident(tmp_path, monkeypatch):
-    m, d = 256, 2**18
-    G = np.lib.format.open_memmap(tmp_path / "g.npy", "w+", np.float32, (m, d))
-    G[:] = np.random.default_rng(0).standard_normal(d, dtype=np.float32)
-    G += np.arange(m, dtype=np.float32)[:, None]
-    G.flush()
-    del G
-    resident, leverage = [], prun.leverage
-
-    def watched(*tiles):
-        resident.append(resident_file_bytes())
-        return leverage(*tiles)
-
-    monkeypatch.setattr(prun, "leverage", watched)
-    before = resident_file_bytes()
-    PagedInverseFisher(tmp_path / "g.npy", 1e-2, pages=16).diagonal()
-    assert max(resident) - before < 4 * m * d / 8
 
 
 @pytest.mark.cuda
@@ -413,26 +338,6 @@ def test_gradients_may_come_in_any_portions_in_memory_that_is_used_again():
     torch.testing.assert_close(one_by_one.diagonal(), reference, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("size", [8, 310])
-def test_blocks_of_a_file_are_those_of_the_gradients_in_it(tmp_path, size):
-    """Of m = 300, the smaller ones are summed up as they are read."""
-    G, x = torch.randn(300, 320), torch.randn(320)
-    np.save(tmp_path / "gradients.npy", G.numpy())
-    inverse = torch.linalg.inv(block_diagonal(dense_fisher(G, 1e-2), size))
-    for source in (tmp_path / "gradients.npy", np.load(tmp_path / "gradients.npy", mmap_mode="r")):
-        fisher = BlockedInverseFisher(source, size, 1e-2)
-        torch.testing.assert_close(fisher.diagonal(), inverse.diagonal(), rtol=1e-5, atol=0)
-        assert relative_error(fisher.matvec(x), inverse @ x.double()) < 1e-5
-
-
-def test_the_form_with_fewer_operations_is_taken():
-    G = torch.randn(10, 64)
-    assert isinstance(BlockedInverseFisher(G, 10)._parts[0][1], prun.DenseBlocks)
-    parts = [part for _, part in BlockedInverseFisher(G, 11)._parts]
-    assert all(isinstance(part, PagedInverseFisher) for part in parts[:-1])
-    assert isinstance(parts[-1], prun.DenseBlocks)  # of 64 - 5 x 11 = 9 weights
-
-
 @pytest.mark.parametrize("d", [20, 85])
 def test_a_block_size_above_the_number_of_gradients_says_nothing_of_smaller_blocks(d):
     """Below, λ is too small for the (m, m) form of 20 weights."""
@@ -444,15 +349,6 @@ def test_a_block_size_above_the_number_of_gradients_says_nothing_of_smaller_bloc
         PagedInverseFisher(G[:, -20:], damp).diagonal()
     diagonal = BlockedInverseFisher(G, size, damp).diagonal()
     torch.testing.assert_close(diagonal, inverse.diagonal(), rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("size", [1, 10, 300])
-def test_as_many_blocks_are_worked_on_at_once_as_fit(size):
-    G, block = torch.randn(2, 400), 8 * size**2
-    for grads, room in ((G, 2**22), (iter(G), 2**19)):
-        blocks = BlockedInverseFisher(grads, size).perbatch
-        assert blocks == 1 or blocks * block <= room
-        assert (blocks + 1) * block > room
 
 
 def test_no_gradient_matrix_is_ever_held():
@@ -599,7 +495,7 @@ def test_results_that_their_type_cannot_hold_are_refused(fisher):
         (torch.randn(5, 0), "at least one gradient"),
         (torch.ones(5, 5, dtype=torch.int32), "floating point"),
         (np.ones((5, 5), dtype=complex), "floating point"),
-        ("no/such/file.npy", "Cannot read gradients from no/such/file.npy"),
+        ("no/such/file.npy", r"Expected gradients \(m, d\) .* got str"),
     ],
 )
 def test_gradients_that_are_no_matrix_are_refused(make, grads, message):
@@ -615,14 +511,6 @@ def test_a_damping_without_a_reciprocal_is_refused(make, damp):
     """It would give inverse diagonals that are infinite."""
     with pytest.raises(ValueError, match=f"Invalid damp: {damp!r}; it must be a number between"):
         make(torch.randn(4, 9), damp)
-
-
-@pytest.mark.parametrize("content", [b"", b"no gradients", b"\x93NUMPY\x01\x00", b"PK\x03\x04"])
-def test_a_file_that_holds_no_array_is_refused(tmp_path, content):
-    path = tmp_path / "broken.npy"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="Cannot read gradients from"):
-        PagedInverseFisher(path)
 
 
 @pytest.mark.parametrize(("size", "perbatch"), [(0, 1), (2.5, 1), (2, 0), (2, -1), (None, 1)])
@@ -732,28 +620,13 @@ def test_memory_goes_to_the_device_but_for_the_gradients():
     m, d = 1024, 10**6
     here = inverse_bytes(m, d)
     assert here.keys() == {cpu}
-    there = {pages: inverse_bytes(m, d, pages=pages, device="cuda") for pages in (1, 16)}
+    assert inverse_bytes(m, d, device="cuda").keys() == {cuda}  # gradients and all
+    assert inverse_bytes(m, d, device="cuda")[cuda] > here[cpu]
+    where = {"device": "cuda", "grads_device": "cpu"}
+    there = {pages: inverse_bytes(m, d, pages=pages, **where) for pages in (1, 16)}
     for needed in there.values():
         assert needed.keys() == {cpu, cuda}
         assert needed[cpu] > 4 * m * d
     assert there[1][cuda] > 4 * m * d > there[16][cuda]
     assert inverse_bytes(m, d, pages=16) == here  # nothing is copied
     assert inverse_bytes(m, d, blocksize=16)[cpu] < 4 * m * d
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        # Gradients, vectors, tiles; and one factor, of which pages make no difference here.
-        ({"pages": 3}, 4 * 50 * 700 + 130 * 700 + 24 * TILE + 80 * 50**2),
-        # 12 blocks, the last of which is smaller, and a factor for each.
-        ({"blocksize": 60}, 4 * 50 * 700 + 130 * 700 + 24 * TILE + (12 * 24 + 56) * 50**2),
-        # Blocks, and 5 of them while they are inverted.
-        (
-            {"blocksize": 20, "perbatch": 5},
-            4 * 50 * 700 + 130 * 700 + 24 * TILE + 8 * 20 * 700 + 32 * 20 * 100,
-        ),
-    ],
-)
-def test_memory_is_a_sum_of_what_is_held(options, expected):
-    assert inverse_bytes(50, 700, **options) == {torch.device("cpu"): expected}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.utils import prune as torch_prune
 from torch.sparse import _semi_structured_conversions as semi_structured
+from transformers.pytorch_utils import Conv1D
 
 from prun import MagnitudePruner, MFACPruner
 
@@ -33,15 +34,14 @@ def flat(tensors):
 def oracle(model, names, rows, sparsity, blocksize=None):
     """The weights after pruning by the dense Fisher matrix of the gradients `rows` (m, d)."""
     w = flat(model.get_parameter(name) for name in names).double()
-    alive = (w != 0).nonzero()[:, 0]
-    F = dense_fisher(rows[:, alive], DAMP)
+    F = dense_fisher(rows, DAMP)
     if blocksize is not None:
-        block = torch.arange(len(alive)) // blocksize
+        block = torch.arange(len(w)) // blocksize
         F = F * (block[:, None] == block)
-    saliency = w[alive].square() / (2 * torch.linalg.inv(F).diagonal())
-    drop = saliency.argsort()[: round(sparsity * len(w)) - (len(w) - len(alive))]
-    w[alive] += joint_removal(F, drop, w[alive])
-    w[alive[drop]] = 0
+    saliency = w.square() / (2 * torch.linalg.inv(F).diagonal())
+    drop = saliency.argsort(stable=True)[: round(sparsity * len(w))]
+    w += joint_removal(F, drop, w)
+    w[drop] = 0
     return w
 
 
@@ -180,12 +180,24 @@ LAYERS = {
         ["lstm.weight_ih_l0", "lstm.weight_hh_l0"],
         None,
     ),
-    "tied weights": (Tied, words, None, ["embed.weight", "body.weight"]),
+    "ConvTranspose1d": (
+        lambda: nn.Sequential(nn.ConvTranspose1d(4, 6, 3), nn.ReLU(), nn.Flatten()),
+        lambda: torch.randn(4, 4, 2),
+        None,
+        ["0.weight"],
+    ),
+    "Conv1D of transformers": (
+        lambda: nn.Sequential(Conv1D(6, 4), nn.GELU(), nn.Linear(6, 3), nn.Flatten()),
+        lambda: torch.randn(4, 3, 4),
+        None,
+        ["0.weight", "2.weight"],
+    ),
+    "tied weights": (Tied, words, ["embed.weight", "body.weight"], ["body.weight"]),
     "tied weights with sparse gradients": (
         lambda: Tied(sparse=True),
         words,
-        None,
         ["embed.weight", "body.weight"],
+        ["body.weight"],
     ),
 }
 
@@ -305,7 +317,8 @@ def test_batches_of_any_structure_and_a_smaller_one_is_left_out(structure):
         return pack(torch.randn(n, 4), torch.randint(3, (n,)))
 
     batches = [samples(2), *(samples(4) for _ in range(NGRADS))]
-    pruner = MFACPruner(model, batches, loss=loss, ngrads=NGRADS, damp=DAMP)
+    options = {"ngrads": NGRADS, "damp": DAMP, "drop_smaller": True}
+    pruner = MFACPruner(model, batches, loss=loss, **options)
     before = copy.deepcopy(model)
     pruner.prune(0.5)
     assert [len(unpack(batch)[1]) for batch in seen] == [4] * NGRADS
@@ -480,4 +493,4 @@ def test_the_pruned_model_is_saved_and_loaded_as_any_other():
     )
     assert all(type(p) is nn.Parameter for p in model.parameters())
     fresh.load_state_dict(model.state_dict())
-    assert MagnitudePruner(fresh, pattern="2:4").sparsity == 0.5
+    assert MagnitudePruner(fresh, pattern="2:4", keep_zeros=True).sparsity == 0.5

@@ -166,7 +166,7 @@ def test_ties_go_by_position(pattern):
         for p in model.parameters():
             nn.init.constant_(p, 0.5)
         pruner = MagnitudePruner(model, pattern=pattern)
-        pruner.prune(0.25)
+        pruner.prune(0.25, partial=True)
         return flat(pruner.params.values())
 
     gone = (pruned() == 0).nonzero()[:, 0]
@@ -197,16 +197,43 @@ def along_input(weight):
     return weight.movedim(1, -1).reshape(-1, 4)
 
 
-@pytest.mark.parametrize("target", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize("target", [0.1, 0.3, 0.5, 0.7])
 def test_two_of_four_is_exact_at_every_level(make, target):
+    """On the way there, and beyond: more zeros satisfy it as well."""
     pruner = make(network(), pattern="2:4")
-    pruner.prune(0.05)
-    pruner.prune(target)
+    pruner.prune(0.05, partial=True)
+    pruner.prune(target, partial=target < 0.5)
     assert zeros(pruner) == round(target * 896)
     for p in pruner.params.values():
         per_group = (along_input(p) == 0).sum(1)
-        assert (per_group <= 2).all()
-        assert target < 0.5 or (per_group == 2).all()
+        assert (per_group <= 2).all() if target <= 0.5 else (per_group >= 2).all()
+        assert target != 0.5 or (per_group == 2).all()
+
+
+def test_sparsity_that_does_not_make_the_pattern_is_refused(make):
+    pruner = make(network(), pattern="2:4")
+    with pytest.raises(ValueError, match=r"Invalid sparsity: 0.25; .* from 0\.5 to 1, as fewer"):
+        pruner.prune(0.25)
+    assert zeros(pruner) == 0
+    thirds = MagnitudePruner(nn.Linear(6, 4), pattern="1:3")
+    thirds.prune(2 / 3)  # just below 1 − 1/3 in float64
+    assert thirds.sparsity == 16 / 24
+
+
+@pytest.mark.parametrize("keep_zeros", [False, True])
+def test_zeros_that_are_there_satisfy_the_pattern(make, keep_zeros):
+    """A dead filter, and groups with three zeros."""
+    model = network()
+    with torch.no_grad():
+        model[0].weight[2] = 0
+        model[6].weight[:, :3] = 0
+    pruner = make(model, pattern="2:4", keep_zeros=keep_zeros)
+    pruner.prune(0.5)
+    for p in pruner.params.values():
+        assert ((along_input(p) == 0).sum(1) >= 2).all()
+    # Masked zeros beyond two of a group come on top: 2 of 9 groups, and 1 of 5 groups.
+    assert zeros(pruner) >= 448
+    assert pruner.sparsity == (0.5 + (2 * 9 + 5) / 896 if keep_zeros else 0.5)
 
 
 def test_of_every_group_the_smallest_go():
@@ -240,7 +267,7 @@ def test_a_block_that_has_zeros_already_counts_by_what_is_left_of_it():
     with torch.no_grad():
         model.weight *= torch.rand(5, 16) > 0.3
     expected = along_input(model.weight).detach().clone()
-    MagnitudePruner(model, pattern="4x1").prune(0.6)
+    MagnitudePruner(model, pattern="4x1", keep_zeros=True).prune(0.6)
     for block in expected[expected.square().sum(1).argsort()].unbind():
         if int((expected == 0).sum()) + int((block != 0).sum()) > 48:
             break
@@ -257,17 +284,6 @@ def test_layers_that_the_pattern_does_not_divide_are_left_out_or_refused():
             MagnitudePruner(model, [name], pattern="2:4")
     with pytest.raises(ValueError, match=r"no layer's input is divisible by 4, choose another pat"):
         MagnitudePruner(nn.Linear(3, 3), pattern="2:4")
-
-
-def test_more_sparsity_than_the_pattern_has_is_refused():
-    pruner = MagnitudePruner(network(), pattern="2:4")
-    with pytest.raises(ValueError, match=r"from 0 to 0\.5"):
-        pruner.prune(0.51)
-    model = network()
-    with torch.no_grad():
-        model[0].weight[0, :3, 0, 0] = 0
-    with pytest.raises(ValueError, match=r"0\.weight already has more zeros"):
-        MagnitudePruner(model, pattern="2:4")
 
 
 @pytest.mark.parametrize("pattern", ["2:2", "0:4", "4:2", "1x1", "0x1", "2-4", "x1", "1x4", ""])
@@ -308,7 +324,8 @@ def test_saliency_and_update_are_those_of_the_dense_fisher(update, blocksize, pr
     if presparse:
         MagnitudePruner(model).prune(0.4)
     before = copy.deepcopy(model)
-    pruner = mfac(model, update=update, blocksize=blocksize, loss=recording(batches), damp=damp)
+    options = {"update": update, "blocksize": blocksize, "damp": damp, "keep_zeros": presparse}
+    pruner = mfac(model, loss=recording(batches), **options)
     names = list(pruner.params)
     w = flat(before.get_parameter(name) for name in names).double()
     alive = (w != 0).nonzero()[:, 0]
@@ -351,7 +368,7 @@ def test_gradients_of_blocks_may_be_of_any_number():
 def test_only_weights_alive_cost_anything():
     model = network()
     MagnitudePruner(model).prune(0.9)
-    pruner = mfac(model, ngrads=8)
+    pruner = mfac(model, ngrads=8, keep_zeros=True)
     pruner.prune(0.95)
     assert pruner._inverse.shape == (90, 90)
     assert pruner._inverse.G.shape == (8, 90)
@@ -427,18 +444,18 @@ def test_weights_that_are_alive_but_zero_go_first(make, pattern, resumed):
     model = network()
     options = {"data": [samples(4)[:] for _ in range(20)]} if make in MFAC_PRUNERS else {}
     pruner = make(model, pattern=pattern, **options)
-    pruner.prune(0.3)
+    pruner.prune(0.3, partial=True)
     before = pruner.masks
     with torch.no_grad():
         model[0].weight.zero_()
     if resumed:
-        pruner.prune(0.31)
+        pruner.prune(0.31, partial=True)
         states, model = (model.state_dict(), pruner.state_dict()), network()
         pruner = make(model, pattern=pattern, **options)
         model.load_state_dict(states[0])
         pruner.load_state_dict(states[1])
         assert pruner.sparsity == round(0.31 * 896) / 896
-    masks = pruner.prune(0.35)
+    masks = pruner.prune(0.35, partial=True)
     assert pruner.sparsity == round(0.35 * 896) / 896
     assert torch.equal(masks["6.weight"], before["6.weight"])
     if pattern == "2:4":
@@ -456,7 +473,7 @@ def test_more_pages_than_weights_left_are_no_problem():
 def test_fewer_weights_than_gradients_are_no_problem():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
     MagnitudePruner(model).prune(0.95)
-    pruner = mfac(model, damp=1e-7, ngrads=40)
+    pruner = mfac(model, damp=1e-7, ngrads=40, keep_zeros=True)
     pruner.prune(0.975)
     assert zeros(pruner) == 312
     pruner.prune(1.0)
@@ -522,9 +539,22 @@ def test_another_seed_draws_other_samples(source):
     assert drawn[0] != drawn[1]
 
 
-def test_a_loader_that_would_repeat_itself_is_refused():
-    with pytest.raises(ValueError, match="must shuffle"):
-        mfac(network(), DataLoader(samples(), batch_size=4))
+def test_a_loader_that_repeats_itself_is_good_for_one_recomputation(recwarn):
+    """As of a calibration set. After that there is a warning."""
+    pruner = mfac(network(), DataLoader(samples(), batch_size=4))
+    pruner.recompute()
+    assert not recwarn
+    with pytest.warns(UserWarning, match="does not shuffle"):
+        pruner.recompute()
+
+
+def test_an_iterator_is_good_for_one_recomputation():
+    pruner = mfac(network(), (samples(4)[:] for _ in range(20)))
+    pruner.prune(0.3)
+    pruner.prune(0.5)
+    with pytest.raises(ValueError, match="is an iterator, which yields its batches once only"):
+        pruner.recompute()
+    assert zeros(pruner) == 448
 
 
 @pytest.mark.parametrize("own", ["loader", "sampler", "batch_sampler"])
@@ -559,18 +589,17 @@ def test_a_sampler_that_goes_by_epochs_is_told():
     assert drawn[:80] != drawn[80:]
 
 
-@pytest.mark.parametrize("n", [79, 80])
+@pytest.mark.parametrize(("n", "drop_smaller"), [(76, False), (79, False), (79, True), (80, True)])
 @pytest.mark.parametrize("blocksize", [None, 16])
-def test_a_loader_that_is_too_short_is_refused_and_a_smaller_last_batch_does_not_count(
-    n, blocksize
-):
+def test_a_loader_that_is_too_short_is_refused(n, drop_smaller, blocksize):
+    """A smaller last batch counts unless told otherwise."""
     model = network()
     before = copy.deepcopy(model.state_dict())
-    pruner = mfac(model, loader(n), blocksize=blocksize)
-    if n == 80:
+    pruner = mfac(model, loader(n), blocksize=blocksize, drop_smaller=drop_smaller)
+    if n == (80 if drop_smaller else 79):
         pruner.prune(0.5)
     else:
-        with pytest.raises(ValueError, match="Wanted 20 gradients, but the loader had only 19"):
+        with pytest.raises(ValueError, match="Wanted 20 gradients, but the loader has fewer bat"):
             pruner.prune(0.5)
         after = model.state_dict()
         assert all(torch.equal(before[name], after[name]) for name in before)
@@ -586,7 +615,7 @@ def test_any_structure_of_batches_and_any_loss():
         seen.append(len(batch["y"]))
         return (model(batch["text"]["a"]).squeeze(1) - batch["y"]).square().mean()
 
-    pruner = mfac(nn.Linear(6, 1), data, loss=loss)
+    pruner = mfac(nn.Linear(6, 1), data, loss=loss, drop_smaller=True)
     pruner.prune(0.5)
     assert zeros(pruner) == 3
     assert seen == [3] * 20
@@ -594,7 +623,7 @@ def test_any_structure_of_batches_and_any_loss():
 
 def test_the_smaller_batch_of_a_list_is_left_out_wherever_it_comes():
     batches, data = [], [samples(n)[:] for n in (2, 4, 4)]
-    pruner = mfac(network(), data, loss=recording(batches), ngrads=2)
+    pruner = mfac(network(), data, loss=recording(batches), ngrads=2, drop_smaller=True)
     for _ in range(8):  # shuffled, it comes first in a third of them
         pruner.recompute()
     assert [len(labels) for _, labels in batches] == [4] * 16
@@ -603,7 +632,7 @@ def test_the_smaller_batch_of_a_list_is_left_out_wherever_it_comes():
 def test_a_batch_that_is_larger_than_the_first_is_refused():
     batches = dict(enumerate(samples(n)[:] for n in (2, 4, 4))).values()
     with pytest.raises(ValueError, match="A batch of 4 came after one of 2"):
-        mfac(network(), batches, ngrads=2).prune(0.5)
+        mfac(network(), batches, ngrads=2, drop_smaller=True).prune(0.5)
 
 
 # --- the model is left as found -------------------------------------------------------------------
@@ -729,7 +758,7 @@ def test_weights_in_any_memory_order_are_the_same_weights(make, order, pattern):
     pruners = [make(net, pattern=pattern, **options) for net in (model, twin)]
     for target in (0.3, 0.45):
         for pruner in pruners:
-            pruner.prune(target)
+            pruner.prune(target, partial=True)
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             assert torch.equal(p == 0, q == 0)
             torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
@@ -795,7 +824,7 @@ def test_a_sparse_model_is_taken_as_it_is(make):
     model = network()
     MagnitudePruner(model).prune(0.3)
     gone = {name: p == 0 for name, p in model.named_parameters() if p.ndim > 1}
-    pruner = make(model)
+    pruner = make(model, keep_zeros=True)
     assert pruner.sparsity == round(0.3 * 896) / 896
     with pytest.raises(ValueError, match="below the present"):
         pruner.prune(0.2)
@@ -918,9 +947,9 @@ def test_saved_weights_of_another_model_are_refused():
     first = mfac(network())
     first.prune(0.5)
     state = first.state_dict()
-    state["base"] = {name: w[:1] for name, w in state["base"].items()}
+    state["start_weights"] = {name: w[:1] for name, w in state["start_weights"].items()}
     pruner = mfac(network())
-    with pytest.raises(ValueError, match="saved base belong to other parameters"):
+    with pytest.raises(ValueError, match="saved start_weights belong to other parameters"):
         pruner.load_state_dict(state)
     assert zeros(pruner) == 0
 
@@ -948,7 +977,7 @@ def test_masks_are_shown_as_those_of_torch_and_removed_again(make):
     pruner.remove()
     assert not torch_prune.is_pruned(model)
     assert sorted(name for name, _ in model.named_parameters()) == sorted(names)
-    assert MagnitudePruner(model).sparsity == round(0.7 * 896) / 896
+    assert MagnitudePruner(model, keep_zeros=True).sparsity == round(0.7 * 896) / 896
 
 
 @pytest.mark.parametrize("resumed", [False, True])

@@ -1,4 +1,8 @@
-"""Every command and all Python in the README work, and so does what `make demo` runs."""
+"""Every command and all Python in the README and in docs/ work, and what `make demo` runs does.
+
+The scripts run in this process and on a small model, which comes under the name of the one asked
+for: what they do with that one, and in several processes, is tested elsewhere.
+"""
 
 import re
 import shlex
@@ -8,16 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+import main_optim
+import main_prun
 import models
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
-SCRIPT_CALLS = re.findall(r"^ +(?:python3|python) (main_\w+\.py .*)$", README, re.MULTILINE)
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+TEXT = "\n".join(page.read_text() for page in PAGES)
+SCRIPT_CALLS = re.findall(r"^ +(?:python3|python) (main_\w+\.py .*)$", TEXT, re.MULTILINE)
 TORCHRUN_CALLS = re.findall(
-    r"^ +torchrun --nproc-per-node 4 (main_\w+\.py .*)$", README, re.MULTILINE
+    r"^ +torchrun --nproc-per-node 4 (main_\w+\.py .*)$", TEXT, re.MULTILINE
 )
-PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def run(arguments, cwd):
@@ -29,46 +37,48 @@ def run(arguments, cwd):
     return result.stdout
 
 
-def shortened(call, dataset):
-    """A call of a script as an argument list: a few gradients of small images, one epoch."""
-    words = shlex.split(call.split(" > ")[0].replace("DATASET", str(dataset)))
-    fewer = ["--epochs", "1"] if "main_optim" in words[0] else []
-    if "main_prun" in words[0] and "mfac" in words:
-        fewer = ["--ngrads", "8"]
-    return [str(ROOT / words[0]), *words[1:], *fewer]
+def small(num_classes):
+    """As many layers that are pruned as a test needs, of 2,400 weights."""
+    layers = [nn.Conv2d(3, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(72, num_classes))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the calls of the README run one after the other, as some use files of others."""
-    folder = tmp_path_factory.mktemp("readme")
-    torch.save(models.build("resnet20", 4).state_dict(), folder / "net.pth")
-    return folder
+@pytest.fixture
+def call(tmp_path_factory, monkeypatch, dataset, capsys):
+    """call(command): runs a script, for one epoch or with a few gradients; its standard output.
+
+    All run in one folder, as some use files of others.
+    """
+    folder = tmp_path_factory.getbasetemp() / "readme"
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(models.MODELS, "resnet20", small)
+    torch.save(small(4).state_dict(), "net.pth")
+
+    def run_script(command):
+        name, *flags = shlex.split(command.split(" > ")[0].replace("DATASET", str(dataset)))
+        if name == "main_optim.py":
+            flags += ["--epochs", "1"]
+        else:
+            flags += ["--ngrads", "8"] if "mfac" in flags else []
+            # The one that comes along has 10 classes.
+            flags += [] if "--checkpoint" in flags else ["--checkpoint", "net.pth"]
+        flags += ["--overwrite"]
+        {"main_optim.py": main_optim, "main_prun.py": main_prun}[name].main(flags)
+        return capsys.readouterr().out
+
+    return run_script
 
 
-@pytest.mark.parametrize("call", SCRIPT_CALLS)
-def test_script_calls(call, folder, dataset):
-    arguments = shortened(call, dataset)
-    if "main_prun" in call and "--checkpoint" not in call:
-        arguments += ["--checkpoint", "net.pth"]  # the one that comes along has 10 classes
-    assert "test" in run(arguments, folder)
-    named = re.search(r"--(?:save|out) (\S+)", call)
-    stem = named[1].removesuffix(".pth") if named else f"runs/resnet20-{dataset.name}-pruned-mfac"
-    for ending in (".pth" if "main_optim" in call else "-step0.pth", ".csv", ".png"):
-        assert (folder / (stem + ending)).stat().st_size > 0
-
-
-@pytest.mark.parametrize("call", TORCHRUN_CALLS)
-def test_calls_of_several_processes(call, folder, dataset):
-    name = call.split(".")[0]
-    arguments = shortened(call, dataset)
-    if "main_prun" in call:
-        arguments += ["--checkpoint", "net.pth", "--sparsities", "0.5", "--out", name]
-    else:
-        arguments += ["--save", f"{name}.pth"]
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    assert run([*several, *arguments], folder).count("# ") == 1, "the first process alone prints"
-    assert (folder / f"{name}.csv").exists()
+@pytest.mark.xdist_group("readme")
+@pytest.mark.parametrize("command", SCRIPT_CALLS + TORCHRUN_CALLS)
+def test_script_calls(command, call, dataset):
+    assert "test" in call(command)
+    named = re.search(r"--(?:save|out) (\S+)", command)
+    stem = f"runs/resnet20-{dataset.name}-" + ("mfac" if "optim" in command else "pruned-mfac")
+    stem = named[1].removesuffix(".pth") if named else stem
+    for ending in (".pth" if "main_optim" in command else "-step0.pth", ".csv", ".png"):
+        assert Path(stem + ending).stat().st_size > 0
 
 
 @pytest.mark.parametrize("block", PYTHON_BLOCKS)
@@ -76,25 +86,29 @@ def test_python_blocks(block, tmp_path):
     run(["-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{block}"], tmp_path)
 
 
-def test_the_readme_has_what_is_tested_here():
+def test_the_pages_have_what_is_tested_here():
     assert len(SCRIPT_CALLS) >= 1 and len(TORCHRUN_CALLS) == 2 and len(PYTHON_BLOCKS) >= 3
 
 
 def test_the_pictures_are_there():
-    pictures = re.findall(r"^!\[.+\]\((\S+)\)$", README, re.MULTILINE)
-    assert len(pictures) >= 3 and all((ROOT / picture).is_file() for picture in pictures)
+    pictures = [
+        page.parent / picture
+        for page in PAGES
+        for picture in re.findall(r"^!\[.+\]\((\S+)\)$", page.read_text(), re.MULTILINE)
+    ]
+    assert len(pictures) >= 3 and all(picture.is_file() for picture in pictures)
 
 
 def test_the_tables_of_costs_are_those_of_the_formulas(tmp_path):
     for line in run([str(ROOT / "benchmarks" / "scaling.py"), "--table"], tmp_path).splitlines():
-        assert line in README
+        assert line in TEXT
 
 
-def test_what_make_demo_runs(tmp_path):
+def test_what_make_demo_runs(call):
     shown = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True).stdout
-    calls = re.findall(r"^\.venv/bin/python (main_\w+\.py .*)$", shown, re.MULTILINE)
-    assert len(calls) == 3
-    for call in calls:
-        run(shortened(call, "digits"), tmp_path)
+    commands = re.findall(r"^\.venv/bin/python (main_\w+\.py .*)$", shown, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        call(command)
     for name in ("demo", "demo-magnitude", "demo-mfac"):
-        assert (tmp_path / "runs" / f"{name}.png").stat().st_size > 0
+        assert Path("runs", f"{name}.png").stat().st_size > 0

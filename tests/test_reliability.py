@@ -69,7 +69,7 @@ def test_the_same_bits_again(name, threads, dataset, tmp_path, monkeypatch):
         }[name].split()
         for run in ("a", "b"):
             place = ["--save", f"{run}.pth"] if name == "optim" else ["--out", run]
-            script.main([*flags, "--dataset", str(dataset), *place])
+            script.main([*flags, "--dataset", str(dataset), "--device", "cpu", *place])
     finally:
         torch.set_num_threads(before)
     tests.assert_same_run("a", "b")

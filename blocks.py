@@ -1,0 +1,290 @@
+"""Blocks of the static inverse Fisher, many at once, and how precise the inverse of a matrix is.
+
+Equation numbers and symbols are those of `prun`. Blocks of at most m weights are formed; larger
+ones go by Woodbury's identity.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fisher import as_matrix
+
+Layout = list[tuple[slice, int]]  # columns of some blocks each, with the block size
+
+STRIP = 256  # rows of a triangle that are computed at once
+PARTIAL_ROWS = 128  # gradients, at most, that blocks sum in float32 before float64 takes over
+BATCH = 128  # gradients that are added to blocks at once, as each time goes through all blocks
+EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
+
+
+def tile_size(device: torch.device) -> int:
+    """Numbers that are worked on at once: a processor's cache holds them, or few kernels do it."""
+    return 2**21 if device.type == "cpu" else 2**25
+
+
+# --- precision ------------------------------------------------------------------------------------
+
+# Products are in float64 on a GPU. On a CPU, where float32 is twice as fast, G is multiplied in
+# float32 if the error of a result, estimated as below, is at most RESOLVABLE; else in float64.
+# Measured: A⁻¹ is off by at most 4 roundings (of the type that K was computed in) times the
+# condition, which is the largest Aᵢᵢ(A⁻¹)ᵢᵢ, and cⱼ of (2) by that fraction of itself.
+RESOLVABLE = 2.0**-18  # roundings x condition that leave an error of about 1e-5
+
+
+def fast_type(G: Tensor, device: torch.device) -> torch.dtype:
+    """float32 where it is faster, G has no more bits, and torch computes products to all bits."""
+    precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    fast = device.type == "cpu" and G.dtype != torch.float64 and precision in ("none", "ieee")
+    return torch.float32 if fast else torch.float64
+
+
+def inverse_factor(A: Tensor) -> Tensor:
+    """L⁻¹ (..., m, m) of A = LLᵀ, the lower triangles of which are read; NaN if there is none."""
+    L, failed = torch.linalg.cholesky_ex(A)
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    inverse_L = torch.linalg.solve_triangular(L, eye.expand_as(A), upper=False)
+    return inverse_L.masked_fill_((failed != 0)[..., None, None], torch.nan)
+
+
+def condition(scale: Tensor, inverse_L: Tensor) -> float:
+    """The largest scaleᵢ(A⁻¹)ᵢᵢ, where A was computed from numbers as large as scaleᵢ (..., m)."""
+    return float((scale * inverse_L.square().sum(-2)).max())
+
+
+def leverage(inverse_L: Tensor, tile: Tensor) -> Tensor:
+    """cⱼ = Σᵢ Wᵢⱼ² (n,) in float64, W = L⁻¹G, for a tile (m, n) of G."""
+    c = torch.zeros(tile.shape[1], dtype=torch.float64, device=tile.device)
+    for i in range(0, len(tile), STRIP):
+        stop = i + STRIP
+        c += (inverse_L[i:stop, :stop] @ tile[:stop]).square_().sum(0)
+    return c
+
+
+def too_small(damp: float, trace: float) -> ValueError:
+    """The error for a λ that cannot be resolved beside (1/m) GᵀG, the trace of which is given."""
+    if not np.isfinite(trace):
+        return ValueError("The gradients have NaN, Inf or squares that overflow; check the loss")
+    enough = (EPS[torch.float64] / RESOLVABLE) ** 0.5 * trace
+    return ValueError(
+        f"damp = {damp:g} is too small for gradients of mean squared norm {trace:.3g}, even in "
+        f"float64; damp = {enough:.0e} is large enough"
+    )
+
+
+# --- blocks of all sizes --------------------------------------------------------------------------
+
+
+class DenseBlocks:
+    """F⁻¹ of k blocks of b ≤ m weights, from the sums GᵀG (k, b, b) of m gradients, in float64.
+
+    The error of the sums' diagonals is eps x scale (k, b); by default their own roundings.
+    """
+
+    def __init__(self, sums: Tensor, m: int, eps: float = 2.0**-52, scale: Tensor | None = None):
+        self.sums, self.m = sums, m
+        self.known_diagonal: tuple[float, Tensor] = (0.0, sums)  # of the last factor, with its damp
+        self.error = eps * (sums.diagonal(dim1=1, dim2=2) if scale is None else scale) / m
+
+    def damped(self, damp: float, kept: Tensor | None = None) -> Tensor:
+        """H (k, b, b), with the rows and columns not kept (k, b) those of I."""
+        H = self.sums / self.m
+        H.diagonal(dim1=1, dim2=2).add_(damp)
+        if kept is not None:
+            H *= kept[:, :, None] & kept[:, None, :]
+            H.diagonal(dim1=1, dim2=2).add_(~kept)
+        return H
+
+    def factor(self, damp: float) -> Tensor | None:
+        """L⁻¹ of H = LLᵀ (k, b, b); None if the errors of the sums are too large for that."""
+        inverse_L = inverse_factor(self.damped(damp))
+        if not condition(self.error, inverse_L) <= RESOLVABLE:
+            return None
+        self.known_diagonal = damp, inverse_L.square().sum(1)
+        return inverse_L
+
+    def resolved_factor(self, damp: float) -> Tensor:
+        inverse_L = self.factor(damp)
+        if inverse_L is None:
+            trace = float(self.sums.diagonal(dim1=1, dim2=2).sum(1).max()) / self.m
+            raise too_small(damp, trace)
+        return inverse_L
+
+    def diagonal(self, damp: float) -> Tensor:
+        if self.known_diagonal[0] != damp:
+            self.resolved_factor(damp)
+        return self.known_diagonal[1]
+
+    def matvec(self, damp: float, x: Tensor) -> Tensor:
+        self.diagonal(damp)  # raises ValueError if λ is too small
+        L = torch.linalg.cholesky(self.damped(damp))
+        return torch.cholesky_solve(x[:, :, None], L)[:, :, 0]
+
+    def adjustment(self, damp: float, dropped: Tensor, w: Tensor) -> Tensor:
+        """δ_R = H_RR⁻¹ H_RQ w_Q"""
+        self.diagonal(damp)
+        L = torch.linalg.cholesky(self.damped(damp, kept=~dropped))
+        right = (self.sums / self.m) @ (w * dropped)[:, :, None] * ~dropped[:, :, None]
+        return torch.cholesky_solve(right, L)[:, :, 0]
+
+    def for_removal(self, damp: float) -> "RemovableDenseBlocks":
+        inverse_L = self.resolved_factor(damp)
+        return RemovableDenseBlocks(inverse_L.mT @ inverse_L)
+
+
+class RemovableDenseBlocks:
+    """V = H⁻¹ (k, b, b) of the weights that are left of k blocks, 0 where they are gone."""
+
+    def __init__(self, V: Tensor):
+        self.V = V
+
+    def diagonal(self, damp: float) -> Tensor:
+        return self.V.diagonal(dim1=1, dim2=2)
+
+    def remove_(self, damp: float, dropped: Tensor, w: Tensor) -> Tensor:
+        """(5), and δ = −V_{:Q} V_QQ⁻¹ w_Q, on the rows of Q alone: as many as the block has that
+        loses most, with zeros for the others."""
+        most = int(dropped.sum(1).max())
+        Q = dropped.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # (k, most)
+        valid = dropped.gather(1, Q)
+        rows = self.V.gather(1, Q[:, :, None].expand(-1, -1, self.V.shape[2]))
+        rows *= valid[:, :, None]
+        V_QQ = rows.gather(2, Q[:, None, :].expand(-1, most, -1)) * valid[:, None, :]
+        V_QQ.diagonal(dim1=1, dim2=2).add_(~valid)
+        L, failed = torch.linalg.cholesky_ex(V_QQ)
+        if bool(failed.any()):
+            raise ValueError(f"damp = {damp:g} is too small for rounds; use more, or one round")
+        X = torch.linalg.solve_triangular(L, rows, upper=False)  # XᵀX = V_{:Q} V_QQ⁻¹ V_{Q:}
+        removed = (w.gather(1, Q) * valid)[:, :, None]
+        delta = -(X.mT @ torch.linalg.solve_triangular(L, removed, upper=False))[:, :, 0]
+        self.V.baddbmm_(X.mT, X, alpha=-1)
+        self.V.masked_fill_(dropped[:, :, None] | dropped[:, None, :], 0)
+        return delta
+
+
+class LowRankBlocks:
+    """F⁻¹ of k blocks of b > m weights by (1), (2) and (4), from their gradients G (m, k·b), which
+    stay where they are."""
+
+    def __init__(self, G: Tensor, b: int, device: torch.device):
+        self.G, self.b, self.device = G, b, device
+        self.kept: Tensor | None = None  # (k, b); None for all
+
+    def factor(self, damp: float, kept: Tensor | None) -> tuple[Tensor, Tensor, float]:
+        """G_R (k, m, b) in float64, with zeros beside R, L⁻¹ of A (k, m, m), and how far it is
+        off."""
+        G = self.G.to(self.device, torch.float64).unflatten(1, (-1, self.b)).transpose(0, 1)
+        if kept is not None:
+            G = G * kept[:, None, :]
+        A = G @ G.mT
+        diagonal = A.diagonal(dim1=1, dim2=2).add_(len(self.G) * damp)
+        inverse_L = inverse_factor(A)
+        roundings = EPS[torch.float64] * condition(diagonal, inverse_L)
+        if not roundings <= RESOLVABLE:
+            raise too_small(damp, self.trace(G))
+        return G, inverse_L, roundings
+
+    def trace(self, G: Tensor) -> float:
+        """The largest of a block of (1/m) GᵀG."""
+        return float(G.square().sum((1, 2)).max()) / len(self.G)
+
+    def diagonal(self, damp: float) -> Tensor:
+        G, inverse_L, roundings = self.factor(damp, self.kept)
+        c = (inverse_L @ G).square_().sum(1)
+        if not bool((roundings * c <= RESOLVABLE * (1 - c)).all()):
+            raise too_small(damp, self.trace(G))
+        return (1 - c) / damp
+
+    def matvec(self, damp: float, x: Tensor) -> Tensor:
+        G, inverse_L, roundings = self.factor(damp, self.kept)
+        y = inverse_L.mT @ (inverse_L @ (G @ x[:, :, None]))
+        left = x - (G.mT @ y)[:, :, 0]
+        if not bool((roundings * x.norm(dim=1) <= RESOLVABLE * left.norm(dim=1)).all()):
+            raise too_small(damp, self.trace(G))
+        return left / damp
+
+    def adjustment(self, damp: float, dropped: Tensor, w: Tensor) -> Tensor:
+        kept = ~dropped if self.kept is None else ~dropped & self.kept
+        G_R, inverse_L, _ = self.factor(damp, kept)
+        G = self.G.to(self.device, torch.float64).unflatten(1, (-1, self.b)).transpose(0, 1)
+        b = G @ (w * dropped)[:, :, None]
+        return (G_R.mT @ (inverse_L.mT @ (inverse_L @ b)))[:, :, 0]
+
+    def for_removal(self, damp: float) -> "LowRankBlocks":
+        return copy.copy(self)
+
+    def remove_(self, damp: float, dropped: Tensor, w: Tensor) -> Tensor:
+        delta = self.adjustment(damp, dropped, w)
+        self.kept = ~dropped if self.kept is None else ~dropped & self.kept
+        return delta
+
+
+def sum_gradients(
+    gradients: Iterable[Tensor], layout: Callable[[int], Layout], device: torch.device
+) -> tuple[int, list[tuple[slice, int, DenseBlocks]]]:
+    """d and, for all columns of a layout and their block size, F⁻¹ from gradients that are iterated
+    over: (d,) or some of them (n, d), in memory that may be used again for the next ones."""
+    sums: list[tuple[slice, int, Tensor]] = []
+    m = d = 0
+    for rows in gradients:
+        rows = as_matrix(rows[None] if getattr(rows, "ndim", 2) == 1 else rows)
+        if m == 0:
+            d = rows.shape[1]
+            for columns, b in layout(d):
+                shape = (columns.stop - columns.start) // b, b, b
+                H = torch.zeros(shape, dtype=torch.float64, device=device)
+                sums.append((columns, b, H))
+        if rows.shape[1] != d:
+            raise ValueError(f"Expected gradients of {d} weights, got {rows.shape[1]}")
+        m, rows = m + len(rows), rows.to(device)
+        for columns, _, H in sums:
+            add_block_sums_(H, rows[:, columns])
+    if m == 0:
+        raise ValueError("Expected at least one gradient, got none")
+    return d, [(columns, b, DenseBlocks(H, m)) for columns, b, H in sums]
+
+
+def add_block_sums_(sums: Tensor, G: Tensor) -> None:
+    """Adds GᵀG, all in float64, to sums (k, b, b) for G (m, k·b) in k blocks of columns."""
+    for rows in G.split(BATCH):
+        X = rows.double().unflatten(1, sums.shape[:2]).transpose(0, 1)  # (k, n, b)
+        sums.baddbmm_(X.mT, X)
+
+
+def float32_sums(G: Tensor, b: int) -> tuple[Tensor, int, float, Tensor]:
+    """What `DenseBlocks` takes, with sums in float64 of products in float32, for G (m, k·b)."""
+    blocks = G.unflatten(1, (-1, b)).permute(1, 2, 0)
+    sums = torch.zeros(len(blocks), b, b, dtype=torch.float64, device=G.device)
+    partial = torch.empty_like(sums, dtype=torch.float32)
+    diagonals = []
+    with torch.autocast(G.device.type, enabled=False):
+        for X in blocks.split(PARTIAL_ROWS, dim=2):
+            X = X.float()
+            sums += torch.bmm(X, X.mT, out=partial)
+            diagonals.append(partial.diagonal(dim1=1, dim2=2).clone())
+    # Errors of partial sums are independent: one large gradient counts in full, many alike do not.
+    # Beside them, `tiny` stands for products that float32 cannot hold. Measured: the diagonal of
+    # the inverse is off by at most 12 roundings of this size times the condition, as RESOLVABLE
+    # leaves room for two.
+    scale = torch.stack(diagonals).double().norm(dim=0)
+    scale += len(G) * torch.finfo(torch.float32).tiny
+    return sums, len(G), 6 * EPS[torch.float32], scale
+
+
+def stored_blocks(
+    G: Tensor, b: int, damp: float, device: torch.device
+) -> "DenseBlocks | LowRankBlocks":
+    """F⁻¹ of the blocks of b columns each that G (m, k·b) consists of, in the cheaper form."""
+    m = len(G)
+    if b > m:
+        return LowRankBlocks(G, b, device)
+    if fast_type(G, device) == torch.float32:
+        blocks = DenseBlocks(*float32_sums(G, b))
+        if blocks.factor(damp) is not None:
+            return blocks
+    sums = torch.zeros(G.shape[1] // b, b, b, dtype=torch.float64, device=device)
+    add_block_sums_(sums, G.to(device))
+    return DenseBlocks(sums, m)

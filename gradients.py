@@ -1,0 +1,339 @@
+"""Collecting gradients for the inverse Fisher: batches, the state of the model, rows.
+
+`Batches` draws from a loader, other samples for each recomputation; `GradientCollector` computes a
+gradient a batch and keeps the entries of the weights alive, on one device, without waiting for it.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+
+from checks import check_integer, is_real, kind
+from ranks import Ranks
+
+__all__ = ["Batches", "cross_entropy"]
+
+CHECK_EVERY = 32  # gradients after which a GPU is waited for, to see whether they are finite
+QUIET = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
+
+
+def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The mean cross entropy of a batch (inputs, targets): classes (n,), or their probabilities.
+
+    Example:
+        >>> float(cross_entropy(lambda x: x, (torch.zeros(2, 4), torch.tensor([0, 3]))))
+        1.3862943649291992
+    """
+    tensors = isinstance(batch, (list, tuple)) and all(isinstance(t, Tensor) for t in batch)
+    if not (tensors and len(batch) == 2):
+        raise ValueError(f"Expected batches of (inputs, targets), got {kind(batch)}; give a loss")
+    inputs, targets = batch
+    if isinstance(model, nn.Module) and (p := next(model.parameters(), None)) is not None:
+        inputs, targets = inputs.to(p.device), targets.to(p.device)
+    outputs = model(inputs)
+    if not isinstance(outputs, Tensor):
+        raise ValueError(
+            f"The model returns {kind(outputs)}, of which cross entropy needs one tensor; give a "
+            "loss(model, batch)"
+        )
+    if targets.is_floating_point() and targets.shape != outputs.shape:
+        raise ValueError(
+            f"Targets of {targets.dtype} {tuple(targets.shape)} are no classes of outputs "
+            f"{tuple(outputs.shape)}; give integers, probabilities of that shape, or a loss"
+        )
+    return nn.functional.cross_entropy(outputs, targets)
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+class Batches:
+    """The batches of a loader, drawn anew for each recomputation.
+
+    Args:
+        loader: iterated over for each recomputation. A list is shuffled. Anything else is expected
+            to draw other samples each time: by `set_epoch`, its own or of a sampler that it has,
+            which is called with the number of the recomputation, or by the random numbers of
+            torch, from its global generator or a `generator` of theirs; these are seeded. Those of
+            numpy and Python are not.
+        seed: of the samples, together with the number of the recomputation.
+        drop_smaller: leave out batches smaller than the largest of a list, or than the first.
+
+    Example:
+        >>> batches = Batches([torch.ones(2), torch.ones(1)], drop_smaller=True)
+        >>> list(batches.draw(0))
+        [tensor([1., 1.])]
+    """
+
+    def __init__(self, loader: Iterable[Any], seed: int = 0, drop_smaller: bool = False):
+        if isinstance(loader, str) or not isinstance(loader, Iterable):
+            raise ValueError(f"Invalid loader: {loader!r}; it must yield batches, as a list does")
+        batch_sampler = getattr(loader, "batch_sampler", None)
+        sampler = getattr(loader if batch_sampler is None else batch_sampler, "sampler", None)
+        self.loader, self.drop_smaller = loader, drop_smaller
+        self.seed = check_integer("seed", seed, least=0)
+        self._sources: tuple[Any, ...] = (
+            loader,
+            batch_sampler,
+            sampler,
+        )  # of the choice of samples
+        self._repeats = isinstance(sampler, SequentialSampler)
+        self._used_up = False
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """The random number generators that the loader has of its own."""
+        found = (getattr(source, "generator", None) for source in self._sources)
+        return [generator for generator in found if isinstance(generator, torch.Generator)]
+
+    def draw(self, number: int, ranks: Ranks | None = None) -> Iterator[Any]:
+        """The batches for recomputation `number`. Of a list, one that another rank works on is not
+        loaded, and None stands for it."""
+        if self._used_up:
+            raise ValueError(
+                "The loader is an iterator, which yields its batches once only; give a list, a "
+                "DataLoader or another object that can be iterated over for each recomputation"
+            )
+        self._used_up = isinstance(self.loader, Iterator)
+        if number == 1 and self._repeats:
+            warnings.warn(
+                "The loader does not shuffle, so that each recomputation has the same samples",
+                stacklevel=2,
+            )
+        seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
+        for generator in (torch.default_generator, *self.generators):
+            generator.manual_seed(seed)
+        for source in self._sources:
+            if hasattr(source, "set_epoch"):
+                source.set_epoch(number)
+        if not isinstance(self.loader, Sequence):
+            yield from self._of_full_size(self.loader)
+            return
+        order: Iterable[int] = torch.randperm(len(self.loader), device="cpu").tolist()
+        if self.drop_smaller:
+            sizes = list(map(batch_size, self.loader))
+            order = [i for i in order if sizes[i] == max(sizes)]
+        ranks = ranks or Ranks()
+        for position, i in enumerate(order):
+            yield self.loader[i] if position % ranks.size == ranks.rank else None
+
+    def _of_full_size(self, batches: Iterable[Any]) -> Iterator[Any]:
+        full = 0
+        for batch in batches:
+            size = batch_size(batch) if self.drop_smaller else 0
+            full = full or size
+            if size > full:
+                raise ValueError(f"A batch of {size} came after one of {full}; make them equal")
+            if size == full:
+                yield batch
+
+
+def batch_size(batch: Any) -> int:
+    """The length of the first tensor or list of strings in a batch, which may consist of nested
+    lists, tuples and dicts; else 0."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.ndim else 0
+    if isinstance(batch, Mapping):
+        batch = tuple(batch.values())
+    if not isinstance(batch, (list, tuple)):
+        return 0
+    if batch and all(isinstance(part, str) for part in batch):
+        return len(batch)
+    return next(filter(None, map(batch_size, batch)), 0)
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def ready_for_gradients(
+    model: nn.Module,
+    params: Mapping[str, nn.Parameter],
+    weights: Mapping[str, Tensor],
+    mode: str,
+    generators: Sequence[torch.Generator],
+) -> Iterator[None]:
+    """The model has these weights in here and is in this mode: "eval", "train" or "as is". Batch
+    norm and dropout are as in evaluation in any case. Recurrent layers, for which cuDNN has no
+    gradients in evaluation, train without dropout. Afterwards mode, weights, buffers and random
+    numbers are as before. Raises ValueError where there can be no gradients."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode allows no gradients; prune outside of it")
+    for name, weight in weights.items():
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"The weights {name} have NaN or Inf; there is nothing to prune")
+    modes = {module: module.training for module in model.modules()}
+    recurrent = {m: m.dropout for m in model.modules() if isinstance(m, nn.RNNBase)}
+    before = [(t, t.clone()) for t in (*params.values(), *model.buffers())]
+    frozen = [p for p in params.values() if not p.requires_grad]
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    states = [(generator, generator.get_state()) for generator in generators]
+    try:
+        with torch.random.fork_rng(devices):
+            if mode != "as is":
+                model.train(mode == "train")
+            for module in model.modules():
+                if isinstance(module, QUIET):
+                    module.training = False
+            for module in recurrent:
+                module.training, module.dropout = True, 0.0
+            for name, p in params.items():
+                p.copy_(weights[name])
+            for p in frozen:
+                p.requires_grad_(True)
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for module, dropout in recurrent.items():
+            module.dropout = dropout
+        for p in frozen:
+            p.requires_grad_(False)
+        for generator, state in states:
+            generator.set_state(state)
+        for tensor, value in before:
+            if 0 not in tensor.stride():  # one that is expanded can't be written to in place
+                tensor.copy_(value)
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+class GradientCollector:
+    """Gradients of a loss for the weights alive, in rows that stay on one device.
+
+    Args:
+        model, loss: a gradient is that of loss(model, batch).
+        params: the parameters, by name.
+        alive: indices (d,) of the weights alive among all of `params`, flattened one after another.
+        like: an empty tensor of the type and on the device of the gradients.
+        ranks: the processes that share the work.
+
+    After `rows`, `squares` (d,) are the sums of the squared gradients of all ranks, in float64.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[nn.Module, Any], Tensor],
+        params: Mapping[str, nn.Parameter],
+        alive: Tensor,
+        like: Tensor,
+        ranks: Ranks,
+    ):
+        self.model, self.loss, self.params = model, loss, list(params.values())
+        self.alive, self.ranks, self.checked = alive, ranks, False
+        # One buffer for all weights, with a view of the shape of each parameter.
+        self.flat = like.new_empty(sum(p.numel() for p in self.params))
+        parts = self.flat.split([p.numel() for p in self.params])
+        self.views = [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
+        self.squares = torch.zeros(len(alive), dtype=torch.float64, device=like.device)
+
+    def rows(
+        self, batches: Iterable[Any], count: int, buffer: Tensor, chunk: int
+    ) -> Iterator[Tensor]:
+        """`count` gradients (·, d), as many at a time as `buffer` (n, d) holds in each rank; of
+        each this rank's `chunk` of the weights. The buffer is used again for the next ones."""
+        ranks, source, done = self.ranks, enumerate(batches), 0
+        while done < count:
+            number = min(count - done, ranks.size * len(buffer))
+            with ranks.agreed():
+                filled = self._fill(islice(source, number), buffer)
+                done += number
+                if filled < len(range(ranks.rank, number, ranks.size)):
+                    raise ValueError(
+                        f"Wanted {count} gradients, but the loader has fewer batches; ask for "
+                        "fewer gradients or smaller batches, or give more data"
+                    )
+            counts = [len(range(rank, number, ranks.size)) for rank in range(ranks.size)]
+            yield ranks.exchange(buffer[:filled], counts, chunk)
+        self.squares = ranks.sum(self.squares)
+
+    def mean_square(self, masks: Mapping[str, Tensor], count: int) -> float:
+        """Of `count` gradients. Warns of parameters, with these masks, that have none, and raises
+        ValueError if all are zero."""
+        mean_square = float(self.squares.mean()) / count
+        if mean_square == 0.0:
+            raise ValueError(
+                "All gradients are zero; the loss does not depend on the weights, as cross entropy "
+                "of a single output, or float16 does not hold numbers so small"
+            )
+        parts = self.squares.split([int(mask.sum()) for mask in masks.values()])
+        without = [
+            name for name, part in zip(masks, parts, strict=True) if len(part) and not part.any()
+        ]
+        if without:
+            warnings.warn(
+                f"The gradients of {', '.join(without)} are zero, so that the magnitude alone "
+                "decides which of these weights go",
+                stacklevel=6,
+            )
+        return mean_square
+
+    def _fill(self, batches: Iterable[tuple[int, Any]], buffer: Tensor) -> int:
+        """Writes this rank's gradients of numbered batches into rows, and returns how many."""
+        own: list[int] = []  # numbers of the batches
+        largest = self.squares.new_zeros(len(buffer))
+        for number, batch in batches:
+            if number % self.ranks.size != self.ranks.rank:
+                continue
+            row = self._gradient(batch)
+            buffer[len(own)].copy_(row, non_blocking=True)
+            largest[len(own)] = torch.linalg.vector_norm(row, torch.inf)
+            self.squares += row.double().square()
+            own.append(number)
+            if row.device.type == "cpu" or number == 0 or len(own) % CHECK_EVERY == 0:
+                self._check(largest, own)
+        self._check(largest, own)
+        return len(own)
+
+    def _check(self, largest: Tensor, numbers: list[int]) -> None:
+        """Raises ValueError if the largest number of a gradient is not finite. Waits for the GPU,
+        after which rows in main memory have arrived."""
+        bad = (~largest[: len(numbers)].isfinite()).nonzero()[:, 0].tolist()
+        if bad:
+            raise ValueError(
+                f"The gradients of batch {numbers[bad[0]]} (the first is 0) have NaN or Inf; check "
+                "the loss of that batch, and in float16 the size of the loss"
+            )
+
+    def _gradient(self, batch: Any) -> Tensor:
+        """The gradient (d,) of the loss of a batch."""
+        torch.clear_autocast_cache()  # casts of other weights, or without a graph
+        with torch.enable_grad():
+            loss = self.loss(self.model, batch)
+            if not (is_real(loss) and loss.numel() == 1 and loss.requires_grad):
+                raise ValueError(
+                    "Expected loss(model, batch) to return a tensor of one number, with a "
+                    f"graph, got {kind(loss)}; return the mean over the batch, not its item()"
+                )
+            if not self.checked and has_reentrant_checkpoint(loss):
+                raise ValueError(
+                    "The model uses reentrant checkpointing, which gives no gradients of single "
+                    "parameters; use torch.utils.checkpoint with use_reentrant=False"
+                )
+            self.checked = True
+            grads = torch.autograd.grad(loss, self.params, materialize_grads=True)
+        for view, grad in zip(self.views, grads, strict=True):
+            view.copy_(grad.to_dense())  # those of an Embedding may be sparse
+        return self.flat.index_select(0, self.alive)
+
+
+def has_reentrant_checkpoint(loss: Tensor) -> bool:
+    """Whether the graph of a loss has a node of torch.utils.checkpoint with use_reentrant=True."""
+    seen, nodes = set(), [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            if node.name() == "CheckpointFunctionBackward":
+                return True
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    return False

@@ -1,0 +1,596 @@
+"""Which weights are pruned: layers, patterns, and masks that stay in force.
+
+`select_weights` finds the weights of a model, `Pattern` chooses which of them go, and
+`MagnitudePruner` keeps the masks, True for the weights that stay.
+"""
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune as torch_prune
+
+from checks import kind
+
+__all__ = ["MagnitudePruner", "Pattern", "select_weights"]
+
+LARGE = 0.01  # a weight with this fraction of all parameters is not left out without a warning
+
+
+# --- which layers ---------------------------------------------------------------------------------
+
+# Layers that are pruned, also those that derive from them, and the dimension of the input in their
+# weights. Conv1D is the linear layer of transformers' GPT-2, and is known by its name.
+INPUT_DIMENSION = {
+    **dict.fromkeys(("Linear", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention"), 1),
+    **dict.fromkeys(("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Conv1D"), 0),
+}
+WEIGHTS = "weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"
+
+
+def layer_input_dimension(module: nn.Module) -> int | None:
+    """The dimension of the input in the weights of a layer; None if it is not pruned by default."""
+    for cls in type(module).__mro__:
+        library = cls.__module__.startswith(("torch.nn.modules", "transformers.pytorch_utils"))
+        if library and cls.__name__ in INPUT_DIMENSION:
+            return INPUT_DIMENSION[cls.__name__]
+    return None
+
+
+def select_weights(
+    model: nn.Module,
+    params: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    pattern: "Pattern | None" = None,
+) -> dict[str, int]:
+    """The names of the parameters to prune, each with the dimension of its input.
+
+    Without `params`: the weights of linear, convolution and attention layers that fit the pattern,
+    but for those that an embedding shares. A warning names large weights that are left out and are
+    not in `ignore`. Both lists may hold names, globs and regular expressions.
+
+    Raises:
+        ValueError: for lists that match no parameter, and if there is nothing to prune.
+
+    Example:
+        >>> select_weights(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), ignore=["1.*"])
+        {'0.weight': 1}
+    """
+    pattern = pattern or Pattern()
+    known = dict(model.named_parameters())
+    ignored = set(matching(known, "ignore", ignore))
+    dimensions, embedded = {}, set()
+    for module in model.modules():
+        dimension = layer_input_dimension(module)
+        weights = [p for name, p in module.named_parameters(recurse=False) if name in WEIGHTS]
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            embedded |= set(map(id, weights))
+        elif dimension is not None:
+            dimensions.update({id(p): dimension for p in weights})
+    if params is not None:
+        chosen = [name for name in matching(known, "params", params) if name not in ignored]
+        for name in chosen:
+            if not pattern.fits(known[name], dimensions.get(id(known[name]), 1)):
+                shape, group = tuple(known[name].shape), pattern.group
+                raise ValueError(f"Groups of {group} do not divide the input of {name}, {shape}")
+    else:
+        suitable = {
+            name
+            for name, p in known.items()
+            if id(p) in dimensions and id(p) not in embedded and pattern.fits(p, dimensions[id(p)])
+        }
+        chosen = [name for name in known if name in suitable - ignored]
+        total = sum(p.numel() for p in known.values() if not nn.parameter.is_lazy(p))
+        left_out = [
+            name
+            for name, p in known.items()
+            if name not in suitable | ignored and p.ndim > 1 and p.numel() >= LARGE * total
+        ]
+        if left_out and chosen:
+            warnings.warn(
+                f"Not pruned: {', '.join(left_out)}. Their layers are of another kind, share the "
+                "weights of an embedding or do not fit the pattern; name them in params to prune "
+                "them, or in ignore to leave them out without this warning",
+                stacklevel=4,
+            )
+    if not chosen:
+        advice = "name them in params"
+        if pattern.group > 1:
+            advice = f"no layer's input is divisible by {pattern.group}, choose another pattern"
+        raise ValueError(f"There are no weights to prune; {advice}")
+    return {name: dimensions.get(id(known[name]), 1) for name in chosen}
+
+
+def matching(known: Mapping[str, Any], argument: str, patterns: Any) -> list[str]:
+    """The names that are equal to one of the patterns or match it as a glob or else as a regular
+    expression, in the order of the patterns."""
+    if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+        raise ValueError(f"Invalid {argument}: {patterns!r}; it must be a list of names")
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        names = [pattern] if pattern in known else []
+        if isinstance(pattern, str) and not names:
+            names = [name for name in known if fnmatchcase(name, pattern)]
+            with contextlib.suppress(re.error):
+                names = names or [name for name in known if re.fullmatch(pattern, name)]
+        if not names:
+            raise ValueError(f"The model has no parameter {pattern!r}; it has {list(known)}")
+        found |= dict.fromkeys(names)
+    return list(found)
+
+
+# --- which weights of a layer ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Of every `group` weights along the input at most `kept` stay (if it is not 0); they go
+    `block` at a time.
+
+    Example:
+        >>> Pattern.parse("2:4")
+        Pattern(block=1, kept=2, group=4)
+    """
+
+    block: int = 1
+    kept: int = 0
+    group: int = 1
+
+    @staticmethod
+    def parse(pattern: str) -> "Pattern":
+        """From "unstructured", "N:M" (at most N nonzeros of M) or "Bx1" (all B zero or none)."""
+        name = str(pattern)
+        sizes = [int(n) for n in re.findall(r"\d+", name)]
+        if name == "unstructured":
+            return Pattern()
+        if re.fullmatch(r"\d+:\d+", name) and 0 < sizes[0] < sizes[1]:
+            return Pattern(kept=sizes[0], group=sizes[1])
+        if re.fullmatch(r"\d+x1", name) and sizes[0] > 1:
+            return Pattern(block=sizes[0], group=sizes[0])
+        raise ValueError(
+            f"Invalid pattern: {pattern!r}; it must be 'unstructured', 'N:M' with 0 < N < M such "
+            "as '2:4', or 'Bx1' such as '4x1'"
+        )
+
+    @property
+    def least_sparsity(self) -> float:
+        """The sparsity from which all groups of N:M can have their zeros."""
+        return 1 - self.kept / self.group if self.kept else 0.0
+
+    def fits(self, weight: Tensor, dimension: int) -> bool:
+        """Whether the groups divide the input of the weight, which is this dimension."""
+        return self.group == 1 or (weight.ndim > 1 and weight.shape[dimension] % self.group == 0)
+
+    def zeros_needed(self, mask: Tensor, dimension: int) -> int:
+        """How many zeros the parameter has once each group has those that N:M asks for."""
+        if not self.kept:
+            return 0
+        zeros = (~self._split(mask, dimension)).sum((1, 2))
+        return int(zeros.clamp(min=self.group - self.kept).sum())
+
+    def choose(
+        self, saliencies: list[Tensor], alive: list[Tensor], dimensions: list[int], count: int
+    ) -> list[Tensor]:
+        """Masks (True stays) once `count` of the weights alive are gone, or a part of a block less.
+
+        The lowest saliency goes first, the sum of a block, and of equal ones the first. Of N:M the
+        weights that the pattern asks for go before all others.
+        """
+        largest = max((float(s.max()) for s in saliencies if s.numel()), default=0.0) or 1.0
+        device = saliencies[0].device
+        scores, sizes, demanded = [], [], []
+        for saliency, mask, dimension in zip(saliencies, alive, dimensions, strict=True):
+            size = self._split(mask.to(device), dimension).sum(2)
+            score = (saliency / largest).float() * mask.to(device)
+            score = self._split(score, dimension).sum(2).where(size > 0, -1)
+            if self.kept:
+                demanded.append((_ranks(score) < self.group - self.kept).flatten())
+            scores.append(score.flatten())
+            sizes.append(size.flatten())
+        stays = self._stays(torch.cat(scores), torch.cat(sizes), demanded, count)
+        parts = stays.split([len(score) for score in scores])
+        return [
+            mask & self._join(part, mask.shape, dimension).to(mask.device)
+            for part, mask, dimension in zip(parts, alive, dimensions, strict=True)
+        ]
+
+    def _stays(self, score: Tensor, size: Tensor, demanded: list[Tensor], count: int) -> Tensor:
+        """Which of the blocks of all layers stay, from their scores and numbers of weights alive
+        (n,), once `count` weights are gone."""
+        alive = size > 0
+        if self.block > 1:  # they differ in size
+            order = score.where(alive, torch.inf).argsort(stable=True)
+            gone = size[order].cumsum(0) <= count
+            return torch.ones_like(alive).index_put_((order,), ~gone)
+        if not self.kept:
+            return ~lowest(score, alive, count)
+        first = torch.cat(demanded) & alive
+        number = min(count, int(first.sum()))
+        gone = lowest(score, first, number)
+        return ~(gone | lowest(score, alive & ~gone, count - number))
+
+    def _split(self, weight: Tensor, dimension: int) -> Tensor:
+        """To (groups, blocks of a group, block), neighbours along the input."""
+        rows = weight if self.group == 1 else weight.movedim(dimension, -1)
+        return rows.reshape(-1, self.group // self.block, self.block)
+
+    def _join(self, blocks: Tensor, shape: torch.Size, dimension: int) -> Tensor:
+        """The inverse of `_split`, with one entry for each block."""
+        if self.group == 1:
+            return blocks.view(shape)
+        others = shape[:dimension] + shape[dimension + 1 :]
+        rows = blocks[:, None].expand(-1, self.block).reshape(*others, shape[dimension])
+        return rows.movedim(-1, dimension)
+
+
+def lowest(score: Tensor, among: Tensor, count: int) -> Tensor:
+    """Which (n,) are the `count` lowest `among` these; of equal ones the first."""
+    if count <= 0:
+        return torch.zeros_like(among)
+    candidates = score.where(among, torch.inf)
+    if score.is_cuda:  # whose kthvalue of one long row keeps a single multiprocessor busy
+        threshold = candidates.sort().values[count - 1]
+    else:
+        threshold = candidates.kthvalue(count).values
+    below = candidates < threshold
+    equal = (candidates == threshold) & among
+    return below | (equal & (equal.cumsum(0) <= count - below.sum()))
+
+
+def _ranks(score: Tensor) -> Tensor:
+    """How many in the same row (n, group) come before each: those lower, and equal ones earlier."""
+    position = torch.arange(score.shape[1], device=score.device)
+    ranks = torch.zeros(score.shape, dtype=torch.int16, device=score.device)
+    for j, other in enumerate(score.split(1, dim=1)):
+        ranks += (other < score) | ((other == score) & (position > j))
+    return ranks
+
+
+# --- masks in force -------------------------------------------------------------------------------
+
+
+class MagnitudePruner:
+    """Zeroes the smallest weights of a model and keeps them zero.
+
+    Which weights are pruned is in `masks`, by parameter name, True for those that stay. What is
+    pruned stays so. Parameters are looked up by name each time, as frameworks may replace them.
+
+    Args:
+        model: any module. It is pruned in place.
+        params: the parameters to prune: names, globs or regular expressions for those of
+            `model.named_parameters()`. By default the weights of Linear, Conv, ConvTranspose and
+            MultiheadAttention layers and of transformers' Conv1D, as far as they fit the pattern
+            and no embedding shares them.
+        ignore: parameters to leave out, likewise.
+        scope: "global", weights of all layers compete, or "layer", each has a sparsity of its own.
+        pattern: "unstructured"; "N:M" such as "2:4", at most N of every M weights along the input
+            stay; "Bx1" such as "4x1", every B weights along the input go or stay together.
+        masks: weights that are pruned already, by parameter name, False for those.
+        keep_zeros: weights that are exactly zero count as pruned, too.
+
+    Raises:
+        ValueError: for arguments outside these ranges. So do all methods.
+
+    Example:
+        >>> model = nn.Linear(4, 1)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.copy_(torch.tensor([1.0, -2.0, 3.0, -4.0]))
+        >>> MagnitudePruner(model).prune(0.5)
+        {'weight': tensor([[False, False,  True,  True]])}
+        >>> model.weight.data
+        tensor([[ 0.,  0.,  3., -4.]])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Sequence[str] | None = None,
+        *,
+        ignore: Sequence[str] = (),
+        scope: str = "global",
+        pattern: str = "unstructured",
+        masks: Mapping[str, Tensor] | None = None,
+        keep_zeros: bool = False,
+    ):
+        if scope not in ("global", "layer"):
+            raise ValueError(f"Invalid scope: {scope!r}; it must be 'global' or 'layer'")
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"Invalid model: {kind(model)}; it must be a torch.nn.Module")
+        if torch_prune.is_pruned(model):
+            raise ValueError(
+                "The model carries masks of torch.nn.utils.prune; make them permanent with its "
+                "remove function first"
+            )
+        check_model(model)
+        self.model, self.scope, self.pattern = model, scope, Pattern.parse(pattern)
+        self.input_dimensions = select_weights(model, params, ignore, self.pattern)
+        self.seconds = {"gradients": 0.0, "inverse": 0.0}  # spent so far
+        self.masks = {
+            name: p.detach() != 0 if keep_zeros else torch.ones_like(p, dtype=torch.bool)
+            for name, p in self.params.items()
+        }
+        for name, mask in (masks or {}).items():
+            shape = getattr(mask, "shape", None)
+            if name not in self.masks or shape != self.masks[name].shape:
+                expected = {name: tuple(mask.shape) for name, mask in self.masks.items()}
+                raise ValueError(f"Invalid mask for {name!r} of shape {shape}; shapes: {expected}")
+            self.masks[name] = self.masks[name] & mask.to(self.masks[name])
+        self.apply_masks()
+
+    @property
+    def params(self) -> dict[str, nn.Parameter]:
+        """The parameters that the model has now; also while `register` is in force."""
+        found = {}
+        for name in self.input_dimensions:
+            path, _, attribute = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            p = module._parameters.get(attribute, module._parameters.get(f"{attribute}_orig"))
+            if p is None:
+                raise ValueError(f"The model no longer has a parameter {name!r}")
+            found[name] = p
+        return found
+
+    @property
+    def sparsity(self) -> float:
+        """Pruned fraction of all prunable weights."""
+        return self._zeros(self.masks) / sum(mask.numel() for mask in self.masks.values())
+
+    @torch.no_grad()
+    def prune(self, target: float | Iterable[float], *, partial: bool = False) -> dict[str, Tensor]:
+        """Prunes to the sparsity `target` in [0, 1] and returns the masks.
+
+        Exactly round(target·n) of n weights are pruned then, of all or of each layer by `scope`; in
+        blocks as many as fit in. With scope "layer", `target` may be a list in the order of
+        `masks`. A target below the present sparsity is refused.
+
+        The least target of N:M is 1 − N/M. Where groups have more zeros than the pattern asks for,
+        more weights may be pruned than by the target. `partial`: a lower target is allowed on the
+        way, of which some groups have more than N weights left.
+        """
+        wanted = self.zeros_wanted(target, partial)
+        if all(zeros == self._zeros(names) for names, zeros in wanted):
+            self.apply_masks()
+            return self.masks
+        masks, weights = self._pruned(wanted)
+        self._write(masks, weights)
+        return self.masks
+
+    @torch.no_grad()
+    def apply_masks(self) -> None:
+        """Sets pruned weights to zero again."""
+        for name, p in self.params.items():
+            p.masked_fill_(~self.masks[name].to(p.device), 0)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Has the masks applied after each step of any optimizer, also one that Accelerate or
+        Lightning has wrapped; the handle's remove() ends it."""
+        given = optimizer
+        while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(f"Expected an optimizer of torch.optim, got {kind(given)}")
+        return optimizer.register_step_post_hook(lambda *_: self.apply_masks())
+
+    def register(self) -> None:
+        """Shows the masks to other tools as those of torch.nn.utils.prune, until `remove`.
+
+        Until then the weights of the layers are results of a computation, which torch can't copy
+        and stores under other names: call `remove` before copy.deepcopy and before saving.
+        """
+        self.remove()
+        for name, p in self.params.items():
+            for module in self.model.modules():
+                for attribute, other in list(module.named_parameters(recurse=False)):
+                    if other is p:  # which several modules have if they are tied
+                        torch_prune.custom_from_mask(module, attribute, self.masks[name])
+
+    def remove(self) -> None:
+        """Makes it a plain model again, with the same weights, after `register`."""
+        for module, attribute in self._registered():
+            torch_prune.remove(module, attribute)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the model's own state."""
+        return {"masks": {name: mask.clone() for name, mask in self.masks.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a state; load the model's own state before."""
+        self._check_fit(state)
+        self._write(state["masks"])
+
+    # --- what MFACPruner does differently
+
+    def _pruned(
+        self, wanted: list[tuple[list[str], int]]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Masks with as many zeros as wanted, and new weights, if these change."""
+        self.apply_masks()
+        saliencies = {name: p.double().square() for name, p in self.params.items()}
+        return self._choose(self.masks, saliencies, wanted), {}
+
+    # --- internals
+
+    def _registered(self) -> list[tuple[nn.Module, str]]:
+        """The layers whose masks torch.nn.utils.prune has, with the names of their weights."""
+        ours = set(map(id, self.params.values()))
+        return [
+            (module, name.removesuffix("_orig"))
+            for module in self.model.modules()
+            for name, p in module.named_parameters(recurse=False)
+            if id(p) in ours and name.endswith("_orig")
+            if f"{name.removesuffix('_orig')}_mask" in module._buffers
+        ]
+
+    @contextlib.contextmanager
+    def _unregistered(self) -> Iterator[dict[str, nn.Parameter]]:
+        """The parameters of the plain model; what was registered before is so again afterwards."""
+        registered = bool(self._registered())
+        self.remove()
+        try:
+            yield self.params
+        finally:
+            if registered:
+                self.register()
+
+    def _choose(
+        self,
+        masks: dict[str, Tensor],
+        saliencies: dict[str, Tensor],
+        wanted: list[tuple[list[str], int]],
+    ) -> dict[str, Tensor]:
+        """These masks with more zeros, as many as wanted."""
+        if not all(bool(values.isfinite().all()) for values in saliencies.values()):
+            raise ValueError("The weights or their saliencies have NaN or Inf; nothing was pruned")
+        chosen: dict[str, Tensor] = {}
+        for names, zeros in wanted:
+            device = saliencies[names[0]].device
+            parts = self.pattern.choose(
+                [saliencies[name].to(device) for name in names],
+                [masks[name] for name in names],
+                [self.input_dimensions[name] for name in names],
+                zeros - sum(int((~masks[name]).sum()) for name in names),
+            )
+            chosen.update(zip(names, parts, strict=True))
+        return chosen
+
+    def zeros_wanted(
+        self, target: float | Iterable[float], partial: bool = False
+    ) -> list[tuple[list[str], int]]:
+        """[(names of parameters that compete, number of zeros among them)] that `prune` would make.
+        Raises what it would raise of the target."""
+        names = list(self.masks)
+        groups = [names] if self.scope == "global" else [[name] for name in names]
+        least = 0.0 if partial else self.pattern.least_sparsity
+        wanted = []
+        for group, sparsity in zip(groups, self._targets(target, len(groups)), strict=True):
+            n, present = sum(self.masks[name].numel() for name in group), self._zeros(group)
+            if not 0.0 <= sparsity <= 1.0 or round(sparsity * n) < round(least * n):
+                why = ", as fewer zeros do not make the pattern" if least else ""
+                raise ValueError(
+                    f"Invalid sparsity: {sparsity}; it must be from {least:g} to 1{why}"
+                )
+            zeros = round(sparsity * n)
+            if zeros < present:
+                raise ValueError(
+                    f"Target sparsity {sparsity:g} ({zeros} of {n} weights) is below the present "
+                    f"{present / n:g} ({present}); pruned weights do not come back"
+                )
+            if not partial:
+                needed = (
+                    self.pattern.zeros_needed(self.masks[name], self.input_dimensions[name])
+                    for name in group
+                )
+                zeros = max(zeros, sum(needed))
+            wanted.append((group, zeros))
+        return wanted
+
+    def _targets(self, target: Any, count: int) -> list[float]:
+        """One sparsity for each of `count` groups that compete."""
+        try:
+            given: list[Any] = [target] * count
+            if isinstance(target, Iterable):
+                given = list(target)
+            if isinstance(target, (set, frozenset)) or any(isinstance(t, bool) for t in given):
+                raise TypeError  # of no order, or a mask of one entry perhaps
+            targets = [float(each) for each in given]
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"Invalid sparsity: {target!r}; it must be a number, or one for each of "
+                f"{list(self.masks)}"
+            ) from error
+        if len(targets) != count:
+            raise ValueError(f"Expected {count} target sparsities, got {len(targets)}")
+        return targets
+
+    def _check_fit(self, state: Any) -> None:
+        """Raises ValueError if this is no state of such a pruner for the same parameters."""
+        names, maker = list(self.state_dict()), type(self).__name__
+        if not (isinstance(state, Mapping) and state.keys() == set(names)):
+            found = list(state) if isinstance(state, Mapping) else kind(state)
+            raise ValueError(f"Expected {names} as in state_dict() of {maker}, got {found}")
+        shapes = {name: mask.shape for name, mask in self.masks.items()}
+        for part in ("masks", *(part for part in self.START if state.get(part))):
+            saved = state[part] if isinstance(state[part], Mapping) else {}
+            if {name: getattr(value, "shape", None) for name, value in saved.items()} != shapes:
+                raise ValueError(f"The saved {part} belong to other parameters than this pruner's")
+
+    START: tuple[str, ...] = ()  # parts of a state that may be empty or have an entry a parameter
+
+    def _write(
+        self, masks: dict[str, Tensor], weights: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        """Makes these the masks in force, and writes new weights."""
+        params = self.params
+        registered = bool(self._registered())
+        rounded = {name: value.to(params[name]) for name, value in weights.items()}
+        for name, value in rounded.items():
+            if not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"The new weights of {name}, up to {float(weights[name].abs().max()):.3g}, do "
+                    f"not fit {value.dtype}; use a higher damp, or float32. Nothing was pruned"
+                )
+        for name, value in rounded.items():
+            params[name].copy_(value)
+        self.masks = {name: masks[name].to(p.device, torch.bool) for name, p in params.items()}
+        self.apply_masks()
+        if registered:
+            self.register()
+
+    def _zeros(self, names: Iterable[str]) -> int:
+        """How many weights of these parameters are pruned."""
+        return sum(self.masks[name].numel() - int(self.masks[name].sum()) for name in names)
+
+
+class WeightsAlive:
+    """The weights of some parameters that masks leave, as one vector (d,) on a device."""
+
+    def __init__(self, masks: Mapping[str, Tensor], device: torch.device):
+        self.shapes = {name: mask.shape for name, mask in masks.items()}
+        flat = torch.cat([mask.to(device).flatten() for mask in masks.values()])
+        self.index, self.total = flat.nonzero()[:, 0], len(flat)  # of those alive, among all
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The entries of the weights alive (d,)."""
+        flat = [tensors[name].to(self.index.device).flatten() for name in self.shapes]
+        return torch.cat(flat).index_select(0, self.index)
+
+    def scatter(self, values: Tensor) -> dict[str, Tensor]:
+        """Such a vector in the shapes of the parameters, with 0 for the weights not alive."""
+        flat = values.new_zeros(self.total).index_copy_(0, self.index, values)
+        parts = flat.split([shape.numel() for shape in self.shapes.values()])
+        shaped = zip(self.shapes.items(), parts, strict=True)
+        return {name: part.view(shape) for (name, shape), part in shaped}
+
+
+def zeros_on_the_way(
+    masks: Mapping[str, Tensor], wanted: list[tuple[list[str], int]], share: float
+) -> list[tuple[list[str], int]]:
+    """[(names, number of zeros)] after a `share` of the way from these masks to those wanted: the
+    fraction of the weights that stay falls by the same factor in equal shares."""
+    found = []
+    for names, zeros in wanted:
+        n = sum(masks[name].numel() for name in names)
+        before = sum(int(masks[name].sum()) for name in names)
+        stay = before * ((n - zeros) / before) ** share if before else 0
+        found.append((names, zeros if share == 1 else n - round(stay)))
+    return found
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises ValueError for a model that can't be pruned where it is."""
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError("FSDP has sharded the model; prune it before it is wrapped")
+    for name, p in model.named_parameters():
+        if hasattr(p, "to_local"):
+            raise ValueError(f"{name} is a DTensor, as of FSDP2; prune the model before sharding")
+        if p.is_meta or nn.parameter.is_lazy(p):
+            raise ValueError(f"{name} has no storage yet; load or initialise the weights first")
+        if p.is_inference():
+            raise ValueError(f"{name} was made in torch.inference_mode, which allows no gradients")

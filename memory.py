@@ -1,0 +1,118 @@
+"""What the static inverse Fisher takes, before it is computed, and what is free."""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blocks import BATCH, tile_size
+from checks import check_device, check_integer
+
+__all__ = ["available_memory", "inverse_bytes"]
+
+
+def inverse_bytes(
+    ngrads: int,
+    dim: int,
+    *,
+    blocksize: int | None = None,
+    perbatch: int | None = None,
+    pages: int = 1,
+    rounds: int = 1,
+    grads_dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    grads_device: torch.device | str | None = None,
+) -> dict[torch.device, int]:
+    """Bytes that `MFACPruner` takes for `dim` weights alive, in main memory and on `device`.
+
+    The model and a backward pass come on top. The factors are for the most that a recomputation
+    and the prunings after it hold at any time: gradients, matrices, vectors, and tiles.
+    `grads_device` is where gradients are kept that have to be, `device` if None.
+
+    Example:
+        >>> main = torch.device("cpu")
+        >>> full = inverse_bytes(1024, 270_896)[main]
+        >>> inverse_bytes(1024, 270_896, blocksize=128)[main] < full / 2
+        True
+    """
+    m, d = check_integer("ngrads", ngrads), check_integer("dim", dim)
+    pages, rounds = check_integer("pages", pages), check_integer("rounds", rounds)
+    for name, value in (("blocksize", blocksize), ("perbatch", perbatch)):
+        if value is not None:
+            check_integer(name, value)
+    device = check_device(device, present=False)
+    place = device if grads_device is None else check_device(grads_device, present=False)
+    b, tile = min(blocksize or d, d), tile_size(device)
+    needed = {device: 160 * d + 40 * tile}
+    if b <= m:  # sums, a batch of them while it is inverted, and the inverse that rounds change
+        usual = tile // (32 if device.type == "cpu" else 4)
+        batch = max(b**2, usual) if perbatch is None else b * min(perbatch * b, d)
+        needed[device] += (16 if rounds > 1 else 8) * b * d + 48 * batch
+        gradients, place = grads_dtype.itemsize * min(BATCH, m) * d, device
+    else:  # Gram matrices and factors: of all columns, or of a batch of blocks
+        gradients = grads_dtype.itemsize * m * d
+        blocks = perbatch or max(1, tile // 4 // (m * b))
+        needed[device] += 80 * m**2 if b == d else min(blocks * b, d) * m * 32 + 80 * blocks * m**2
+    needed[place] = needed.get(place, 0) + gradients
+    if place != device:  # pages in pinned memory, and on the device, while others are copied
+        needed[place] += gradients // pages
+        needed[device] += 3 * gradients // pages
+    return needed
+
+
+def gradient_buffer(
+    rows: int,
+    ngrads: int,
+    dim: int,
+    dtype: torch.dtype,
+    *,
+    device: torch.device,
+    shared: bool,
+    **sizes: Any,
+) -> Tensor:
+    """Memory for gradients (rows, dim), of `ngrads` in all, where `place_for_gradients` says; if
+    processes share them, on the device, where they are exchanged."""
+    place = device
+    if not shared:
+        place = place_for_gradients(ngrads, dim, device=device, grads_dtype=dtype, **sizes)
+    pinned = place.type == "cpu" and device.type == "cuda"
+    return torch.empty(rows, dim, dtype=dtype, device=place, pin_memory=pinned)
+
+
+def place_for_gradients(
+    ngrads: int, dim: int, *, device: torch.device, **sizes: Any
+) -> torch.device:
+    """Where gradients that are kept fit with all else: `device`, or else main memory. The rest as
+    for `inverse_bytes`. Raises ValueError where neither does."""
+    for place in dict.fromkeys([device, torch.device("cpu")]):
+        needed = inverse_bytes(ngrads, dim, device=device, grads_device=place, **sizes)
+        free = {where: available_memory(where) for where in needed}
+        if all(size <= free[where] for where, size in needed.items()):
+            return place
+    takes, left = (
+        " and ".join(f"{size / 2**30:.2f} GiB on {where}" for where, size in sizes.items())
+        for sizes in (needed, free)
+    )
+    raise ValueError(
+        f"The inverse Fisher takes {takes}, but free are {left}: use fewer gradients, a blocksize, "
+        "or on a GPU more pages"
+    )
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that this process can still allocate on `device`: of main memory, its share.
+
+    Example:
+        >>> available_memory(torch.device("cpu")) > 0
+        True
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        with open("/proc/meminfo") as lines:
+            free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: all the memory there is
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,0 +1,45 @@
+"""M-FAC: the matrix-free inverse empirical Fisher, as an optimizer and as a pruner.
+
+    from mfac import MFAC, MFACPruner
+
+In a clone this file lies beside the others. `pip install .` makes it the package that they are in:
+`optim` becomes `mfac.optim`. The names below are those of `mfac` in both.
+
+Example:
+    >>> import torch, mfac
+    >>> layer = torch.nn.Linear(4, 2)
+    >>> optimizer = mfac.MFAC(layer.parameters(), lr=1e-3, ngrads=8)
+"""
+
+import models
+from optim import (
+    MFAC,
+    DampTooSmallError,
+    DynamicInverseFisher,
+    NonFiniteGradientError,
+    step_traffic,
+    window_bytes,
+)
+from prun import (
+    BlockedInverseFisher,
+    MagnitudePruner,
+    MFACPruner,
+    PagedInverseFisher,
+    inverse_bytes,
+)
+
+__version__ = "0.2.0"
+__all__ = [
+    "MFAC",
+    "BlockedInverseFisher",
+    "DampTooSmallError",
+    "DynamicInverseFisher",
+    "MFACPruner",
+    "MagnitudePruner",
+    "NonFiniteGradientError",
+    "PagedInverseFisher",
+    "inverse_bytes",
+    "models",
+    "step_traffic",
+    "window_bytes",
+]
