@@ -479,7 +479,9 @@ __global__ __launch_bounds__(THREADS, 2) void exchange(
     const double k_i = k_diagonal(i), a_i = k_i + shift;
     return Numbers<4>{{new_diagonal(i) * a_i, x * x * k_i, r * r / a_i, x * image[i]}};
   });
-  double off = (UNIT * sqrt(sums.at[1]) + sqrt(sums.at[2])) * sqrt(sums.at[0] / fabs(sums.at[3]));
+  // z^T K z may cancel to its own rounding. Then nothing is known, and the error is infinite.
+  const double left = fmax(sums.at[3] - m * (UNIT / 2) * sums.at[1], 0.0);
+  double off = (UNIT * sqrt(sums.at[1]) + sqrt(sums.at[2])) * sqrt(sums.at[0] / left);
   if (!(off < INFINITY && s > 0 && s < INFINITY && sums.at[0] > 0)) off = INFINITY;
   if (k[j] == 0) off = 0;
   if (!(fabs(k[j]) < INFINITY)) off = NAN;
