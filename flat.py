@@ -275,7 +275,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         # Masks belong to the parameters given now, not to groups that are added later.
         self.defaults["sparse"] = defaults["sparse"] is True
         self.build()
-        self._name_state()
+        self.name_state()
         self._built = True
 
     def build(self, also: Collection[int] = ()) -> None:
@@ -332,9 +332,9 @@ class FlatOptimizer(torch.optim.Optimizer):
         else:
             self.fisher.grow(flat.size - self.flat.size)
             self.flat = flat
-        self._name_state()
+        self.name_state()
 
-    def _name_state(self) -> None:
+    def name_state(self) -> None:
         """Enters the names of what `state_dict` will have into the state of each parameter, since
         torch.distributed.checkpoint goes by them."""
         self._params = [p for _, p in self.numbered()]

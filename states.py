@@ -255,6 +255,7 @@ def into_optimizer(
         optimizer.build(
             {id(p) for p, entries in zip(params, saved, strict=True) if "grads" in entries}
         )
+        optimizer.name_state()
         flat, fisher = optimizer.flat, optimizer.fisher
         of = {id(p): found for p, found in zip(params, saved, strict=True)}
         for p in flat.params:
