@@ -86,6 +86,8 @@ def checked_compress(compress: float | None) -> float | None:
 def check_device(device: Any, name: str = "device", present: bool = True) -> torch.device:
     try:
         found = torch.device(device)
+        if found.type == "mps":
+            raise ValueError("MPS has no float64, so take the CPU, for MFAC with optdev='cpu'")
         return torch.empty(0, device=found).device if present else found
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
