@@ -42,11 +42,12 @@ def fitting(x: Tensor, dtype: torch.dtype, everywhere: Callable[[Tensor], bool])
     return fitted
 
 
-def check_damp(damp: Any) -> float:
+def check_damp(damp: Any, least: float = 1e-30) -> float:
     number = isinstance(damp, numbers.Real) and not isinstance(damp, bool)
-    if not (number and 1e-30 <= damp <= 1e30):  # results fit float32
+    if not (number and least <= damp <= 1 / least):
         raise ValueError(
-            f"Invalid damp: {damp!r}; it must be a number between 1e-30 and 1e30, such as 1e-5"
+            f"Invalid damp: {damp!r}; it must be a number between {least:g} and {1 / least:g}, "
+            "such as 1e-5"
         )
     return float(damp)
 
