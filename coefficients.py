@@ -1,9 +1,11 @@
 """The (m, m) side of the dynamic algorithm: A⁻¹ for A = mλI + K, as rows of the window come and go.
 
 With the last m gradients as the rows of G (m, d), K = GGᵀ is their Gram matrix and λ the damping
-`damp`. Nothing here sees the window or waits for a device: when row j is replaced by g, k = Gg
-comes in and z = A⁻¹e_j goes out. All in float64.
+`damp`. Nothing here sees the window: when row j is replaced by g, k = Gg comes in and z = A⁻¹e_j
+goes out. All in float64. On CUDA a kernel does it, which waits for nothing.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ __all__ = ["Coefficients", "factor"]
 
 TOLERANCE = 2e-5  # relative error of F⁻¹g, at most
 SINGLE, DOUBLE = 2.0**-23, 2.0**-52  # relative errors of products, at most
+ROUNDING = 1e-13  # of A'u, relative: what refinement would not make smaller
 
 
 def factor(A: Tensor) -> Tensor:
@@ -57,13 +60,13 @@ class Coefficients:
 
     def exchange(
         self, k: Tensor, count: Tensor, rounding: float, exact: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | tuple[float, float]]:
         """Makes k (m,) row and column j = count mod m of K: O(m²).
 
         Returns z = A⁻¹e_j (m,); whether it is accepted, 1 or 0; and the relative error of F⁻¹g, by
-        (5) for products in float64 (`exact`) or float32 with this `rounding`, on the CPU followed
-        by that for float32. Where it exceeds `TOLERANCE`, or k_j is not finite, nothing changes and
-        z is zero.
+        (5) for products in float64 (`exact`) or float32 with this `rounding`: (1,) on the device of
+        kernels, else with that for float32. Where it exceeds `TOLERANCE`, or k_j is not finite,
+        nothing changes and z is zero.
 
         With ' for "without row and column j", and p = P[:, j] before the exchange,
 
@@ -75,50 +78,68 @@ class Coefficients:
             z, accepted, error = torch.empty_like(k), torch.empty_like(count), k.new_empty(1)
             kernels.hinv_update(self.P, self.K, k, count, self.damp, TOLERANCE, z, error, accepted)
             return z, accepted, error
-        j = count.view(1) % m
-        p = self.P.index_select(1, j)[:, 0]
-        p_j, k_j = p.index_select(0, j), k.index_select(0, j)
-        others = k.index_fill(0, j, 0)  # k'
+        j, k_j = int(count) % m, float(k[int(count) % m])
+        p, others = self.P[j].clone(), k.clone()
+        others[j] = 0  # k'
 
         def solve_without_j(x: Tensor) -> Tensor:
             y = self.P @ x
-            return y.sub_(p * (y.index_select(0, j) / p_j)).index_fill_(0, j, 0)
+            y -= p * (y[j] / p[j])
+            y[j] = 0
+            return y
 
-        u = solve_without_j(others)
-        # One step of refinement: P'k' cancels for nearly parallel gradients, and P would keep that.
-        residual = (others - self.K @ u).sub_(u, alpha=shift).index_fill_(0, j, 0)
-        u += solve_without_j(residual)
-        s = k_j + shift - others @ u  # Schur complement, s ≥ mλ
-        image = (self.K @ u).index_copy_(0, j, others @ u).sub_(k)  # Kũ, with the new row of K
-        u.index_fill_(0, j, -1)
+        def residual() -> Tensor:
+            """k' − A'u"""
+            r = (others - image).sub_(u, alpha=shift)
+            r[j] = 0
+            return r
 
-        # (5), where all but the trace is multiplied by s.
-        K_diagonal = self.K.diagonal().index_copy(0, j, k_j)
+        K_diagonal = self.K.diagonal().clone()
+        K_diagonal[j] = k_j
         A_diagonal = K_diagonal + shift
-        P_diagonal = (self.P.diagonal() - p.square() / p_j).index_fill_(0, j, 0) + u.square() / s
-        condition = (P_diagonal @ A_diagonal).sqrt()
-        terms = u.square() @ K_diagonal
-        # zᵀKz may cancel to its own rounding error. Then nothing is known, and 0 is safe.
-        norm = ((u @ image) - m * DOUBLE / 2 * terms).clamp_(min=0).sqrt()
-        terms = terms.sqrt()
-        residual = image.add_(u, alpha=shift).index_add_(0, j, s)  # e_j − Az
-        residual = (residual.square() / A_diagonal).sum().sqrt() * condition
-        float64 = terms * DOUBLE * condition + residual
-        float32 = terms * (rounding * condition + SINGLE / 8 * m**0.5) + residual
-        errors = torch.stack([float64 if exact else float32, float32]) / norm
-        errors = errors.where((s > 0) & (condition > 0), torch.inf).where(k_j != 0, 0)
-        errors = errors.nan_to_num_(torch.inf, torch.inf).where(k_j.isfinite(), torch.nan)
-        accepted = errors[:1] <= TOLERANCE
+        u = solve_without_j(others)
+        image = self.K @ u
+        # One step of refinement, but where it would find rounding only: P'k' cancels for nearly
+        # parallel gradients, and P would keep that.
+        r = residual()
+        if not float((r.square() / A_diagonal).max()) < ROUNDING**2 * (k_j + shift):
+            u += solve_without_j(r)
+            image = self.K @ u
+            r = residual()
+        projected = float(others @ u)
+        s = k_j + shift - projected  # Schur complement, s ≥ mλ
+        off = float((r.square() / A_diagonal).sum())  # ‖D⁻¹(e_j − Az)‖², as all below times s²
+        image -= k
+        image[j] = projected - k_j  # Kũ, with the new row of K
+        u[j] = -1
+        P_diagonal = self.P.diagonal() - p.square() / p[j] + u.square() / s
+        P_diagonal[j] = 1 / s if s else 0
+        trace, terms = float(P_diagonal @ A_diagonal), float(u.square() @ K_diagonal)
+        # zᵀKz may cancel to its own rounding error. Then nothing is known.
+        left = float(u @ image) - m * DOUBLE / 2 * terms
 
-        z = (u / -s).where(accepted, 0)
+        errors = math.inf, math.inf
+        if k_j == 0:  # so that F⁻¹g is 0
+            errors = 0.0, 0.0
+        elif not math.isfinite(k_j):
+            errors = math.nan, math.nan
+        elif s > 0 and trace > 0 and left > 0 and off < math.inf:  # (5)
+            float64 = (off * trace) ** 0.5 + terms**0.5 * DOUBLE * trace**0.5
+            float32 = (off * trace) ** 0.5 + terms**0.5 * (
+                rounding * trace**0.5 + SINGLE / 8 * m**0.5
+            )
+            errors = (float64 if exact else float32) / left**0.5, float32 / left**0.5
+        if not errors[0] <= TOLERANCE:
+            return torch.zeros_like(k), torch.zeros_like(count), errors
+
+        z = u / -s
         # Equal factors on both sides keep P symmetric. Rounding leaves its row j as far off as p_j,
         # which may be far larger than z.
-        factors = torch.stack([p / p_j.sqrt(), u / s.sqrt()]).where(accepted, 0)
-        self.P.addmm_(factors.T * factors.new_tensor([-1, 1]), factors)
-        for matrix, row in ((self.P, z.where(accepted, p)), (self.K, k)):
-            row = row.where(accepted, matrix.index_select(0, j)[0])
-            matrix.index_copy_(0, j, row[None]).index_copy_(1, j, row[:, None])
-        return z, accepted[0].long(), errors
+        factors = torch.stack([p / p[j].sqrt(), u / s**0.5])
+        self.P.addmm_(torch.stack([-factors[0], factors[1]], 1), factors)
+        self.P[j] = self.P[:, j] = z
+        self.K[j] = self.K[:, j] = k
+        return z, torch.ones_like(count), errors
 
     def solve(self, y: Tensor) -> Tensor:
         """A⁻¹y (m,), with a step of refinement."""

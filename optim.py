@@ -151,7 +151,7 @@ class DynamicInverseFisher:
     def update_matvec(self, g: Tensor) -> Tensor:
         """Puts the gradient g (d,) into the window and returns u = F⁻¹g (d,), with g in F.
 
-        Two reads of the window. On CUDA nobody waits for the device: a gradient that is refused
+        Two reads of the window. Kernels on CUDA wait for nothing: a gradient that is refused
         changes nothing, its result is zero, and one of the next calls raises what is raised here.
 
         Raises:

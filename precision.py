@@ -94,8 +94,8 @@ class Precision:
         while True:
             k = products(self.exact)
             if k.shape[1] > m:
-                j, K = int(count) % m, self.side.K
-                self._measure(k[0, m] / (k[0, j] * K[j - 1, j - 1]).sqrt())
+                i, j = (int(count) - 1) % m, int(count) % m
+                self._measure(float(k[0, m]), float(k[0, j]) * float(self.side.K[i, i]))
             self.interrupted = True
             z, accepted, errors = self.side.exchange(k[0, :m], count, self.rounding, self.exact)
             try:
@@ -112,11 +112,13 @@ class Precision:
         """r in float32"""
         return 2 * self._mean_square**0.5
 
-    def _measure(self, rounding: Tensor) -> None:
-        """Takes the relative error of an entry of K into the mean over about max(m, 32)."""
-        if bool(rounding.isfinite()):
+    def _measure(self, difference: float, squares: float) -> None:
+        """Takes the error of an entry of K, relative to the norms of its gradients, of which
+        `squares` is the product of squares, into the mean over about max(m, 32) of them."""
+        if 0 < squares < math.inf:
             self._measured = min(self._measured + 1, max(32, len(self.side.K)))
-            self._mean_square += (float(rounding) ** 2 - self._mean_square) / (self._measured + 1)
+            mean = self._mean_square
+            self._mean_square += (difference**2 / squares - mean) / (self._measured + 1)
 
     def settle(self, wait: bool = True) -> None:
         """Reads what exchanges on CUDA found out, and repairs what was interrupted. Unless it is to
@@ -188,8 +190,10 @@ class Precision:
         self.exact &= not self._largest < 0.75 * TOLERANCE
         self._largest = 0.0
 
-    def _accepts(self, errors: Tensor) -> bool:
+    def _accepts(self, errors: Tensor | tuple[float, float]) -> bool:
         """Whether the exchange stands. On CUDA that is left to `settle`, and True."""
+        if isinstance(errors, tuple):
+            return self._judge(*errors)
         if not errors.is_cuda:
             return self._judge(*errors.tolist())
         if not torch.cuda.is_current_stream_capturing():

@@ -2,11 +2,10 @@
 
 `DenseWindow` keeps G (m, d), the m gradients of d weights as rows, and `CompressedWindow` the
 largest entries of each row. Both round what enters to their type and compute everything from what
-they keep. A `Window` is such blocks of columns side by side, each on its device. Nothing here waits
-for a GPU.
+they keep. A `Window` is such blocks of columns side by side, each on its device.
 
-On CUDA, kernels multiply exactly, add in float64 and read the window once (module `kernels`).
-Elsewhere torch operations multiply in float32 and add short sums in float64, or all is float64.
+On CUDA, kernels multiply exactly, add in float64, read the window once and wait for nothing
+(module `kernels`). Elsewhere torch operations multiply in float32 and add short sums in float64, or all is float64.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +20,7 @@ from kernels import cuda_kernels
 __all__ = ["BLOCK", "CompressedWindow", "DenseWindow", "Window", "gram", "kept"]
 
 BLOCK = 2**12  # columns that share a scale, or among which the largest entries are found
-CHUNK = 2**10  # columns, at most, summed in float32; float64 sums the chunks
+CHUNK = 2**11  # columns, at most, summed in float32; float64 sums the chunks
 TILE = 13 * 2**18  # numbers converted at a time: twelve rows of ResNet-20, which cache holds
 ALIGN = 128  # bytes: rows start at multiples of it, so that they can be read 16 bytes at a time
 SCALED = {torch.float16: 2.0**15, torch.float8_e4m3fn: 2.0**8}  # types, and the largest they store
@@ -93,14 +92,14 @@ class DenseWindow:
         From float32 products (1, m + 1): by how much they miss entry j − 1 mod m comes last."""
         if kernels := cuda_kernels(self.device):
             return kernels.hinv_times(self.G, entry.values, count, self.scales)[None]
-        g = entry.values
-        k = self.times(g, exact, _rows_in_use(self.G, count))
-        rounding = []
+        g, exactly, n = entry.values, entry.values.double(), int(count)
+        i, j = (n - 1) % len(self.G), n % len(self.G)
+        k, rounding = self.times(g, exact, _rows_in_use(self.G, count)), []
         if self._dtype(exact) == torch.float32:
-            i = (int(count) - 1) % len(k)
-            row = self._tile(slice(i, i + 1), slice(0, self.dim), torch.float64)
-            rounding = [k[None, i : i + 1] - row @ g.double()]
-        return torch.cat([_with_new_row(k[None], g[None], g, count), *rounding], 1)
+            row = self._tile(slice(i, i + 1), slice(0, self.dim), torch.float64)[0]
+            rounding = [(k[i] - row @ exactly).view(1)]
+        k[j] = exactly @ exactly
+        return torch.cat([k, *rounding])[None]
 
     def transposed_times(self, y: Tensor, exact: bool = True) -> Tensor:
         """Gᵀy (d,) for y (m,), in float32 or wider."""
@@ -185,9 +184,8 @@ class DenseWindow:
 
 
 class CompressedWindow:
-    """G (m, d) with the largest entries of each gradient alone, of which each block of columns has
-    its
-    share, in float64, float32 or bfloat16.
+    """G (m, d) with the largest entries of each gradient alone, the same number of them in each block
+    of columns, in float64, float32 or bfloat16.
 
     What a gradient loses is carried over to the next one (error feedback; EFCP, arXiv 2306.06098):
     of a = g + error, the row gets the entries ĝ that are largest, and the error becomes a − ĝ.
@@ -247,7 +245,8 @@ class CompressedWindow:
         else:
             rows = _rows_in_use(self.values, count)
             Y = torch.stack([self.times(x, rows=rows) for x in X])
-        return _with_new_row(Y, X, entry.values, count)
+        new = X.double() @ entry.values.double()
+        return Y.index_copy_(1, count.view(1) % Y.shape[1], new[:, None])
 
     def times(self, x: Tensor, exact: bool = True, rows: int | None = None) -> Tensor:
         """Gx (m,) in float64 for x (d,); 0 beyond the first `rows`, if given."""
@@ -335,9 +334,8 @@ class Window:
             self.blocks.append(block)
 
     def divide(self, dims: Sequence[int]) -> None:
-        """Makes an empty window of blocks of these numbers of columns, if there are devices for
-        them:
-        as many, or fewer where it has grown."""
+        """Makes an empty window with blocks of these numbers of columns, if it has no more blocks.
+        Blocks beyond those that it has are on the last device."""
         devices = [block.device for block in self.blocks]
         if len(devices) <= len(dims) and list(dims) != self.dims:
             self.blocks = []
@@ -488,16 +486,8 @@ def _largest(a: Tensor, compress: float) -> Tensor:
 
 
 def _rows_in_use(rows: Tensor, count: Tensor) -> int:
-    """How many rows are in use once the next is written. All of them on CUDA, which would have to
-    be
-    waited for to know better."""
-    return len(rows) if count.is_cuda else min(int(count) + 1, len(rows))
-
-
-def _with_new_row(Y: Tensor, X: Tensor, new: Tensor, count: Tensor) -> Tensor:
-    """Y = X Gᵀ (n, m) for G whose row j = count mod m is `new` (d,)."""
-    column = X.double() @ new.double()
-    return Y.index_copy_(1, count.view(1) % Y.shape[1], column[:, None])
+    """How many rows are in use once the next is written."""
+    return min(int(count) + 1, len(rows))
 
 
 def _replace(rows: Tensor, row: Tensor, count: Tensor, accepted: Tensor | None) -> None:

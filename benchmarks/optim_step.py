@@ -19,6 +19,7 @@ take turns in the same process:
 
 import argparse
 import collections
+import functools
 import json
 import os
 import platform
@@ -137,7 +138,7 @@ def growth(rounds: int) -> dict[str, list[float]]:
 
 
 def host(rounds: int) -> dict[str, list[float]]:
-    """Of 100 steps."""
+    """Of 100 steps, each with other gradients, which are there before."""
     contestants = {}
     for count in (65, 1):
         for name, make in {
@@ -145,13 +146,20 @@ def host(rounds: int) -> dict[str, list[float]]:
             "Adam": lambda params: torch.optim.Adam(params, foreach=True),
         }.items():
             params = [nn.Parameter(torch.randn(100)) for _ in range(count)]
-            for p in params:
-                p.grad = torch.randn(100)
-            optimizer = make(params)
-            contestants[f"{name}, {count} x 100"] = lambda o=optimizer: [
-                o.step() for _ in range(100)
-            ]
+            sets = [[torch.randn(100) for _ in params] for _ in range(100)]
+            contestants[f"{name}, {count} x 100"] = functools.partial(
+                hundred_steps, make(params), params, sets
+            )
     return timed(contestants, rounds)
+
+
+def hundred_steps(
+    optimizer: torch.optim.Optimizer, params: list[torch.Tensor], sets: list[list[torch.Tensor]]
+) -> None:
+    for gradients in sets:
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g
+        optimizer.step()
 
 
 VIEWS = {"as_strided", "view", "_unsafe_view", "reshape", "alias", "detach", "diagonal", "t"}
