@@ -42,11 +42,12 @@ def fitting(x: Tensor, dtype: torch.dtype, everywhere: Callable[[Tensor], bool])
     return fitted
 
 
-def check_damp(damp: Any) -> float:
+def check_damp(damp: Any, least: float = 1e-30) -> float:
     number = isinstance(damp, numbers.Real) and not isinstance(damp, bool)
-    if not (number and 1e-30 <= damp <= 1e30):  # results fit float32
+    if not (number and least <= damp <= 1 / least):
         raise ValueError(
-            f"Invalid damp: {damp!r}; it must be a number between 1e-30 and 1e30, such as 1e-5"
+            f"Invalid damp: {damp!r}; it must be a number between {least:g} and {1 / least:g}, "
+            "such as 1e-5"
         )
     return float(damp)
 
@@ -86,6 +87,8 @@ def checked_compress(compress: float | None) -> float | None:
 def check_device(device: Any, name: str = "device", present: bool = True) -> torch.device:
     try:
         found = torch.device(device)
+        if found.type == "mps":
+            raise ValueError("MPS has no float64, so take the CPU, for MFAC with optdev='cpu'")
         return torch.empty(0, device=found).device if present else found
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

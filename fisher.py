@@ -28,7 +28,7 @@ class StaticInverseFisher:
 
     @damp.setter
     def damp(self, damp: float) -> None:
-        self._damp, self._diagonal = check_damp(damp), None
+        self._damp, self._diagonal = check_damp(damp, 1e-300), None
         self._damp_changed()
 
     def matvec(self, x: Tensor) -> Tensor:

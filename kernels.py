@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import setup_cuda
+
 __all__ = ["cuda_kernels"]
 
 logger = logging.getLogger("optim")
 
 SOURCE = Path(__file__).with_name("hinv_cuda_kernel.cu")
-FUNCTIONS = ["update", "times", "transposed_times", "sparse_times", "sparse_transposed_times"]
 PRODUCTS = ["window_times", "window_transposed_times", "sparse_times", "sparse_transposed_times"]
 # As in the source: the types of windows, threads of a block, what a block has of G, scratch memory.
 FORMATS = {
@@ -57,13 +58,10 @@ def cuda_kernels(device: torch.device) -> Any:
 @functools.cache
 def _kernels(device: torch.device) -> Any:
     try:
-        extension = importlib.import_module("hinv_cuda")
-        missing = [name for name in FUNCTIONS if not hasattr(extension, f"hinv_{name}")]
-        if not missing:
-            logger.debug("CUDA kernels: those of %s", extension.__file__)
-            return extension
-        why: Any = f"{extension.__file__} is another hinv_cuda, without hinv_{missing[0]}"
-    except ImportError as error:  # also one that was built for another torch
+        extension = setup_cuda.installed()
+        logger.debug("CUDA kernels: those of %s", extension.__file__)
+        return extension
+    except ImportError as error:  # also one from elsewhere, or built for another torch
         why = error
     try:
         kernels = Compiled(device)

@@ -38,6 +38,7 @@ from torch import nn
 
 import datautils
 import models
+from costs import available_memory
 from main_common import (
     STYLES,
     Runs,
@@ -46,7 +47,6 @@ from main_common import (
     UserError,
     alike,
     are_rows,
-    available_memory,
     check_existing,
     check_folder,
     check_space,

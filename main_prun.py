@@ -35,6 +35,7 @@ from torch.optim.swa_utils import update_bn
 
 import datautils
 import models
+from costs import available_memory
 from main_common import (
     STYLES,
     Runs,
@@ -63,7 +64,6 @@ from main_common import (
     tensor_bytes,
     train_epoch,
 )
-from memory import available_memory
 from optim import MFAC, window_bytes
 from prun import MagnitudePruner, MFACPruner, inverse_bytes
 from prun_settings import (

@@ -1,6 +1,5 @@
 """What the static inverse Fisher takes, before it is computed, and what is free."""
 
-import os
 from typing import Any
 
 import torch
@@ -8,8 +7,9 @@ from torch import Tensor
 
 from blocks import BATCH, tile_size
 from checks import check_device, check_integer
+from costs import available_memory
 
-__all__ = ["available_memory", "inverse_bytes"]
+__all__ = ["inverse_bytes"]
 
 
 def inverse_bytes(
@@ -98,21 +98,3 @@ def place_for_gradients(
         f"The inverse Fisher takes {takes}, but free are {left}: use fewer gradients, a blocksize, "
         "or on a GPU more pages"
     )
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that this process can still allocate on `device`: of main memory, its share.
-
-    Example:
-        >>> available_memory(torch.device("cpu")) > 0
-        True
-    """
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        with open("/proc/meminfo") as lines:
-            free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux: all the memory there is
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -472,7 +472,7 @@ class MFACPruner(MagnitudePruner):
         number = r"\d*\.?\d+(?:[eE][-+]?\d+)?"
         relative = isinstance(damp, str) and re.fullmatch(f"relative(?::({number}))?", damp)
         fraction = check_damp(float(relative[1] or 0.1)) if relative else None
-        self._damp, self._damp_fraction = damp if fraction else check_damp(damp), fraction
+        self._damp, self._damp_fraction = damp if fraction else check_damp(damp, 1e-300), fraction
         if self._inverse is not None:
             self._inverse.damp = self._absolute_damp()
 
@@ -597,4 +597,4 @@ class MFACPruner(MagnitudePruner):
     def _absolute_damp(self) -> float:
         """λ"""
         fraction = self._damp_fraction
-        return check_damp(self._damp if fraction is None else fraction * self._mean_square)
+        return check_damp(self._damp if fraction is None else fraction * self._mean_square, 1e-300)

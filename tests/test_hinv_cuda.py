@@ -795,7 +795,8 @@ def module(caplog):
     module._kernels.cache_clear()
 
 
-EXTENSION = {f"hinv_{name}": None for name in ("update", "times", "transposed_times")}
+EXTENSION = {f"hinv_{name}": None for name in ("setup", "mul", "update", "times")}
+EXTENSION |= {"hinv_transposed_times": None}
 EXTENSION |= {"hinv_sparse_times": None, "hinv_sparse_transposed_times": None, "__file__": "there"}
 OTHERS = types.SimpleNamespace(hinv_setup=None, hinv_mul=None, __file__="elsewhere")
 
@@ -805,12 +806,8 @@ OTHERS = types.SimpleNamespace(hinv_setup=None, hinv_mul=None, __file__="elsewhe
     [
         (types.SimpleNamespace(**EXTENSION), True, "CUDA kernels: those of there"),
         (None, True, "CUDA kernels: compiled by NVRTC ("),
-        (OTHERS, True, "compiled by NVRTC (elsewhere is another hinv_cuda, without hinv_update)"),
-        (
-            OTHERS,
-            False,
-            "none (elsewhere is another hinv_cuda, without hinv_update; NVRTC: Runtime",
-        ),
+        (OTHERS, True, "has no hinv_update: it is another one, or of another version)"),
+        (OTHERS, False, "has no hinv_update: it is another one, or of another version; NVRTC:"),
         (None, False, "CUDA kernels: none ("),
     ],
 )

@@ -96,6 +96,10 @@ WINDOW = {
     "damp tensor": (lambda: DynamicInverseFisher(3, 4, torch.tensor(0.1)), "Invalid damp: tensor"),
     "damp set": (lambda: setattr(fisher(), "damp", "x"), "Invalid damp: 'x'"),
     "device": (lambda: fisher(device="gpu0"), "Invalid device: 'gpu0'.*'cpu' always works"),
+    "device without float64": (
+        lambda: fisher(device="mps"),
+        "'mps'; MPS has no float64.*optdev='cpu'",
+    ),
     "device number": (lambda: fisher(device=1.5), "Invalid device: 1.5"),
     "shards": (lambda: fisher(shards=["cpu", "gpu0"]), "Invalid shards: 'gpu0'.*'cpu' always"),
     "shards one": (lambda: fisher(shards="cpu"), r"Invalid shards: 'cpu'; .* \['cpu', 'cpu'\]"),
