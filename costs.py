@@ -45,10 +45,11 @@ def step_traffic(
     sharded: bool = False,
 ) -> tuple[int, int]:
     """Bytes that a step moves on each device: those read of the window, twice its part, and those
-    sent over the network.
+    sent over the network. A CPU reads a compressed window three times.
 
-    In a ring of devices, m float64 numbers of each are summed up, 2m if compressed, and the d
-    float32 numbers of the update are gathered, unless parameters are `sharded` likewise.
+    A ring of devices adds up m + 1 float64 numbers of each, 2m + 2 if compressed: products, and who
+    is present. The CPU adds a measured rounding. The ring also gathers the d float32 numbers of the
+    update, unless parameters are `sharded` like the window.
 
     Example:
         >>> step_traffic(1024, 272_474)
@@ -56,7 +57,7 @@ def step_traffic(
     """
     m, d, dtype, compress, ranks = _checked_sizes(ngrads, dim, dtype, compress, world_size)
     read = 2 * m * _row_bytes(-(-d // ranks), dtype, compress)
-    passed_on = (16 if compress is None else 32) * m + (0 if sharded else 4 * d)
+    passed_on = (16 if compress is None else 32) * (m + 1) + (0 if sharded else 4 * d)
     return read, passed_on * (ranks - 1) // ranks
 
 

@@ -91,13 +91,13 @@ def resumed(name, folder, checkpoint):
     return run(["-m", f"examples.{name}", "--output", "resumed", "--resume", checkpoint], folder)
 
 
-def test_every_example_is_tested_and_named_in_the_readme():
+def test_every_example_is_tested_and_named_in_the_docs():
     training = ["accelerate_loop", "huggingface_trainer", "lightning_module", "plain_loop"]
     assert EXAMPLES == [*training, "prune_any_model", "quickstart"]
-    readme = (ROOT / "README.md").read_text()
+    pages = (ROOT / "docs" / "integration.md").read_text()
     for name in EXAMPLES:
         assert command(name)[1] == f"examples.{name}"
-        assert f"examples/{name}.py" in readme
+        assert f"examples/{name}.py" in pages
 
 
 def test_quickstart(tmp_path):
