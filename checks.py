@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WIDE = 1e-300, 1e300  # the range of λ where results are in float64
 IN_FLOATS = "as a dense tensor in a floating point of 16 to 64 bits"
 
 
@@ -42,12 +43,12 @@ def fitting(x: Tensor, dtype: torch.dtype, everywhere: Callable[[Tensor], bool])
     return fitted
 
 
-def check_damp(damp: Any, least: float = 1e-30) -> float:
+def check_damp(damp: Any, least: float = 1e-30, largest: float = 1e30) -> float:
     number = isinstance(damp, numbers.Real) and not isinstance(damp, bool)
-    if not (number and least <= damp <= 1 / least):
+    if not (number and least <= damp <= largest):
         raise ValueError(
-            f"Invalid damp: {damp!r}; it must be a number between {least:g} and {1 / least:g}, "
-            "such as 1e-5"
+            f"Invalid damp: {damp!r}; it must be a number between {least:g} and {largest:g}, such "
+            "as 1e-5"
         )
     return float(damp)
 

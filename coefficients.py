@@ -123,7 +123,7 @@ class Coefficients:
             errors = 0.0, 0.0
         elif not math.isfinite(k_j):
             errors = math.nan, math.nan
-        elif s > 0 and trace > 0 and left > 0 and off < math.inf:  # (5)
+        elif s > 0 and 0 < trace < math.inf and 0 < left < math.inf and off < math.inf:  # (5)
             float64 = (off * trace) ** 0.5 + terms**0.5 * DOUBLE * trace**0.5
             float32 = (off * trace) ** 0.5 + terms**0.5 * (
                 rounding * trace**0.5 + SINGLE / 8 * m**0.5

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from checks import IN_FLOATS, check_damp, is_real, kind
+from checks import IN_FLOATS, WIDE, check_damp, is_real, kind
 from ranks import Ranks
 
 
@@ -28,7 +28,7 @@ class StaticInverseFisher:
 
     @damp.setter
     def damp(self, damp: float) -> None:
-        self._damp, self._diagonal = check_damp(damp, 1e-300), None
+        self._damp, self._diagonal = check_damp(damp, *WIDE), None
         self._damp_changed()
 
     def matvec(self, x: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ standard output. Beside each other lie, all with names that begin as --out says,
 to each level with its masks (-step0.pth, ...), the figures of every line (.csv), accuracy against
 sparsity (.png, at the end, with those of other runs if --plot names their CSVs), and the state of
 the run (.state). The state is written first and all else is derived from it: a run killed at any
-moment goes on with --resume to the same bits as an uninterrupted one (on the CPU, with as many
-threads).
+moment goes on with --resume to the same bits, on the CPU with as many threads.
 
     torchrun --nproc-per-node N main_prun.py ...
 
@@ -404,7 +403,8 @@ class Run:
         options = {"momentum": settings["momentum"], "weight_decay": settings["weightdecay"]}
         if settings["optim"] == "mfac":
             masks = [self.pruner.masks.get(name) for name, _ in self.model.named_parameters()]
-            options |= {"ngrads": settings["ngrads"], "damp": settings["damp"], "sparse": masks}
+            options |= {name: settings[name] for name in ("ngrads", "damp")}
+            options |= {"sparse": masks, "process_group": self.ranks.group}
         optimizer = {"sgd": torch.optim.SGD, "mfac": MFAC}[settings["optim"]]
         self.optimizer = optimizer(self.model.parameters(), lr=1.0, **options)
         self.pruner.attach(self.optimizer)

@@ -115,7 +115,7 @@ class Precision:
     def _measure(self, difference: float, squares: float) -> None:
         """Takes the error of an entry of K, relative to the norms of its gradients, of which
         `squares` is the product of squares, into the mean over about max(m, 32) of them."""
-        if 0 < squares < math.inf:
+        if 0 < squares < math.inf and math.isfinite(difference):
             self._measured = min(self._measured + 1, max(32, len(self.side.K)))
             mean = self._mean_square
             self._mean_square += (difference**2 / squares - mean) / (self._measured + 1)

@@ -62,13 +62,13 @@ from blocks import (
     tile_size,
     too_small,
 )
-from checks import check_damp, check_device, check_integer, checked_dtype
+from checks import WIDE, check_damp, check_device, check_integer, checked_dtype
 from fisher import SharedInverseFisher, StaticInverseFisher, as_matrix, check_vector, in_type_of
 from gradients import Batches, GradientCollector, cross_entropy, ready_for_gradients
 from masks import MagnitudePruner, WeightsAlive, check_model, zeros_on_the_way
 from memory import gradient_buffer, inverse_bytes
 from pages import Pages
-from ranks import Ranks, find_process_group
+from ranks import Ranks, find_process_group, or_default
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -430,7 +430,7 @@ class MFACPruner(MagnitudePruner):
         which: dict[str, Any] = {"ignore": ignore, "masks": masks, "keep_zeros": keep_zeros}
         super().__init__(model, params, scope=scope, pattern=pattern, **which)
         params_now: list[Tensor] = list(self.params.values())
-        self._ranks = Ranks(find_process_group(params_now, process_group))
+        self._ranks = Ranks(find_process_group(params_now, or_default(process_group)))
         for name, choice, allowed in (
             ("update", update, ["joint", "independent", "none"]),
             ("mode", mode, ["eval", "train", "as is"]),
@@ -472,7 +472,7 @@ class MFACPruner(MagnitudePruner):
         number = r"\d*\.?\d+(?:[eE][-+]?\d+)?"
         relative = isinstance(damp, str) and re.fullmatch(f"relative(?::({number}))?", damp)
         fraction = check_damp(float(relative[1] or 0.1)) if relative else None
-        self._damp, self._damp_fraction = damp if fraction else check_damp(damp, 1e-300), fraction
+        self._damp, self._damp_fraction = damp if fraction else check_damp(damp, *WIDE), fraction
         if self._inverse is not None:
             self._inverse.damp = self._absolute_damp()
 
@@ -597,4 +597,4 @@ class MFACPruner(MagnitudePruner):
     def _absolute_damp(self) -> float:
         """λ"""
         fraction = self._damp_fraction
-        return check_damp(self._damp if fraction is None else fraction * self._mean_square, 1e-300)
+        return check_damp(self._damp if fraction is None else fraction * self._mean_square, *WIDE)

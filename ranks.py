@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # torch may be built without, and to import DTensor takes a s
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Ranks", "find_process_group"]
+__all__ = ["Ranks", "find_process_group", "or_default"]
 
 
 class Ranks:
@@ -162,6 +162,17 @@ class Ranks:
 
 
 # --- DTensors -------------------------------------------------------------------------------------
+
+
+def or_default(given: "ProcessGroup | bool | None") -> "ProcessGroup | bool | None":
+    """The given group; for None the default group, if there is one.
+
+    Example:
+        >>> or_default(None) is None  # there is no other process here
+        True
+    """
+    there = given is None and dist.is_available() and dist.is_initialized()
+    return dist.group.WORLD if there else given or None
 
 
 def find_process_group(

@@ -5,7 +5,8 @@ largest entries of each row. Both round what enters to their type and compute ev
 they keep. A `Window` is such blocks of columns side by side, each on its device.
 
 On CUDA, kernels multiply exactly, add in float64, read the window once and wait for nothing
-(module `kernels`). Elsewhere torch operations multiply in float32 and add short sums in float64, or all is float64.
+(module `kernels`). Elsewhere torch operations multiply in float32 and add short sums in float64, or
+all is float64.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -184,8 +185,8 @@ class DenseWindow:
 
 
 class CompressedWindow:
-    """G (m, d) with the largest entries of each gradient alone, the same number of them in each block
-    of columns, in float64, float32 or bfloat16.
+    """G (m, d) with the largest entries of each gradient alone, as many in each block of columns,
+    in float64, float32 or bfloat16.
 
     What a gradient loses is carried over to the next one (error feedback; EFCP, arXiv 2306.06098):
     of a = g + error, the row gets the entries ĝ that are largest, and the error becomes a − ĝ.
@@ -201,6 +202,11 @@ class CompressedWindow:
     """
 
     def __init__(self, m: int, d: int, device: torch.device, dtype: torch.dtype, compress: float):
+        if d >= 2**31:
+            raise ValueError(
+                f"A compressed window of {d:,} weights in one process: 2,147,483,647 at most; "
+                "share it among processes, or use window_dtype=torch.float8_e4m3fn"
+            )
         self.compress = compress
         self.error = torch.zeros(d, dtype=torch.promote_types(dtype, torch.float32), device=device)
         self.columns = _largest(self.error, compress).int().repeat(m, 1)

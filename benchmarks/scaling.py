@@ -3,8 +3,8 @@
     python benchmarks/scaling.py --table
     python benchmarks/scaling.py [--rounds 11] [--busy] [--json FILE] [--plot FILE]
 
-The first prints the tables of the README. The second measures one exchange with one preconditioned
-gradient (`update_matvec`) with full windows: its time, in rounds in which the kinds take turns, as
+The first prints the tables of docs/cost.md. The second measures one exchange with one gradient
+(`update_matvec`) with full windows: its time, in rounds in which the kinds take turns, as
 median and as median of the ratios to float32; and the memory by which a process of its own grows
 (Linux), of which the window is foretold by `window_bytes`; then both of each of several processes
 that share a window (gloo). On a machine with other work to do, `--busy` takes the processor time of

@@ -918,7 +918,7 @@ def late(request, monkeypatch):
     arrived = SimpleNamespace(synchronize=lambda: None, query=lambda: True)
 
     def unread(self, errors):
-        self._unread.append((errors.clone(), arrived, self._fresh))
+        self._unread.append((torch.tensor(errors), arrived, self._fresh))
         return True
 
     monkeypatch.setattr(Precision, "_accepts", unread)
