@@ -289,9 +289,10 @@ class MFAC(FlatOptimizer):
     is too small for the gradients, it is multiplied by 10, 100, ... for as long as needed.
 
     A step reads the window twice and does not wait for a GPU. It can be captured in a CUDA graph,
-    where it skips what it would otherwise warn about, raise, or raise `damp` for. Memory: `window_bytes(ngrads, d)`, that is 4·ngrads·d bytes and a little, for d weights; half of
-    it with `window_dtype=torch.bfloat16`, a quarter with `torch.float8_e4m3fn`, about 2 % with
-    `compress=0.01`. Parameters that do not require gradients take none until they have one.
+    where it skips what it would otherwise warn about, raise, or raise `damp` for. Memory is that of
+    `window_bytes(ngrads, d)`: 4·ngrads·d bytes for d weights; half of it with window_dtype
+    bfloat16, a quarter with float8_e4m3fn, about 2 % with `compress=0.01`. Parameters that do not
+    require gradients take none until they have one.
 
     Args:
         params: parameters, or groups of them, each with its own `lr`, `momentum`, `weight_decay`,
