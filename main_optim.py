@@ -109,6 +109,10 @@ def build_optimizer(
     m, d = settings["ngrads"], sum(weight.numel() for weight in model.parameters())
     chosen = {name: settings[name] for name in ("window_dtype", "compress")}
     free = available_memory(device)
+    if chosen["compress"] is not None and chosen["window_dtype"] == "float8_e4m3fn":
+        raise UserError(
+            "--compress goes with --window_dtype float32 or bfloat16, not float8_e4m3fn"
+        )
 
     def needed(m: int = m, **others: Any) -> int:
         window = {**chosen, **others}
@@ -119,7 +123,8 @@ def build_optimizer(
     where = f" in each of {ranks.size} processes" if ranks.size > 1 else ""
     size = f"a window of {m:,} gradients of {d:,} weights takes {needed() / 2**30:.2f} GiB{where}"
     if needed() > free:
-        smaller = {"window_dtype": "bfloat16", "compress": 0.01}
+        narrow = chosen["window_dtype"] == "float8_e4m3fn"
+        smaller = {} if narrow else {"window_dtype": "bfloat16", "compress": 0.01}
         advice = [
             f"--{name} {value}, or "
             for name, value in smaller.items()

@@ -89,8 +89,11 @@ def build_parser() -> Parser:
     add("--weightdecay", type=NOT_NEGATIVE, help=text)
     text = f"mfac: gradients in the window, of 4 bytes a weight; {default('ngrads')}"
     add("--ngrads", type=COUNT, help=text)
-    text = "mfac: type of the numbers in the window; default: float32, bfloat16 takes half of that"
-    add("--window_dtype", choices=("float32", "bfloat16"), help=text)
+    text = (
+        "mfac: type of the numbers in the window; default: float32, bfloat16 takes half of that, "
+    )
+    text += "float8_e4m3fn a quarter"
+    add("--window_dtype", choices=("float32", "bfloat16", "float8_e4m3fn"), help=text)
     text = (
         "mfac: keep only this part of each gradient, its largest entries, and add the rest to the "
     )
