@@ -747,6 +747,7 @@ def test_tensorboard_goes_on(run, monkeypatch):
     with monkeypatch.context() as context:
         interrupt_after(context, 2)
         assert run(*flags) == 130
+    time.sleep(1.1)  # TensorBoard orders files by the second, and within it by name
     assert run("--out", "net", "--resume", "--tensorboard", "tb") == 0
     assert_shown("tb/net", rows("net.csv"))
 
