@@ -63,6 +63,7 @@ class Segment:
             self.staging.zero_()
         grads = self._local([g for g in found if g is not None])
         if not grads:
+            self.numbers.zero_()
             return False
         if [g.shape for g in grads] != self._present(self.shapes):
             self._refuse(grads)
@@ -227,11 +228,7 @@ class Flat:
         known = {id(p) for p in self.params}
         new = [(i, p) for i, p in params if id(p) not in known and is_trained(p)]
         every = [(groups[id(p)], p) for p in self.params] + new
-        flat = Flat(every, self.mask, self.ranks, self.vector.device, self.vector.dtype)
-        if self.momentum is not None:
-            flat.momentum = torch.zeros_like(flat.vector)
-            flat.momentum[: len(self.momentum)] = self.momentum
-        return flat
+        return Flat(every, self.mask, self.ranks, self.vector.device, self.vector.dtype)
 
     @property
     def size(self) -> int:
@@ -338,12 +335,15 @@ class FlatOptimizer(torch.optim.Optimizer):
         """Enters the names of what `state_dict` will have into the state of each parameter, since
         torch.distributed.checkpoint goes by them."""
         self._params = [p for _, p in self.numbered()]
-        for p in self.flat.params:
-            self.state[p].pop("momentum_buffer", None)
-            if self.fisher.window.separable:
+        before = [self.state[p].pop("momentum_buffer", None) for p in self.flat.params]
+        if self.fisher.window.separable:
+            for p in self.flat.params:
                 self.state[p]["grads"] = None
-        if self.flat.momentum is not None or any(g["momentum"] != 0 for g in self.param_groups):
+        if any(g["momentum"] != 0 for g in self.param_groups) or any(v is not None for v in before):
             self.velocity()
+        for p, v in zip(self.flat.params, before, strict=True):
+            if v is not None and v.shape == p.shape:
+                local(self.state[p]["momentum_buffer"]).copy_(local(v))
 
     def __repr__(self) -> str:
         fisher = self.fisher

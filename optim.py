@@ -120,8 +120,8 @@ class DynamicInverseFisher:
         self.counter = torch.zeros((), dtype=torch.int64, device=self.device)
         self.accepted = torch.ones_like(self.counter)  # 0 if the last gradient was refused
         exact = compress is not None or self.device.type != "cpu" or self.dtype == torch.float64
-        gram = partial(_gram, self.window, self.ranks)  # no method, so that no cycle holds a window
-        self.precision = Precision(self.coefficients, gram, always_exact=exact)
+        anew = partial(_gram, self.window, self.ranks)  # no method: a cycle would hold the window
+        self.precision = Precision(self.coefficients, anew, always_exact=exact)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -145,8 +145,9 @@ class DynamicInverseFisher:
 
     @damp.setter
     def damp(self, damp: float) -> None:
-        if checks.check_damp(damp) != self.damp:
-            self.precision.set_damp(checks.check_damp(damp))
+        damp = checks.check_damp(damp)
+        if damp != self.damp:
+            self.precision.set_damp(damp)
 
     def update_matvec(self, g: Tensor) -> Tensor:
         """Puts the gradient g (d,) into the window and returns u = F⁻¹g (d,), with g in F.
@@ -384,21 +385,19 @@ class MFAC(FlatOptimizer):
                 segment.numbers.neg_()
             if group["weight_decay"] != 0:
                 segment.add_weights(group["weight_decay"])
-        late = self._recovery.settle(self.fisher, wait=False)
+        self._recovery.settle(self.fisher, wait=False)
         u = self._recovery.update_matvec(self.fisher, self.flat.gradient(), self.damp)
         if u is not None:
             u = self.flat.spread(u)
+            taken: Any = self.fisher.accepted.to(u.dtype) if u.is_cuda else 1  # 0: nothing moves
             for segment, group in segments:
-                step = u[segment.span]
+                step, lr = u[segment.span], group["lr"]
                 if group["momentum"] != 0:
-                    weight: Any = 1 - group["momentum"]
-                    if u.is_cuda:  # v stays where the step is refused
-                        weight = weight * self.fisher.accepted.to(u.dtype)
-                    step = segment.average(self.velocity(), u, weight)
-                torch.mul(step, group["lr"], out=segment.numbers)
+                    weight = (1 - group["momentum"]) * taken
+                    step, lr = segment.average(self.velocity(), u, weight), lr * taken
+                torch.mul(step, lr, out=segment.numbers)
                 segment.subtract()
-        if late is not None:
-            raise late
+        self._recovery.raise_late()
         return loss
 
     def build(self, also: Collection[int] = ()) -> None:

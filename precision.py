@@ -76,8 +76,9 @@ class Precision:
         self.interrupted = False  # while K and the window may disagree, as after an exception
         self._mean_square, self._measured = (SINGLE / 4) ** 2, 0  # of roundings in float32
         self._largest = 0.0  # error in this round, as it is or would be in float32
+        self.nonfinite = 0  # gradients in a row that were not finite
         self._fresh = True  # whether P has been computed from K as it is
-        self._unread: deque[tuple[Tensor, torch.cuda.Event, bool]] = deque()
+        self._unread: deque[tuple[Tensor, torch.cuda.Event, bool | None]] = deque()
 
     def exchange(
         self, products: Callable[[bool], Tensor], count: Tensor
@@ -136,16 +137,26 @@ class Precision:
                 return
             arrived.synchronize()
             self._unread.popleft()
-            if not self._judge(*errors.tolist()):
+            if not self._judge(*errors.tolist()) and fresh is not None:
                 self._fresh = fresh
                 self.recover()
+
+    def state_dict(self) -> dict[str, float]:
+        """What the choice between float32 and float64 goes by."""
+        names = ("_mean_square", "_measured", "_largest")
+        return {name: float(getattr(self, name)) for name in names}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Takes what `state_dict` gave."""
+        vars(self).update({name: state.get(name, 0.0) for name in self.state_dict()})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_unread": deque()}  # events can't be copied
 
     def set_damp(self, damp: float) -> None:
         """Makes `damp` λ, or raises DampTooSmallError and keeps the one that is."""
-        self._unread.clear()  # verdicts about the λ that goes
+        # Verdicts about the λ that goes count no more, but those about gradients do.
+        self._unread = deque((errors, arrived, None) for errors, arrived, _ in self._unread)
         self._invert(damp)
 
     def rebuild(self) -> None:
@@ -206,6 +217,7 @@ class Precision:
 
     def _judge(self, error: float, in_float32: float = 0.0) -> bool:
         self._largest = max(self._largest, in_float32)
-        if math.isnan(error):
+        self.nonfinite = self.nonfinite + 1 if math.isnan(error) else 0
+        if self.nonfinite:
             raise NonFiniteGradientError("The gradient has NaN or Inf; the window is unchanged")
         return error <= TOLERANCE

@@ -33,29 +33,34 @@ class Recovery:
             raise ValueError(f"Invalid on_nonfinite: {on_nonfinite!r}; it is 'skip' or 'raise'")
         self.on_nonfinite = on_nonfinite
         self.skipped_steps = self.raised_steps = 0
-        self._steps = self._last_skip = self._in_a_row = 0
+        self._tried = 0  # raised steps when λ itself was last tried
+        self._sufficient: float | None = None  # the multiple that was used before that
+        self._late: NonFiniteGradientError | None = None
 
-    def settle(
-        self, fisher: "DynamicInverseFisher", wait: bool = True
-    ) -> NonFiniteGradientError | None:
-        """Reads what steps on CUDA found out; returns what is left to raise."""
-        late = None
+    def settle(self, fisher: "DynamicInverseFisher", wait: bool = True) -> None:
+        """Reads what steps on CUDA found out, and keeps what `raise_late` is to raise."""
         while True:
             try:
                 fisher.settle(wait)
-                return late if self.on_nonfinite == "raise" else None
+                return
             except DampTooSmallError:
                 self._raise_damp(fisher)
             except NonFiniteGradientError as error:
-                self._skip(error)
-                late = error
+                self._skip(fisher, error)
+                self._late = error if self.on_nonfinite == "raise" else None
+
+    def raise_late(self) -> None:
+        """Raises what has been found out since the last call."""
+        late, self._late = self._late, None
+        if late is not None:
+            raise late
 
     def update_matvec(
         self, fisher: "DynamicInverseFisher", g: Tensor, damp: float
     ) -> Tensor | None:
         """F⁻¹g (d,) for λ = `damp` or a multiple of it; None if the step is skipped."""
-        self._steps += 1
-        if fisher.damp != damp and self.raised_steps % fisher.num_grads == 0:
+        if fisher.damp != damp and self.raised_steps - self._tried >= fisher.num_grads:
+            self._tried, self._sufficient = self.raised_steps, fisher.damp
             with contextlib.suppress(DampTooSmallError):
                 fisher.damp = damp
         while True:
@@ -65,7 +70,7 @@ class Recovery:
                 self._raise_damp(fisher)
                 continue
             except NonFiniteGradientError as error:
-                self._skip(error)
+                self._skip(fisher, error)
                 if self.on_nonfinite == "raise":
                     raise
                 return None
@@ -88,11 +93,9 @@ class Recovery:
         counts = {name: check_integer(name, state.get(name), least=0) for name in self.state_dict()}
         vars(self).update(counts)
 
-    def _skip(self, error: NonFiniteGradientError) -> None:
-        self._in_a_row = self._in_a_row + 1 if self._last_skip == self._steps - 1 else 1
-        self._last_skip = self._steps
+    def _skip(self, fisher: "DynamicInverseFisher", error: NonFiniteGradientError) -> None:
         self.skipped_steps += 1
-        if self._in_a_row >= IN_A_ROW:
+        if fisher.precision.nonfinite >= IN_A_ROW:
             raise NonFiniteGradientError(
                 f"{IN_A_ROW} gradients in a row have NaN or Inf; look for NaN in the parameters, "
                 "go back to a checkpoint, and train with a lower lr"
@@ -104,11 +107,13 @@ class Recovery:
             )
 
     def _raise_damp(self, fisher: "DynamicInverseFisher") -> None:
-        before = damp = fisher.damp
+        self._tried = self.raised_steps
+        before = fisher.damp
+        damp, self._sufficient = self._sufficient or 10 * before, None
         while fisher.damp == before:
-            damp *= 10
             with contextlib.suppress(DampTooSmallError):
                 fisher.damp = damp
+            damp *= 10
 
 
 def warn_user(message: str) -> None:

@@ -4,6 +4,8 @@ A state of the same window is copied, to the same bits. From one with another nu
 another type or compression, the newest gradients that fit enter the window one after the other.
 """
 
+import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from checks import check_damp, check_integer, checked_dtype, is_real, kind
 from flat import Flat
+from precision import DampTooSmallError
 from ranks import as_dtensor, is_dtensor, local, placed_as, sharded_dim
 from windows import BLOCK, SCALED
 
@@ -38,6 +41,7 @@ def of_fisher(fisher: "DynamicInverseFisher") -> dict[str, Any]:
         "count": fisher.count,
         "damp": fisher.damp,
         "exact": fisher.precision.exact,
+        "precision": fisher.precision.state_dict(),
         "K": side.K,
         "P": side.P,
         "dtype": str(fisher.dtype).removeprefix("torch."),
@@ -97,12 +101,14 @@ def into_fisher(
                 tensor.copy_(block[name])
     fisher.counter.fill_(state["count"])
     precision.exact = precision.always_exact or state["exact"]
+    precision.load_state_dict(state["precision"])
     side.K.copy_(state["K"])
     side.P.copy_(state["P"])
+    wanted, side.damp = fisher.damp, float(state["damp"])
     if not complete:
         precision.rebuild()
-    elif state["damp"] != fisher.damp:
-        precision.set_damp(fisher.damp)
+    if wanted != side.damp:
+        precision.set_damp(wanted)
 
 
 def _stored(fisher: "DynamicInverseFisher") -> Iterator[Tensor]:
@@ -127,7 +133,7 @@ def _row(block: dict[str, Tensor], j: int, dtype: torch.dtype, compress: float |
 
 
 def _check_shared(state: Any) -> None:
-    names = ("window", "dims", "count", "damp", "exact", "K", "P", "dtype", "compress")
+    names = ("window", "dims", "count", "damp", "exact", "precision", "K", "P", "dtype", "compress")
     if not (isinstance(state, dict) and all(name in state for name in names)):
         found = list(state) if isinstance(state, dict) else kind(state)
         raise ValueError(f"Expected a state dict with {list(names)}, got {found}")
@@ -142,6 +148,9 @@ def _check_shared(state: Any) -> None:
         raise ValueError("The state dict is damaged: its window must be a list of blocks")
     for dim in state["dims"]:
         check_integer("dims", dim, least=0)
+    numbers = state["precision"].values() if isinstance(state["precision"], dict) else [None]
+    if not all(isinstance(x, float) and 0 <= x < math.inf for x in numbers):
+        raise ValueError("The state dict is damaged: its precision must be numbers of at least 0")
 
 
 def _checked_block(block: Any, m: int, dtype: torch.dtype, compress: float | None) -> int:
@@ -200,7 +209,7 @@ def of_optimizer(optimizer: "MFAC", state_dict: Callable[[], dict[str, Any]]) ->
                 for i, block in enumerate(blocks)
             }
         counts = {"parameters": len(flat.params), "ranks": flat.ranks.size}
-        shared |= counts | optimizer._recovery.state_dict()
+        shared |= counts | {"wanted_damp": optimizer.damp} | optimizer._recovery.state_dict()
         state["param_groups"][0]["fisher"] = shared
 
     # As the first of the post-hooks, so that those of others see everything.
@@ -280,7 +289,10 @@ def into_optimizer(
         def update(g: Tensor) -> None:
             optimizer._recovery.update_matvec(fisher, g, optimizer.damp)
 
-        into_fisher(fisher, {**shared, "window": blocks}, update, complete)
+        if shared.get("wanted_damp") == optimizer.damp:  # a multiple of it may be in use
+            fisher.coefficients.damp = shared["damp"]
+        with contextlib.suppress(DampTooSmallError):  # goes on with the λ of the state
+            into_fisher(fisher, {**shared, "window": blocks}, update, complete)
         if ranks.size > 1:
             _check_ranks(fisher)
 

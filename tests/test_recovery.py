@@ -1,0 +1,114 @@
+"""What an optimizer goes on with after refusals, where they are read late too."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from optim import MFAC, NonFiniteGradientError
+from precision import Precision
+
+
+class Arrived:
+    """An event on CUDA that has come."""
+
+    def query(self):
+        return True
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture(params=["at once", "late"])
+def when(request, monkeypatch):
+    """When refusals are read: late, as on CUDA, by the next call."""
+    if request.param == "late":
+
+        def unread(self, errors):
+            self._unread.append((torch.tensor(errors), Arrived(), self._fresh))
+            return True
+
+        monkeypatch.setattr(Precision, "_accepts", unread)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return request.param
+
+
+def equal_gradients(optimizer, p, steps):
+    torch.manual_seed(0)
+    g = torch.randn_like(p)
+    for _ in range(steps):
+        p.grad = g.clone()
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:damp")
+def test_a_raised_damp_stays_raised_for_a_round(when):
+    p = nn.Parameter(torch.zeros(5))
+    optimizer = MFAC([p], ngrads=2, damp=1e-20)
+    equal_gradients(optimizer, p, 40)
+    assert optimizer.damp == 1e-20 < optimizer.damp_in_use
+    assert optimizer.raised_steps >= 20 and optimizer.fisher.count >= (
+        38 if when == "at once" else 16
+    )
+
+
+@pytest.mark.filterwarnings("ignore:damp")
+def test_a_state_with_raised_damp_goes_on_to_the_same_bits():
+    p = nn.Parameter(torch.zeros(5))
+    optimizer = MFAC([p], ngrads=4, damp=1e-20)
+    equal_gradients(optimizer, p, 6)
+    assert optimizer.damp_in_use > 1e-20
+    q = nn.Parameter(p.detach().clone())
+    other = MFAC([q], ngrads=4, damp=1e-20)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.damp_in_use == optimizer.damp_in_use
+    for each, made in ((p, optimizer), (q, other)):
+        equal_gradients(made, each, 9)
+    assert torch.equal(p, q)
+
+
+def test_nan_is_counted_whatever_comes_before_it_is_read(when):
+    p = nn.Parameter(torch.ones(3))
+    optimizer = MFAC([p], ngrads=4, damp=1e-2, on_nonfinite="skip")
+    p.grad = torch.tensor([1.0, torch.nan, 0.0])
+    with pytest.warns(UserWarning, match="NaN or Inf"):
+        optimizer.step()
+        optimizer.damp = 1.0
+        p.grad = torch.ones(3)
+        optimizer.step()
+    assert optimizer.skipped_steps == 1
+
+
+def test_what_is_found_out_by_saving_is_raised_by_the_next_step(when):
+    p = nn.Parameter(torch.ones(3))
+    optimizer = MFAC([p], ngrads=4, damp=1e-2, on_nonfinite="raise")
+    p.grad = torch.tensor([1.0, torch.nan, 0.0])
+    if when == "late":
+        optimizer.step()
+        optimizer.state_dict()
+        p.grad = torch.ones(3)
+    with pytest.raises(NonFiniteGradientError):
+        optimizer.step()
+
+
+def test_a_group_of_another_type_without_gradients_has_zeros_in_the_window():
+    a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    optimizer = MFAC([{"params": [a]}, {"params": [b]}], ngrads=3, damp=0.1, lr=1.0)
+    a.grad, b.grad = torch.ones(2), torch.ones(2, dtype=torch.bfloat16)
+    optimizer.step()
+    a.grad, b.grad = torch.ones(2), None
+    optimizer.step()
+    (G,) = optimizer.fisher.window.tiles()
+    assert G[1].tolist() == [1, 1, 0, 0]
+
+
+def test_momentum_stays_that_of_its_weights_when_their_memory_is_ordered_anew():
+    p = nn.Parameter(torch.randn(2, 3, 4, 4))
+    optimizer = MFAC([p], ngrads=3, damp=0.1, momentum=0.9)
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    before = optimizer.state[p]["momentum_buffer"].clone()
+    p.data = p.data.to(memory_format=torch.channels_last)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], before)
