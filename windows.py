@@ -179,8 +179,10 @@ class DenseWindow:
         tile = torch.empty_like(G, dtype=dtype) if buffer is None else buffer[: G.numel()]
         tile = tile.view(G.shape).copy_(G)
         if self.scales is not None:
-            scales = self.scales[rows, columns.start // BLOCK : -(-columns.stop // BLOCK)]
-            tile *= scales.to(dtype).repeat_interleave(BLOCK, 1)[:, : G.shape[1]]
+            scales = self.scales[rows, columns.start // BLOCK : -(-columns.stop // BLOCK)].to(dtype)
+            n = G.shape[1] // BLOCK
+            tile[:, : n * BLOCK].unflatten(1, (-1, BLOCK)).mul_(scales[:, :n, None])
+            tile[:, n * BLOCK :] *= scales[:, n:]
         return tile
 
 
