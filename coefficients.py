@@ -78,8 +78,8 @@ class Coefficients:
             z, accepted, error = torch.empty_like(k), torch.empty_like(count), k.new_empty(1)
             kernels.hinv_update(self.P, self.K, k, count, self.damp, TOLERANCE, z, error, accepted)
             return z, accepted, error
-        j, k_j = int(count) % m, float(k[int(count) % m])
-        p, others = self.P[j].clone(), k.clone()
+        j = int(count) % m
+        k_j, p, others = float(k[j]), self.P[j].clone(), k.clone()
         others[j] = 0  # k'
 
         def solve_without_j(x: Tensor) -> Tensor:

@@ -113,9 +113,9 @@ class DynamicInverseFisher:
         self.device = (devices or places)[0]
         bounds = [d * i // len(places) for i in range(len(places) + 1)]
         dims = [stop - start for start, stop in pairwise(bounds)]
-        check_memory(m, dims, places, self.dtype, compress)
+        check_memory(m, dims, places, self.dtype, self.compress)
         self.ranks = Ranks(process_group)
-        self.window = Window(m, dims, places, self.device, self.dtype, compress)
+        self.window = Window(m, dims, places, self.device, self.dtype, self.compress)
         self.coefficients = Coefficients(m, checks.check_damp(damp), self.device)
         self.counter = torch.zeros((), dtype=torch.int64, device=self.device)
         self.accepted = torch.ones_like(self.counter)  # 0 if the last gradient was refused

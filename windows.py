@@ -366,8 +366,9 @@ class Window:
 
     def rest(self, entry: list[Entry]) -> Tensor | None:
         """g − ĝ (d,) of a compressed window, else None."""
-        parts = [part.rest for part in entry if part.rest is not None]
-        return self._joined(parts) if self.compress is not None else None
+        if self.compress is None:
+            return None
+        return self._joined([part.rest for part in entry if part.rest is not None])
 
     def products(self, entry: list[Entry], count: Tensor, exact: bool) -> Tensor:
         """Gĝ, and G(g − ĝ) if compressed, (1 or 2, m), for G with ĝ as row j = count mod m."""
