@@ -161,14 +161,12 @@ class DynamicInverseFisher:
             ValueError: g has another shape.
         """
         entry, z, b = self._exchange(g)  # ĝ; k = Gĝ, then A z = e_j
-        y, rest = self.num_grads * z, self.window.rest(entry)
-        if rest is not None:  # F⁻¹g = F⁻¹ĝ + F⁻¹(g − ĝ), the latter by (1)
-            y -= (self.coefficients.solve(b) / self.damp).where(self.accepted != 0, 0)
+        y = self.num_grads * z
+        if self.compress is not None:  # F⁻¹g = F⁻¹ĝ + F⁻¹(g − ĝ), the latter by (1), b = G(g − ĝ)
+            y.sub_(self.coefficients.solve(b), alpha=1 / self.damp)
         u = self.window.replace_and_transposed_times(  # G_j = ĝ, then u = mGᵀz
-            entry, self.counter, self.accepted, y, self.precision.exact
+            entry, self.counter, self.accepted, y, self.damp, self.precision.exact
         )
-        if rest is not None:
-            u += (rest / self.damp).where(self.accepted != 0, 0)
         self._advance()
         return u.to(self.result_dtype)
 
