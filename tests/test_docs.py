@@ -11,7 +11,9 @@ import torch
 
 import checks
 import coefficients
+import control
 import costs
+import fallback
 import flat
 import kernels
 import mfac
@@ -25,7 +27,7 @@ import windows
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = (optim, prun, windows, ranks, coefficients, costs, kernels)
-MODULES = (*PUBLIC, checks, flat, precision, recovery, states)
+MODULES = (*PUBLIC, checks, control, fallback, flat, precision, recovery, states)
 
 
 def public_names(module) -> list[str]:
