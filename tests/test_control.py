@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from reference import dense_fisher
+from reference import as_kept, dense_fisher, ring
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -46,13 +46,12 @@ def dense_steps(w, history, *, lr, momentum=0.0, decay=0.0, decoupled=False, **c
     """The weights after a step with each gradient of `history`, from the explicit F. The norms are
     those of the definition, from F and u themselves."""
     w, rows, v = [p.detach().double().clone() for p in w], [], None
-    sizes = [p.numel() for p in w]
+    sizes, compress = [p.numel() for p in w], controls.get("compress")
     for grads in history:
         g = flat(grads) + (0 if decoupled else decay * flat(w))
         rows.append(g)
-        G = torch.zeros(M, len(g), dtype=torch.float64)
-        G[: len(rows[-M:])] = torch.stack(rows[-M:])
-        u = torch.linalg.inv(F := dense_fisher(G, DAMP)) @ g
+        kept = ring(as_kept(rows, compress, torch.float64)[0], M)
+        u = torch.linalg.inv(F := dense_fisher(kept, DAMP)) @ g
         factors = [1.0]
         if controls.get("warmup"):
             factors.append(len(rows[-M:]) / M)
@@ -82,6 +81,8 @@ CONTROLS = [
     {"decoupled": True, "decay": 0.3},
     {"decay": 0.3, "normalize": "layer", "decoupled": True, "warmup": True, "momentum": 0.6},
     {"momentum": 0.8, "max_step": 0.02, "max_norm": 0.7},
+    {"compress": 0.4, "max_step": 0.02},
+    {"compress": 0.4, "max_norm": 0.7, "warmup": True},
 ]
 
 
