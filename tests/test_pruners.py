@@ -1252,6 +1252,51 @@ def test_targets_of_any_kind(kind):
     assert zeros(pruner) == 672
 
 
+def test_a_logger_is_told_what_is_done(caplog, capsys):
+    with caplog.at_level("INFO", "prun"):
+        mfac(network(), rounds=2).prune(0.5)
+        assert caplog.messages == [
+            "gradients of 20",
+            "inverse Fisher of 896 weights",
+            "choice and update, 1 of 2",
+            "choice and update, 2 of 2",
+            "pruned 448 of 896 weights, sparsity 0.5000",
+        ]
+        caplog.clear()
+        mfac(network(), portions=["0.*", "[46].*"]).prune(0.25)
+        assert caplog.messages[0] == "portion 1 of 2: gradients of 20"
+        assert caplog.messages[3] == "portion 2 of 2: gradients of 20"
+        caplog.clear()
+        MagnitudePruner(network()).prune(0.25)
+        assert caplog.messages == ["pruned 224 of 896 weights, sparsity 0.2500"]
+    assert capsys.readouterr() == ("", "")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("level", ["NOTSET", "ERROR"])
+def test_a_terminal_has_a_line_that_goes_away(level, monkeypatch, caplog, capsys):
+    caplog.set_level(level, "prun")
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+
+    def slow(net, batch):
+        time.sleep(0.02)
+        return cross_entropy(net, batch)
+
+    mfac(network(), loss=slow).prune(0.5)
+    lines = terminal.getvalue().split("\r\x1b[2K")
+    assert capsys.readouterr().out == "" and not caplog.messages
+    if level == "ERROR":
+        assert lines == [""]
+    else:
+        assert lines[0] == lines[-1] == "" and "inverse Fisher of 896 weights" in lines
+        assert any(re.fullmatch(r"gradients \d+ of 20, \d+ s left", line) for line in lines)
+        assert all(len(line) < 80 and "\n" not in line for line in lines)
+
+
 def test_the_time_spent_is_known():
     pruner = mfac(network())
     assert pruner.seconds == {"gradients": 0, "inverse": 0}
