@@ -1,6 +1,7 @@
 """The pruners, against counts, orders and updates worked out from the definitions."""
 
 import copy
+import doctest
 import io
 import itertools
 import re
@@ -16,6 +17,8 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 from torch.utils.data import DataLoader, TensorDataset
 
+import levels
+import masks
 from main_prun import COMMON, MFAC_PRUNER
 from optim import MFAC, DynamicInverseFisher
 from prun import (
@@ -80,6 +83,12 @@ def zeros(pruner):
 
 def flat(tensors):
     return torch.cat([t.detach().flatten() for t in tensors])
+
+
+@pytest.mark.parametrize("module", [levels, masks], ids=["levels", "masks"])
+def test_examples(module):
+    failed, attempted = doctest.testmod(module)
+    assert attempted > 0 and failed == 0
 
 
 # --- counts and order -----------------------------------------------------------------------------
