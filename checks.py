@@ -54,11 +54,14 @@ def check_damp(damp: Any, least: float = 1e-30, largest: float = 1e30) -> float:
     return float(damp)
 
 
-def relative_damp(damp: Any) -> float | None:
-    """The fraction in "relative:0.03", 0.1 of "relative", and None for anything else."""
+def damp_parts(damp: Any) -> tuple[float, float]:
+    """(λ, fraction of the mean squared gradient): one of them is 0. "relative:0.03" has the
+    fraction 0.03, "relative" has 0.1."""
     number = r"\d*\.?\d+(?:[eE][-+]?\d+)?"
     relative = isinstance(damp, str) and re.fullmatch(f"relative(?::({number}))?", damp)
-    return check_damp(float(relative[1] or 0.1)) if relative else None
+    return (
+        (0.0, check_damp(float(relative[1] or 0.1))) if relative else (check_damp(damp, *WIDE), 0.0)
+    )
 
 
 def check_integer(name: str, value: Any, least: int = 1, largest: int | None = None) -> int:

@@ -61,20 +61,12 @@ from blocks import (
     tile_size,
     too_small,
 )
-from checks import (
-    WIDE,
-    check_choice,
-    check_damp,
-    check_device,
-    check_integer,
-    checked_dtype,
-    relative_damp,
-)
+from checks import check_choice, check_device, check_integer, checked_dtype, damp_parts
 from fisher import SharedInverseFisher, StaticInverseFisher, as_matrix, check_vector, in_type_of
 from gradients import Batches, GradientCollector, cross_entropy, ready_for_gradients
 from levels import Wanted, zeros_on_the_way
 from masks import MagnitudePruner, WeightsAlive, check_model
-from memory import gradient_buffer, inverse_bytes
+from memory import check_sizes, gradient_buffer, inverse_bytes
 from pages import Pages
 from ranks import Ranks, find_process_group, or_default
 from reports import Reporter
@@ -449,14 +441,9 @@ class MFACPruner(MagnitudePruner):
         if not callable(loss):
             raise ValueError(f"Invalid loss: {loss!r}; it must be a function of (model, batch)")
         self.batches, self.loss = Batches(loader, seed, drop_smaller), loss
-        self.ngrads, self.rounds = check_integer("ngrads", ngrads), check_integer("rounds", rounds)
-        self.blocksize = blocksize if blocksize is None else check_integer("blocksize", blocksize)
-        self.perbatch = perbatch if perbatch is None else check_integer("perbatch", perbatch)
-        self.pages = check_integer("pages", pages)
-        if blocksize is None and perbatch is not None:
-            raise ValueError(f"perbatch = {perbatch} goes with a blocksize only: leave it out")
-        if blocksize is not None and self.pages > 1:
-            raise ValueError(f"pages = {pages} goes without a blocksize only: leave one out")
+        check_sizes(ngrads, blocksize, perbatch, pages, rounds)
+        self.ngrads, self.rounds, self.pages = ngrads, rounds, pages
+        self.blocksize, self.perbatch = blocksize, perbatch
         if rounds > 1 and update != "joint":
             raise ValueError(f"rounds = {rounds} goes with update='joint' only, not {update!r}")
         wide = any(p.dtype == torch.float64 for p in params_now)
@@ -474,8 +461,7 @@ class MFACPruner(MagnitudePruner):
 
     @damp.setter
     def damp(self, damp: float | str) -> None:
-        self._damp_fraction = fraction = relative_damp(damp)
-        self._damp = damp if fraction else check_damp(damp, *WIDE)
+        self._damp, self._damp_parts = damp, damp_parts(damp)
         if self._inverse is not None:
             self._inverse.damp = self._absolute_damp()
 
@@ -572,7 +558,8 @@ class MFACPruner(MagnitudePruner):
         options: dict[str, Any] = {"device": self.device, "perbatch": self.perbatch}
         sizes = {"blocksize": self.blocksize, "pages": self.pages, "rounds": self.rounds, **options}
         rows = ranks.chunk(m) if kept else min(BATCH, ranks.chunk(m))
-        buffer = gradient_buffer(rows, m, d, self.grads_dtype, shared=ranks.size > 1, **sizes)
+        with ranks.agreed():
+            buffer = gradient_buffer(rows, m, d, self.grads_dtype, processes=ranks.size, **sizes)
         began = time.perf_counter()
         with (
             self._unregistered() as params,  # weights that are pruned now may be alive in here
@@ -604,5 +591,5 @@ class MFACPruner(MagnitudePruner):
 
     def _absolute_damp(self) -> float:
         """λ"""
-        fraction = self._damp_fraction
-        return check_damp(self._damp if fraction is None else fraction * self._mean_square, *WIDE)
+        constant, fraction = self._damp_parts
+        return constant + fraction * self._mean_square if fraction else constant

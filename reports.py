@@ -38,16 +38,18 @@ class Reporter:
         else:
             LOGGER.info("%s%s", self.prefix, text)
 
-    def counted(self, things: Iterable[Any], title: str, total: int) -> Iterator[Any]:
-        """The things, while a terminal shows how many of them have come."""
-        self.say(f"{title} of {total:,}")
+    def counted(self, things: Iterable[Any], title: str, total: int | None) -> Iterator[Any]:
+        """The things, while a terminal shows how many of them have come, of a total if known."""
+        self.say(title if total is None else f"{title} of {total:,}")
         began = shown = time.perf_counter()
         for number, thing in enumerate(things):
             now = time.perf_counter()
             if now - shown > 0.1 and self._on_terminal():
-                left = (now - began) * (total - number) / number
-                self.say(f"{title} {number:,} of {total:,}, {left:.0f} s left")
-                shown = now
+                text, shown = f"{title}, batch {number + 1:,}", now
+                if total is not None:
+                    left = (now - began) * (total - number) / max(1, number)
+                    text = f"{title} {number:,} of {total:,}, {left:.0f} s left"
+                self.say(text)
             yield thing
 
     def clear(self) -> None:

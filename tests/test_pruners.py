@@ -1,5 +1,6 @@
 """The pruners, against counts, orders and updates worked out from the definitions."""
 
+import contextlib
 import copy
 import doctest
 import io
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import levels
 import masks
+import memory
 from main_prun import COMMON, MFAC_PRUNER
 from optim import MFAC, DynamicInverseFisher
 from prun import (
@@ -27,6 +29,7 @@ from prun import (
     MFACPruner,
     PagedInverseFisher,
     cross_entropy,
+    inverse_bytes,
 )
 
 
@@ -1259,6 +1262,26 @@ def test_targets_of_any_kind(kind):
     assert [int((p == 0).sum()) for p in pruner.params.values()] == [72, 144, 240]
     pruner.prune(np.float64(0.75))
     assert zeros(pruner) == 672
+
+
+def test_memory_is_asked_for_before_any_gradient(monkeypatch):
+    """Portions fit where the whole does not."""
+    cpu, batches = torch.device("cpu"), []
+    needed = inverse_bytes(20, 896)[cpu]
+    monkeypatch.setattr("memory.available_memory", lambda device: needed - 1)
+    pruner = mfac(network(), loss=recording(batches))
+    with pytest.raises(ValueError, match=r"takes .* but free are .* a blocksize, portions"):
+        pruner.prune(0.5)
+    assert not batches and zeros(pruner) == 0
+    pruner = mfac(network(), portions=3, loss=recording(batches))
+    pruner.prune(0.5)
+    assert len(batches) == 60 and zeros(pruner) == 448
+    # Processes have their share, twice while gradients are exchanged.
+    share = 2 * inverse_bytes(20, 299)[cpu]
+    for free, fits in ((share - 1, False), (share, True)):
+        monkeypatch.setattr("memory.available_memory", lambda device, free=free: free)
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="but free are"):
+            memory.place_for_gradients(20, 896, device=cpu, processes=3)
 
 
 def test_a_logger_is_told_what_is_done(caplog, capsys):
