@@ -106,8 +106,9 @@ class Run:
         self.others = read_runs(args.plot, DRAWN)
         state = self.check_files(args.resume, args.overwrite)
         if state:
-            check_same(given, state["settings"])
-        self.settings = settings = state["settings"] if state else choose_settings(given)
+            check_same({k: v for k, v in given.items() if k != "workers"}, state["settings"])
+        settings = {**state["settings"], **given} if state else choose_settings(given)
+        self.settings = settings
         self.levels = choose_levels(settings)
         self.ngrads = settings.get("ngrads_schedule") or [settings.get("ngrads")] * len(self.levels)
         self.ngrads_flag = "--ngrads_schedule" if "ngrads_schedule" in settings else "--ngrads"
@@ -135,9 +136,8 @@ class Run:
         if settings.get("adjust_sparsities"):
             self.levels = [level * self.total / self.prunable for level in self.levels]
         self.tops = (1, 5) if self.data.num_classes > 5 else (1,)
-        if settings["nepochs"]:
-            parts = self.model, self.pruner, self.train_loader, self.ranks
-            self.tuning = FineTuning(settings, len(self.levels), *parts)
+        parts = self.model, self.pruner, self.train_loader, self.ranks
+        self.tuning = FineTuning(settings, len(self.levels), *parts)
         self.history = []  # a dict a line, the rows of the CSV
         if state:
             self.restore(state)
@@ -213,7 +213,7 @@ class Run:
         return MFACPruner(self.model, self.gradients, device=self.device, **options)
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        """That gradients are of."""
+        """The loss of a batch, whose gradients make F."""
         with torch.autocast(self.device.type, torch.bfloat16, self.settings["amp"]):
             return cross_entropy(model, batch)
 
@@ -271,7 +271,7 @@ class Run:
             least = self.bytes_needed(blocksize, pages, "cpu")
             left = shown({device: free[device] for device in least})
             raise UserError(f"M-FAC takes {shown(least)}, but free are {left}: use {advice[0]}")
-        saved = tensor_bytes([self.model.state_dict(), self.pruner.state_dict()])
+        saved = tensor_bytes([self.state_of(name) for name in ("model", "pruner", "teacher")])
         if self.settings.get("optim") == "mfac":
             saved += window_bytes(self.settings["ngrads"], self.total)
         check_space(self.out, saved if resumed else 2 * saved)
@@ -300,11 +300,10 @@ class Run:
             if task == "tune":
                 self.tuning.start_optimizer()
                 load_optimizer(self.tuning.optimizer, state["optimizer"])
-            teacher = self.stateful()["teacher"]
-            if not alike(state["teacher"], teacher and teacher.state_dict()):
+            if not alike(state["teacher"], self.state_of("teacher")):
                 raise ValueError("the teacher is another one")
-            if teacher:
-                teacher.load_state_dict(state["teacher"])
+            if state["teacher"] is not None:
+                self.tuning.teacher.load_state_dict(state["teacher"])
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             first = str(error).splitlines()[0]
             raise UserError(f"{self.beside('.state')} does not fit the run: {first}") from error
@@ -357,8 +356,8 @@ class Run:
         """The model as it is, with statistics of batch norm as asked for."""
         if self.settings["reset_bn"]:
             self.estimate_batch_norm()
-        if teacher := self.stateful()["teacher"]:
-            teacher.load_state_dict(self.model.state_dict())
+        if self.tuning.teacher is not None:
+            self.tuning.teacher.load_state_dict(self.model.state_dict())
         return {}
 
     def estimate_batch_norm(self) -> None:
@@ -386,10 +385,9 @@ class Run:
             pruner.prune(target)  # exactly
         except ValueError as error:  # too little damping for these gradients, ...
             raise UserError(str(error)) from error
+        self.tuning.release()
         if self.settings["nepochs"]:
-            self.tuning.release()
-            if mfac:
-                pruner.release()  # every step recomputes, and fine-tuning needs the memory
+            pruner.release()  # every step recomputes, and fine-tuning needs the memory
         seconds = {name: pruner.seconds[name] - before[name] for name in before}
         rest = time.perf_counter() - began - sum(seconds.values())
         if self.settings["reestimate_bn"]:
@@ -414,17 +412,15 @@ class Run:
             lines.append(f"    {name:<36} {share}")
         return "\n".join(lines)
 
-    def stateful(self) -> dict[str, Any]:
-        """What has a part of the state, or None."""
-        tuning = getattr(self, "tuning", None)
-        parts = self.model, self.pruner, getattr(tuning, "optimizer", None)
-        return dict(zip(self.STATEFUL, (*parts, getattr(tuning, "teacher", None)), strict=True))
+    def state_of(self, name: str) -> dict[str, Any] | None:
+        """That of the model, the pruner, the optimizer or the teacher, if there is one now."""
+        part = getattr(self if hasattr(self, name) else self.tuning, name)
+        return None if part is None else part.state_dict()
 
     def save_state(self, history: list[dict[str, Any]]) -> None:
         """Writes what --resume needs, from which the other files can be made again."""
         state = {"settings": self.settings, "classes": self.data.classes, "history": history}
-        for name, part in self.stateful().items():
-            state[name] = part and gathered(part.state_dict(), self.ranks)
+        state |= {name: gathered(self.state_of(name), self.ranks) for name in self.STATEFUL}
         if self.ranks.rank == 0:
             save_atomically(self.beside(".state"), lambda file: torch.save(state, file))
 

@@ -321,6 +321,8 @@ def test_workers_read_the_images(run, monkeypatch):
     flags = [*FEW, "--sparsities", 0.5, "--workers", 3, "--reset_bn", "--out", "net"]
     assert run(*flags) == 0
     assert asked == [3] * 4  # tests, training, gradients, batch norm
+    assert run("--out", "net", "--resume", "--workers", 1) == 0
+    assert asked[4:] == [1] * 3
 
 
 def test_top_five():
