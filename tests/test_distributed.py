@@ -115,7 +115,8 @@ def test_both_scripts(dataset, tmp_path):
     assert all(type(entries["grads"]) is torch.Tensor for entries in saved.values())
 
     prune = [*common, "--checkpoint", path, "--ngrads", "6", "--npergrad", "8"]
-    prune += ["--sparsities", "0.5", "--nepochs", "1", "--lr", "1e-3", "--out"]
+    prune += ["--sparsities", "0.5", "--nepochs", "1", "--lr", "1e-3", "--schedule", "cosine"]
+    prune += ["--distill", "--reestimate_bn", "--out"]
     run_alone(script("main_prun.py", *prune, tmp_path / "pruned-alone"))
     out = output(torchrun(2, *script("main_prun.py", *prune, tmp_path / "pruned-shared")))
     assert out.count("step 0") == 2, "pruned, and fine-tuned"
