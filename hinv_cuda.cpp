@@ -222,14 +222,14 @@ struct Window {
   Window(const Tensor& G, const Optional& scale) : type(format(G, "G")), scales(nullptr) {
     require(G.is_cuda(), "G is on ", G.device(),
             "; hinv_cuda works on CUDA tensors, use torch operations for others");
-    require(G.dim() == 2 && G.size(0) >= 1 && G.size(0) <= INT_MAX / 2 && G.size(1) >= 1,
-            "G has shape ", G.sizes(), "; it must be (m, d) with both of at least 1");
+    require(G.dim() == 2 && G.size(0) >= 1 && G.size(0) <= INT_MAX / 2, "G has shape ", G.sizes(),
+            "; it must be (m, d) with m of at least 1");
     m = G.size(0), d = G.size(1), stride = G.stride(0);
     const int64_t item = G.element_size(), packed = (d * item + 15) / 16 * 16;
     const auto start = reinterpret_cast<uintptr_t>(G.const_data_ptr());
     const int64_t end = ((m - 1) * stride + G.storage_offset()) * item + packed;
-    require(G.stride(1) == 1 && start % 16 == 0 && stride * item % 16 == 0 &&
-                stride * item >= packed && end <= int64_t(G.storage().nbytes()),
+    require(d == 0 || (G.stride(1) == 1 && start % 16 == 0 && stride * item % 16 == 0 &&
+                       stride * item >= packed && end <= int64_t(G.storage().nbytes())),
             "G has strides ", G.strides(), " and starts at ", int64_t(start % 16),
             " modulo 16 bytes; each row must be contiguous, and padded to 16 bytes");
     if (!scale) return;
@@ -269,9 +269,8 @@ Tensor transposed_times(const Tensor& G, const Tensor& z, const Optional& scales
 }
 
 void check_compressed(const Tensor& columns, const Tensor& values) {
-  require(values.dim() == 2 && values.size(0) >= 1 && values.size(0) <= INT_MAX / 2 &&
-              values.size(1) >= 1,
-          "values has shape ", values.sizes(), "; it must be (m, k) with both of at least 1");
+  require(values.dim() == 2 && values.size(0) >= 1 && values.size(0) <= INT_MAX / 2,
+          "values has shape ", values.sizes(), "; it must be (m, k) with m of at least 1");
   check(values, "values", values.sizes(), values, values.scalar_type());
   check(columns, "columns", values.sizes(), values, at::kInt);
 }
@@ -280,8 +279,8 @@ Tensor sparse_times(const Tensor& columns, const Tensor& values, const Tensor& X
                     const Tensor& count) {
   const int type = format(values, "values");
   check_compressed(columns, values);
-  require(X.dim() == 2 && (X.size(0) == 1 || X.size(0) == 2) && X.size(1) >= 1, "X has shape ",
-          X.sizes(), "; it must be (1, d) or (2, d)");
+  require(X.dim() == 2 && (X.size(0) == 1 || X.size(0) == 2), "X has shape ", X.sizes(),
+          "; it must be (1, d) or (2, d)");
   check(X, "X", X.sizes(), values, real(values));
   const Count* const seen = number(count, "count", values);
   const int64_t m = values.size(0), n = X.size(0);

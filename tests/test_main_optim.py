@@ -42,6 +42,7 @@ COLUMNS = [
     *("optimizer_seconds", "test_loss", "test_accuracy"),
 ]
 TIMES = {"seconds", "images_per_second", "optimizer_seconds"}
+RESNET20 = models.MODELS["resnet20"]
 
 
 @pytest.fixture(autouse=True)
@@ -53,11 +54,19 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def tiny(num_classes: int) -> nn.Module:
+    """A model of some 800 weights."""
+    layers = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+    ends = nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, num_classes)
+    return nn.Sequential(*layers, *ends)
+
+
 @pytest.fixture
-def run(dataset, tmp_path, monkeypatch):
+def run(dataset, tmp_path, monkeypatch, blank_pictures):
     """A function that runs the script in an empty folder, and returns the status it ends with: on
-    the CPU, as bits are compared."""
+    the CPU, as bits are compared. Its resnet20 is `tiny`."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(models.MODELS, "resnet20", tiny)
 
     def call(*flags) -> int:
         command = [str(flag) for flag in flags]
@@ -71,6 +80,12 @@ def run(dataset, tmp_path, monkeypatch):
         return 0
 
     return call
+
+
+@pytest.fixture
+def resnet20(run, monkeypatch):
+    """Has `run` train what it says."""
+    monkeypatch.setitem(models.MODELS, "resnet20", RESNET20)
 
 
 def small(optim: str, save: str = "net.pth") -> list[str]:
@@ -190,7 +205,7 @@ def test_embedded_digits_by_default(run, capsys):
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adam", "mfac"])
-def test_files_and_lines(run, dataset, optim, capsys):
+def test_files_and_lines(run, dataset, optim, capsys, figures):
     assert run(*small(optim), "--schedule", "linear", "--lr", 0.01) == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
@@ -334,16 +349,6 @@ def test_the_seed_decides(run):
     assert rows("a.csv", TIMES) != rows("c.csv", TIMES)
 
 
-@pytest.fixture
-def deterministic():
-    """Puts back what --deterministic sets in the process."""
-    with pytest.MonkeyPatch.context() as context:
-        context.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        context.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-        yield
-        torch.use_deterministic_algorithms(False)
-
-
 def test_operations_that_can_not_be_deterministic(run, deterministic, monkeypatch, capsys):
     class Putting(nn.Module):
         def __init__(self, num_classes):
@@ -451,7 +456,7 @@ def test_states_and_models_every_few_epochs(run, monkeypatch, capsys):
     assert_shown("tb/parts", rows("parts.csv"))
 
 
-def test_a_state_without_the_window(run, monkeypatch, capsys):
+def test_a_state_without_the_window(run, monkeypatch, capsys, resnet20):
     flags = [*small("mfac", "light.pth"), "--ngrads", 64]
     with monkeypatch.context() as context:
         interrupt_after(context, 1)
@@ -530,7 +535,7 @@ def test_ctrl_c_before_anything_is_saved(run, monkeypatch, capsys):
     assert not list(Path().iterdir())
 
 
-def test_killed_at_any_moment(run, dataset, tmp_path):
+def test_killed_at_any_moment(run, dataset, tmp_path, resnet20):
     """SIGKILL, twice, and --resume from the first call on, as in a batch queue."""
     flags = [*small("mfac", "killed.pth"), "--epochs", "8", "--dataset", dataset, "--resume"]
     chance = random.Random(time.time_ns())
@@ -609,7 +614,7 @@ def largest_file(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(run, monkeypatch, capsys):
+def test_a_full_disk_keeps_the_last_checkpoint(run, monkeypatch, capsys, resnet20):
     assert run(*small("sgd", "whole.pth")) == 0
     with monkeypatch.context() as context:
         interrupt_after(context, 1)
@@ -770,7 +775,7 @@ def test_a_folder_in_the_way(run, capsys):
 
 
 @pytest.mark.parametrize("free", [2**20, 10**7, 123_456_789])
-def test_a_window_that_can_not_fit(run, monkeypatch, free, capsys):
+def test_a_window_that_can_not_fit(run, monkeypatch, free, capsys, resnet20):
     monkeypatch.setattr(main_optim, "available_memory", lambda device: free)
     assert run("--optim", "mfac", "--ngrads", 1000) == 2
     error = capsys.readouterr().err
@@ -790,7 +795,9 @@ def test_a_window_that_can_not_fit(run, monkeypatch, free, capsys):
         (["--compress", "0.01"], 0.01, "use at most --ngrads"),
     ],
 )
-def test_smaller_windows_are_advised_where_they_fit(run, monkeypatch, flags, free, advice, capsys):
+def test_smaller_windows_are_advised_where_they_fit(
+    run, monkeypatch, flags, free, advice, capsys, resnet20
+):
     monkeypatch.setattr(
         main_optim, "available_memory", lambda device: int(free * 1000 * 4 * 272_084)
     )
@@ -909,7 +916,7 @@ def test_more_epochs(run, optim, capsys):
 
 
 @pytest.mark.parametrize("schedule", ["step", "cosine"])
-def test_another_learning_rate(run, monkeypatch, schedule, capsys):
+def test_another_learning_rate(run, monkeypatch, schedule, capsys, resnet20):
     """It takes the place of the first one in the schedule, and is kept."""
     flags = [*small("sgd"), "--schedule", schedule, "--lr", 0.01]
     with monkeypatch.context() as context:
@@ -1130,7 +1137,7 @@ def test_a_state_that_does_not_fit_is_refused(run, capsys):
 
 
 @pytest.fixture
-def on_gpu(run, deterministic):
+def on_gpu(run, deterministic, resnet20):
     """Runs the script on the GPU, or skips the test."""
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
