@@ -86,9 +86,9 @@ RUNS = {  # flags of a run of each kind; --batchsize 32 makes three batches an e
 
 
 def start(*flags, **options) -> subprocess.Popen:
-    command = [sys.executable, str(SCRIPT), *map(str, flags), "--device", "cpu"]
+    """The script in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), *map(str, flags)]
+    command = [sys.executable, str(SCRIPT), *map(str, flags), "--device", "cpu"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, **pipes | options)
 
