@@ -244,14 +244,14 @@ struct Window {
   Window(const Tensor& G, const Optional& scale) : type(format(G, "G")), scales(nullptr) {
     require(G.is_cuda(), "G is on ", G.device(),
             "; hinv_cuda works on CUDA tensors, use torch operations for others");
-    require(G.dim() == 2 && G.size(0) >= 1 && G.size(0) <= INT_MAX / 2 && G.size(1) >= 1,
-            "G has shape ", G.sizes(), "; it must be (m, d) with both of at least 1");
+    require(G.dim() == 2 && G.size(0) >= 1 && G.size(0) <= INT_MAX / 2, "G has shape ", G.sizes(),
+            "; it must be (m, d) with m of at least 1");
     m = G.size(0), d = G.size(1), stride = G.stride(0);
     const int64_t item = G.element_size(), packed = (d * item + 15) / 16 * 16;
     const auto start = reinterpret_cast<uintptr_t>(G.const_data_ptr());
     const int64_t end = ((m - 1) * stride + G.storage_offset()) * item + packed;
-    require(G.stride(1) == 1 && start % 16 == 0 && stride * item % 16 == 0 &&
-                stride * item >= packed && end <= int64_t(G.storage().nbytes()),
+    require(d == 0 || (G.stride(1) == 1 && start % 16 == 0 && stride * item % 16 == 0 &&
+                       stride * item >= packed && end <= int64_t(G.storage().nbytes())),
             "G has strides ", G.strides(), " and starts at ", int64_t(start % 16),
             " modulo 16 bytes; each row must be contiguous, and padded to 16 bytes");
     if (!scale) return;
@@ -299,8 +299,8 @@ std::tuple<Tensor, Tensor, Tensor> round_row(const Tensor& g, const Tensor& G) {
   require(type == 2 || type == 4, "G is ", G.scalar_type(),
           "; it must be float16 or float8_e4m3fn");
   const int64_t d = g.numel();
-  require(g.is_cuda() && g.dim() == 1 && d >= 1, "g has shape ", g.sizes(), " on ", g.device(),
-          "; it must be (d,) on CUDA with d of at least 1");
+  require(g.is_cuda() && g.dim() == 1, "g has shape ", g.sizes(), " on ", g.device(),
+          "; it must be (d,) on CUDA");
   check(g, "g", {d}, g, at::kFloat);
   const c10::cuda::CUDAGuard guard(g.device());
   const Tensor row = at::empty({d}, g.options().dtype(G.scalar_type()));
@@ -313,9 +313,8 @@ std::tuple<Tensor, Tensor, Tensor> round_row(const Tensor& g, const Tensor& G) {
 }
 
 void check_compressed(const Tensor& columns, const Tensor& values) {
-  require(values.dim() == 2 && values.size(0) >= 1 && values.size(0) <= INT_MAX / 2 &&
-              values.size(1) >= 1,
-          "values has shape ", values.sizes(), "; it must be (m, k) with both of at least 1");
+  require(values.dim() == 2 && values.size(0) >= 1 && values.size(0) <= INT_MAX / 2,
+          "values has shape ", values.sizes(), "; it must be (m, k) with m of at least 1");
   check(values, "values", values.sizes(), values, values.scalar_type());
   check(columns, "columns", values.sizes(), values, at::kInt);
 }
@@ -329,14 +328,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> largest(const Tensor& error, const Te
                                                    const Tensor& values, int64_t kept) {
   const int type = format(values, "values");
   const int64_t d = error.numel();
-  require(values.dim() == 2 && values.size(1) >= 1, "values has shape ", values.sizes(),
-          "; it must be (m, k) with k of at least 1");
+  require(values.dim() == 2, "values has shape ", values.sizes(), "; it must be (m, k)");
   const int64_t k = values.size(1), blocks = (d + 4095) / 4096, rest = k - (blocks - 1) * kept;
   check(error, "error", {d}, values, real(values));
   check(g, "g", {d}, values, real(values));
-  require(d >= 1 && d <= INT_MAX, "error has ", d, " entries; it must have 1 to 2^31 - 1");
-  require(kept <= 4096 && rest >= 1 && rest <= kept && rest <= d - (blocks - 1) * 4096, "kept is ",
-          kept, " for ", k, " entries of ", d, " columns; every block must have some of them");
+  require(d <= INT_MAX, "error has ", d, " entries; it must have 2^31 - 1 at most");
+  const bool divided = kept <= 4096 && rest >= 1 && rest <= kept && rest <= d - (blocks - 1) * 4096;
+  require(d == 0 ? k == 0 : divided, "kept is ", kept, " for ", k, " entries of ", d,
+          " columns; every block must have some of them");
   const c10::cuda::CUDAGuard guard(values.device());
   const Tensor columns = at::empty({k}, values.options().dtype(at::kInt));
   const Tensor row = at::empty({k}, values.options());
@@ -354,8 +353,8 @@ Tensor sparse_times(const Tensor& columns, const Tensor& values, const Tensor& X
   const int type = format(values, "values");
   check_compressed(columns, values);
   check_row(row_columns, row, values);
-  require(X.dim() == 2 && (X.size(0) == 1 || X.size(0) == 2) && X.size(1) >= 1, "X has shape ",
-          X.sizes(), "; it must be (1, d) or (2, d)");
+  require(X.dim() == 2 && (X.size(0) == 1 || X.size(0) == 2), "X has shape ", X.sizes(),
+          "; it must be (1, d) or (2, d)");
   check(X, "X", X.sizes(), values, real(values));
   const Count* const seen = number(count, "count", values);
   const int64_t m = values.size(0), n = X.size(0);

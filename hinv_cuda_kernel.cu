@@ -783,6 +783,7 @@ __global__ __launch_bounds__(THREADS) void round_row(const float* __restrict__ g
                                                      float* __restrict__ values) {
   constexpr int TOP = sizeof(typename F::Code) == 1 ? 8 : 15;  // numbers of a row are at most 2^TOP
   const long long begin = blockIdx.x * (long long)(BLOCK);
+  if (begin >= d) return;  // there are no columns
   const int columns = d - begin < BLOCK ? int(d - begin) : BLOCK;
   const double largest = reduce<1, true>(columns, [=](int c) {
     const double size = fabs(double(g[begin + c]));
@@ -1140,7 +1141,7 @@ cudaError_t hinv_transposed_times(int format, void* G, const double* z, float* s
 // format: 2 float16 or 4 float8_e4m3fn. g, row, values (d,), scales a block of columns each.
 cudaError_t hinv_round(int format, const float* g, long long d, void* row, float* scales,
                        float* values, cudaStream_t stream) {
-  const dim3 grid(ceil_div(d, BLOCK));
+  const dim3 grid(std::max(1, ceil_div(d, BLOCK)));
   const auto start = [=](auto f) {
     using F = decltype(f);
     return launch(round_row<F>, grid, THREADS, false, stream, g, d,
@@ -1156,7 +1157,8 @@ cudaError_t hinv_largest(int format, const void* error, const void* g, int kept,
   return with_format(format, [=](auto f) {
     using F = decltype(f);
     using Real = typename F::Real;
-    return launch(largest_entries<F>, dim3(ceil_div(d, BLOCK)), THREADS, false, stream,
+    const dim3 grid(std::max(1, ceil_div(d, BLOCK)));
+    return launch(largest_entries<F>, grid, THREADS, false, stream,
                   static_cast<const Real*>(error), static_cast<const Real*>(g), kept, k, d, columns,
                   static_cast<typename F::Code*>(values), static_cast<Real*>(new_error),
                   static_cast<Real*>(X));

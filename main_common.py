@@ -586,9 +586,13 @@ class TrainingStep:
         except RuntimeError as error:
             note(f"no CUDA graph for this model and optimizer: {str(error).splitlines()[0]}")
             self.wanted = False
+            torch.cuda.set_stream(here)  # a failed capture leaves its own stream current
+            # It also leaves the generator in a mode in which nothing can be drawn (torch < 2.12). A
+            # copy of its state has the same seed and offset, but not that mode.
+            generator = torch.cuda.default_generators[self.stream.device.index]
+            generator.graphsafe_set_state(generator.clone_state())
         finally:
             self.watch = watch
-            torch.cuda.set_stream(here)  # a failed capture leaves its own stream current
 
 
 def train_epoch(

@@ -77,7 +77,7 @@ class DenseWindow:
         if self.scales is None:
             row = g.to(self.G.dtype)
             return Entry(row.to(torch.promote_types(row.dtype, torch.float32))[None], {"G": row})
-        if self.dim and (kernels := cuda_kernels(self.device)):
+        if kernels := cuda_kernels(self.device):
             row, scales, values = kernels.hinv_round(g.float(), self.G)
             return Entry(values[None], {"G": row, "scales": scales})
         blocks = pad(g.float(), (0, -self.dim % BLOCK)).view(-1, BLOCK)
@@ -98,7 +98,7 @@ class DenseWindow:
         """Gĝ (1, m) in float64 with ĝᵀĝ as entry j = count mod m, where row j is still the old one.
         From float32 products (1, m + 1): by how much they miss entry j − 1 mod m comes last."""
         g = entry.vectors[0]
-        if self.dim and (kernels := cuda_kernels(self.device)):
+        if kernels := cuda_kernels(self.device):
             return kernels.hinv_times(self.G, g, count, self.scales)[None]
         exactly, n = g.double(), int(count)
         i, j = (n - 1) % len(self.G), n % len(self.G)
@@ -111,7 +111,7 @@ class DenseWindow:
 
     def transposed_times(self, y: Tensor, exact: bool = True) -> Tensor:
         """Gᵀy (d,) for y (m,), in float32 or wider."""
-        if self.dim and (kernels := cuda_kernels(self.device)):
+        if kernels := cuda_kernels(self.device):
             return kernels.hinv_transposed_times(self.G, y, self.scales)
         dtype = self._dtype(exact)
         if dtype == torch.float32 and bool(((y.abs() < 2**-100) & (y != 0)).any()):
@@ -126,7 +126,7 @@ class DenseWindow:
         self, entry: Entry, count: Tensor, accepted: Tensor, y: Tensor, damp: float, exact: bool
     ) -> Tensor:
         """`write`, then `transposed_times`: in one sweep where there are kernels."""
-        if not (self.dim and (kernels := cuda_kernels(self.device))):
+        if not (kernels := cuda_kernels(self.device)):
             self.write(entry, count, accepted)
             return self.transposed_times(y[: _rows_in_use(self.G, count)], exact)
         row, scales = entry.row["G"], entry.row.get("scales")
@@ -235,7 +235,7 @@ class CompressedWindow:
     def entry(self, g: Tensor) -> Entry:
         """The largest entries of g (d,) + error."""
         g = g.to(self.error.dtype)
-        if self.dim and (kernels := cuda_kernels(self.device)):
+        if kernels := cuda_kernels(self.device):
             most = kept(min(self.dim, BLOCK), self.compress)
             columns, row, error, X = kernels.hinv_largest(self.error, g, self.values, most)
             return Entry(X, {"error": error, "columns": columns, "values": row})
@@ -255,7 +255,7 @@ class CompressedWindow:
     def products(self, entry: Entry, count: Tensor, exact: bool) -> Tensor:
         """G [ĝ, g − ĝ] (2, m) in float64, for G with ĝ as row j = count mod m."""
         X, row = entry.vectors, entry.row
-        if self.dim and (kernels := cuda_kernels(self.device)):
+        if kernels := cuda_kernels(self.device):
             new = row["columns"], row["values"]
             return kernels.hinv_sparse_times(self.columns, self.values, X, count, *new)
         Y = torch.stack([self.times(x, rows=_rows_in_use(self.values, count)) for x in X])
@@ -272,7 +272,7 @@ class CompressedWindow:
 
     def transposed_times(self, y: Tensor, exact: bool = True) -> Tensor:
         """Gᵀy (d,) in float64 for y (m,)."""
-        if self.dim and (kernels := cuda_kernels(self.device)):
+        if kernels := cuda_kernels(self.device):
             return kernels.hinv_sparse_transposed_times(self.columns, self.values, y, self.dim)
         x = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
         for some in self._few(len(y)):
@@ -285,7 +285,7 @@ class CompressedWindow:
     ) -> Tensor:
         """`write`, then Gᵀy + (g − ĝ)/λ; 0 where the entry is not accepted."""
         (_, rest), row = entry.vectors, entry.row
-        if self.dim and (kernels := cuda_kernels(self.device)):
+        if kernels := cuda_kernels(self.device):
             new = row["columns"], row["values"], row["error"], rest, 1 / damp, count, accepted
             return kernels.hinv_sparse_replace(self.columns, self.values, y, self.error, *new)
         self.write(entry, count, accepted)

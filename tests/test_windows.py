@@ -1,5 +1,6 @@
 """Windows of all types and compressed ones, alone and in `MFAC`, against dense oracles."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -442,44 +443,62 @@ def test_a_window_of_another_model_is_refused(kind):
         other.load_state_dict(optimizer.state_dict())
 
 
-def test_compressed_windows_of_weights_kept_at_zero_are_resumed():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("kind", [{}, {"compress": 0.5}, {"window_dtype": "float8_e4m3fn"}])
+def test_windows_of_weights_kept_at_zero_are_resumed(kind, device):
     """Some of a matrix, and all of one that comes later, whose window has no columns."""
-    a, b = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.zeros(2, 3))
+    a = nn.Parameter(torch.randn(4, 5, device=device))
+    b = nn.Parameter(torch.zeros(2, 3, device=device))
     with torch.no_grad():
-        a *= torch.rand(4, 5) < 0.5
+        a *= torch.rand(4, 5, device=device) < 0.5
 
     def made():
-        optimizer = MFAC([a], ngrads=4, compress=0.5, sparse=True)
+        optimizer = MFAC([a], ngrads=4, sparse=True, **kind)
         optimizer.add_param_group({"params": [b]})
         return optimizer
 
     optimizer, other = made(), made()
     for _ in range(6):
-        a.grad, b.grad = torch.randn(4, 5), torch.randn(2, 3)
+        a.grad, b.grad = torch.randn_like(a), torch.randn_like(b)
         optimizer.step()
     assert not b.any()
     other.load_state_dict(optimizer.state_dict())
     assert_same(other.state_dict(), optimizer.state_dict())
-    g = torch.randn(optimizer.fisher.shape[0])
+    g = torch.randn(optimizer.fisher.shape[0], device=device)
     assert torch.equal(other.fisher.update_matvec(g), optimizer.fisher.update_matvec(g))
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("optdev", ["cpu", "cuda"])
+ONE, TWO = pytest.mark.cuda, pytest.mark.cuda(gpus=2)
+PAIR = {"gpus": ["cuda:0", "cuda:1"]}
+
+
+@pytest.mark.parametrize(
+    ("devices", "where", "streams"),
+    [
+        pytest.param(["cpu", "cuda", "cuda", "cpu"], {"optdev": "cpu"}, [], marks=ONE),
+        pytest.param(["cpu", "cuda", "cuda", "cpu"], {"optdev": "cuda"}, [], marks=ONE),
+        pytest.param(["cuda:0", "cuda:1", "cuda:1", "cpu"], PAIR, [], marks=TWO),
+        pytest.param(["cuda:0", "cuda:1", "cuda:0", "cuda:1"], PAIR, PAIR["gpus"], marks=TWO),
+    ],
+    ids=["window on the CPU", "window on a GPU", "two GPUs", "two GPUs, streams"],
+)
 @for_all_kinds
-def test_parameters_on_several_devices_share_a_window_on_one(kind, optdev):
-    values = [torch.randn(40) for _ in range(4)]
-    devices = "cpu", "cuda", "cuda", "cpu"
+def test_parameters_on_several_devices_share_a_window(kind, devices, where, streams):
+    values = [torch.randn(40) for _ in devices]
     parameters = [nn.Parameter(x.to(device)) for x, device in zip(values, devices, strict=True)]
     plain = [nn.Parameter(x.clone()) for x in values]
     options = {"lr": 1.0, "ngrads": 3, "damp": 1.0, **optimizers_kind(kind)}
-    optimizer, reference = MFAC(parameters, optdev=optdev, **options), MFAC(plain, **options)
-    for _ in range(8):
+    optimizer = MFAC(parameters, **where, **options)
+    reference = MFAC(plain, gpus=["cpu"] * len(where.get("gpus", [])), **options)
+    with contextlib.ExitStack() as stack:
+        for device in streams:
+            torch.cuda.synchronize(device)
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
+        for _ in range(8):
+            for p, q in zip(parameters, plain, strict=True):
+                q.grad = torch.randn(40)
+                p.grad = q.grad.to(p.device)
+            optimizer.step()
+            reference.step()
         for p, q in zip(parameters, plain, strict=True):
-            q.grad = torch.randn(40)
-            p.grad = q.grad.to(p.device)
-        optimizer.step()
-        reference.step()
-    for p, q in zip(parameters, plain, strict=True):
-        torch.testing.assert_close(p.detach().cpu(), q.detach(), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(p.detach().cpu(), q.detach(), rtol=1e-4, atol=1e-4)
