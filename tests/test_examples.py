@@ -5,6 +5,7 @@ Every run is a process of its own, as a user's would be, and none can reach a ne
 """
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from make_notebook import cells
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
@@ -106,6 +108,26 @@ def test_quickstart(tmp_path):
     assert result["before"] < 30 and result["trained"] > 93
     # At 90 % over three seeds and two learning rates, M-FAC was 2 to 26 points ahead.
     assert result["pruned"] > result["by_magnitude"] and result["tuned"] > 88
+
+
+def test_the_notebook_has_the_cells_of_the_script_and_their_output():
+    found = json.loads((ROOT / "examples/quickstart.ipynb").read_text("utf-8"))["cells"]
+    code = [cell for cell in found if cell["cell_type"] == "code"]
+    shown = "".join(line for cell in code for out in cell["outputs"] for line in out["text"])
+    source = "\n".join("".join(cell["source"]) for cell in code)
+    result = subprocess.run(  # where Jupyter would run it, without the clone on the path
+        [sys.executable, "-c", source],
+        cwd=ROOT / "examples",
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    words = [re.sub(r"\d[\d.e-]*", "0", text) for text in (result.stdout, shown)]
+    assert words[0] == words[1]
+    for cell in code:
+        cell["outputs"] = []
+    assert found == cells((ROOT / "examples/quickstart.py").read_text("utf-8"))
 
 
 @needs("scipy")
