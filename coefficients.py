@@ -126,7 +126,7 @@ class Coefficients:
         elif s > 0 and 0 < trace < math.inf and 0 < left < math.inf and off < math.inf:  # (5)
             float64 = (off * trace) ** 0.5 + terms**0.5 * DOUBLE * trace**0.5
             float32 = (off * trace) ** 0.5 + terms**0.5 * (
-                rounding * trace**0.5 + SINGLE / 8 * m**0.5
+                rounding * trace**0.5 + SINGLE / 2 * (1 + m / 16) ** 0.5
             )
             errors = (float64 if exact else float32) / left**0.5, float32 / left**0.5
         if not errors[0] <= TOLERANCE:

@@ -8,9 +8,10 @@ A = mλI + K, P = A⁻¹, D = diag(A)^½, the error of u = mGᵀz, A z = e_j, is
 
 where the root of the trace says how nearly parallel gradients are, and the last factor how much
 cancels in Gᵀz, which is itself off by q. The residual e_j − Az of the solve enters in the place of
-δK z. In float64, r = 2⁻⁵², and q is nothing beside it. In float32, q = 2⁻²⁶m^½ for sums of m terms,
-and r is measured: short sums err by 0.02 to 1 unit roundoff, depending on the gradients, so one
-entry of each k is computed both ways, and r is twice the root mean square of the difference.
+δK z. In float64, r = 2⁻⁵², and q is nothing beside it. In float32, q = 2⁻²⁴(1 + m/16)^½, for z as
+it is rounded and sums of m terms, and r is measured: short sums err by 0.02 to 1 unit roundoff,
+depending on the gradients, so one entry of each k is computed both ways, and r is twice the root
+mean square of the difference.
 """
 
 import math
