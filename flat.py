@@ -363,10 +363,10 @@ class FlatOptimizer(torch.optim.Optimizer):
         if self.flat.covers(params) and known:
             return
         flat = self.flat.extended(params)
+        replace_params(self.state, self._params, [p for _, p in self.numbered()])
         if flat is None:
             if self.fisher.count:
                 warn_user("The parameters of the optimizer have changed: its window starts anew")
-            replace_params(self.state, self._params, [p for _, p in self.numbered()])
             self.build()
         else:
             self.fisher.grow(flat.size - self.flat.size)

@@ -413,8 +413,8 @@ class MFAC(FlatOptimizer):
             u = self.flat.spread(u)
             taken: Any = self.fisher.accepted.to(u.dtype) if u.is_cuda else 1  # 0: nothing moves
             for segment, group in segments:
-                self._control.scale_(u[segment.span], self.fisher, group["lr"])
                 step, lr = u[segment.span], group["lr"]
+                self._control.scale_(step, self.fisher, lr)
                 decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0
                 if group["momentum"] != 0 or decay != 0:
                     lr = lr * taken
