@@ -43,7 +43,7 @@ def output(process, timeout=300):
 
 
 CHECKS = ["steps", "mixed", "messages", "skipped", "absent", "lost", "zero", "fsdp1", "swapped"]
-CHECKS += ["checkpoints", "thawed"]
+CHECKS += ["controlled", "checkpoints", "thawed"]
 CHECKS += ["batch_norm", "found", "inverses", "pruning", "disagreement", "save"]
 
 
@@ -96,7 +96,8 @@ def test_both_scripts(dataset, tmp_path):
     train = [*common, "--lr", "1e-3", "--ngrads", "8", "--epochs", 2, "--save"]
     alone, path = tmp_path / "alone.pth", tmp_path / "shared.pth"
     prune = [*common, "--checkpoint", path, "--ngrads", "6", "--npergrad", "8"]
-    prune += ["--sparsities", "0.5", "--nepochs", "1", "--lr", "1e-3", "--out"]
+    prune += ["--sparsities", "0.5", "--nepochs", "1", "--lr", "1e-3", "--schedule", "cosine"]
+    prune += ["--distill", "--reestimate_bn", "--out"]
     calls = {
         "training": script("main_optim.py", *train, path),
         "pruning": script("main_prun.py", *prune, tmp_path / "pruned-shared"),

@@ -102,18 +102,19 @@ def test_products_are_those_with_what_is_stored(kind, m, d, exact, small_blocks)
         entry, count, y = window.entry(torch.randn(d)), torch.tensor(t), torch.randn(m).double()
         y[t + 1 :] = 0  # as for rows not in use
         products = window.products(entry, count, exact)
-        sums = window.replace_and_transposed_times(entry, count, torch.tensor(1), y, exact)
+        sums = window.replace_and_transposed_times(entry, count, torch.tensor(1), y, 2.0, exact)
         G = torch.cat(list(window.tiles()), 1)
         assert G.shape == (m, d) and G.dtype == products.dtype == torch.float64
-        assert torch.equal(G[t % m], entry.values.double())
+        assert torch.equal(G[t % m], entry.vectors[0].double())
         k = G @ G[t % m]
         torch.testing.assert_close(products[0, :m], k, **close)
         if products.shape[1] > m > 1:  # by how much the entry before misses, in float32
             i = (t - 1) % m
             torch.testing.assert_close(products[0, m], products[0, i] - k[i], rtol=0, atol=1e-12)
-        torch.testing.assert_close(sums.double(), G.T @ y, **close)
-        if entry.rest is not None:
-            torch.testing.assert_close(products[1, :m], G @ entry.rest.double(), **close)
+        rest = entry.vectors[1] if len(entry.vectors) == 2 else torch.zeros(d)
+        torch.testing.assert_close(sums.double(), G.T @ y + rest / 2.0, **close)
+        if len(entry.vectors) == 2:
+            torch.testing.assert_close(products[1, :m], G @ entry.vectors[1].double(), **close)
     window.write(window.entry(torch.randn(d)), count, torch.tensor(0))  # which is not accepted
     assert torch.equal(torch.cat(list(window.tiles()), 1), G)
     x = torch.randn(d).double()
@@ -131,12 +132,12 @@ def test_nothing_is_lost_and_the_largest_go_first(d, compress, dtype):
         g = torch.randn(d)
         a, entry = window.error + g, window.entry(g)
         window.write(entry, torch.tensor(t))
-        kept = entry.values != 0
-        assert torch.equal(entry.values[kept], a[kept]) and not window.error[kept].any()
+        kept = entry.vectors[0] != 0
+        assert torch.equal(entry.vectors[0][kept], a[kept]) and not window.error[kept].any()
         for part, of in zip(a.abs().split(windows.BLOCK), kept.split(windows.BLOCK), strict=True):
             assert int(of.sum()) == max(1, round(compress * len(part)))
             assert of.all() or part[of].min() >= part[~of].max()
-        total += g.double() - entry.values.double()
+        total += g.double() - entry.vectors[0].double()
     torch.testing.assert_close(window.error.double(), total, rtol=1e-5, atol=1e-5)
 
 
