@@ -82,6 +82,10 @@ def test_script_calls(command, call, dataset):
 
 @pytest.mark.parametrize("block", PYTHON_BLOCKS)
 def test_python_blocks(block, tmp_path):
+    for package in re.findall(r"^(?:import|from) (\w+)", block, re.MULTILINE):
+        pytest.importorskip(package)
+    if block.startswith("# On a GPU") and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
     run(["-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{block}"], tmp_path)
 
 
