@@ -17,6 +17,7 @@ from torch.utils.data import SequentialSampler
 
 from checks import check_integer, is_real, kind
 from ranks import Ranks
+from samples import SampleGradients, batch_size
 
 __all__ = ["Batches", "cross_entropy"]
 
@@ -135,20 +136,6 @@ class Batches:
                 yield batch
 
 
-def batch_size(batch: Any) -> int:
-    """The length of the first tensor or list of strings in a batch, which may consist of nested
-    lists, tuples and dicts; else 0."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 0
-    if isinstance(batch, Mapping):
-        batch = tuple(batch.values())
-    if not isinstance(batch, (list, tuple)):
-        return 0
-    if batch and all(isinstance(part, str) for part in batch):
-        return len(batch)
-    return next(filter(None, map(batch_size, batch)), 0)
-
-
 # --- the model ------------------------------------------------------------------------------------
 
 
@@ -215,6 +202,7 @@ class GradientCollector:
         alive: indices (d,) of the weights alive among all of `params`, flattened one after another.
         like: an empty tensor of the type and on the device of the gradients.
         ranks: the processes that share the work.
+        per_sample: each sample of a batch makes a gradient; see `samples`.
 
     After `rows`, `squares` (d,) are the sums of the squared gradients of all ranks, in float64.
     """
@@ -227,13 +215,11 @@ class GradientCollector:
         alive: Tensor,
         like: Tensor,
         ranks: Ranks,
+        per_sample: bool = False,
     ):
         self.model, self.loss, self.params = model, loss, list(params.values())
-        self.alive, self.ranks, self.checked = alive, ranks, False
-        # One buffer for all weights, with a view of the shape of each parameter.
-        self.flat = like.new_empty(sum(p.numel() for p in self.params))
-        parts = self.flat.split([p.numel() for p in self.params])
-        self.views = [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
+        self.alive, self.like, self.ranks, self.checked = alive, like, ranks, False
+        self.samples = SampleGradients(model, loss, params, self._loss) if per_sample else None
         self.squares = torch.zeros(len(alive), dtype=torch.float64, device=like.device)
 
     def rows(
@@ -241,19 +227,19 @@ class GradientCollector:
     ) -> Iterator[Tensor]:
         """`count` gradients (·, d), as many at a time as `buffer` (n, d) holds in each rank; of
         each this rank's `chunk` of the weights. The buffer is used again for the next ones."""
-        ranks, source, done = self.ranks, enumerate(batches), 0
-        while done < count:
-            number = min(count - done, ranks.size * len(buffer))
+        ranks, own = self.ranks, self._own(batches)
+        shares = [len(range(rank, count, ranks.size)) for rank in range(ranks.size)]
+        for start in range(0, max(shares), len(buffer)):
+            counts = [min(max(share - start, 0), len(buffer)) for share in shares]
             with ranks.agreed():
-                filled = self._fill(islice(source, number), buffer)
-                done += number
-                if filled < len(range(ranks.rank, number, ranks.size)):
+                rows = buffer[: counts[ranks.rank]]
+                if self._fill(own, rows) < len(rows):
                     raise ValueError(
-                        f"Wanted {count} gradients, but the loader has fewer batches; ask for "
-                        "fewer gradients or smaller batches, or give more data"
+                        f"Wanted {count} gradients, but the loader has fewer "
+                        f"{'samples' if self.samples else 'batches'}; ask for fewer gradients or "
+                        "smaller batches, or give more data"
                     )
-            counts = [len(range(rank, number, ranks.size)) for rank in range(ranks.size)]
-            yield ranks.exchange(buffer[:filled], counts, chunk)
+            yield ranks.exchange(rows, counts, chunk)
         self.squares = ranks.sum(self.squares)
 
     def mean_square(self, masks: Mapping[str, Tensor], count: int) -> float:
@@ -277,22 +263,26 @@ class GradientCollector:
             )
         return mean_square
 
-    def _fill(self, batches: Iterable[tuple[int, Any]], buffer: Tensor) -> int:
-        """Writes this rank's gradients of numbered batches into rows, and returns how many."""
-        own: list[int] = []  # numbers of the batches
+    def _own(self, batches: Iterable[Any]) -> Iterator[tuple[int, Tensor]]:
+        """(number of the batch, its gradient) for each gradient of this rank's batches."""
+        for number, batch in enumerate(batches):
+            if number % self.ranks.size == self.ranks.rank:
+                for row in self._gradients(batch):
+                    yield number, row
+
+    def _fill(self, gradients: Iterator[tuple[int, Tensor]], buffer: Tensor) -> int:
+        """Writes gradients, with the numbers of their batches, into rows, and returns how many."""
+        numbers: list[int] = []
         largest = self.squares.new_zeros(len(buffer))
-        for number, batch in batches:
-            if number % self.ranks.size != self.ranks.rank:
-                continue
-            row = self._gradient(batch)
-            buffer[len(own)].copy_(row, non_blocking=True)
-            largest[len(own)] = torch.linalg.vector_norm(row, torch.inf)
+        for number, row in islice(gradients, len(buffer)):
+            buffer[len(numbers)].copy_(row, non_blocking=True)
+            largest[len(numbers)] = torch.linalg.vector_norm(row, torch.inf)
             self.squares += row.double().square()
-            own.append(number)
-            if row.device.type == "cpu" or number == 0 or len(own) % CHECK_EVERY == 0:
-                self._check(largest, own)
-        self._check(largest, own)
-        return len(own)
+            numbers.append(number)
+            if row.device.type == "cpu" or number == 0 or len(numbers) % CHECK_EVERY == 0:
+                self._check(largest, numbers)
+        self._check(largest, numbers)
+        return len(numbers)
 
     def _check(self, largest: Tensor, numbers: list[int]) -> None:
         """Raises ValueError if the largest number of a gradient is not finite. Waits for the GPU,
@@ -304,26 +294,35 @@ class GradientCollector:
                 "the loss of that batch, and in float16 the size of the loss"
             )
 
-    def _gradient(self, batch: Any) -> Tensor:
-        """The gradient (d,) of the loss of a batch."""
+    def _gradients(self, batch: Any) -> Tensor:
+        """The gradients (n, d) of a batch, or of the samples in it."""
         torch.clear_autocast_cache()  # casts of other weights, or without a graph
-        with torch.enable_grad():
-            loss = self.loss(self.model, batch)
-            if not (is_real(loss) and loss.numel() == 1 and loss.requires_grad):
-                raise ValueError(
-                    "Expected loss(model, batch) to return a tensor of one number, with a "
-                    f"graph, got {kind(loss)}; return the mean over the batch, not its item()"
-                )
-            if not self.checked and has_reentrant_checkpoint(loss):
-                raise ValueError(
-                    "The model uses reentrant checkpointing, which gives no gradients of single "
-                    "parameters; use torch.utils.checkpoint with use_reentrant=False"
-                )
-            self.checked = True
-            grads = torch.autograd.grad(loss, self.params, materialize_grads=True)
-        for view, grad in zip(self.views, grads, strict=True):
-            view.copy_(grad.to_dense())  # those of an Embedding may be sparse
-        return self.flat.index_select(0, self.alive)
+        if self.samples is None:
+            with torch.enable_grad():
+                loss = self._loss(batch)
+                grads = torch.autograd.grad(loss, self.params, materialize_grads=True)
+            parts = [grad.to_dense().view(1, -1) for grad in grads]  # sparse ones of an Embedding
+        else:
+            with torch.enable_grad():
+                parts = self.samples(batch)
+        rows = torch.cat([part.to(self.like) for part in parts], dim=1)
+        return rows if rows.shape[1] == len(self.alive) else rows.index_select(1, self.alive)
+
+    def _loss(self, batch: Any) -> Tensor:
+        """The loss of a batch, with a graph."""
+        loss = self.loss(self.model, batch)
+        if not (is_real(loss) and loss.numel() == 1 and loss.requires_grad):
+            raise ValueError(
+                "Expected loss(model, batch) to return a tensor of one number, with a "
+                f"graph, got {kind(loss)}; return the mean over the batch, not its item()"
+            )
+        if not self.checked and has_reentrant_checkpoint(loss):
+            raise ValueError(
+                "The model uses reentrant checkpointing, which gives no gradients of single "
+                "parameters; use torch.utils.checkpoint with use_reentrant=False"
+            )
+        self.checked = True
+        return loss
 
 
 def has_reentrant_checkpoint(loss: Tensor) -> bool:

@@ -369,6 +369,8 @@ class MFACPruner(MagnitudePruner):
         loss: the mean loss of a batch, loss(model, batch), by default the cross entropy of
             (inputs, targets).
         ngrads: m, the number of gradients.
+        per_sample: each sample of a batch makes one, by dimension 0, not the batch as a whole. The
+            loss is a mean over samples. Linear layers need one backward pass a batch; see `samples`.
         damp: λ > 0; or "relative", a tenth of the mean squared gradient, or "relative:0.03", that
             fraction of it. It may be changed between levels.
         blocksize: of a block-diagonal F; None for the full one.
@@ -414,6 +416,7 @@ class MFACPruner(MagnitudePruner):
         keep_zeros: bool = False,
         loss: Callable[[nn.Module, Any], Tensor] = cross_entropy,
         ngrads: int = 1024,
+        per_sample: bool = False,
         damp: float | str = 1e-5,
         blocksize: int | None = None,
         perbatch: int | None = None,
@@ -440,7 +443,7 @@ class MFACPruner(MagnitudePruner):
         if not callable(loss):
             raise ValueError(f"Invalid loss: {loss!r}; it must be a function of (model, batch)")
         self.batches = Batches(loader, seed, drop_smaller)
-        self.loss, self.update, self.mode = loss, update, mode
+        self.loss, self.update, self.mode, self.per_sample = loss, update, mode, per_sample
         self.ngrads, self.rounds = check_integer("ngrads", ngrads), check_integer("rounds", rounds)
         for name, value in (("blocksize", blocksize), ("perbatch", perbatch)):
             if value is not None:
@@ -573,7 +576,9 @@ class MFACPruner(MagnitudePruner):
             ready_for_gradients(self.model, params, start, self.mode, self.batches.generators),
         ):
             like = buffer.new_empty(0, device=self.device)
-            collector = GradientCollector(self.model, self.loss, params, alive.index, like, ranks)
+            collector = GradientCollector(
+                self.model, self.loss, params, alive.index, like, ranks, self.per_sample
+            )
             grads: Any = collector.rows(self.batches.draw(number, ranks), m, buffer, chunk)
             if kept:
                 (grads,) = grads

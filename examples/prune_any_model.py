@@ -66,7 +66,9 @@ def prune(
         if pruner == "magnitude":
             MagnitudePruner(model, names, pattern=pattern).prune(sparsity)
         else:
-            MFACPruner(model, loader, names, pattern=pattern, loss=loss, **options).prune(sparsity)
+            pruner_ = MFACPruner(model, loader, names, pattern=pattern, loss=loss, **options)
+            pruner_.prune(sparsity)
+            print(names[0], pruner_.seconds, flush=True)
 
 
 # --- real sentences, and what becomes of their similarities ---------------------------------------
@@ -103,6 +105,31 @@ def agreement(dense: Tensor, pruned: Tensor) -> dict[str, float]:
     }
 
 
+class Setting:
+    """The dense model, sentences to prune with, and others to measure the pruned one on."""
+
+    def __init__(self, path: Path | None = None, sentences_to_compare: int = 544):
+        path = path or get_model_path()
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.model = AutoModel.from_pretrained(path, add_pooling_layer=False).eval()
+        test = sorted(sentences(topics.values())[::2][:sentences_to_compare], key=len)
+        training = sorted(set(sentences(docstrings())) - set(test))
+        self.loader = DataLoader(training, batch_size=8, shuffle=True, collate_fn=self.tokens)
+        self.test = [self.tokens(test[i : i + 32]) for i in range(0, len(test), 32)]
+        self.dense = self.embeddings()
+
+    def tokens(self, batch: list[str]) -> dict[str, Tensor]:
+        return dict(self.tokenizer(batch, padding=True, truncation=True, return_tensors="pt"))
+
+    @torch.no_grad()
+    def embeddings(self) -> Tensor:
+        return torch.cat([embed(self.model, batch) for batch in self.test])
+
+    def agreement(self) -> dict[str, float]:
+        """What is left of the dense model's similarities, in [-1, 1] and [0, 1]."""
+        return agreement(self.dense, self.embeddings())
+
+
 def main() -> dict[str, float]:
     """What is left of the dense model's similarities, in [-1, 1] and [0, 1]."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -110,37 +137,23 @@ def main() -> dict[str, float]:
     parser.add_argument("--pruner", choices=["mfac", "magnitude"], default="mfac")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--pattern", default="unstructured", help="such as 2:4")
-    parser.add_argument("--layers", type=int, default=2, help="pruned at a time")
-    parser.add_argument("--ngrads", type=int, default=128)
-    parser.add_argument("--damp", type=float, default=1e-8)
+    parser.add_argument("--layers", type=int, default=1, help="pruned at a time")
+    parser.add_argument("--ngrads", type=int, default=512)
+    parser.add_argument("--per_sample", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--damp", default="relative:0.1")
     parser.add_argument("--blocksize", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=1, help="parts in which weights are chosen")
+    parser.add_argument("--rounds", type=int, default=8, help="parts in which weights are chosen")
     parser.add_argument("--sentences", type=int, default=544, help="to compare the models on")
     parser.add_argument("--output", type=Path, metavar="FOLDER")
     arguments = vars(parser.parse_args())
     path, output, count = (arguments.pop(name) for name in ("model", "output", "sentences"))
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModel.from_pretrained(path, add_pooling_layer=False).eval()
-
-    def tokens(batch: list[str]) -> dict[str, Tensor]:
-        return dict(tokenizer(batch, padding=True, truncation=True, return_tensors="pt"))
-
-    test = sorted(sentences(topics.values())[::2][:count], key=len)
-    training = sorted(set(sentences(docstrings())) - set(test))
-    batches = [tokens(test[i : i + 32]) for i in range(0, len(test), 32)]
-
-    def embeddings() -> Tensor:
-        with torch.no_grad():
-            return torch.cat([embed(model, batch) for batch in batches])
-
-    dense = embeddings()
-    loader = DataLoader(training, batch_size=8, shuffle=True, collate_fn=tokens)
-    prune(model, loader, **arguments)
+    setting = Setting(path, count)
+    prune(setting.model, setting.loader, **arguments)
     if output is not None:
-        model.save_pretrained(output)
-        tokenizer.save_pretrained(output)
-    return agreement(dense, embeddings())
+        setting.model.save_pretrained(output)
+        setting.tokenizer.save_pretrained(output)
+    return setting.agreement()
 
 
 if __name__ == "__main__":
