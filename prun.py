@@ -65,7 +65,8 @@ from blocks import (
 from checks import WIDE, check_damp, check_device, check_integer, checked_dtype
 from fisher import SharedInverseFisher, StaticInverseFisher, as_matrix, check_vector, in_type_of
 from gradients import Batches, GradientCollector, cross_entropy, ready_for_gradients
-from masks import MagnitudePruner, WeightsAlive, check_model, zeros_on_the_way
+from levels import Wanted, split_into_portions, zeros_on_the_way
+from masks import MagnitudePruner, WeightsAlive, check_model
 from memory import gradient_buffer, inverse_bytes
 from pages import Pages
 from ranks import Ranks, find_process_group, or_default
@@ -376,6 +377,11 @@ class MFACPruner(MagnitudePruner):
         blocksize: of a block-diagonal F; None for the full one.
         perbatch, pages: see `BlockedInverseFisher` and `PagedInverseFisher`.
         update: of the weights that stay: "joint", "independent" or "none".
+        portions: prune so many portions of the parameters, or the portions that a list has, one
+            after the other: ["stem.weight", ["layers.0.*", "layers.1.*"], "layers.2.*"]. Each has
+            its own F⁻¹, of the model that those before have left, so that one is in memory at a
+            time. Weights of different portions do not compete, and every level starts from the
+            level before.
         rounds: choose the weights of a level in so many parts, with the exact joint update of the
             others and of F⁻¹ after each; the fraction that stays falls by one factor in each.
         mode: of the model while gradients are computed: "eval", "train" or "as is"; batch norm and
@@ -422,6 +428,7 @@ class MFACPruner(MagnitudePruner):
         perbatch: int | None = None,
         pages: int = 1,
         update: str = "joint",
+        portions: int | Sequence[str | Sequence[str]] | None = None,
         rounds: int = 1,
         mode: str = "eval",
         drop_smaller: bool = False,
@@ -461,6 +468,8 @@ class MFACPruner(MagnitudePruner):
             grads_dtype = torch.float64 if wide else torch.float32
         self.grads_dtype = checked_dtype("grads_dtype", grads_dtype)
         self.device = check_device(device or params_now[0].device)
+        sizes = {name: mask.numel() for name, mask in self.masks.items()}
+        self.portions = split_into_portions(sizes, portions)
         self.recomputations = 0
         self.release()
         self.damp = damp
@@ -482,6 +491,8 @@ class MFACPruner(MagnitudePruner):
     @torch.no_grad()
     def recompute(self) -> None:
         """Collects gradients at the present weights, other samples each time, and inverts F."""
+        if len(self.portions) > 1:
+            raise ValueError("With portions every level computes F⁻¹ anew: leave recompute() out")
         check_model(self.model)
         self.apply_masks()
         start = self._copied_weights()
@@ -512,10 +523,10 @@ class MFACPruner(MagnitudePruner):
         self._start_weights, self._start_masks = state["start_weights"], state["start_masks"]
         self._last_written = self._copied_weights()
 
-    def _pruned(
-        self, wanted: list[tuple[list[str], int]]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _pruned(self, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Masks and weights from those at the last recomputation, in one or more rounds."""
+        if len(self.portions) > 1:
+            return self._pruned_in_portions(wanted)
         if not self._is_unchanged():
             self.recompute()
         elif self._inverse is None:  # resumed
@@ -538,6 +549,29 @@ class MFACPruner(MagnitudePruner):
                 w = w + inverse.independent_update(dropped.nonzero()[:, 0], w)
             w = torch.where(alive, w, 0)
         return masks, weights.scatter(w)
+
+    def _pruned_in_portions(self, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The same of portions, each in a pruner of its own. They write to the model, as later ones
+        need it; if one fails, it gets back the weights that it had."""
+        before, masks = self._copied_weights(), dict(self.masks)
+        try:
+            for names in self.portions:
+                part = copy.copy(self)
+                part.input_dimensions = {name: self.input_dimensions[name] for name in names}
+                part.masks = {name: self.masks[name] for name in names}
+                part.portions = [names]
+                part.release()
+                own = [(group, zeros) for group, zeros in wanted if group[0] in part.masks]
+                if any(zeros > part._zeros(group) for group, zeros in own):
+                    part._write(*part._pruned(own))
+                    masks |= part.masks
+        except BaseException:
+            with self._unregistered() as params:
+                for name, p in params.items():
+                    p.copy_(before[name])
+            raise
+        self.recomputations += 1
+        return masks, {}
 
     def _write(self, masks: dict[str, Tensor], *weights: Any) -> None:
         super()._write(masks, *weights)

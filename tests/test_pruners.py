@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import re
 import time
 import weakref
 from inspect import signature
@@ -190,6 +191,69 @@ def test_scope_layer_gives_each_layer_its_own_sparsity(make):
 
 
 # --- patterns -------------------------------------------------------------------------------------
+
+
+def lowest_by_numpy(values, count):
+    """Which of these are zero once the `count` smallest of all are gone."""
+    order = np.argsort(np.concatenate([v.ravel() for v in values]), kind="stable")
+    gone = np.zeros(len(order), bool)
+    gone[order[:count]] = True
+    return np.split(gone, np.cumsum([v.size for v in values])[:-1])
+
+
+LEVELS = {  # keys, and the layers that compete for each, by scope
+    "globs": ({"[04].*": 0.3, "6.weight": 0.7}, [[0, 1], [2]]),
+    "compiled": ({re.compile(r"[46]\.weight"): 0.4}, [[1, 2]]),
+    "uncompiled": ({r"\d+\.weight": 0.25}, [[0, 1, 2]]),
+}
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("keys", LEVELS)
+def test_levels_by_layer(keys, scope):
+    pruner = MagnitudePruner(network(), scope=scope)
+    sizes = [np.abs(p.detach().numpy()) for p in pruner.params.values()]
+    target, groups = LEVELS[keys]
+    expected = [np.zeros(size.size, bool) for size in sizes]
+    for level, group in zip(target.values(), groups, strict=True):
+        for part in [group] if scope == "global" else [[i] for i in group]:
+            count = round(level * sum(sizes[i].size for i in part))
+            gone = lowest_by_numpy([sizes[i] for i in part], count)
+            for i, those in zip(part, gone, strict=True):
+                expected[i] = those
+    masks = pruner.prune(target).values()
+    for mask, zeros in zip(masks, expected, strict=True):
+        assert np.array_equal(~mask.numpy().ravel(), zeros)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_layers_without_a_level_stay_as_they_are(rounds):
+    """Also where a later level starts from the same inverse, in which their weights are alive."""
+    pruner = mfac(network(), rounds=rounds)
+    pruner.prune({"0.weight": 0.5})
+    assert [int((p == 0).sum()) for p in pruner.params.values()] == [144, 0, 0]
+    pruner.prune({"4.*": 0.25})
+    assert [int((p == 0).sum()) for p in pruner.params.values()] == [144, 72, 0]
+    assert pruner.recomputations == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ({"fc": 0.5}, "The model has no parameter 'fc'; .* sparsity"),
+        ({"1.weight": 0.5}, "The model has no parameter '1.weight'; it has .*'0.weight'"),
+        ({re.compile("x"): 0.5}, "The model has no parameter 'x'"),
+        ({"0.*": 0.5, "*.weight": 0.6}, r"both '0\.\*' and '\*\.weight' match 0.weight"),
+        ({"0.*": 1.5}, "Invalid sparsity: 1.5"),
+        ({3: 0.5}, "no parameter 3"),
+        ({"0.*": True}, "Invalid sparsity: {'0.*': True}; it must be"),
+    ],
+)
+def test_levels_for_no_layer_or_twice_for_one_are_refused(target, message):
+    pruner = MagnitudePruner(network())
+    with pytest.raises(ValueError, match=message):
+        pruner.prune(target)
+    assert zeros(pruner) == 0
 
 
 def along_input(weight):
@@ -391,6 +455,95 @@ def test_levels_start_from_the_last_recomputation():
         pruner.prune(target)
     assert pruner.recomputations == 3
     assert not torch.equal(flat(once.parameters()), flat(anew.parameters()))
+
+
+def in_portions_by_hand(model, data, portions, target, **options):
+    """A pruner for each portion, one after the other; which masks they leave."""
+    masks = {}
+    for names in portions:
+        masks |= mfac(model, data, params=names, **options).prune(target)
+    return masks
+
+
+@pytest.mark.parametrize("options", [{}, {"blocksize": 16, "rounds": 2}, {"scope": "layer"}])
+@pytest.mark.parametrize(
+    ("portions", "names"),
+    [
+        (["0.weight", ["4.*", re.compile("6.*")]], [["0.weight"], ["4.weight", "6.weight"]]),
+        (["6.*", "4.weight", "0.*"], [["6.weight"], ["4.weight"], ["0.weight"]]),
+        (2, [["0.weight", "4.weight"], ["6.weight"]]),  # 576 and 320 weights
+    ],
+)
+def test_portions_are_pruners_one_after_the_other(portions, names, options):
+    model, batches = network(), [batch for batch in loader()]
+    by_hand = copy.deepcopy(model)
+    expected = in_portions_by_hand(by_hand, batches, names, 0.6, **options)
+    pruner = mfac(model, batches, portions=portions, **options)
+    masks = pruner.prune(0.6)
+    assert all(torch.equal(masks[name], expected[name]) for name in expected)
+    assert torch.equal(flat(model.parameters()), flat(by_hand.parameters()))
+    assert pruner.recomputations == 1
+    pruner.prune(0.8)  # from the level before, with other samples
+    for name, p in pruner.params.items():
+        assert torch.equal(pruner.masks[name], p != 0) and not (p != 0)[~expected[name]].any()
+    assert pruner.recomputations == 2
+
+
+def test_portions_hold_one_inverse_at_a_time(monkeypatch):
+    pruner, inverses, seen = mfac(network(), portions=3), [], []
+    invert = MFACPruner._invert
+
+    def inverting(self, start, *args):
+        alive = sum(inverse() is not None for inverse in inverses)
+        seen.append((sum(weight.numel() for weight in start.values()), alive))
+        invert(self, start, *args)
+        inverses.append(weakref.ref(self._inverse))
+
+    monkeypatch.setattr(MFACPruner, "_invert", inverting)
+    pruner.prune(0.5)
+    assert seen == [(288, 0), (288, 0), (320, 0)]
+    with pytest.raises(ValueError, match=r"portions every level .* leave recompute"):
+        pruner.recompute()
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_portion_that_fails_leaves_the_level_before(registered, monkeypatch):
+    model = network()
+    pruner = mfac(model, portions=["4.*", "[06].*"])
+    pruner.prune(0.3)
+    before, masks = copy.deepcopy(model.state_dict()), dict(pruner.masks)
+    if registered:
+        pruner.register()
+    update, calls = PagedInverseFisher.joint_update, []
+
+    def failing(self, *args):
+        calls.append(self.shape)
+        if len(calls) == 2:
+            raise ValueError("too little damping")
+        return update(self, *args)
+
+    monkeypatch.setattr(PagedInverseFisher, "joint_update", failing)
+    with pytest.raises(ValueError, match="too little damping"):
+        pruner.prune(0.5)
+    pruner.remove()
+    assert all(torch.equal(pruner.masks[name], mask) for name, mask in masks.items())
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    monkeypatch.undo()
+    pruner.prune(0.5)
+    assert zeros(pruner) == 144 + 304
+
+
+def test_resumed_portions_are_the_uninterrupted_ones():
+    model, data = network(), [batch for batch in loader()]
+    pruner = mfac(model, data, portions=2)
+    pruner.prune(0.3)
+    resumed = copy.deepcopy(model)
+    state = through_a_file(pruner.state_dict())
+    pruner.prune(0.6)
+    again = mfac(resumed, data, portions=2)
+    again.load_state_dict(state)
+    again.prune(0.6)
+    assert torch.equal(flat(model.parameters()), flat(resumed.parameters()))
 
 
 def test_a_level_that_fails_leaves_the_one_before(monkeypatch):
@@ -1037,6 +1190,11 @@ def test_masks_of_tied_weights_are_shown_in_every_layer():
         ({"blocksize": -1}, "Invalid blocksize: -1"),
         ({"perbatch": 0}, "Invalid perbatch: 0"),
         ({"pages": 0}, "Invalid pages: 0"),
+        ({"portions": 0}, "Invalid portions: 0; it must be an integer of at least 1"),
+        ({"portions": "0.*"}, r"Invalid portions: '0\.\*'"),
+        ({"portions": ["0.*", "*"]}, "Invalid portions: both '0.*' and '.' match 0.weight"),
+        ({"portions": ["0.*", "4.*"]}, "Invalid portions: no entry matches 6.weight"),
+        ({"portions": ["fc"]}, "The model has no parameter 'fc'; .* see portions"),
     ],
 )
 def test_options_out_of_range_are_refused_at_once(options, message):
