@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
+from blocks import tile_size
 from checks import check_integer, is_real, kind
 from ranks import Ranks
 from samples import SampleGradients, batch_size
 
 __all__ = ["Batches", "cross_entropy"]
 
-CHECK_EVERY = 32  # gradients after which a GPU is waited for, to see whether they are finite
+CHECK_EVERY = 32  # batches after which a GPU is waited for, to see whether they are finite
 QUIET = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
 
 
@@ -221,14 +222,16 @@ class GradientCollector:
         self.alive, self.like, self.ranks, self.checked = alive, like, ranks, False
         self.samples = SampleGradients(model, loss, params, self._loss) if per_sample else None
         self.squares = torch.zeros(len(alive), dtype=torch.float64, device=like.device)
+        self.sums: list[tuple[int, Tensor]] = []  # of these after a batch, until it is checked
 
     def rows(
         self, batches: Iterable[Any], count: int, buffer: Tensor, chunk: int
     ) -> Iterator[Tensor]:
         """`count` gradients (·, d), as many at a time as `buffer` (n, d) holds in each rank; of
         each this rank's `chunk` of the weights. The buffer is used again for the next ones."""
-        ranks, own = self.ranks, self._own(batches)
+        ranks = self.ranks
         shares = [len(range(rank, count, ranks.size)) for rank in range(ranks.size)]
+        own = self._own(batches, shares[ranks.rank])
         for start in range(0, max(shares), len(buffer)):
             counts = [min(max(share - start, 0), len(buffer)) for share in shares]
             with ranks.agreed():
@@ -263,36 +266,43 @@ class GradientCollector:
             )
         return mean_square
 
-    def _own(self, batches: Iterable[Any]) -> Iterator[tuple[int, Tensor]]:
-        """(number of the batch, its gradient) for each gradient of this rank's batches."""
-        for number, batch in enumerate(batches):
-            if number % self.ranks.size == self.ranks.rank:
-                for row in self._gradients(batch):
-                    yield number, row
+    def _fill(self, gradients: Iterator[Tensor], buffer: Tensor) -> int:
+        """Writes gradients into rows, and returns how many there were."""
+        filled = 0
+        for gradient in islice(gradients, len(buffer)):
+            buffer[filled].copy_(gradient, non_blocking=True)
+            filled += 1
+        self._check()
+        return filled
 
-    def _fill(self, gradients: Iterator[tuple[int, Tensor]], buffer: Tensor) -> int:
-        """Writes gradients, with the numbers of their batches, into rows, and returns how many."""
-        numbers: list[int] = []
-        largest = self.squares.new_zeros(len(buffer))
-        for number, row in islice(gradients, len(buffer)):
-            buffer[len(numbers)].copy_(row, non_blocking=True)
-            largest[len(numbers)] = torch.linalg.vector_norm(row, torch.inf)
-            self.squares += row.double().square()
-            numbers.append(number)
-            if row.device.type == "cpu" or number == 0 or len(numbers) % CHECK_EVERY == 0:
-                self._check(largest, numbers)
-        self._check(largest, numbers)
-        return len(numbers)
+    def _own(self, batches: Iterable[Any], count: int) -> Iterator[Tensor]:
+        """`count` gradients of this rank's batches, or as many as there are."""
+        source = enumerate(batches)
+        while count and (numbered := next(source, None)):
+            number, batch = numbered
+            if number % self.ranks.size != self.ranks.rank:
+                continue
+            rows = self._gradients(batch)[:count]
+            count -= len(rows)
+            width = max(1, tile_size(rows.device) // 32 // len(rows))  # as copies in float64
+            for part, squares in zip(rows.split(width, 1), self.squares.split(width), strict=True):
+                squares += part.double().square_().sum(0)
+            self.sums.append((number, self.squares.sum()))
+            if rows.device.type == "cpu" or number == 0 or len(self.sums) == CHECK_EVERY:
+                self._check()
+            yield from rows
 
-    def _check(self, largest: Tensor, numbers: list[int]) -> None:
-        """Raises ValueError if the largest number of a gradient is not finite. Waits for the GPU,
+    def _check(self) -> None:
+        """Raises ValueError if gradients of the last batches are not finite. Waits for the GPU,
         after which rows in main memory have arrived."""
-        bad = (~largest[: len(numbers)].isfinite()).nonzero()[:, 0].tolist()
-        if bad:
+        totals = [total for _, total in self.sums]
+        finite = torch.stack(totals).isfinite().tolist() if totals else []
+        if not all(finite):
             raise ValueError(
-                f"The gradients of batch {numbers[bad[0]]} (the first is 0) have NaN or Inf; check "
-                "the loss of that batch, and in float16 the size of the loss"
+                f"The gradients of batch {self.sums[finite.index(False)][0]} (the first is 0) have "
+                "NaN or Inf; check the loss of that batch, and in float16 the size of the loss"
             )
+        self.sums.clear()
 
     def _gradients(self, batch: Any) -> Tensor:
         """The gradients (n, d) of a batch, or of the samples in it."""

@@ -370,8 +370,8 @@ class MFACPruner(MagnitudePruner):
         loss: the mean loss of a batch, loss(model, batch), by default the cross entropy of
             (inputs, targets).
         ngrads: m, the number of gradients.
-        per_sample: each sample of a batch makes one, by dimension 0, not the batch as a whole. The
-            loss is a mean over samples. Linear layers need one backward pass a batch; see `samples`.
+        per_sample: each sample of a batch makes one, not the batch as a whole; samples are along
+            dimension 0, and the loss is a mean over them. See `samples`.
         damp: λ > 0; or "relative", a tenth of the mean squared gradient, or "relative:0.03", that
             fraction of it. It may be changed between levels.
         blocksize: of a block-diagonal F; None for the full one.

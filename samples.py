@@ -1,18 +1,19 @@
 """Gradients of single samples, from the mean loss of a batch of them.
 
-The gradient of a sample is n times the part of a batch's gradient that goes through it, n being the
-number of samples. For a linear layer with inputs aₜ and gradients δₜ of its outputs at the positions
-t (words) of the sample, it is
+The gradient of a sample is n times the part of a batch's gradient that goes through it, with n
+samples in the batch. For a linear layer with inputs aₜ and gradients δₜ of its outputs at the
+positions t (words) of the sample, it is
 
     ∂ℓ/∂W = n Σₜ δₜ aₜᵀ ,  ∂ℓ/∂b = n Σₜ δₜ                                                  (S)
 
-so one backward pass, to the outputs of the layers alone, does for a batch. Parameters of other layers
-need a batch of one for each sample: all at once by torch.func where the model allows it, else one
-after the other. Numbers are the same where the loss is a mean over samples.
+so one backward pass, to the outputs of the layers alone, does for a batch. Parameters of other
+layers need a batch of one a sample: all at once by torch.func where the model allows it, else
+one after the other. Numbers are the same where the loss is a mean over samples.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -109,9 +110,10 @@ class SampleGradients:
         others than their layers, or samples not be along dimension 0."""
         with recorded(self.layers) as calls:
             loss = self.checked_loss(batch)
-        whole = [] if self.compared else list(self.params.values())
-        edges = [call.output for call in calls]
-        found = torch.autograd.grad(loss, [*edges, *whole], allow_unused=True)
+        targets: list[Any] = [call.output for call in calls]
+        if not self.compared:
+            targets += self.params.values()
+        found = torch.autograd.grad(loss, targets, allow_unused=True)
         grads = self._from_calls(calls, found[: len(calls)], n)
         for mine, expected in zip(grads, found[len(calls) :], strict=False):
             mean = mine.sum(0).double() / n
@@ -168,7 +170,7 @@ class SampleGradients:
         """Batches of one, each with a backward pass."""
         rows = []
         for i in range(n):
-            loss = self.checked_loss(map_samples(batch, n, lambda part, i=i: part[i : i + 1]))
+            loss = self.checked_loss(map_samples(batch, n, itemgetter(slice(i, i + 1))))
             grads = torch.autograd.grad(loss, list(self.params.values()), materialize_grads=True)
             rows.append([grad.to_dense().flatten() for grad in grads])
         return [torch.stack(parts) for parts in zip(*rows, strict=True)]

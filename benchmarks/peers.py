@@ -2,18 +2,20 @@
 
     python benchmarks/peers.py --method sparsegpt --sparsity 0.7
 
-prunes the model of examples/prune_any_model.py and measures it in the same way. For a linear layer
-with weight W (outputs, inputs) and inputs X (inputs, words) of the calibration set, padding left out:
+prunes the model of examples/prune_any_model.py and measures it in the same way. For a linear
+layer with weight W (outputs, inputs) and inputs X (inputs, words), without padding:
 
-- Wanda (Sun et al., arXiv 2306.11695): of each output, the lowest |Wᵢⱼ|·‖Xⱼ‖₂ go; nothing is updated.
+- Wanda (Sun et al., arXiv 2306.11695): of each output the lowest |Wᵢⱼ|·‖Xⱼ‖₂ go. The others stay as
+  they are.
 - SparseGPT (Frantar, Alistarh, arXiv 2301.00774, algorithm 1): H = XXᵀ + λI, λ a hundredth of the
-  mean of its diagonal, and H⁻¹ = UᵀU, U upper triangular. Columns from left to right: those that go,
-  the lowest W²/U²ⱼⱼ of each 128 columns, are 0, and their error is put right in the columns after.
+  mean of the diagonal, and H⁻¹ = UᵀU, U upper triangular. Columns go from left to right. Of each
+  128 the lowest W²/U²ⱼⱼ are set to 0, and the columns after them make up for the error.
 
 Layers are pruned one after the other, each with the inputs that the pruned layers before give it.
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
@@ -30,8 +32,8 @@ COLUMNS = 128  # a block of SparseGPT, for the choice and for the updates
 
 
 def lowest(scores: Tensor, sparsity: float, pattern: str, each_row: bool) -> Tensor:
-    """Which scores (outputs, inputs) are the lowest, bool: so many of each row or of all of them, or
-    those that a pattern N:M takes of each M in a row."""
+    """Which scores (outputs, inputs) are the lowest, bool: so many of each row or of all of them,
+    or those that a pattern N:M takes of each M in a row."""
     if pattern != "unstructured":
         kept, group = map(int, pattern.split(":"))
         groups = scores.unflatten(1, (-1, group))
@@ -87,10 +89,8 @@ def calls_of(layer: nn.Module, run: Callable[[Any], Any], batches: Iterable[Any]
 
     handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
     for batch in batches:
-        try:
+        with contextlib.suppress(Stop):
             run(batch)
-        except Stop:
-            pass
     handle.remove()
     return calls
 
@@ -108,24 +108,21 @@ def prune_layers(
     with `calls`. `words` (sentences, length) bool for each call are no padding."""
     for layer in layers:
         linear = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-        sums = [module.weight.new_zeros(module.in_features, module.in_features) for module in linear]
-        counted = words[0]
+        sums = {m: m.weight.new_zeros(m.in_features, m.in_features) for m in linear}
+        counted: list[Tensor] = []
 
-        def add(total: Tensor) -> Callable[..., None]:
-            def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
-                X = inputs[0][counted]
-                total.addmm_(X.T, X)
+        def add(module: nn.Module, inputs: tuple[Tensor], sums=sums, counted=counted) -> None:
+            X = inputs[0][counted[-1]]
+            sums[module].addmm_(X.T, X)
 
-            return hook
-
-        hooks = zip(linear, sums, strict=True)
-        handles = [module.register_forward_pre_hook(add(total)) for module, total in hooks]
-        for (args, named), counted in zip(calls, words, strict=True):
+        handles = [module.register_forward_pre_hook(add) for module in linear]
+        for (args, named), inside in zip(calls, words, strict=True):
+            counted.append(inside)
             layer(*args, **named)
         for handle in handles:
             handle.remove()
-        for module, total in zip(linear, sums, strict=True):
-            module.weight.copy_(method(module.weight, total, sparsity, pattern))
+        for module in linear:
+            module.weight.copy_(method(module.weight, sums[module], sparsity, pattern))
         calls = [((layer(*args, **named), *args[1:]), named) for args, named in calls]
 
 
