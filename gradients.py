@@ -7,7 +7,7 @@ gradient a batch and keeps the entries of the weights alive, on one device, with
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
-from blocks import tile_size
 from checks import check_integer, is_real, kind
 from ranks import Ranks
-from samples import SampleGradients, batch_size
+from samples import Factors, OuterProducts, SampleGradients, add_squares_, batch_size
 
 __all__ = ["Batches", "cross_entropy"]
 
@@ -201,6 +200,7 @@ class GradientCollector:
         model, loss: a gradient is that of loss(model, batch).
         params: the parameters, by name.
         alive: indices (d,) of the weights alive among all of `params`, flattened one after another.
+        count: m, the number of gradients.
         like: an empty tensor of the type and on the device of the gradients.
         ranks: the processes that share the work.
         per_sample: each sample of a batch makes a gradient; see `samples`.
@@ -214,41 +214,71 @@ class GradientCollector:
         loss: Callable[[nn.Module, Any], Tensor],
         params: Mapping[str, nn.Parameter],
         alive: Tensor,
+        count: int,
         like: Tensor,
         ranks: Ranks,
         per_sample: bool = False,
     ):
         self.model, self.loss, self.params = model, loss, list(params.values())
-        self.alive, self.like, self.ranks, self.checked = alive, like, ranks, False
+        self.alive, self.count, self.like, self.ranks = alive, count, like, ranks
+        self.checked = False
         self.samples = SampleGradients(model, loss, params, self._loss) if per_sample else None
         self.squares = torch.zeros(len(alive), dtype=torch.float64, device=like.device)
-        self.sums: list[tuple[int, Tensor]] = []  # of these after a batch, until it is checked
+        self.sums: list[tuple[int, Tensor]] = []  # of the numbers of a batch, until it is checked
 
-    def rows(
-        self, batches: Iterable[Any], count: int, buffer: Tensor, chunk: int
+    def rows(self, batches: Iterable[Any], buffer: Tensor, chunk: int) -> Iterator[Tensor]:
+        """The gradients (·, d), as many at a time as `buffer` (n, d) holds in each rank; of each
+        this rank's `chunk` of the weights. The buffer is used again for the next ones."""
+        return self._rows(enumerate(batches), self.count, buffer, chunk)
+
+    def rows_to_sum(
+        self, batches: Iterable[Any], buffer: Tensor, chunk: int
+    ) -> Iterator[Tensor | OuterProducts]:
+        """The same for `sum_gradients`, in factors if they are of samples and linear layers."""
+        source: Iterator[tuple[int, Any]] = enumerate(batches)
+        found: list[list[Factors]] = []
+        count, waiting = self.count, 0
+        for number, batch in source if self.samples and self.ranks.size == 1 else ():
+            factors = self._factors(batch, count)
+            if factors is None:
+                source = chain([(number, batch)], source)
+                break
+            found.append(factors)
+            self.sums.append((number, torch.stack([f.sum() for pair in factors for f in pair])))
+            self._check()
+            count, waiting = count - len(factors[0][0]), waiting + len(factors[0][0])
+            if count == 0 or waiting >= len(buffer):
+                yield OuterProducts(found, self.alive, self.like, self.squares)
+                found, waiting = [], 0
+            if count == 0:
+                break
+        if found:
+            yield OuterProducts(found, self.alive, self.like, self.squares)
+        yield from self._rows(source, count, buffer, chunk)
+
+    def _rows(
+        self, source: Iterator[tuple[int, Any]], count: int, buffer: Tensor, chunk: int
     ) -> Iterator[Tensor]:
-        """`count` gradients (·, d), as many at a time as `buffer` (n, d) holds in each rank; of
-        each this rank's `chunk` of the weights. The buffer is used again for the next ones."""
         ranks = self.ranks
         shares = [len(range(rank, count, ranks.size)) for rank in range(ranks.size)]
-        own = self._own(batches, shares[ranks.rank])
+        own = self._own(source, shares[ranks.rank])
         for start in range(0, max(shares), len(buffer)):
             counts = [min(max(share - start, 0), len(buffer)) for share in shares]
             with ranks.agreed():
                 rows = buffer[: counts[ranks.rank]]
                 if self._fill(own, rows) < len(rows):
                     raise ValueError(
-                        f"Wanted {count} gradients, but the loader has fewer "
+                        f"Wanted {self.count} gradients, but the loader has fewer "
                         f"{'samples' if self.samples else 'batches'}; ask for fewer gradients or "
                         "smaller batches, or give more data"
                     )
             yield ranks.exchange(rows, counts, chunk)
         self.squares = ranks.sum(self.squares)
 
-    def mean_square(self, masks: Mapping[str, Tensor], count: int) -> float:
-        """Of `count` gradients. Warns of parameters, with these masks, that have none, and raises
+    def mean_square(self, masks: Mapping[str, Tensor]) -> float:
+        """Of all gradients. Warns of parameters, with these masks, that have none, and raises
         ValueError if all are zero."""
-        mean_square = float(self.squares.mean()) / count
+        mean_square = float(self.squares.mean()) / self.count
         if mean_square == 0.0:
             raise ValueError(
                 "All gradients are zero; the loss does not depend on the weights, as cross entropy "
@@ -275,18 +305,15 @@ class GradientCollector:
         self._check()
         return filled
 
-    def _own(self, batches: Iterable[Any], count: int) -> Iterator[Tensor]:
+    def _own(self, source: Iterator[tuple[int, Any]], count: int) -> Iterator[Tensor]:
         """`count` gradients of this rank's batches, or as many as there are."""
-        source = enumerate(batches)
         while count and (numbered := next(source, None)):
             number, batch = numbered
             if number % self.ranks.size != self.ranks.rank:
                 continue
             rows = self._gradients(batch)[:count]
             count -= len(rows)
-            width = max(1, tile_size(rows.device) // 32 // len(rows))  # as copies in float64
-            for part, squares in zip(rows.split(width, 1), self.squares.split(width), strict=True):
-                squares += part.double().square_().sum(0)
+            add_squares_(self.squares, rows)
             self.sums.append((number, self.squares.sum()))
             if rows.device.type == "cpu" or number == 0 or len(self.sums) == CHECK_EVERY:
                 self._check()
@@ -295,7 +322,7 @@ class GradientCollector:
     def _check(self) -> None:
         """Raises ValueError if gradients of the last batches are not finite. Waits for the GPU,
         after which rows in main memory have arrived."""
-        totals = [total for _, total in self.sums]
+        totals = [total.sum() for _, total in self.sums]
         finite = torch.stack(totals).isfinite().tolist() if totals else []
         if not all(finite):
             raise ValueError(
@@ -317,6 +344,13 @@ class GradientCollector:
                 parts = self.samples(batch)
         rows = torch.cat([part.to(self.like) for part in parts], dim=1)
         return rows if rows.shape[1] == len(self.alive) else rows.index_select(1, self.alive)
+
+    def _factors(self, batch: Any, most: int) -> list[Factors] | None:
+        """The gradients of at most so many samples in a batch, if linear layers give them."""
+        torch.clear_autocast_cache()
+        with torch.enable_grad():
+            factors = self.samples.factors(batch) if self.samples else None
+        return factors and [(left[:most], right[:most]) for left, right in factors]
 
     def _loss(self, batch: Any) -> Tensor:
         """The loss of a batch, with a graph."""

@@ -152,7 +152,7 @@ class PagedInverseFisher(StaticInverseFisher):
             return self.matvec(x)
         return in_type_of(x, left / self.damp)
 
-    def for_removal(self) -> "PagedInverseFisher":
+    def for_removal(self, once: bool = False) -> "PagedInverseFisher":
         """F⁻¹ to remove weights from, on the same gradients."""
         return copy.copy(self)
 
@@ -318,11 +318,16 @@ class BlockedInverseFisher(StaticInverseFisher):
         x64 = check_vector("x", x, self.shape[0], self.device)
         return in_type_of(x, self._each("matvec", x64))
 
-    def for_removal(self) -> "BlockedInverseFisher":
-        """F⁻¹ to remove weights from: for formed blocks another 8·d·b bytes."""
-        removable = copy.copy(self)
-        removable._diagonal = None
-        removable._parts = [(*where, part.for_removal(self.damp)) for *where, part in self._parts]
+    def for_removal(self, once: bool = False) -> "BlockedInverseFisher":
+        """F⁻¹ to remove weights from: for formed blocks another 8·d·b bytes, unless it is done
+        once and this one is given up."""
+        removable, parts = copy.copy(self), self._parts[::-1]
+        removable._diagonal, removable._parts = None, []
+        if once:
+            self._parts = []
+        while parts:  # each is freed before the next is made
+            *where, part = parts.pop()
+            removable._parts.append((*where, part.for_removal(self.damp)))
         return removable
 
     def remove_(self, dropped: Tensor, w: Tensor) -> Tensor:
@@ -407,6 +412,7 @@ class MFACPruner(MagnitudePruner):
     _last_written: dict[str, Tensor]  # weights as the pruner left them
     _weights_alive: WeightsAlive  # then
     _inverse: Any  # F⁻¹ for these, or None
+    _once = False  # whether it is for one pruning alone
     _mean_square: float  # of their gradients
 
     def __init__(
@@ -534,7 +540,7 @@ class MFACPruner(MagnitudePruner):
         start, weights = self._start_masks, self._weights_alive
         masks, w = start, weights.gather(self._start_weights).double()
         alive = torch.ones_like(w, dtype=torch.bool)
-        inverse = self._inverse if self.rounds == 1 else self._inverse.for_removal()
+        inverse = self._inverse if self.rounds == 1 else self._inverse.for_removal(self._once)
         for part in range(1, self.rounds + 1):
             saliency = torch.where(alive, w.square() / (2 * inverse.diagonal()), 0)
             zeros = zeros_on_the_way(start, wanted, part / self.rounds)
@@ -559,7 +565,7 @@ class MFACPruner(MagnitudePruner):
                 part = copy.copy(self)
                 part.input_dimensions = {name: self.input_dimensions[name] for name in names}
                 part.masks = {name: self.masks[name] for name in names}
-                part.portions = [names]
+                part.portions, part._once = [names], True
                 part.release()
                 own = [(group, zeros) for group, zeros in wanted if group[0] in part.masks]
                 if any(zeros > part._zeros(group) for group, zeros in own):
@@ -601,9 +607,10 @@ class MFACPruner(MagnitudePruner):
         chunk = ranks.chunk(d) if whole else b * ranks.chunk(-(-d // b))  # of columns for a rank
         kept = whole or b > m  # G; else blocks are formed from some gradients at a time
         options: dict[str, Any] = {"device": self.device, "perbatch": self.perbatch}
-        sizes = {"blocksize": self.blocksize, "pages": self.pages, "rounds": self.rounds, **options}
-        rows = ranks.chunk(m) if kept else min(BATCH, ranks.chunk(m))
-        buffer = gradient_buffer(rows, m, d, self.grads_dtype, shared=ranks.size > 1, **sizes)
+        rounds = 1 if self._once else self.rounds
+        sizes = {"blocksize": self.blocksize, "pages": self.pages, "rounds": rounds, **options}
+        n = ranks.chunk(m) if kept else min(BATCH, ranks.chunk(m))
+        buffer = gradient_buffer(n, m, d, self.grads_dtype, shared=ranks.size > 1, **sizes)
         began = time.perf_counter()
         with (
             self._unregistered() as params,  # weights that are pruned now may be alive in here
@@ -611,14 +618,15 @@ class MFACPruner(MagnitudePruner):
         ):
             like = buffer.new_empty(0, device=self.device)
             collector = GradientCollector(
-                self.model, self.loss, params, alive.index, like, ranks, self.per_sample
+                self.model, self.loss, params, alive.index, m, like, ranks, self.per_sample
             )
-            grads: Any = collector.rows(self.batches.draw(number, ranks), m, buffer, chunk)
+            rows = collector.rows if kept else collector.rows_to_sum
+            grads: Any = rows(self.batches.draw(number, ranks), buffer, chunk)
             if kept:
                 (grads,) = grads
             else:
                 inverse: Any = BlockedInverseFisher(grads, b, **options)
-        self._mean_square = collector.mean_square(masks, m)
+        self._mean_square = collector.mean_square(masks)
         self.seconds["gradients"] += time.perf_counter() - began
         began, damp = time.perf_counter(), self._absolute_damp()
         with ranks.agreed():

@@ -11,6 +11,7 @@ layers need a batch of one a sample: all at once by torch.func where the model a
 one after the other. Numbers are the same where the loss is a mean over samples.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
@@ -22,6 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from checks import kind
 
+TILE = 2**21  # numbers that are formed at once
 AGREE = 0.01  # relative error that the sum over samples of the first batch may have; half precision
 
 
@@ -54,6 +56,13 @@ def map_samples(batch: Any, n: int, change: Callable[[Any], Any]) -> Any:
     return type(batch)(*changed) if hasattr(batch, "_fields") else type(batch)(changed)
 
 
+class NotPossible(Exception):
+    """The model does not allow this way of computing gradients."""
+
+
+Factors = tuple[Tensor, Tensor]  # (n, T, p) and (n, T, q): gradients Σₜ leftₜ rightₜᵀ (n, p·q)
+
+
 class Call(NamedTuple):
     """What a linear layer was called with, and where the gradient of its output comes from."""
 
@@ -62,9 +71,100 @@ class Call(NamedTuple):
     version: int
     output: GradientEdge
 
+    def factors(self, delta: Tensor, n: int) -> Iterator[tuple[nn.Parameter, Factors]]:
+        """Those of (S) for each parameter of the layer, from the gradient of its output."""
+        if self.inputs.ndim < 2 or len(self.inputs) != n:
+            raise NotPossible
+        if self.inputs._version != self.version:
+            raise ValueError(
+                f"The input of a {type(self.layer).__name__} is changed in place after it; "
+                "per_sample needs it as it was"
+            )
+        a = self.inputs.reshape(n, -1, self.inputs.shape[-1]).to(delta.dtype)
+        delta = n * delta.reshape(n, -1, delta.shape[-1])
+        for p in self.layer.parameters(recurse=False):
+            if p.ndim == 1:
+                yield p, (delta, delta.new_ones(n, delta.shape[1], 1))
+            else:
+                yield p, ((a, delta) if is_transposed(self.layer) else (delta, a))
 
-class NotPossible(Exception):
-    """The model does not allow this way of computing gradients."""
+
+def joined_factors(parts: Sequence[Factors], p: nn.Parameter, n: int) -> Factors:
+    """Of all calls of a layer, after each other."""
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return p.new_zeros(n, 0, p.shape[0]), p.new_zeros(n, 0, p[0].numel())
+    left, right = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+    return left, right
+
+
+class OuterProducts:
+    """Gradients G (n, d) of samples for the weights alive, in factors, of which columns are formed
+    when they are read, in order.
+
+    Args:
+        batches: the factors of the parameters for each batch.
+        alive: indices (d,) of the weights alive among all parameters.
+        like: an empty tensor of the type and on the device of the gradients.
+        squares: (d,), to which those of columns are added when they are formed.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[Sequence[Factors]],
+        alive: Tensor,
+        like: Tensor,
+        squares: Tensor,
+    ):
+        self.batches, self.alive, self.like, self.squares = batches, alive, like, squares
+        self.sizes = [len(factors[0][0]) for factors in batches]
+        self.shape = sum(self.sizes), len(alive)
+        # Tiles are some rows of a parameter each: (parameter, rows, first weight among all).
+        self.tiles: list[tuple[int, slice, int]] = []
+        total = 0
+        for i, (left, right) in enumerate(batches[0]):
+            p, q = left.shape[2], right.shape[2]
+            height = max(1, TILE // (self.shape[0] * q))
+            for start in range(0, p, height):
+                self.tiles.append((i, slice(start, min(start + height, p)), total + start * q))
+            total += p * q
+        firsts = torch.tensor([first for *_, first in self.tiles], device=alive.device)
+        self.starts = [*torch.searchsorted(alive, firsts).tolist(), len(alive)]
+        self.complete = total == len(alive)
+        self.at, self.tile = -1, like  # the tile that has been formed last
+
+    def __getitem__(self, index: tuple[slice, slice]) -> Tensor:
+        """G[:, columns]"""
+        at, stop = index[1].start, index[1].stop
+        pieces = []
+        while at < stop:
+            i = bisect_right(self.starts, at) - 1
+            if i != self.at:
+                self.at, self.tile = i, self._formed(i)
+            pieces.append(self.tile[:, at - self.starts[i] : stop - self.starts[i]])
+            at += pieces[-1].shape[1]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+    def _formed(self, i: int) -> Tensor:
+        param, rows, first = self.tiles[i]
+        width = (rows.stop - rows.start) * self.batches[0][param][1].shape[2]
+        tile = self.like.new_empty(self.shape[0], width)
+        for part, factors in zip(tile.split(self.sizes), self.batches, strict=True):
+            left, right = factors[param]
+            part.copy_(torch.bmm(left[:, :, rows].mT, right).flatten(1))
+        columns = slice(self.starts[i], self.starts[i + 1])
+        if not self.complete:
+            tile = tile.index_select(1, self.alive[columns] - first)
+        add_squares_(self.squares[columns], tile)
+        return tile
+
+
+def add_squares_(squares: Tensor, rows: Tensor) -> None:
+    """Adds those of gradients (n, d) to squares (d,) in float64."""
+    width = max(1, TILE // (32 if rows.device.type == "cpu" else 1) // len(rows))
+    for part, those in zip(rows.split(width, 1), squares.split(width), strict=True):
+        those += part.double().square_().sum(0)
 
 
 class SampleGradients:
@@ -93,58 +193,57 @@ class SampleGradients:
             self.ways.append(self._by_layers)
 
     def __call__(self, batch: Any) -> list[Tensor]:
-        n = batch_size(batch)
-        if n == 0:
-            raise ValueError(
-                f"per_sample needs batches of tensors with samples along dimension 0, got "
-                f"{kind(batch)}; without per_sample each batch is one gradient"
-            )
+        n = self._size(batch)
         while True:
             try:
                 return self.ways[-1](batch, n)
             except NotPossible:
                 self.ways.pop()
 
+    def factors(self, batch: Any) -> list[Factors] | None:
+        """The gradients of a batch by (S), for each parameter; None if that is not possible. It is
+        compared with the gradient of the first batch: weights may be used by others than their
+        layers, or samples not be along dimension 0."""
+        if self.ways[-1] != self._by_layers:
+            return None
+        try:
+            return self._factors(batch, self._size(batch))
+        except NotPossible:
+            self.ways.pop()
+            return None
+
+    def _size(self, batch: Any) -> int:
+        n = batch_size(batch)
+        if n == 0:
+            raise ValueError(
+                f"per_sample needs batches of tensors with samples along dimension 0, got "
+                f"{kind(batch)}; without per_sample each batch is one gradient"
+            )
+        return n
+
     def _by_layers(self, batch: Any, n: int) -> list[Tensor]:
-        """By (S), which is compared with the gradient of the first batch: weights may be used by
-        others than their layers, or samples not be along dimension 0."""
+        return [torch.bmm(left.mT, right).flatten(1) for left, right in self._factors(batch, n)]
+
+    def _factors(self, batch: Any, n: int) -> list[Factors]:
         with recorded(self.layers) as calls:
             loss = self.checked_loss(batch)
         targets: list[Any] = [call.output for call in calls]
         if not self.compared:
             targets += self.params.values()
         found = torch.autograd.grad(loss, targets, allow_unused=True)
-        grads = self._from_calls(calls, found[: len(calls)], n)
-        for mine, expected in zip(grads, found[len(calls) :], strict=False):
-            mean = mine.sum(0).double() / n
+        parts: dict[int, list[Factors]] = {id(p): [] for p in self.params.values()}
+        for call, delta in zip(calls, found, strict=False):
+            if delta is not None:  # else the loss does not depend on this output
+                for p, factors in call.factors(delta, n):
+                    parts.setdefault(id(p), []).append(factors)
+        joined = [joined_factors(parts[id(p)], p, n) for p in self.params.values()]
+        for (left, right), expected in zip(joined, found[len(calls) :], strict=False):
+            mean = (left.flatten(0, 1).mT @ right.flatten(0, 1)).flatten().double() / n
             expected = torch.zeros_like(mean) if expected is None else expected.flatten().double()
             if not (mean - expected).norm() <= AGREE * expected.norm():
                 raise NotPossible
         self.compared = True
-        return grads
-
-    def _from_calls(
-        self, calls: Sequence[Call], deltas: Sequence[Tensor | None], n: int
-    ) -> list[Tensor]:
-        grads: dict[int, Tensor] = {}
-        for call, delta in zip(calls, deltas, strict=True):
-            if delta is None:  # the loss does not depend on this output
-                continue
-            if call.inputs.ndim < 2 or len(call.inputs) != n:
-                raise NotPossible
-            if call.inputs._version != call.version:
-                raise ValueError(
-                    f"The input of a {type(call.layer).__name__} is changed in place after it; "
-                    "per_sample needs it as it was"
-                )
-            a = call.inputs.reshape(n, -1, call.inputs.shape[-1]).to(delta.dtype)
-            delta = n * delta.reshape(n, -1, delta.shape[-1])
-            left, right = (a, delta) if is_transposed(call.layer) else (delta, a)
-            for p in call.layer.parameters(recurse=False):
-                part = delta.sum(1) if p.ndim == 1 else torch.bmm(left.mT, right).flatten(1)
-                grads[id(p)] = grads[id(p)] + part if id(p) in grads else part
-        params = self.params.values()
-        return [grads[id(p)] if id(p) in grads else p.new_zeros(n, p.numel()) for p in params]
+        return joined
 
     def _by_vmap(self, batch: Any, n: int) -> list[Tensor]:
         """Batches of one, all at once."""

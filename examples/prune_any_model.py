@@ -55,20 +55,20 @@ def prune(
     sparsity: float,
     *,
     pattern: str = "unstructured",
-    layers: int = 2,
+    portions: int | None = None,
     **options: Any,
 ) -> None:
-    """Encoder layers in turn, some at a time: memory is that of the inverse of so many."""
-    weights = [name for name, p in model.named_parameters() if "layer." in name and p.ndim == 2]
-    each = len(weights) // model.config.num_hidden_layers
-    for start in range(0, len(weights), layers * each):
-        names = weights[start : start + layers * each]
-        if pruner == "magnitude":
-            MagnitudePruner(model, names, pattern=pattern).prune(sparsity)
-        else:
-            pruner_ = MFACPruner(model, loader, names, pattern=pattern, loss=loss, **options)
-            pruner_.prune(sparsity)
-            print(names[0], pruner_.seconds, flush=True)
+    """Encoder layers in turn, unless `portions` says otherwise: memory is that of the inverse of
+    one, and its gradients are of the model that those before have left."""
+    layers = model.config.num_hidden_layers
+    names = [name for name, p in model.named_parameters() if "layer." in name and p.ndim == 2]
+    if pruner == "magnitude":
+        for i in range(layers):
+            ours = [name for name in names if f"layer.{i}." in name]
+            MagnitudePruner(model, ours, pattern=pattern).prune(sparsity)
+    else:
+        options |= {"portions": portions or layers, "loss": loss, "pattern": pattern}
+        MFACPruner(model, loader, names, **options).prune(sparsity)
 
 
 # --- real sentences, and what becomes of their similarities ---------------------------------------
@@ -137,11 +137,11 @@ def main() -> dict[str, float]:
     parser.add_argument("--pruner", choices=["mfac", "magnitude"], default="mfac")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--pattern", default="unstructured", help="such as 2:4")
-    parser.add_argument("--layers", type=int, default=1, help="pruned at a time")
+    parser.add_argument("--portions", type=int, help="pruned in turn; by default the layers")
     parser.add_argument("--ngrads", type=int, default=512)
     parser.add_argument("--per_sample", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--damp", default="relative:0.1")
-    parser.add_argument("--blocksize", type=int, default=128)
+    parser.add_argument("--blocksize", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=8, help="parts in which weights are chosen")
     parser.add_argument("--sentences", type=int, default=544, help="to compare the models on")
     parser.add_argument("--output", type=Path, metavar="FOLDER")

@@ -1,5 +1,5 @@
-"""Gradients of single samples: for layers of all kinds those of a backward pass for each sample, and
-pruning by them as by the dense Fisher matrix."""
+"""Gradients of single samples: those of a backward pass each, for layers of all kinds, and pruning
+by them as by the dense Fisher matrix."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from transformers import BatchEncoding
 from transformers.pytorch_utils import Conv1D
 
 from prun import MFACPruner
-from samples import SampleGradients
+from samples import OuterProducts, SampleGradients
 
 N = 5
 
@@ -270,9 +270,9 @@ def test_half_precision_and_autocast():
     model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3))
     batch = torch.randn(6, 4), torch.randint(3, (6,))
     params = dict(model.named_parameters())
-    exact = SampleGradients(
-        model, mse_loss, params, lambda b: cross_entropy(model(b[0]), b[1])
-    )(batch)
+    exact = SampleGradients(model, mse_loss, params, lambda b: cross_entropy(model(b[0]), b[1]))(
+        batch
+    )
 
     def in_autocast(batch):
         with torch.autocast("cpu", torch.bfloat16):
@@ -282,3 +282,24 @@ def test_half_precision_and_autocast():
     for found, expected in zip(rounded(batch), exact, strict=True):
         assert (found - expected).norm() < 0.02 * expected.norm()
     assert rounded.ways[-1].__name__ == "_by_layers"
+
+
+@pytest.mark.parametrize("rows", [3, 7, 100])
+@pytest.mark.parametrize("share", [1.0, 0.6])
+def test_columns_that_are_formed_from_factors_are_those_of_the_gradients(rows, share, monkeypatch):
+    """Some weights alive, any tiles, batches of several sizes and lengths."""
+    monkeypatch.setattr("samples.TILE", 100 * rows)
+    model = MODELS["shared"][0]()
+    params = dict(model.named_parameters())
+    batches = [torch.randn(n, words, 4) for n, words in ((5, 3), (2, 6), (4, 1))]
+    gradients = SampleGradients(model, mse_loss, params, lambda x: model(x).square().mean())
+    G = torch.cat([torch.cat(gradients(batch), dim=1) for batch in batches])
+    factors = [gradients.factors(batch) for batch in batches]
+    alive = (torch.rand(G.shape[1]) < share).nonzero()[:, 0]
+    squares = torch.zeros(len(alive), dtype=torch.float64)
+    products = OuterProducts(factors, alive, torch.empty(0), squares)
+    assert products.shape == (11, len(alive))
+    for start in range(0, len(alive), rows):
+        columns = slice(start, min(start + rows, len(alive)))
+        torch.testing.assert_close(products[:, columns], G[:, alive[columns]])
+    torch.testing.assert_close(squares, G[:, alive].double().square().sum(0))
