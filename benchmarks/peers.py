@@ -1,6 +1,6 @@
 """What M-FAC is compared with: Wanda and SparseGPT, layer by layer, from their papers' definitions.
 
-    python benchmarks/peers.py --method sparsegpt --sparsity 0.7
+    python benchmarks/peers.py --pruner sparsegpt --sparsity 0.7
 
 prunes the model of examples/prune_any_model.py and measures it in the same way. For a linear
 layer with weight W (outputs, inputs) and inputs X (inputs, words), without padding:
@@ -130,7 +130,7 @@ def main() -> dict[str, float]:
     from examples.prune_any_model import Setting
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--method", choices=["wanda", "sparsegpt"], required=True)
+    parser.add_argument("--pruner", choices=["wanda", "sparsegpt"], required=True)
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--pattern", default="unstructured", help="or N:M such as 2:4")
     parser.add_argument("--batches", type=int, default=64, help="of 8 sentences")
@@ -142,7 +142,7 @@ def main() -> dict[str, float]:
     layers = model.encoder.layer
     calls = calls_of(layers[0], lambda batch: model(**batch), batches)
     words = [batch["attention_mask"].bool() for batch in batches]
-    method = {"wanda": wanda, "sparsegpt": sparsegpt}[args.method]
+    method = {"wanda": wanda, "sparsegpt": sparsegpt}[args.pruner]
     prune_layers(layers, calls, words, method, args.sparsity, args.pattern)
     return setting.agreement()
 
