@@ -369,8 +369,8 @@ class MFACPruner(MagnitudePruner):
 
     Args:
         model, params, ignore, scope, pattern, masks, keep_zeros: as for `MagnitudePruner`.
-        portions: likewise; each has an F⁻¹ of its own, of the model that those before have left, one
-            in memory at a time; and every level starts from the level before.
+        portions: likewise; each has an F⁻¹ of its own, of the model that those before have left,
+            one in memory at a time; and every level starts from the level before.
         loader: yields batches, each of which makes one gradient; see `gradients.Batches`.
         loss: the mean loss of a batch, loss(model, batch), by default the cross entropy of
             (inputs, targets).
