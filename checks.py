@@ -128,10 +128,12 @@ def check_group(group: dict[str, Any], shared: dict[str, Any]) -> None:
         raise ValueError("Tensor lr must be 1-element")
     if not 0.0 <= group["lr"]:
         raise ValueError(f"Invalid learning rate: {group['lr']}; it must be at least 0")
-    if not 0.0 <= group["momentum"] < 1.0:
+    if not 0.0 <= group.get("momentum", 0) < 1.0:
         raise ValueError(f"Invalid momentum: {group['momentum']}; it must be in [0, 1)")
     if not 0.0 <= group["weight_decay"]:
         raise ValueError(f"Invalid weight_decay: {group['weight_decay']}; it must be at least 0")
+    if group.get("normalize") not in (None, "layer"):
+        raise ValueError(f"Invalid normalize: {group['normalize']!r}; it must be 'layer' or None")
     for name in shared.keys() & group.keys():
         if group[name] != shared[name]:
             raise ValueError(

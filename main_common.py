@@ -265,7 +265,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
             entries = {}  # that the first step makes
             if isinstance(optimizer, torch.optim.Adam):
                 entries = {"step": torch.tensor(0.0), "exp_avg": weight, "exp_avg_sq": weight}
-            elif group["momentum"]:
+            elif isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
                 entries = {"momentum_buffer": weight}
             if entries:
                 expected["state"][number] = {**expected["state"].get(number, {}), **entries}
@@ -486,10 +486,13 @@ class Stopwatch:
 
 
 def summed_cross_entropy(
-    images: torch.Tensor, outputs: torch.Tensor, labels: torch.Tensor
+    images: torch.Tensor,
+    outputs: torch.Tensor,
+    labels: torch.Tensor,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """The loss of a batch by default."""
-    return cross_entropy(outputs, labels, reduction="sum")
+    return cross_entropy(outputs, labels, reduction="sum", label_smoothing=label_smoothing)
 
 
 class TrainingStep:
@@ -583,9 +586,13 @@ class TrainingStep:
         except RuntimeError as error:
             note(f"no CUDA graph for this model and optimizer: {str(error).splitlines()[0]}")
             self.wanted = False
+            torch.cuda.set_stream(here)  # a failed capture leaves its own stream current
+            # It also leaves the generator in a mode in which nothing can be drawn (torch < 2.12). A
+            # copy of its state has the same seed and offset, but not that mode.
+            generator = torch.cuda.default_generators[self.stream.device.index]
+            generator.graphsafe_set_state(generator.clone_state())
         finally:
             self.watch = watch
-            torch.cuda.set_stream(here)  # a failed capture leaves its own stream current
 
 
 def train_epoch(

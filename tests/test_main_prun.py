@@ -54,13 +54,15 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(dataset, checkpoint, tmp_path, monkeypatch):
-    """A function that runs the script in an empty folder, and returns the status it ends with."""
+def run(dataset, checkpoint, tmp_path, monkeypatch, blank_pictures):
+    """A function that runs the script in an empty folder, and returns the status it ends with: on
+    the CPU, as bits are compared."""
     monkeypatch.chdir(tmp_path)
+    defaults = {"--dataset": dataset, "--checkpoint": checkpoint, "--device": "cpu"}
 
     def call(*flags) -> int:
         command = [str(flag) for flag in flags]
-        for flag, value in (("--dataset", dataset), ("--checkpoint", checkpoint)):
+        for flag, value in defaults.items():
             if flag not in command:
                 command += [flag, str(value)]
         try:
@@ -91,7 +93,7 @@ RUNS = {  # flags of a run of each kind; --batchsize 32 makes three batches an e
 def start(*flags, **options) -> subprocess.Popen:
     """The script in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), *map(str, flags)]
+    command = [sys.executable, str(SCRIPT), *map(str, flags), "--device", "cpu"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, **pipes | options)
 
@@ -192,7 +194,7 @@ def test_the_published_command(tmp_path):
 
 
 @pytest.mark.parametrize("pruner", ["magnitude", "gmp", "GMP", "mfac"])
-def test_models_figures_and_lines(run, dataset, pruner, capsys):
+def test_models_figures_and_lines(run, dataset, pruner, capsys, figures):
     flags = FEW if pruner == "mfac" else []
     levels = [0.123, 0.5, 0.87654]
     assert run("--pruner", pruner, *flags, "--sparsities", *levels, "--out", "net") == 0

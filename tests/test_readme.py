@@ -129,5 +129,8 @@ def test_what_make_demo_runs(call):
     assert len(commands) == 3
     for command in commands:
         call(command)
-    for name in ("demo", "demo-magnitude", "demo-mfac"):
-        assert Path("runs", f"{name}.png").stat().st_size > 0
+    last = shown.splitlines()[-1]
+    pictures, pages = re.findall(r"runs/\S+\.png", last), re.findall(r"examples/\w+\.ipynb", last)
+    assert last.startswith("echo ") and len(pictures) == 2 and len(pages) == 1
+    assert all(Path(picture).stat().st_size > 0 for picture in pictures)
+    assert all((ROOT / page).is_file() for page in pages)
