@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fisher import as_matrix
+from samples import OuterProducts
 
 Layout = list[tuple[slice, int]]  # columns of some blocks each, with the block size
 
@@ -136,7 +137,7 @@ class DenseBlocks:
 
 
 class RemovableDenseBlocks:
-    """V = H⁻¹ (k, b, b) of the weights that are left of k blocks, 0 where they are gone."""
+    """V = H⁻¹ (k, b, b) of the weights that are left of k blocks; about 0 where they are gone."""
 
     def __init__(self, V: Tensor):
         self.V = V
@@ -147,22 +148,23 @@ class RemovableDenseBlocks:
     def remove_(self, damp: float, dropped: Tensor, w: Tensor) -> Tensor:
         """(5), and δ = −V_{:Q} V_QQ⁻¹ w_Q, on the rows of Q alone: as many as the block has that
         loses most, with zeros for the others."""
+        k, b = dropped.shape
         most = int(dropped.sum(1).max())
         Q = dropped.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # (k, most)
         valid = dropped.gather(1, Q)
-        rows = self.V.gather(1, Q[:, :, None].expand(-1, -1, self.V.shape[2]))
+        index = Q + torch.arange(0, k * b, b, device=Q.device)[:, None]
+        rows = self.V.flatten(0, 1).index_select(0, index.flatten()).view(k, most, b)
         rows *= valid[:, :, None]
         V_QQ = rows.gather(2, Q[:, None, :].expand(-1, most, -1)) * valid[:, None, :]
         V_QQ.diagonal(dim1=1, dim2=2).add_(~valid)
         L, failed = torch.linalg.cholesky_ex(V_QQ)
         if bool(failed.any()):
             raise ValueError(f"damp = {damp:g} is too small for rounds; use more, or one round")
-        X = torch.linalg.solve_triangular(L, rows, upper=False)  # XᵀX = V_{:Q} V_QQ⁻¹ V_{Q:}
         removed = (w.gather(1, Q) * valid)[:, :, None]
-        delta = -(X.mT @ torch.linalg.solve_triangular(L, removed, upper=False))[:, :, 0]
+        solved = torch.linalg.solve_triangular(L, torch.cat([rows, removed], dim=2), upper=False)
+        X, y = solved[:, :, :b], solved[:, :, b:]  # XᵀX = V_{:Q} V_QQ⁻¹ V_{Q:}
         self.V.baddbmm_(X.mT, X, alpha=-1)
-        self.V.masked_fill_(dropped[:, :, None] | dropped[:, None, :], 0)
-        return delta
+        return -(X.mT @ y)[:, :, 0]
 
 
 class LowRankBlocks:
@@ -223,14 +225,17 @@ class LowRankBlocks:
 
 
 def sum_gradients(
-    gradients: Iterable[Tensor], layout: Callable[[int], Layout], device: torch.device
+    gradients: Iterable[Tensor | OuterProducts],
+    layout: Callable[[int], Layout],
+    device: torch.device,
 ) -> tuple[int, list[tuple[slice, int, DenseBlocks]]]:
     """d and, for all columns of a layout and their block size, F⁻¹ from gradients that are iterated
     over: (d,) or some of them (n, d), in memory that may be used again for the next ones."""
     sums: list[tuple[slice, int, Tensor]] = []
     m = d = 0
     for rows in gradients:
-        rows = as_matrix(rows[None] if getattr(rows, "ndim", 2) == 1 else rows)
+        if not isinstance(rows, OuterProducts):
+            rows = as_matrix(rows[None] if getattr(rows, "ndim", 2) == 1 else rows).to(device)
         if m == 0:
             d = rows.shape[1]
             for columns, b in layout(d):
@@ -239,7 +244,7 @@ def sum_gradients(
                 sums.append((columns, b, H))
         if rows.shape[1] != d:
             raise ValueError(f"Expected gradients of {d} weights, got {rows.shape[1]}")
-        m, rows = m + len(rows), rows.to(device)
+        m += rows.shape[0]
         for columns, _, H in sums:
             add_block_sums_(H, rows[:, columns])
     if m == 0:

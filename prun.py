@@ -36,7 +36,6 @@ Information", NeurIPS 2021, arXiv 2107.03356, sections 3.1 (static algorithm) an
 """
 
 import copy
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from itertools import pairwise
@@ -69,7 +68,7 @@ from masks import MagnitudePruner, WeightsAlive, check_model
 from memory import check_sizes, gradient_buffer, inverse_bytes
 from pages import Pages
 from ranks import Ranks, find_process_group, or_default
-from reports import Reporter
+from reports import Reporter, timed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -152,7 +151,7 @@ class PagedInverseFisher(StaticInverseFisher):
             return self.matvec(x)
         return in_type_of(x, left / self.damp)
 
-    def for_removal(self) -> "PagedInverseFisher":
+    def for_removal(self, once: bool = False) -> "PagedInverseFisher":
         """F⁻¹ to remove weights from, on the same gradients."""
         return copy.copy(self)
 
@@ -318,11 +317,16 @@ class BlockedInverseFisher(StaticInverseFisher):
         x64 = check_vector("x", x, self.shape[0], self.device)
         return in_type_of(x, self._each("matvec", x64))
 
-    def for_removal(self) -> "BlockedInverseFisher":
-        """F⁻¹ to remove weights from: for formed blocks another 8·d·b bytes."""
-        removable = copy.copy(self)
-        removable._diagonal = None
-        removable._parts = [(*where, part.for_removal(self.damp)) for *where, part in self._parts]
+    def for_removal(self, once: bool = False) -> "BlockedInverseFisher":
+        """F⁻¹ to remove weights from: for formed blocks another 8·d·b bytes, unless it is done
+        once and this one is given up."""
+        removable, parts = copy.copy(self), self._parts[::-1]
+        removable._diagonal, removable._parts = None, []
+        if once:
+            self._parts = []
+        while parts:  # each is freed before the next is made
+            *where, part = parts.pop()
+            removable._parts.append((*where, part.for_removal(self.damp)))
         return removable
 
     def remove_(self, dropped: Tensor, w: Tensor) -> Tensor:
@@ -361,17 +365,18 @@ class MFACPruner(MagnitudePruner):
     F⁻¹ is of the weights alive, at the last recomputation: done before the first pruning, by
     `recompute`, and whenever the parameters in `masks`, others are not watched, have changed since
     the pruner last wrote them. Until the next one, every level is pruned from the weights of that
-    recomputation, not from the level before. Memory: see `inverse_bytes`; F⁻¹ is kept between
-    levels, until `release`.
+    recomputation, not from the level before. F⁻¹ is kept until `release`, see `inverse_bytes`.
 
     Args:
         model, params, ignore, scope, pattern, masks, keep_zeros: as for `MagnitudePruner`.
-        portions: likewise; each has its own F⁻¹, one in memory at a time, of the model that those
-            before have left, and every level starts from the level before.
+        portions: likewise; each has an F⁻¹ of its own, of the model that those before have left,
+            one in memory at a time; and every level starts from the level before.
         loader: yields batches, each of which makes one gradient; see `gradients.Batches`.
         loss: the mean loss of a batch, loss(model, batch), by default the cross entropy of
             (inputs, targets).
         ngrads: m, the number of gradients.
+        per_sample: each sample of a batch makes one, not the batch as a whole; samples are along
+            dimension 0, and the loss is a mean over them. See `samples`.
         damp: λ > 0; or "relative", a tenth of the mean squared gradient, or "relative:0.03", that
             fraction of it. It may be changed between levels.
         blocksize: of a block-diagonal F; None for the full one.
@@ -418,6 +423,7 @@ class MFACPruner(MagnitudePruner):
         portions: int | Sequence[str | Sequence[str]] | None = None,
         loss: Callable[[nn.Module, Any], Tensor] = cross_entropy,
         ngrads: int = 1024,
+        per_sample: bool = False,
         damp: float | str = 1e-5,
         blocksize: int | None = None,
         perbatch: int | None = None,
@@ -440,14 +446,14 @@ class MFACPruner(MagnitudePruner):
         self.mode = check_choice("mode", mode, ["eval", "train", "as is"])
         if not callable(loss):
             raise ValueError(f"Invalid loss: {loss!r}; it must be a function of (model, batch)")
-        self.batches, self.loss = Batches(loader, seed, drop_smaller), loss
+        self.batches = Batches(loader, seed, drop_smaller)
+        self.loss, self.per_sample = loss, per_sample
         check_sizes(ngrads, blocksize, perbatch, pages, rounds)
         self.ngrads, self.rounds, self.pages = ngrads, rounds, pages
         self.blocksize, self.perbatch = blocksize, perbatch
         if rounds > 1 and update != "joint":
             raise ValueError(f"rounds = {rounds} goes with update='joint' only, not {update!r}")
-        wide = any(p.dtype == torch.float64 for p in params_now)
-        suitable = torch.float64 if wide else torch.float32
+        suitable = reduce(torch.promote_types, (p.dtype for p in params_now), torch.float32)
         self.grads_dtype = checked_dtype("grads_dtype", grads_dtype or suitable)
         self.device = check_device(device or params_now[0].device)
         self.recomputations = 0
@@ -485,11 +491,9 @@ class MFACPruner(MagnitudePruner):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model's own state, saved at the same time. F⁻¹ is
         computed again from it, at the weights of the last recomputation if they still count."""
-        state = {**super().state_dict(), "recomputations": self.recomputations}
         counts = self._is_unchanged()
-        state["start_weights"] = dict(self._start_weights) if counts else {}
-        state["start_masks"] = dict(self._start_masks) if counts else {}
-        return state
+        start = {part: dict(getattr(self, f"_{part}")) if counts else {} for part in self.START}
+        return {**super().state_dict(), "recomputations": self.recomputations, **start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state; load the model's own state before."""
@@ -509,7 +513,7 @@ class MFACPruner(MagnitudePruner):
         start, weights = self._start_masks, self._weights_alive
         masks, w = start, weights.gather(self._start_weights).double()
         alive = torch.ones_like(w, dtype=torch.bool)
-        inverse = self._inverse if self.rounds == 1 else self._inverse.for_removal()
+        inverse = self._inverse if self.rounds == 1 else self._inverse.for_removal(self._once)
         for part in range(1, self.rounds + 1):
             self._report.say(f"choice and update, {part} of {self.rounds}")
             saliency = torch.where(alive, w.square() / (2 * inverse.diagonal()), 0)
@@ -519,10 +523,9 @@ class MFACPruner(MagnitudePruner):
             alive = alive & ~dropped
             if self.rounds > 1:
                 w = w + inverse.remove_(dropped, w)
-            elif self.update == "joint":
-                w = w + inverse.joint_update(dropped.nonzero()[:, 0], w)
-            elif self.update == "independent":
-                w = w + inverse.independent_update(dropped.nonzero()[:, 0], w)
+            elif self.update != "none":
+                update = getattr(inverse, f"{self.update}_update")
+                w = w + update(dropped.nonzero()[:, 0], w)
             w = torch.where(alive, w, 0)
         return masks, weights.scatter(w)
 
@@ -556,28 +559,31 @@ class MFACPruner(MagnitudePruner):
         chunk = ranks.chunk(d) if whole else b * ranks.chunk(-(-d // b))  # of columns for a rank
         kept = whole or b > m  # G; else blocks are formed from some gradients at a time
         options: dict[str, Any] = {"device": self.device, "perbatch": self.perbatch}
-        sizes = {"blocksize": self.blocksize, "pages": self.pages, "rounds": self.rounds, **options}
-        rows = ranks.chunk(m) if kept else min(BATCH, ranks.chunk(m))
+        rounds = 1 if self._once else self.rounds
+        sizes = {"blocksize": self.blocksize, "pages": self.pages, "rounds": rounds, **options}
+        n = ranks.chunk(m) if kept else min(BATCH, ranks.chunk(m))
         with ranks.agreed():
-            buffer = gradient_buffer(rows, m, d, self.grads_dtype, processes=ranks.size, **sizes)
-        began = time.perf_counter()
+            buffer = gradient_buffer(n, m, d, self.grads_dtype, processes=ranks.size, **sizes)
         with (
+            timed(self.seconds, "gradients"),
             self._unregistered() as params,  # weights that are pruned now may be alive in here
             ready_for_gradients(self.model, params, start, self.mode, self.batches.generators),
         ):
             like = buffer.new_empty(0, device=self.device)
-            collector = GradientCollector(self.model, self.loss, params, alive.index, like, ranks)
-            batches = self._report.counted(self.batches.draw(number, ranks), "gradients", m)
-            grads: Any = collector.rows(batches, m, buffer, chunk)
+            collector = GradientCollector(
+                self.model, self.loss, params, alive.index, m, like, ranks, self.per_sample
+            )
+            drawn, total = self.batches.draw(number, ranks), None if self.per_sample else m
+            rows = collector.rows if kept else collector.rows_to_sum
+            grads: Any = rows(self._report.counted(drawn, "gradients", total), buffer, chunk)
             if kept:
                 (grads,) = grads
             else:
                 inverse: Any = BlockedInverseFisher(grads, b, **options)
-        self._mean_square = collector.mean_square(masks, m)
-        self.seconds["gradients"] += time.perf_counter() - began
-        began, damp = time.perf_counter(), self._absolute_damp()
+        self._mean_square = collector.mean_square(masks)
+        damp = self._absolute_damp()
         self._report.say(f"inverse Fisher of {d:,} weights")
-        with ranks.agreed():
+        with timed(self.seconds, "inverse"), ranks.agreed():
             if whole:
                 how: dict[str, Any] = {"pages": min(self.pages, chunk), "device": self.device}
                 inverse = PagedInverseFisher(grads, damp, process_group=ranks.group, **how)
@@ -587,7 +593,6 @@ class MFACPruner(MagnitudePruner):
                 inverse.damp = damp
             inverse.diagonal()
         self._inverse = inverse if ranks.size == 1 else SharedInverseFisher(inverse, ranks, d)
-        self.seconds["inverse"] += time.perf_counter() - began
 
     def _absolute_damp(self) -> float:
         """λ"""
