@@ -15,13 +15,14 @@ from torch import Tensor
 
 from checks import check_damp, check_integer, checked_dtype, is_real, kind
 from fallback import SETTINGS, restore
+from flat import Flat
 from precision import DampTooSmallError
 from ranks import as_dtensor, is_dtensor, local, placed_as, sharded_dim
 from windows import BLOCK, SCALED
 
 if TYPE_CHECKING:
-    from flat import Flat, FlatOptimizer
     from optim import DynamicInverseFisher
+    from parameter_groups import GroupedOptimizer
 
 __all__ = [
     "into_fisher",
@@ -189,7 +190,7 @@ def _checked_block(block: Any, m: int, dtype: torch.dtype, compress: float | Non
 
 
 def of_optimizer(
-    optimizer: "FlatOptimizer", state_dict: Callable[[], dict[str, Any]]
+    optimizer: "GroupedOptimizer", state_dict: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
     """The result of `state_dict`, with the window added."""
 
@@ -227,7 +228,9 @@ def of_optimizer(
 
 
 def into_optimizer(
-    optimizer: "FlatOptimizer", state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]
+    optimizer: "GroupedOptimizer",
+    state_dict: dict[str, Any],
+    load: Callable[[dict[str, Any]], None],
 ) -> None:
     """Loads a copy of the result of `of_optimizer`, before and after `load`.
 
@@ -327,7 +330,7 @@ def into_optimizer(
             handle.remove()
 
 
-def _to_save(flat: "Flat", p: Tensor, G: Tensor) -> Tensor:
+def _to_save(flat: Flat, p: Tensor, G: Tensor) -> Tensor:
     """The columns G (m, ·) of p as (m, trained weights), or (m, *shape) if p is sharded."""
     dim, mask, here = sharded_dim(p), flat.mask(p), local(p)
     if dim is None:
@@ -364,7 +367,7 @@ def _own_blocks(fisher: "DynamicInverseFisher", shared: dict[str, Any]) -> list[
 
 
 def _from_saved(
-    flat: "Flat", p: Tensor, span: slice, entries: dict[str, Any], m: int, dtype: torch.dtype
+    flat: Flat, p: Tensor, span: slice, entries: dict[str, Any], m: int, dtype: torch.dtype
 ) -> Tensor:
     """The columns (m, ·) of p in this process, from the results of `_to_save` in all processes.
     Zeros if they are missing."""
