@@ -131,9 +131,10 @@ class DenseBlocks:
         right = (self.sums / self.m) @ (w * dropped)[:, :, None] * ~dropped[:, :, None]
         return torch.cholesky_solve(right, L)[:, :, 0]
 
-    def for_removal(self, damp: float) -> "RemovableDenseBlocks":
+    def for_removal(self, damp: float, once: bool) -> "RemovableDenseBlocks":
         inverse_L = self.resolved_factor(damp)
-        return RemovableDenseBlocks(inverse_L.mT @ inverse_L)
+        place = self.sums if once else torch.empty_like(self.sums)
+        return RemovableDenseBlocks(torch.bmm(inverse_L.mT, inverse_L, out=place))
 
 
 class RemovableDenseBlocks:
@@ -215,7 +216,7 @@ class LowRankBlocks:
         b = G @ (w * dropped)[:, :, None]
         return (G_R.mT @ (inverse_L.mT @ (inverse_L @ b)))[:, :, 0]
 
-    def for_removal(self, damp: float) -> "LowRankBlocks":
+    def for_removal(self, damp: float, once: bool) -> "LowRankBlocks":
         return copy.copy(self)
 
     def remove_(self, damp: float, dropped: Tensor, w: Tensor) -> Tensor:
@@ -238,10 +239,14 @@ def sum_gradients(
             rows = as_matrix(rows[None] if getattr(rows, "ndim", 2) == 1 else rows).to(device)
         if m == 0:
             d = rows.shape[1]
-            for columns, b in layout(d):
-                shape = (columns.stop - columns.start) // b, b, b
-                H = torch.zeros(shape, dtype=torch.float64, device=device)
-                sums.append((columns, b, H))
+            parts = layout(d)
+            sizes = [b * (columns.stop - columns.start) for columns, b in parts]
+            # At once, as many small tensors would fragment the memory.
+            all_sums = torch.zeros(sum(sizes), dtype=torch.float64, device=device).split(sizes)
+            sums = [
+                (*part, H.view(-1, part[1], part[1]))
+                for part, H in zip(parts, all_sums, strict=True)
+            ]
         if rows.shape[1] != d:
             raise ValueError(f"Expected gradients of {d} weights, got {rows.shape[1]}")
         m += rows.shape[0]
