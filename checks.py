@@ -1,6 +1,7 @@
 """Checks of arguments that several modules share: what was given, and what is allowed."""
 
 import numbers
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -53,12 +54,28 @@ def check_damp(damp: Any, least: float = 1e-30, largest: float = 1e30) -> float:
     return float(damp)
 
 
+def damp_parts(damp: Any) -> tuple[float, float]:
+    """(λ, fraction of the mean squared gradient): one of them is 0. "relative:0.03" has the
+    fraction 0.03, "relative" has 0.1."""
+    number = r"\d*\.?\d+(?:[eE][-+]?\d+)?"
+    relative = isinstance(damp, str) and re.fullmatch(f"relative(?::({number}))?", damp)
+    return (
+        (0.0, check_damp(float(relative[1] or 0.1))) if relative else (check_damp(damp, *WIDE), 0.0)
+    )
+
+
 def check_integer(name: str, value: Any, least: int = 1, largest: int | None = None) -> int:
     integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not (integral and least <= value <= (largest or value)):
         limit = f"from {least} to {largest}" if largest else f"of at least {least}"
         raise ValueError(f"Invalid {name}: {value!r}; it must be an integer {limit}")
     return int(value)
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> Any:
+    if value not in allowed:
+        raise ValueError(f"Invalid {name}: {value!r}; it must be one of {list(allowed)}")
+    return value
 
 
 def checked_dtype(name: str, dtype: Any, compress: float | None = None) -> torch.dtype:
@@ -111,10 +128,12 @@ def check_group(group: dict[str, Any], shared: dict[str, Any]) -> None:
         raise ValueError("Tensor lr must be 1-element")
     if not 0.0 <= group["lr"]:
         raise ValueError(f"Invalid learning rate: {group['lr']}; it must be at least 0")
-    if not 0.0 <= group["momentum"] < 1.0:
+    if not 0.0 <= group.get("momentum", 0) < 1.0:
         raise ValueError(f"Invalid momentum: {group['momentum']}; it must be in [0, 1)")
     if not 0.0 <= group["weight_decay"]:
         raise ValueError(f"Invalid weight_decay: {group['weight_decay']}; it must be at least 0")
+    if group.get("normalize") not in (None, "layer"):
+        raise ValueError(f"Invalid normalize: {group['normalize']!r}; it must be 'layer' or None")
     for name in shared.keys() & group.keys():
         if group[name] != shared[name]:
             raise ValueError(

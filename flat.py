@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+import fallback
+import states
 from checks import check_group, checked_masks
+from control import layerwise
 from ranks import (
     Ranks,
     dtensor_like,
@@ -23,9 +26,12 @@ from ranks import (
     placed_as,
     sharded_dim,
 )
-from recovery import warn_user
+from recovery import Recovery, warn_user
 
 __all__ = ["Flat", "Segment", "views"]
+
+Mask = Callable[[Tensor], Tensor | None]
+ALGORITHMS = ("mfac", *fallback.SETTINGS)
 
 
 class Segment:
@@ -36,9 +42,10 @@ class Segment:
         params: the parameters.
         start: of their numbers in the vector.
         vector: the vector (d,).
+        mask: as for `Flat`.
     """
 
-    def __init__(self, group: int, params: list[Tensor], start: int, vector: Tensor):
+    def __init__(self, group: int, params: list[Tensor], start: int, vector: Tensor, mask: Mask):
         self.group, self.params, first = group, params, local(params[0])
         self.sharded = any(map(is_dtensor, params))
         self.dtype, self.device = first.dtype, first.device
@@ -50,6 +57,17 @@ class Segment:
         self.views = views(self.staging, params)
         self.shapes = [view.shape for view in self.views]
         self.lacking: list[int] = []  # parameters without a gradient
+        self.sizes = torch.tensor([view.numel() for view in self.views], device=vector.device)
+        self.fixed: Tensor | None = None  # where in `numbers` masks keep weights as they are
+        masks = list(map(mask, params))
+        if any(mask is not None for mask in masks):
+            places = views(torch.arange(len(self.numbers), device=vector.device), params)
+            pairs = [
+                (x, local(y).to(x.device))
+                for x, y in zip(places, masks, strict=True)
+                if y is not None
+            ]
+            self.fixed = torch.cat([x[~y] for x, y in pairs])
 
     def gather(self) -> bool:
         """Copies gradients into the vector, 0 where there is none; False if there is none at all.
@@ -85,11 +103,25 @@ class Segment:
             torch._foreach_copy_(views, weights)
             self.numbers.add_(self.staging.to(self.numbers), alpha=alpha)
 
-    def subtract(self) -> None:
-        """Subtracts the vector from the parameters that have a gradient."""
+    def descend(self, step: Tensor, lr: float | Tensor, decay: float = 0) -> None:
+        """w ← w − lr·(step + decay·w) for the parameters that have a gradient."""
+        if decay == 0:
+            torch.mul(step, lr, out=self.numbers)
+        else:
+            self.numbers.copy_(step)
+            self.add_weights(decay)
+            self.numbers.mul_(lr)
+            if self.fixed is not None:
+                self.numbers.index_fill_(0, self.fixed, 0)
         if self.staging is not self.numbers:
             self.staging.copy_(self.numbers)
         torch._foreach_sub_(self._weights(), self._present(self.views))
+
+    def normalized(self, v: Tensor, ranks: Ranks) -> Tensor:
+        """`layerwise` of this segment's part v of a vector."""
+        shared = sharded_dim(self.params[0]) is not None
+        parts = views(v, self.params)
+        return layerwise(v, self.params, parts, self.sizes, ranks if shared else None)
 
     def average(self, v: Tensor, u: Tensor, weight: float | Tensor) -> Tensor:
         """v ← v + weight·(u − v) where there is a gradient, for what v and u (d,) have of it."""
@@ -144,7 +176,7 @@ class Flat:
     def __init__(
         self,
         params: Sequence[tuple[int, Tensor]],
-        mask: Callable[[Tensor], Tensor | None],
+        mask: Mask,
         ranks: Ranks,
         device: torch.device,
         dtype: torch.dtype,
@@ -155,8 +187,8 @@ class Flat:
         self.momentum: Tensor | None = None  # v (d,), from `velocity`
         self.segments: list[Segment] = []
         start = 0
-        for (group, *_), run in groupby(params, lambda x: (x[0], x[1].dtype, x[1].device)):
-            self.segments.append(Segment(group, [p for _, p in run], start, self.vector))
+        for (group, *_), run in groupby(params, _alike):
+            self.segments.append(Segment(group, [p for _, p in run], start, self.vector, mask))
             start = self.segments[-1].span.stop
         self._seen: list[int] = []  # ids of all parameters when `covers` was last true
         self._frozen: list[Tensor] = []
@@ -263,6 +295,8 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     flat: Flat
     fisher: Any
+    _recovery: Recovery
+    _window: dict[str, Any]  # how to make `fisher`
 
     def __init__(
         self, params: Any, defaults: dict[str, Any], shared: dict[str, Any], process_group: Any
@@ -279,9 +313,10 @@ class FlatOptimizer(torch.optim.Optimizer):
         """Makes `flat` and an empty `fisher`, also for the parameters with these ids."""
         raise NotImplementedError
 
-    def numbered(self) -> list[tuple[int, Tensor]]:
-        """Every parameter, with the index of its group."""
-        return [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]]
+    def numbered(self, algorithms: Collection[str] = ALGORITHMS) -> list[tuple[int, Tensor]]:
+        """Every parameter of groups of these algorithms, with the index of its group."""
+        groups = [(i, g) for i, g in enumerate(self.param_groups) if g["algorithm"] in algorithms]
+        return [(i, p) for i, group in groups for p in group["params"]]
 
     def velocity(self) -> Tensor:
         """v (d,), from zeros; the state of each parameter has a view of it in its shape."""
@@ -296,16 +331,22 @@ class FlatOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; the window gets columns for it whose history is zero."""
         # First, so that torch's own errors come first; of a copy, as the caller's group is kept.
-        super().add_param_group(dict(param_group) if isinstance(param_group, dict) else param_group)
+        given = isinstance(param_group, dict)
+        super().add_param_group(
+            dict(fallback.complete(param_group, self.defaults)) if given else param_group
+        )
         group = self.param_groups[-1]
         try:
+            if group["algorithm"] != "mfac":
+                fallback.strip(group, self.defaults)
             check_group(group, self._shared)
-            masks = checked_masks(group["params"], group["sparse"])
+            masks = checked_masks(group["params"], group.get("sparse", False))
             find_process_group(group["params"], self.process_group)
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
-        group["sparse"] = bool(group["sparse"])
+        if "sparse" in group:
+            group["sparse"] = bool(group["sparse"])
         if group is self.param_groups[0]:
             group["fisher"] = None  # whose place in a state torch.distributed.checkpoint must know
         for p, mask in zip(group["params"], masks, strict=True):
@@ -317,14 +358,15 @@ class FlatOptimizer(torch.optim.Optimizer):
     def follow(self) -> None:
         """Gives columns to parameters that are trained by now. Where others have gone, as when a
         framework puts its own in their place, the window starts anew."""
-        params = self.numbered()
-        if self.flat.covers(params):
+        params, others = self.numbered(["mfac"]), self.numbered(fallback.SETTINGS)
+        known = all(p in self.state for _, p in others if p.grad is not None)
+        if self.flat.covers(params) and known:
             return
         flat = self.flat.extended(params)
         if flat is None:
             if self.fisher.count:
                 warn_user("The parameters of the optimizer have changed: its window starts anew")
-            replace_params(self.state, self._params, [p for _, p in params])
+            replace_params(self.state, self._params, [p for _, p in self.numbered()])
             self.build()
         else:
             self.fisher.grow(flat.size - self.flat.size)
@@ -339,11 +381,49 @@ class FlatOptimizer(torch.optim.Optimizer):
         if self.fisher.window.separable:
             for p in self.flat.params:
                 self.state[p]["grads"] = None
-        if any(g["momentum"] != 0 for g in self.param_groups) or any(v is not None for v in before):
+        groups = [group for group in self.param_groups if group["algorithm"] == "mfac"]
+        if any(g["momentum"] != 0 for g in groups) or any(v is not None for v in before):
             self.velocity()
+        for i, p in self.numbered(fallback.SETTINGS):
+            if is_trained(p):
+                fallback.prepare(self.param_groups[i], p, self.state)
         for p, v in zip(self.flat.params, before, strict=True):
             if v is not None and v.shape == p.shape:
                 local(self.state[p]["momentum_buffer"]).copy_(local(v))
+
+    @property
+    def damp(self) -> float:
+        """λ as set. A change costs O(m³), at m = 1024 about as much as a step."""
+        return self._window["damp"]
+
+    @damp.setter
+    def damp(self, damp: float) -> None:
+        self._recovery.settle(self.fisher)
+        self.fisher.damp = damp
+        self._window["damp"] = self.fisher.damp
+
+    @property
+    def damp_in_use(self) -> float:
+        """λ, or the multiple of it that these gradients need."""
+        return self.fisher.damp
+
+    raised_steps = property(lambda self: self._recovery.raised_steps, doc="Steps with more damp.")
+    skipped_steps = property(
+        lambda self: self._recovery.skipped_steps, doc="Steps with NaN or Inf."
+    )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As for any optimizer, with the window's columns in each parameter's state ("grads") and
+        what all share in the first group ("fisher"). By reference, as far as one tensor holds it.
+        What ranks have of their own is a DTensor, for torch.distributed.checkpoint."""
+        self._recovery.settle(self.fisher)
+        return states.of_optimizer(self, super().state_dict)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes a copy of what `state_dict` gave. `ngrads`, `damp`, `window_dtype` and `compress`
+        stay as constructed: where the state has others, the newest gradients enter one by one.
+        ValueError if it belongs to other parameters, or to another optimizer."""
+        states.into_optimizer(self, state_dict, super().load_state_dict)
 
     def __repr__(self) -> str:
         fisher = self.fisher
@@ -362,6 +442,12 @@ class FlatOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if "process_group" not in vars(self):
             self.process_group = self.fisher.ranks.group
+
+
+def _alike(x: tuple[int, Tensor]) -> tuple[Any, ...]:
+    """What parameters of one segment have in common, from the group and the parameter."""
+    group, p = x
+    return group, p.dtype, p.device, sharded_dim(p) is None
 
 
 def replace_params(state: dict[Any, Any], old: list[Tensor], new: list[Tensor]) -> None:

@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import copy
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from checks import kind
-from levels import Wanted, levels_of_groups, matching
+from checks import check_choice, kind
+from levels import Wanted, levels_of_groups, matching, split_into_portions
+from reports import Reporter
 
 __all__ = ["MagnitudePruner", "Pattern", "select_weights"]
 
@@ -256,6 +258,9 @@ class MagnitudePruner:
             stay; "Bx1" such as "4x1", every B weights along the input go or stay together.
         masks: weights that are pruned already, by parameter name, False for those.
         keep_zeros: weights that are exactly zero count as pruned, too.
+        portions: prune at most so many portions of the parameters, of about the same size, or those
+            in a list, one after the other: ["stem.weight", ["layers.0.*", "layers.1.*"]].
+            Weights of different portions do not compete.
 
     Raises:
         ValueError: for arguments outside these ranges. So do all methods.
@@ -280,9 +285,8 @@ class MagnitudePruner:
         pattern: str = "unstructured",
         masks: Mapping[str, Tensor] | None = None,
         keep_zeros: bool = False,
+        portions: int | Sequence[str | Sequence[str]] | None = None,
     ):
-        if scope not in ("global", "layer"):
-            raise ValueError(f"Invalid scope: {scope!r}; it must be 'global' or 'layer'")
         if not isinstance(model, nn.Module):
             raise ValueError(f"Invalid model: {kind(model)}; it must be a torch.nn.Module")
         if torch_prune.is_pruned(model):
@@ -291,9 +295,12 @@ class MagnitudePruner:
                 "remove function first"
             )
         check_model(model)
-        self.model, self.scope, self.pattern = model, scope, Pattern.parse(pattern)
+        self.model, self.pattern = model, Pattern.parse(pattern)
+        self.scope = check_choice("scope", scope, ["global", "layer"])
         self.input_dimensions = select_weights(model, params, ignore, self.pattern)
-        self.portions = [list(self.input_dimensions)]  # names of parameters pruned together
+        sizes = {name: p.numel() for name, p in self.params.items()}
+        self.portions = split_into_portions(sizes, portions)
+        self._report = Reporter()
         self.seconds = {"gradients": 0.0, "inverse": 0.0}  # spent so far
         self.masks = {
             name: p.detach() != 0 if keep_zeros else torch.ones_like(p, dtype=torch.bool)
@@ -347,8 +354,13 @@ class MagnitudePruner:
         if all(zeros == self._zeros(names) for names, zeros in wanted):
             self.apply_masks()
             return self.masks
-        masks, weights = self._pruned(wanted)
-        self._write(masks, weights)
+        try:
+            pruned = self._pruned if len(self.portions) == 1 else self._pruned_in_portions
+            self._write(*pruned(wanted))
+            zeros, n = self._zeros(self.masks), sum(mask.numel() for mask in self.masks.values())
+            self._report.say(f"pruned {zeros:,} of {n:,} weights, sparsity {zeros / n:.4f}")
+        finally:
+            self._report.clear()
         return self.masks
 
     @torch.no_grad()
@@ -402,7 +414,33 @@ class MagnitudePruner:
         saliencies = {name: p.double().square() for name, p in self.params.items()}
         return self._choose(self.masks, saliencies, wanted), {}
 
+    def release(self) -> None:
+        """Frees memory that is kept from level to level; there is none."""
+
     # --- internals
+
+    def _pruned_in_portions(self, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The same of portions, each by a pruner of its own. They write to the model, as later ones
+        need it; if one fails, it gets back the weights that it had."""
+        before, masks = self._copied_weights(), dict(self.masks)
+        try:
+            for number, names in enumerate(self.portions, start=1):
+                part = copy.copy(self)
+                part.input_dimensions = {name: self.input_dimensions[name] for name in names}
+                part.masks = {name: self.masks[name] for name in names}
+                part.portions, part._once = [names], True
+                part._report = self._report.within(f"portion {number} of {len(self.portions)}")
+                part.release()
+                own = [(group, zeros) for group, zeros in wanted if group[0] in part.masks]
+                if any(zeros > part._zeros(group) for group, zeros in own):
+                    part._write(*part._pruned(own))
+                    masks |= part.masks
+        except BaseException:
+            with self._unregistered() as params:
+                for name, p in params.items():
+                    p.copy_(before[name])
+            raise
+        return masks, {}
 
     def _registered(self) -> list[tuple[nn.Module, str]]:
         """The layers whose masks torch.nn.utils.prune has, with the names of their weights."""
@@ -493,6 +531,7 @@ class MagnitudePruner:
             if {name: getattr(value, "shape", None) for name, value in saved.items()} != shapes:
                 raise ValueError(f"The saved {part} belong to other parameters than this pruner's")
 
+    _once = False  # whether this is a portion, which is pruned once
     START: tuple[str, ...] = ()  # parts of a state that may be empty or have an entry a parameter
 
     def _write(
@@ -514,6 +553,9 @@ class MagnitudePruner:
         self.apply_masks()
         if registered:
             self.register()
+
+    def _copied_weights(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.params.items()}
 
     def _zeros(self, names: Iterable[str]) -> int:
         """How many weights of these parameters are pruned."""

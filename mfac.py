@@ -12,6 +12,7 @@ Example:
 """
 
 import models
+from fallback import mfac_groups
 from optim import (
     MFAC,
     DampTooSmallError,
@@ -39,6 +40,7 @@ __all__ = [
     "NonFiniteGradientError",
     "PagedInverseFisher",
     "inverse_bytes",
+    "mfac_groups",
     "models",
     "step_traffic",
     "window_bytes",

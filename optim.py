@@ -12,6 +12,8 @@ Let K = GGᵀ (m, m) and A = mλI + K. Woodbury's identity gives every inverse-H
 
 Cost of a step: O(dm + m²), two reads of the window.
 
+Equations are numbered through all modules: (2) and (4) are in prun.py, (5) in precision.py.
+
 Symbols: m gradients in the window, d weights, G (m, d) window, K (m, m) Gram matrix,
 A = mλI + K, P = A⁻¹, λ = `damp` (always λ itself); ĝ is g as the window's type rounds it, k = Gĝ,
 z = A⁻¹e_j, u = F⁻¹ĝ, j = count mod m the row of ĝ.
@@ -39,7 +41,9 @@ from torch import Tensor
 import checks
 import states
 from coefficients import DOUBLE, SINGLE, TOLERANCE, Coefficients, factor
+from control import Control, squared_norms
 from costs import check_memory, step_traffic, window_bytes
+from fallback import Fallback
 from flat import Flat, FlatOptimizer, is_trained, mask_of
 from precision import DampTooSmallError, NonFiniteGradientError, Precision
 from ranks import Ranks, find_process_group
@@ -119,6 +123,7 @@ class DynamicInverseFisher:
         self.coefficients = Coefficients(m, checks.check_damp(damp), self.device)
         self.counter = torch.zeros((), dtype=torch.int64, device=self.device)
         self.accepted = torch.ones_like(self.counter)  # 0 if the last gradient was refused
+        self.measures_norms, self.norms = False, torch.empty(0)  # see `Control`
         exact = compress is not None or self.device.type != "cpu" or self.dtype == torch.float64
         anew = partial(_gram, self.window, self.ranks)  # no method: a cycle would hold the window
         self.precision = Precision(self.coefficients, anew, always_exact=exact)
@@ -161,14 +166,14 @@ class DynamicInverseFisher:
             ValueError: g has another shape.
         """
         entry, z, b = self._exchange(g)  # ĝ; k = Gĝ, then A z = e_j
-        y, rest = self.num_grads * z, self.window.rest(entry)
-        if rest is not None:  # F⁻¹g = F⁻¹ĝ + F⁻¹(g − ĝ), the latter by (1)
-            y -= (self.coefficients.solve(b) / self.damp).where(self.accepted != 0, 0)
+        y = self.num_grads * z
+        if b is not None:  # compressed: F⁻¹g = F⁻¹ĝ + F⁻¹(g − ĝ), the latter by (1)
+            y.sub_(self.coefficients.solve(b), alpha=1 / self.damp)
         u = self.window.replace_and_transposed_times(  # G_j = ĝ, then u = mGᵀz
-            entry, self.counter, self.accepted, y, self.precision.exact
+            entry, self.counter, self.accepted, y, self.damp, self.precision.exact
         )
-        if rest is not None:
-            u += (rest / self.damp).where(self.accepted != 0, 0)
+        if self.measures_norms:
+            self.norms = squared_norms(self, z, b, [part.vectors[-1] for part in entry])
         self._advance()
         return u.to(self.result_dtype)
 
@@ -178,9 +183,9 @@ class DynamicInverseFisher:
         self.window.write(entry, self.counter, self.accepted)
         self._advance()
 
-    def _exchange(self, g: Tensor) -> tuple[list[Entry], Tensor, Tensor]:
-        """ĝ as it is to become row j = count mod m, z = A⁻¹e_j (m,), and, of a compressed window,
-        G(g − ĝ) (m,). K and P are those with g, if it is accepted; the window is not yet."""
+    def _exchange(self, g: Tensor) -> tuple[list[Entry], Tensor, Tensor | None]:
+        """ĝ as it will be row j = count mod m, z = A⁻¹e_j (m,), and, of a compressed window alone,
+        b = G(g − ĝ) (m,). K and P are those with g, if it is accepted; the window is not yet."""
         g = checks.checked_vector(g, self.shape[0]).to(self.device)
         self.settle(wait=False)
         entry = self.window.entry(g)
@@ -282,8 +287,10 @@ class MFAC(FlatOptimizer):
         g ← −g                                  only if `maximize`
         g ← g + weight_decay·w                  L2 decay; it enters the window
         u ← F⁻¹g                                one window over all groups
+        u ← u·min(1, n/m, …)                    only if `warmup`, `max_step` or `max_norm`
         v ← momentum·v + (1 − momentum)·u       an exponential moving average, from v = 0
-        w ← w − lr·v
+        v ← v·‖w‖/‖v‖                           only if `normalize`, and momentum keeps its v
+        w ← w − lr·v                            with decoupled decay, w − lr·(v + weight_decay·w)
 
     A parameter whose `grad` is None has a zero gradient in the window and stays as it is. If all
     are None, nothing happens at all. A gradient with NaN or Inf skips the whole step. Where `damp`
@@ -297,7 +304,8 @@ class MFAC(FlatOptimizer):
 
     Args:
         params: parameters, or groups of them, each with its own `lr`, `momentum`, `weight_decay`,
-            `sparse` and `maximize`.
+            `sparse`, `maximize`, `normalize` and `decoupled_weight_decay`. A group with `algorithm`
+            "adamw" or "sgd", and the settings of that, stays out of the window: `mfac_groups`.
         lr: learning rate, a float or a tensor.
         momentum: in [0, 1).
         weight_decay: at least 0.
@@ -319,6 +327,10 @@ class MFAC(FlatOptimizer):
             the same in all of them, with gradients that have been averaged, as by DDP. None: a
             window of this process's own. Parameters that are DTensors, as by FSDP2, are shared by
             the group that they are sharded over, each rank with the columns of its shards.
+        warmup: scales u by n/m while the window has n < m gradients.
+        max_step, max_norm: bounds of lr²gᵀF⁻¹g and of ‖u‖, see module `control`.
+        normalize: "layer" gives each parameter's update the norm of its weights, as LAMB does.
+        decoupled_weight_decay: decays as AdamW does, beside the window, in place of L2 decay.
 
     Raises:
         ValueError: for arguments outside these ranges, or a window that does not fit in memory.
@@ -348,8 +360,14 @@ class MFAC(FlatOptimizer):
         on_nonfinite: str = "skip",
         maximize: bool = False,
         process_group: "ProcessGroup | bool | None" = None,
+        warmup: bool = False,
+        max_step: float | None = None,
+        max_norm: float | None = None,
+        normalize: str | None = None,
+        decoupled_weight_decay: bool = False,
     ):
         self._recovery = Recovery(on_nonfinite)
+        self._control = Control(warmup, max_step, max_norm)
         given = {"optdev": optdev, "moddev": moddev}
         devices = [checks.check_device(d, name) for name, d in given.items() if d is not None]
         self._device = devices[0] if devices else None
@@ -362,7 +380,8 @@ class MFAC(FlatOptimizer):
         }
         shared = dict(ngrads=ngrads, damp=damp, window_dtype=window_dtype, compress=compress)
         defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        defaults |= {"sparse": sparse, "maximize": maximize}
+        defaults |= {"sparse": sparse, "maximize": maximize, "normalize": normalize}
+        defaults |= {"decoupled_weight_decay": decoupled_weight_decay, "algorithm": "mfac"}
         super().__init__(
             params, defaults, shared | {"on_nonfinite": on_nonfinite}, process_group or None
         )
@@ -377,34 +396,43 @@ class MFAC(FlatOptimizer):
                 loss = closure()
         self.follow()
         segments = [(s, self.param_groups[s.group]) for s in self.flat.segments if s.gather()]
+        others = Fallback(self.param_groups, self.state, self.fisher.device)
         if not segments:
             self.fisher.abstain()
+            others.step()
             return loss
         for segment, group in segments:
             if group["maximize"]:
                 segment.numbers.neg_()
-            if group["weight_decay"] != 0:
+            if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
                 segment.add_weights(group["weight_decay"])
         self._recovery.settle(self.fisher, wait=False)
-        u = self._recovery.update_matvec(self.fisher, self.flat.gradient(), self.damp)
+        g = others.guard_(self.flat.gradient())
+        u = self._recovery.update_matvec(self.fisher, g, self.damp)
         if u is not None:
             u = self.flat.spread(u)
             taken: Any = self.fisher.accepted.to(u.dtype) if u.is_cuda else 1  # 0: nothing moves
             for segment, group in segments:
+                self._control.scale_(u[segment.span], self.fisher, group["lr"])
                 step, lr = u[segment.span], group["lr"]
+                decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0
+                if group["momentum"] != 0 or decay != 0:
+                    lr = lr * taken
                 if group["momentum"] != 0:
-                    weight = (1 - group["momentum"]) * taken
-                    step, lr = segment.average(self.velocity(), u, weight), lr * taken
-                torch.mul(step, lr, out=segment.numbers)
-                segment.subtract()
+                    step = segment.average(self.velocity(), u, (1 - group["momentum"]) * taken)
+                if group["normalize"] is not None:
+                    step = segment.normalized(step, self.flat.ranks)
+                segment.descend(step, lr, decay)
+            others.step(taken)
         self._recovery.raise_late()
         return loss
 
     def build(self, also: Collection[int] = ()) -> None:
         """An empty window with columns for the parameters that are trained, and for those with an
         id in `also`."""
-        params, settings = self.numbered(), self._window
-        ranks = Ranks(find_process_group([p for _, p in params], self.process_group))
+        params, settings = self.numbered(["mfac"]), self._window
+        every = [p for _, p in self.numbered()]
+        ranks = Ranks(find_process_group(every, self.process_group))
         device = self._device or next((p.device for _, p in params), torch.device("cpu"))
         trained = [(i, p) for i, p in params if is_trained(p) or id(p) in also]
         wide = torch.float64 if settings["dtype"] == torch.float64 else torch.float32
@@ -413,37 +441,4 @@ class MFAC(FlatOptimizer):
         self.fisher = DynamicInverseFisher(
             dim=self.flat.size, device=device, process_group=ranks.group, **settings
         )
-
-    @property
-    def damp(self) -> float:
-        """λ as set. A change costs O(m³), at m = 1024 about as much as a step."""
-        return self._window["damp"]
-
-    @damp.setter
-    def damp(self, damp: float) -> None:
-        self._recovery.settle(self.fisher)
-        self.fisher.damp = damp
-        self._window["damp"] = self.fisher.damp
-
-    @property
-    def damp_in_use(self) -> float:
-        """λ, or the multiple of it that these gradients need."""
-        return self.fisher.damp
-
-    raised_steps = property(lambda self: self._recovery.raised_steps, doc="Steps with more damp.")
-    skipped_steps = property(
-        lambda self: self._recovery.skipped_steps, doc="Steps with NaN or Inf."
-    )
-
-    def state_dict(self) -> dict[str, Any]:
-        """As for any optimizer, with the window's columns in each parameter's state ("grads") and
-        what all share in the first group ("fisher"). By reference, as far as one tensor holds it.
-        What ranks have of their own is a DTensor, for torch.distributed.checkpoint."""
-        self._recovery.settle(self.fisher)
-        return states.of_optimizer(self, super().state_dict)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes a copy of what `state_dict` gave. `ngrads`, `damp`, `window_dtype` and `compress`
-        stay as constructed: where the state has others, the newest gradients enter one by one.
-        ValueError if it belongs to other parameters, or to another optimizer."""
-        states.into_optimizer(self, state_dict, super().load_state_dict)
+        self._control.attach(self.fisher)

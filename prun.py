@@ -36,7 +36,6 @@ Information", NeurIPS 2021, arXiv 2107.03356, sections 3.1 (static algorithm) an
 """
 
 import copy
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
@@ -62,14 +61,15 @@ from blocks import (
     tile_size,
     too_small,
 )
-from checks import WIDE, check_damp, check_device, check_integer, checked_dtype
+from checks import check_choice, check_device, check_integer, checked_dtype, damp_parts
 from fisher import SharedInverseFisher, StaticInverseFisher, as_matrix, check_vector, in_type_of
 from gradients import Batches, GradientCollector, cross_entropy, ready_for_gradients
-from levels import Wanted, split_into_portions, zeros_on_the_way
+from levels import Wanted, zeros_on_the_way
 from masks import MagnitudePruner, WeightsAlive, check_model
-from memory import gradient_buffer, inverse_bytes
+from memory import check_sizes, gradient_buffer, inverse_bytes
 from pages import Pages
 from ranks import Ranks, find_process_group, or_default
+from reports import Reporter
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -378,6 +378,8 @@ class MFACPruner(MagnitudePruner):
 
     Args:
         model, params, ignore, scope, pattern, masks, keep_zeros: as for `MagnitudePruner`.
+        portions: likewise; each has its own F⁻¹, one in memory at a time, of the model that those
+            before have left, and every level starts from the level before.
         loader: yields batches, each of which makes one gradient; see `gradients.Batches`.
         loss: the mean loss of a batch, loss(model, batch), by default the cross entropy of
             (inputs, targets).
@@ -389,11 +391,6 @@ class MFACPruner(MagnitudePruner):
         blocksize: of a block-diagonal F; None for the full one.
         perbatch, pages: see `BlockedInverseFisher` and `PagedInverseFisher`.
         update: of the weights that stay: "joint", "independent" or "none".
-        portions: prune so many portions of the parameters, or the portions that a list has, one
-            after the other: ["stem.weight", ["layers.0.*", "layers.1.*"], "layers.2.*"]. Each has
-            its own F⁻¹, of the model that those before have left, so that one is in memory at a
-            time. Weights of different portions do not compete, and every level starts from the
-            level before.
         rounds: choose the weights of a level in so many parts, with the exact joint update of the
             others and of F⁻¹ after each; the fraction that stays falls by one factor in each.
         mode: of the model while gradients are computed: "eval", "train" or "as is"; batch norm and
@@ -419,7 +416,6 @@ class MFACPruner(MagnitudePruner):
     _last_written: dict[str, Tensor]  # weights as the pruner left them
     _weights_alive: WeightsAlive  # then
     _inverse: Any  # F⁻¹ for these, or None
-    _once = False  # whether it is for one pruning alone
     _mean_square: float  # of their gradients
 
     def __init__(
@@ -433,6 +429,7 @@ class MFACPruner(MagnitudePruner):
         pattern: str = "unstructured",
         masks: Mapping[str, Tensor] | None = None,
         keep_zeros: bool = False,
+        portions: int | Sequence[str | Sequence[str]] | None = None,
         loss: Callable[[nn.Module, Any], Tensor] = cross_entropy,
         ngrads: int = 1024,
         per_sample: bool = False,
@@ -441,7 +438,6 @@ class MFACPruner(MagnitudePruner):
         perbatch: int | None = None,
         pages: int = 1,
         update: str = "joint",
-        portions: int | Sequence[str | Sequence[str]] | None = None,
         rounds: int = 1,
         mode: str = "eval",
         drop_smaller: bool = False,
@@ -451,38 +447,24 @@ class MFACPruner(MagnitudePruner):
         process_group: "ProcessGroup | bool | None" = None,
     ):
         which: dict[str, Any] = {"ignore": ignore, "masks": masks, "keep_zeros": keep_zeros}
-        super().__init__(model, params, scope=scope, pattern=pattern, **which)
+        super().__init__(model, params, scope=scope, pattern=pattern, portions=portions, **which)
         params_now: list[Tensor] = list(self.params.values())
         self._ranks = Ranks(find_process_group(params_now, or_default(process_group)))
-        for name, choice, allowed in (
-            ("update", update, ["joint", "independent", "none"]),
-            ("mode", mode, ["eval", "train", "as is"]),
-        ):
-            if choice not in allowed:
-                raise ValueError(f"Invalid {name}: {choice!r}; it must be one of {allowed}")
+        self._report = Reporter(speaks=self._ranks.rank == 0)
+        self.update = check_choice("update", update, ["joint", "independent", "none"])
+        self.mode = check_choice("mode", mode, ["eval", "train", "as is"])
         if not callable(loss):
             raise ValueError(f"Invalid loss: {loss!r}; it must be a function of (model, batch)")
-        self.batches = Batches(loader, seed, drop_smaller)
-        self.loss, self.update, self.mode, self.per_sample = loss, update, mode, per_sample
-        self.ngrads, self.rounds = check_integer("ngrads", ngrads), check_integer("rounds", rounds)
-        for name, value in (("blocksize", blocksize), ("perbatch", perbatch)):
-            if value is not None:
-                check_integer(name, value)
+        self.batches, self.loss = Batches(loader, seed, drop_smaller), loss
+        check_sizes(ngrads, blocksize, perbatch, pages, rounds)
+        self.ngrads, self.rounds, self.pages, self.per_sample = ngrads, rounds, pages, per_sample
         self.blocksize, self.perbatch = blocksize, perbatch
-        self.pages = check_integer("pages", pages)
-        if blocksize is None and perbatch is not None:
-            raise ValueError(f"perbatch = {perbatch} goes with a blocksize only: leave it out")
-        if blocksize is not None and self.pages > 1:
-            raise ValueError(f"pages = {pages} goes without a blocksize only: leave one out")
         if rounds > 1 and update != "joint":
             raise ValueError(f"rounds = {rounds} goes with update='joint' only, not {update!r}")
-        if grads_dtype is None:
-            wide = any(p.dtype == torch.float64 for p in params_now)
-            grads_dtype = torch.float64 if wide else torch.float32
-        self.grads_dtype = checked_dtype("grads_dtype", grads_dtype)
+        wide = any(p.dtype == torch.float64 for p in params_now)
+        suitable = torch.float64 if wide else torch.float32
+        self.grads_dtype = checked_dtype("grads_dtype", grads_dtype or suitable)
         self.device = check_device(device or params_now[0].device)
-        sizes = {name: mask.numel() for name, mask in self.masks.items()}
-        self.portions = split_into_portions(sizes, portions)
         self.recomputations = 0
         self.release()
         self.damp = damp
@@ -494,10 +476,7 @@ class MFACPruner(MagnitudePruner):
 
     @damp.setter
     def damp(self, damp: float | str) -> None:
-        number = r"\d*\.?\d+(?:[eE][-+]?\d+)?"
-        relative = isinstance(damp, str) and re.fullmatch(f"relative(?::({number}))?", damp)
-        fraction = check_damp(float(relative[1] or 0.1)) if relative else None
-        self._damp, self._damp_fraction = damp if fraction else check_damp(damp, *WIDE), fraction
+        self._damp, self._damp_parts = damp, damp_parts(damp)
         if self._inverse is not None:
             self._inverse.damp = self._absolute_damp()
 
@@ -538,8 +517,6 @@ class MFACPruner(MagnitudePruner):
 
     def _pruned(self, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Masks and weights from those at the last recomputation, in one or more rounds."""
-        if len(self.portions) > 1:
-            return self._pruned_in_portions(wanted)
         if not self._is_unchanged():
             self.recompute()
         elif self._inverse is None:  # resumed
@@ -549,6 +526,7 @@ class MFACPruner(MagnitudePruner):
         alive = torch.ones_like(w, dtype=torch.bool)
         inverse = self._inverse if self.rounds == 1 else self._inverse.for_removal(self._once)
         for part in range(1, self.rounds + 1):
+            self._report.say(f"choice and update, {part} of {self.rounds}")
             saliency = torch.where(alive, w.square() / (2 * inverse.diagonal()), 0)
             zeros = zeros_on_the_way(start, wanted, part / self.rounds)
             masks = self._choose(masks, weights.scatter(saliency), zeros)
@@ -564,27 +542,9 @@ class MFACPruner(MagnitudePruner):
         return masks, weights.scatter(w)
 
     def _pruned_in_portions(self, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The same of portions, each in a pruner of its own. They write to the model, as later ones
-        need it; if one fails, it gets back the weights that it had."""
-        before, masks = self._copied_weights(), dict(self.masks)
-        try:
-            for names in self.portions:
-                part = copy.copy(self)
-                part.input_dimensions = {name: self.input_dimensions[name] for name in names}
-                part.masks = {name: self.masks[name] for name in names}
-                part.portions, part._once = [names], True
-                part.release()
-                own = [(group, zeros) for group, zeros in wanted if group[0] in part.masks]
-                if any(zeros > part._zeros(group) for group, zeros in own):
-                    part._write(*part._pruned(own))
-                    masks |= part.masks
-        except BaseException:
-            with self._unregistered() as params:
-                for name, p in params.items():
-                    p.copy_(before[name])
-            raise
-        self.recomputations += 1
-        return masks, {}
+        found = super()._pruned_in_portions(wanted)
+        self.recomputations += 1  # with the same samples for all portions
+        return found
 
     def _write(self, masks: dict[str, Tensor], *weights: Any) -> None:
         super()._write(masks, *weights)
@@ -595,9 +555,6 @@ class MFACPruner(MagnitudePruner):
         return bool(self._start_weights) and all(
             torch.equal(p, self._last_written[name].to(p)) for name, p in self.params.items()
         )
-
-    def _copied_weights(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in self.params.items()}
 
     # --- from gradients to F⁻¹
 
@@ -617,7 +574,8 @@ class MFACPruner(MagnitudePruner):
         rounds = 1 if self._once else self.rounds
         sizes = {"blocksize": self.blocksize, "pages": self.pages, "rounds": rounds, **options}
         n = ranks.chunk(m) if kept else min(BATCH, ranks.chunk(m))
-        buffer = gradient_buffer(n, m, d, self.grads_dtype, shared=ranks.size > 1, **sizes)
+        with ranks.agreed():
+            buffer = gradient_buffer(n, m, d, self.grads_dtype, processes=ranks.size, **sizes)
         began = time.perf_counter()
         with (
             self._unregistered() as params,  # weights that are pruned now may be alive in here
@@ -627,8 +585,9 @@ class MFACPruner(MagnitudePruner):
             collector = GradientCollector(
                 self.model, self.loss, params, alive.index, m, like, ranks, self.per_sample
             )
-            rows = collector.rows if kept else collector.rows_to_sum
-            grads: Any = rows(self.batches.draw(number, ranks), buffer, chunk)
+            drawn, expected = self.batches.draw(number, ranks), None if self.per_sample else m
+            batches = self._report.counted(drawn, "gradients", expected)
+            grads: Any = (collector.rows if kept else collector.rows_to_sum)(batches, buffer, chunk)
             if kept:
                 (grads,) = grads
             else:
@@ -636,6 +595,7 @@ class MFACPruner(MagnitudePruner):
         self._mean_square = collector.mean_square(masks)
         self.seconds["gradients"] += time.perf_counter() - began
         began, damp = time.perf_counter(), self._absolute_damp()
+        self._report.say(f"inverse Fisher of {d:,} weights")
         with ranks.agreed():
             if whole:
                 how: dict[str, Any] = {"pages": min(self.pages, chunk), "device": self.device}
@@ -650,5 +610,5 @@ class MFACPruner(MagnitudePruner):
 
     def _absolute_damp(self) -> float:
         """λ"""
-        fraction = self._damp_fraction
-        return check_damp(self._damp if fraction is None else fraction * self._mean_square, *WIDE)
+        constant, fraction = self._damp_parts
+        return constant + fraction * self._mean_square if fraction else constant

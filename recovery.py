@@ -119,7 +119,7 @@ class Recovery:
 def warn_user(message: str) -> None:
     """Warns at the line outside of torch and of this project's modules that led here."""
     level, frame = 1, sys._getframe()
-    inside = ("torch", "optim", "recovery", "states", "mfac")
+    inside = ("torch", "optim", "flat", "recovery", "states", "mfac")
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in inside:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from checks import check_damp, check_integer, checked_dtype, is_real, kind
-from flat import Flat
+from fallback import SETTINGS, restore
 from precision import DampTooSmallError
 from ranks import as_dtensor, is_dtensor, local, placed_as, sharded_dim
 from windows import BLOCK, SCALED
 
 if TYPE_CHECKING:
-    from optim import MFAC, DynamicInverseFisher
+    from flat import Flat, FlatOptimizer
+    from optim import DynamicInverseFisher
 
 __all__ = [
     "into_fisher",
@@ -184,7 +185,9 @@ def _checked_block(block: Any, m: int, dtype: torch.dtype, compress: float | Non
 # --- the optimizer --------------------------------------------------------------------------------
 
 
-def of_optimizer(optimizer: "MFAC", state_dict: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def of_optimizer(
+    optimizer: "FlatOptimizer", state_dict: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
     """What `state_dict` gives, with the window."""
 
     def add(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -221,7 +224,7 @@ def of_optimizer(optimizer: "MFAC", state_dict: Callable[[], dict[str, Any]]) ->
 
 
 def into_optimizer(
-    optimizer: "MFAC", state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]
+    optimizer: "FlatOptimizer", state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]
 ) -> None:
     """Takes a copy of what `of_optimizer` gave, around what `load` does.
 
@@ -246,6 +249,12 @@ def into_optimizer(
         first, *others = groups
         if not isinstance(first.get("fisher"), dict):
             raise ValueError("This state dict is not one of MFAC: its first group has no 'fisher'")
+        for group, own in zip(groups, optimizer.param_groups, strict=True):
+            if (was := group.get("algorithm", "mfac")) != own["algorithm"]:
+                raise ValueError(
+                    f"The state dict has a group of algorithm {was!r} where this optimizer has one "
+                    f"of {own['algorithm']!r}; build the optimizer with the groups that were saved"
+                )
         shared.update(first["fisher"])
         ids = [i for group in groups for i in group["params"]]
         saved.extend(state_dict["state"].get(i, {}) for i in ids)
@@ -257,6 +266,10 @@ def into_optimizer(
         return {**state_dict, "state": rest, "param_groups": [first, *others]}
 
     def put(_: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:  # of a state from before there were these settings
+            if group.setdefault("algorithm", "mfac") == "mfac":
+                for name in ("normalize", "decoupled_weight_decay"):
+                    group.setdefault(name, optimizer.defaults[name])
         for p, entries, mask in zip(params, saved, masks, strict=True):
             mask = entries.get("mask", mask)
             if mask is not None:
@@ -267,6 +280,9 @@ def into_optimizer(
         optimizer.name_state()
         flat, fisher = optimizer.flat, optimizer.fisher
         of = {id(p): found for p, found in zip(params, saved, strict=True)}
+        for i, p in optimizer.numbered(SETTINGS):
+            if of[id(p)]:
+                restore(optimizer.param_groups[i], p, optimizer.state, of[id(p)])
         for p in flat.params:
             if "momentum_buffer" in of[id(p)]:
                 optimizer.velocity()
@@ -308,7 +324,7 @@ def into_optimizer(
             handle.remove()
 
 
-def _to_save(flat: Flat, p: Tensor, G: Tensor) -> Tensor:
+def _to_save(flat: "Flat", p: Tensor, G: Tensor) -> Tensor:
     """The columns G (m, ·) of p as (m, trained weights), or (m, *shape) if p is sharded."""
     dim, mask, here = sharded_dim(p), flat.mask(p), local(p)
     if dim is None:
@@ -345,7 +361,7 @@ def _own_blocks(fisher: "DynamicInverseFisher", shared: dict[str, Any]) -> list[
 
 
 def _from_saved(
-    flat: Flat, p: Tensor, span: slice, entries: dict[str, Any], m: int, dtype: torch.dtype
+    flat: "Flat", p: Tensor, span: slice, entries: dict[str, Any], m: int, dtype: torch.dtype
 ) -> Tensor:
     """The columns (m, ·) of p here, from what `_to_save` gave here or in other processes; zeros if
     they are missing."""
@@ -377,9 +393,7 @@ def _check_parameters(
     for p, entries in zip(params, saved, strict=True):
         if not all(isinstance(value, Tensor) for value in entries.values()):
             raise ValueError(f"The state dict is damaged: not all of {list(entries)} are tensors")
-        shapes = [
-            tuple(entries[name].shape) for name in ("mask", "momentum_buffer") if name in entries
-        ]
+        shapes = [tuple(x.shape) for name, x in entries.items() if name not in ("grads", "step")]
         grads, weights = entries.get("grads"), p.numel()
         if grads is not None and (len(grads) != m or grads.dtype != dtype):
             raise ValueError(f"The state dict is damaged: its window must have {m} rows of {dtype}")

@@ -1,9 +1,10 @@
 """What each process of tests/test_distributed.py does.
 
-    WORLD_SIZE=4 python distributed_worker.py CHECK... FOLDER
+    python distributed_worker.py 3:CHECK,CHECK 2:CHECK FOLDER
 
-or with torchrun. A check is a function of this module. Every process judges its results against a
-run of its own, in one process on the whole batches, or against dense matrices in float64.
+First three processes, then two. A check is a function of this module. Every process judges its
+results against a run of its own, in one process on the whole batches, or against dense matrices in
+float64.
 """
 
 import copy
@@ -35,7 +36,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_map
 
 import main_common
+import main_optim
+import main_prun
 import ranks
+from fallback import mfac_groups
 from models.sync import BatchNorm
 from optim import MFAC, DynamicInverseFisher
 from prun import MFACPruner, PagedInverseFisher
@@ -83,7 +87,7 @@ def groups(model):
 def batches(number, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(16, 7, generator=generator), torch.randint(3, (16,), generator=generator))
+        (torch.randn(12, 7, generator=generator), torch.randint(3, (12,), generator=generator))
         for _ in range(number)
     ]
 
@@ -192,7 +196,9 @@ def mixed(folder):
 
 
 def messages(folder):
-    """A step sums up m + 2 float64 numbers and gathers d numbers where weights are replicated."""
+    """A step sums up m + 2 float64 numbers and gathers d numbers where weights are replicated, also
+    where its norms are bounded."""
+    bounds = {"warmup": True, "max_step": 0.1, "max_norm": 1.0}
     sent, all_reduce, all_gather = [], dist.all_reduce, dist.all_gather
     dist.all_reduce = lambda x, **o: (sent.append((x.dtype, x.numel())), all_reduce(x, **o))
     dist.all_gather = lambda out, x, **o: (
@@ -203,7 +209,7 @@ def messages(folder):
         for kind in KINDS:
             model = network()
             net = parallel(model, kind)
-            optimizer = MFAC(model.parameters(), **OPTIONS, **shared(kind))
+            optimizer = MFAC(model.parameters(), **OPTIONS, **bounds, **shared(kind))
             train(net, optimizer, batches(7))
             sent.clear()
             optimizer.step()
@@ -235,6 +241,43 @@ def skipped(folder):
         assert optimizer.skipped_steps == 1 and "NaN or Inf" in str(caught[0].message)
         after = [weights(model), optimizer.fisher.state_dict()]
         assert_same(after, before)
+
+
+def controlled(folder):
+    """With every control, and a group of AdamW, twelve steps are those of one process; NaN in one
+    process's part of that group skips the step of all; torch.distributed.checkpoint resumes it."""
+    bounds = {"warmup": True, "max_step": 1e-4, "max_norm": 3.0}
+    by_layer = {"normalize": "layer", "decoupled_weight_decay": True, "weight_decay": 0.1}
+    for kind in KINDS:
+        for extra in (bounds, by_layer, bounds | {"compress": 0.3}):
+            model, alone = network(), network()
+            net = parallel(model, kind)
+            options = {**OPTIONS, "momentum": 0.5, **extra}
+            optimizer = MFAC(mfac_groups(model, lr=0.02), **options, **shared(kind))
+            single = MFAC(mfac_groups(alone, lr=0.02), **options)
+            train(net, optimizer, batches(12))
+            train(alone, single, batches(12), together=False)
+            if "compress" not in extra:  # each process keeps the largest of its own columns
+                assert_close(weights(model), weights(alone))
+            assert_same_everywhere(weights(model))
+
+            before = weights(model).clone()
+            gradient = ranks.local(model[0].bias.grad)
+            if gradient.numel() and (kind != "fsdp" or dist.get_rank() == 1):
+                gradient[-1] = torch.nan
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                optimizer.step()
+            assert optimizer.skipped_steps == 1 and torch.equal(weights(model), before)
+
+            if kind != "fsdp" or "compress" not in extra:
+                path = folder / "-".join(["controlled", kind, *extra, str(dist.get_world_size())])
+                dcp.save({"state": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=path)
+                other = MFAC(mfac_groups(model), **options, **shared(kind))
+                state = {"state": get_optimizer_state_dict(model, other)}
+                dcp.load(state, checkpoint_id=path)
+                set_optimizer_state_dict(model, other, state["state"])
+                assert_same(other.state_dict(), optimizer.state_dict())
 
 
 def raises(message, call):
@@ -282,11 +325,11 @@ def absent(folder):
 def lost(folder):
     """What torch.save writes of a shared window is one process's part, and no other loads it."""
     options = {**OPTIONS, "process_group": dist.group.WORLD}
-    p = nn.Parameter(torch.ones(4, 8))
+    p = nn.Parameter(torch.ones(6, 8))
     optimizer = MFAC([p], **options)
     torch.manual_seed(0)
     for _ in range(3):
-        p.grad = torch.randn(4, 8)
+        p.grad = torch.randn(6, 8)
         optimizer.step()
     state = optimizer.state_dict()
     torch.save(state, folder / f"{dist.get_rank()}.pt")
@@ -518,6 +561,16 @@ def one_fails(folder):
     dist.barrier()
 
 
+def training(folder):
+    """main_optim.py, whose flags lie in a file."""
+    main_optim.main((folder / "training").read_text().split("\n"))
+
+
+def pruning_script(folder):
+    """main_prun.py, in the same way."""
+    main_prun.main((folder / "pruning").read_text().split("\n"))
+
+
 # --- the inverse Fishers ------------------------------------------------------------------------
 
 
@@ -577,14 +630,26 @@ def disagreement(folder):
     raises("damp", lambda: pruner.prune(0.5))
 
 
-def forked(processes, folder):
-    """Goes on in so many processes, which need not import torch again; returns how they meet."""
-    how = {"world_size": processes, "init_method": f"file://{folder}/meeting-of-{os.getpid()}"}
+def forked(processes, folder, checks):
+    """Calls each of the checks in so many processes, which need not import torch again."""
+    how = {"world_size": processes, "init_method": f"file://{folder}/meeting-of-{processes}"}
     children = set()
     for rank in range(processes):
         child = os.fork()
         if child == 0:
-            return {**how, "rank": rank}
+            found = {"RANK": rank, "LOCAL_RANK": rank}
+            found |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            os.environ |= {name: str(number) for name, number in found.items()}
+            try:
+                dist.init_process_group("gloo", rank=rank, **how)
+                for check in checks:
+                    check(Path(folder))
+                dist.barrier()
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+                os._exit(1)
+            sys.stdout.flush()
+            os._exit(0)  # threads of torch's functional collectives can abort a process at its end
         children.add(child)
     while children:
         child, status = os.wait()
@@ -593,16 +658,11 @@ def forked(processes, folder):
             for other in children:
                 os.kill(other, signal.SIGKILL)
             sys.exit(1)
-    sys.exit(0)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    *checks, folder = sys.argv[1:]
-    by_torchrun = "RANK" in os.environ
-    how = {} if by_torchrun else forked(int(os.environ["WORLD_SIZE"]), folder)
-    dist.init_process_group("gloo", **how)
-    for check in checks:
-        globals()[check](Path(folder))
-    dist.barrier()
-    os._exit(0)  # threads of torch's functional collectives can abort a process at its end
+    *plan, folder = sys.argv[1:]
+    for part in plan:
+        processes, checks = part.split(":")
+        forked(int(processes), folder, [globals()[check] for check in checks.split(",")])

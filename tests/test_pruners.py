@@ -1,6 +1,8 @@
 """The pruners, against counts, orders and updates worked out from the definitions."""
 
+import contextlib
 import copy
+import doctest
 import io
 import itertools
 import re
@@ -16,6 +18,9 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 from torch.utils.data import DataLoader, TensorDataset
 
+import levels
+import masks
+import memory
 from main_prun import COMMON, MFAC_PRUNER
 from optim import MFAC, DynamicInverseFisher
 from prun import (
@@ -24,6 +29,7 @@ from prun import (
     MFACPruner,
     PagedInverseFisher,
     cross_entropy,
+    inverse_bytes,
 )
 
 
@@ -80,6 +86,12 @@ def zeros(pruner):
 
 def flat(tensors):
     return torch.cat([t.detach().flatten() for t in tensors])
+
+
+@pytest.mark.parametrize("module", [levels, masks], ids=["levels", "masks"])
+def test_examples(module):
+    failed, attempted = doctest.testmod(module)
+    assert attempted > 0 and failed == 0
 
 
 # --- counts and order -----------------------------------------------------------------------------
@@ -1250,6 +1262,71 @@ def test_targets_of_any_kind(kind):
     assert [int((p == 0).sum()) for p in pruner.params.values()] == [72, 144, 240]
     pruner.prune(np.float64(0.75))
     assert zeros(pruner) == 672
+
+
+def test_memory_is_asked_for_before_any_gradient(monkeypatch):
+    """Portions fit where the whole does not."""
+    cpu, batches = torch.device("cpu"), []
+    needed = inverse_bytes(20, 896)[cpu]
+    monkeypatch.setattr("memory.available_memory", lambda device: needed - 1)
+    pruner = mfac(network(), loss=recording(batches))
+    with pytest.raises(ValueError, match=r"takes .* but free are .* a blocksize, portions"):
+        pruner.prune(0.5)
+    assert not batches and zeros(pruner) == 0
+    pruner = mfac(network(), portions=3, loss=recording(batches))
+    pruner.prune(0.5)
+    assert len(batches) == 60 and zeros(pruner) == 448
+    # Processes have their share, twice while gradients are exchanged.
+    share = 2 * inverse_bytes(20, 299)[cpu]
+    for free, fits in ((share - 1, False), (share, True)):
+        monkeypatch.setattr("memory.available_memory", lambda device, free=free: free)
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="but free are"):
+            memory.place_for_gradients(20, 896, device=cpu, processes=3)
+
+
+def test_a_logger_is_told_what_is_done(caplog, capsys):
+    with caplog.at_level("INFO", "prun"):
+        mfac(network(), rounds=2).prune(0.5)
+        assert caplog.messages == [
+            "gradients of 20",
+            "inverse Fisher of 896 weights",
+            "choice and update, 1 of 2",
+            "choice and update, 2 of 2",
+            "pruned 448 of 896 weights, sparsity 0.5000",
+        ]
+        caplog.clear()
+        mfac(network(), portions=["0.*", "[46].*"]).prune(0.25)
+        assert caplog.messages[0] == "portion 1 of 2: gradients of 20"
+        assert caplog.messages[3] == "portion 2 of 2: gradients of 20"
+        caplog.clear()
+        MagnitudePruner(network()).prune(0.25)
+        assert caplog.messages == ["pruned 224 of 896 weights, sparsity 0.2500"]
+    assert capsys.readouterr() == ("", "")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("level", ["NOTSET", "ERROR"])
+def test_a_terminal_has_a_line_that_goes_away(level, monkeypatch, caplog, capsys):
+    caplog.set_level(level, "prun")
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+
+    def slow(net, batch):
+        time.sleep(0.02)
+        return cross_entropy(net, batch)
+
+    mfac(network(), loss=slow).prune(0.5)
+    lines = terminal.getvalue().split("\r\x1b[2K")
+    assert capsys.readouterr().out == "" and not caplog.messages
+    if level == "ERROR":
+        assert lines == [""]
+    else:
+        assert lines[0] == lines[-1] == "" and "inverse Fisher of 896 weights" in lines
+        assert any(re.fullmatch(r"gradients \d+ of 20, \d+ s left", line) for line in lines)
+        assert all(len(line) < 80 and "\n" not in line for line in lines)
 
 
 def test_the_time_spent_is_known():

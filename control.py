@@ -1,0 +1,152 @@
+"""What scales or bounds a step of M-FAC. All is off unless it is asked for.
+
+With the newest gradient g, row j of the window, A z = e_j and u = F⁻¹g = mGᵀz, two norms of the
+step are known from the (m, m) side alone, without another pass over d numbers and, where processes
+share the window, without a message:
+
+    gᵀF⁻¹g = m (1 − mλ z_j),        ‖u‖² = m² zᵀKz                                          (6)
+
+In a compressed window r = g − ĝ is not in the row. With b = Gr and y = mz − A⁻¹b/λ then
+u = Gᵀy + r/λ, and
+
+    gᵀF⁻¹g = m (1 − mλ z_j) + 2m zᵀb + (‖r‖² − bᵀA⁻¹b)/λ,   ‖u‖² = yᵀKy + 2yᵀb/λ + ‖r‖²/λ²
+
+where ‖r‖² is one sum over d numbers, and a message of one number.
+
+The controls multiply u by the smallest of these, before momentum takes it:
+
+    warmup      n/m         while n < m gradients are in the window. F is defined with 1/m from the
+                            first gradient on, so that F⁻¹g is m/n times the result for the estimate
+                            (1/n) Σ gᵢgᵢᵀ with damping mλ/n, which this makes the step. Use it when
+                            the loss jumps in the first m steps.
+    max_step    √δ/(lr‖u‖_F), so that lr² gᵀF⁻¹g ≤ δ, where ‖u‖_F² = uᵀFu = gᵀF⁻¹g: the clip of
+                            the KL divergence of K-FAC (Martens and Grosse 2015, arXiv 1503.05671;
+                            as a clip Ba et al. 2017). gᵀF⁻¹g ≤ m, so δ ≥ lr²m changes nothing. A
+                            group with another lr has its own factor. Use it where single gradients
+                            throw a run off.
+    max_norm    c/‖u‖       so that ‖u‖ ≤ c over all groups. Use it where ‖g‖ changes by orders of
+                            magnitude: as long as mλ is small, ‖u‖ is about m/‖g‖, so that small
+                            gradients make large steps.
+
+On CUDA everything stays on the device, so that a step can be captured in a CUDA graph.
+"""
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ranks import Ranks, local
+
+if TYPE_CHECKING:
+    from optim import DynamicInverseFisher
+
+__all__ = ["FLOOR", "Control", "layerwise", "squared_norms"]
+
+FLOOR = 1e-3  # the least norm of weights in `layerwise`
+
+
+class Control:
+    """The factor of u = F⁻¹g, as above.
+
+    Args:
+        warmup: whether to scale by n/m.
+        max_step: δ > 0, or None.
+        max_norm: c > 0, or None.
+
+    Example:
+        >>> from optim import DynamicInverseFisher
+        >>> fisher, control = DynamicInverseFisher(num_grads=4, dim=1, damp=1.0), Control(True)
+        >>> control.attach(fisher)
+        >>> u = fisher.update_matvec(torch.tensor([2.0]))  # F is 1 + 4/4
+        >>> control.scale_(u, fisher, lr=1.0)
+        >>> u
+        tensor([0.2500])
+    """
+
+    def __init__(
+        self, warmup: bool = False, max_step: float | None = None, max_norm: float | None = None
+    ):
+        if not isinstance(warmup, bool):
+            raise ValueError(f"Invalid warmup: {warmup!r}; it must be True or False")
+        for name, value in (("max_step", max_step), ("max_norm", max_norm)):
+            real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if value is not None and not (real and 0.0 < value < math.inf):
+                raise ValueError(
+                    f"Invalid {name}: {value!r}; it must be a number above 0, or None for no bound"
+                )
+        self.warmup, self.max_step, self.max_norm = warmup, max_step, max_norm
+
+    def attach(self, fisher: "DynamicInverseFisher") -> None:
+        """Has the inverse Fisher find the norms that this needs."""
+        fisher.measures_norms = self.max_step is not None or self.max_norm is not None
+
+    def scale_(self, u: Tensor, fisher: "DynamicInverseFisher", lr: float | Tensor) -> None:
+        """Scales u, or a part of it, after its gradient has entered the window."""
+        factors = []
+        if self.warmup:
+            factors.append(fisher.counter / float(fisher.num_grads))
+        if self.max_step is not None:
+            factors.append((self.max_step / (fisher.norms[0] * lr**2)).sqrt())
+        if self.max_norm is not None:
+            factors.append(self.max_norm / fisher.norms[1].sqrt())
+        if factors:  # x/0 is inf, which bounds nothing
+            u.mul_(torch.stack([x.to(u.dtype) for x in factors]).amin().clamp(max=1))
+
+
+def squared_norms(
+    fisher: "DynamicInverseFisher", z: Tensor, b: Tensor | None, rest: list[Tensor]
+) -> Tensor:
+    """gᵀF⁻¹g and ‖F⁻¹g‖² (2,) in float64 by (6), zeros if g is refused; before g is counted.
+
+    Args:
+        fisher: whose K and P are those with g.
+        z: A⁻¹e_j (m,).
+        b: Gr (m,) of a compressed window, else None.
+        rest: r, in parts.
+    """
+    side, m, damp = fisher.coefficients, len(z), fisher.damp
+    z_j = z.index_select(0, fisher.counter.view(1) % m)[0]
+    y, natural, extra = m * z, m * (1 - m * damp * z_j), torch.zeros_like(z_j)
+    if b is not None:
+        squares = [part.square().sum(dtype=torch.float64).to(fisher.device) for part in rest]
+        x, square = side.solve(b) / damp, fisher.ranks.sum(torch.stack(squares).sum())
+        natural = natural + 2 * (y @ b) + square / damp - b @ x
+        y = y - x
+        extra = 2 * (y @ b) / damp + square / damp**2
+    norms = torch.stack([natural, y @ (side.K @ y) + extra])
+    return norms.clamp(min=0).where(fisher.accepted != 0, 0)  # rounding may take them below
+
+
+def layerwise(
+    v: Tensor, params: Sequence[Tensor], parts: list[Tensor], sizes: Tensor, ranks: Ranks | None
+) -> Tensor:
+    """v (d,) with the part v_w that belongs to each parameter w scaled to ‖w‖: v_w ‖w‖/‖v_w‖.
+
+    As in LARS (You et al. 2017, arXiv 1708.03888) and LAMB (You et al. 2020, arXiv 1904.00962),
+    lr is then the relative change of each parameter. Weights of norm below 1e-3 count as 1e-3, as
+    in AGC (Brock et al. 2021, arXiv 2102.06171), so that what starts at zero can move. A part that
+    is zero stays.
+
+    Args:
+        v: the vector.
+        params: the parameters.
+        parts: the parts of v that belong to them, as views.
+        sizes: the number of entries of each part, on the device of v.
+        ranks: the processes over which all of the parameters are sharded; None if none of them is.
+
+    Example:
+        >>> w, v = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])
+        >>> layerwise(v, [w], [v], torch.tensor([2]), None)
+        tensor([0., 5.])
+    """
+    wide = torch.promote_types(params[0].dtype, torch.float32)
+    weights = torch._foreach_norm([local(p).detach() for p in params], dtype=wide)
+    norms = torch.stack([torch.stack(torch._foreach_norm(parts)), torch.stack(weights).to(v)])
+    if ranks is not None:
+        norms = ranks.sum(norms.square()).sqrt()
+    ratios = (norms[1].clamp(min=FLOOR) / norms[0]).where(norms[0] > 0, 0)
+    return v * ratios.repeat_interleave(sizes, output_size=len(v))

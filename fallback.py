@@ -1,0 +1,210 @@
+"""Groups that another algorithm trains: what is no matrix in the middle of the net.
+
+Norms, biases, embeddings and the head have gradients of another scale than the matrices between
+them, and sit badly in one window with them. A group with `algorithm="adamw"` or `"sgd"` stays out
+of it: torch's own functions train it with the group's settings, whose defaults are
+
+    adamw   lr 1e-3, betas (0.9, 0.999), eps 1e-8, weight_decay 1e-2     as torch.optim.AdamW
+    sgd     lr 1e-3, momentum 0, weight_decay 0, nesterov False          as torch.optim.SGD
+
+and `maximize` as given to `MFAC`. A gradient with NaN or Inf in any group skips the step of all.
+On CUDA nobody waits for that: what such a step would have done is not done, on the device.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from ranks import local, placed_as
+
+__all__ = ["SETTINGS", "Fallback", "mfac_groups"]
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "adamw": dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2),
+    "sgd": dict(lr=1e-3, momentum=0, weight_decay=0, nesterov=False),
+}
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+OUTSIDE = (nn.Embedding, nn.EmbeddingBag, *NORMS)
+
+
+def mfac_groups(
+    model: nn.Module,
+    algorithm: str = "adamw",
+    *,
+    head: nn.Module | None = None,
+    others: Iterable[nn.Module | Tensor] = (),
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """Two groups for `MFAC`: the matrices in the middle of the net, and all else for `algorithm`.
+
+    All else is: embeddings, what belongs to normalisation layers, the head, parameters of fewer
+    than two dimensions, and whatever is tied to one of them.
+
+    Args:
+        model: the model; each parameter is named once, however often it is used.
+        algorithm: of the second group, "adamw" or "sgd".
+        head: the layer that makes the outputs; None: the last torch.nn.Linear.
+        others: more modules and parameters for the second group, such as position embeddings that
+            are parameters of the model itself.
+        settings: of the second group, such as its `lr`.
+
+    Raises:
+        ValueError: no matrix is left for M-FAC, or `algorithm` is unknown.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 9))
+        >>> groups = mfac_groups(model, lr=1e-2)
+        >>> [[tuple(p.shape) for p in group["params"]] for group in groups]
+        [[(4, 4)], [(9, 4), (4,), (9, 4), (9,)]]
+        >>> from optim import MFAC
+        >>> optimizer = MFAC(groups, lr=3e-3, ngrads=8)
+    """
+    if algorithm not in SETTINGS:
+        raise ValueError(f"Invalid algorithm: {algorithm!r}; it must be one of {list(SETTINGS)}")
+    modules, others = list(model.modules()), list(others)
+    last = [module for module in modules if isinstance(module, nn.Linear)][-1:]
+    outside: list[nn.Module] = [module for module in modules if isinstance(module, OUTSIDE)]
+    outside += [module for module in others if isinstance(module, nn.Module)]
+    outside += last if head is None else [head]
+    apart = {id(p) for module in outside for p in module.parameters()}
+    apart |= {id(p) for p in others if isinstance(p, Tensor)}
+    params = list(model.parameters())  # tied ones once
+    matrices = [p for p in params if p.ndim >= 2 and id(p) not in apart]
+    if not matrices:
+        raise ValueError(
+            "No matrix is left for M-FAC between embeddings and head; give MFAC "
+            "model.parameters() to have it train everything"
+        )
+    kept = {id(p) for p in matrices}
+    rest = [p for p in params if id(p) not in kept]
+    return [{"params": matrices}, {"params": rest, "algorithm": algorithm, **settings}]
+
+
+class Fallback:
+    """One step of the groups that are not M-FAC's.
+
+    Args:
+        groups: all groups of an optimizer.
+        state: that of the optimizer, by parameter.
+        device: of the window.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], state: dict[Any, Any], device: torch.device):
+        self.state, self.parts = state, []
+        for group in groups:
+            if group["algorithm"] != "mfac":
+                params = [p for p in group["params"] if p.grad is not None]
+                self.parts.append(
+                    (group, params, [_laid_out(local(p.grad), local(p)) for p in params])
+                )
+        self.found: Tensor | None = None  # 1 if a gradient has NaN or Inf, else 0
+        grads = [g for _, _, grads in self.parts for g in grads if g.numel()]
+        if grads:
+            largest = torch._foreach_norm(grads, torch.inf)
+            norms = torch.stack([x.to(device, torch.float32) for x in largest])
+            self.found = (~norms.isfinite().all()).float()
+
+    def guard_(self, g: Tensor) -> Tensor:
+        """g (d,), whose first number becomes NaN if a gradient here has NaN or Inf, so that the
+        window refuses the step, too."""
+        if self.found is not None:
+            g[:1] += (0 / (1 - self.found)).to(g)
+        return g
+
+    def step(self, taken: float | Tensor = 1) -> None:
+        """The step itself; none where `taken`, or 1 if no gradient here has NaN or Inf, is 0."""
+        for group, params, grads in self.parts:
+            if not params:
+                continue
+            assert self.found is not None
+            weights, fused = [local(p) for p in params], params[0].is_cuda
+            if not fused and bool(self.found):
+                continue
+            entries = [prepare(group, p, self.state) for p in params]
+            buffers = [[local(x[name]) for x in entries] for name in _names(group)]
+            how: dict[str, Any] = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+            how |= {"maximize": group["maximize"], "foreach": False, "fused": fused}
+            if fused:  # which leaves everything as it is where found_inf is 1
+                how["found_inf"] = 1 - (1 - self.found) * taken
+            if group["algorithm"] == "adamw":
+                steps, means, squares = buffers
+                beta1, beta2 = group["betas"]
+                how |= {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "amsgrad": False}
+                adamw(weights, grads, means, squares, [], steps, **how)
+            else:
+                how |= {"momentum": group["momentum"], "nesterov": group["nesterov"]}
+                velocities: list[Any] = buffers[0] if buffers else [None] * len(grads)
+                sgd(weights, grads, velocities, dampening=0, **how)
+
+
+def complete(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A group that is given to an optimizer with these defaults, with those of its algorithm.
+    ValueError if that has no such setting."""
+    algorithm = group.get("algorithm", "mfac")
+    if algorithm == "mfac":
+        return group
+    if algorithm not in SETTINGS:
+        names = ["mfac", *SETTINGS]
+        raise ValueError(f"Invalid algorithm: {algorithm!r}; it must be one of {names}")
+    for name in group:
+        if name in _foreign(algorithm, defaults):
+            raise ValueError(
+                f"Invalid group: {name} is no setting of algorithm {algorithm!r}, which has "
+                f"{[*SETTINGS[algorithm], 'maximize']}"
+            )
+    return {**SETTINGS[algorithm], **group}
+
+
+def strip(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Takes from a group what the optimizer has added of other algorithms' settings; then checks
+    it."""
+    for name in _foreign(group["algorithm"], defaults):
+        group.pop(name, None)
+    betas = group.get("betas", (0.0, 0.0))
+    if not (len(betas) == 2 and all(0.0 <= beta < 1.0 for beta in betas)):
+        raise ValueError(f"Invalid betas: {betas}; they must be two numbers in [0, 1)")
+    if not 0.0 <= group.get("eps", 0.0):
+        raise ValueError(f"Invalid eps: {group['eps']}; it must be at least 0")
+    if group.get("nesterov") and not group["momentum"]:
+        raise ValueError("Invalid nesterov: True; it needs a momentum above 0")
+
+
+def prepare(group: dict[str, Any], p: Tensor, state: dict[Any, Any]) -> dict[str, Any]:
+    """The entries of p in the state, zeros where they are new."""
+    entries = state[p]
+    for name in _names(group):
+        if name not in entries and name == "step":
+            device = p.device if p.is_cuda else "cpu"
+            entries[name] = torch.zeros((), dtype=torch.float32, device=device)
+        elif name not in entries:
+            entries[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    return entries
+
+
+def restore(group: dict[str, Any], p: Tensor, state: dict[Any, Any], saved: dict[str, Any]) -> None:
+    """Copies what was saved of p into its entries in the state."""
+    for name, value in prepare(group, p, state).items():
+        if name in saved:
+            local(value).copy_(local(placed_as(value, saved[name])))
+
+
+def _names(group: dict[str, Any]) -> tuple[str, ...]:
+    if group["algorithm"] == "adamw":
+        return "step", "exp_avg", "exp_avg_sq"
+    return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+
+def _foreign(algorithm: str, defaults: dict[str, Any]) -> set[str]:
+    """Settings of other algorithms than this."""
+    return defaults.keys() - SETTINGS[algorithm].keys() - {"algorithm", "maximize", "params"}
+
+
+def _laid_out(g: Tensor, p: Tensor) -> Tensor:
+    """The gradient g with p's order in memory, as fused functions need it."""
+    if g.layout is not torch.strided:
+        raise ValueError("MFAC does not support sparse gradients; use sparse=False in the module")
+    return g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
