@@ -39,7 +39,6 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,15 +50,15 @@ from blocks import (
     EPS,
     RESOLVABLE,
     STRIP,
-    Layout,
     condition,
     fast_type,
     inverse_factor,
+    layout,
     leverage,
     stored_blocks,
     sum_gradients,
-    tile_size,
     too_small,
+    usual_perbatch,
 )
 from checks import check_choice, check_device, check_integer, checked_dtype, damp_parts
 from fisher import SharedInverseFisher, StaticInverseFisher, as_matrix, check_vector, in_type_of
@@ -221,8 +220,7 @@ class PagedInverseFisher(StaticInverseFisher):
     # --- passes over G
 
     def _gram(self, kept: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The lower triangle of GGᵀ (m, m) in float64, products of these columns in `dtype`, and
-        of the same columns Gx (m,) in float64, if x (d,) is given."""
+        """GGᵀ (m, m) of these columns, the lower triangle by products in `dtype`, and Gx (m,)."""
         m = len(self.G)
         K = torch.zeros(m, m, dtype=torch.float64, device=self.device)
         Gx = K.new_zeros(m)
@@ -238,11 +236,9 @@ class PagedInverseFisher(StaticInverseFisher):
         return self.ranks.sum(K), self.ranks.sum(Gx)
 
     def _times(self, x: Tensor) -> Tensor:
-        """Gx (m,) in float64, from the columns where x (d,) is not 0."""
-        index = x.nonzero()[:, 0]
-        tiles = self._pages.tiles(torch.float64, index)
-        products = (tile @ x[index[columns]] for columns, tile in tiles)
-        return self.ranks.sum(reduce(torch.add, products, x.new_zeros(len(self.G))))
+        """Gx (m,) in float64."""
+        tiles = self._pages.tiles(torch.float64)
+        return self.ranks.sum(reduce(torch.add, (tile @ x[columns] for columns, tile in tiles)))
 
     def _transposed_solve(self, b: Tensor) -> Tensor:
         """G_RᵀA⁻¹b (d,) in float64, 0 beside R, with a step of refinement by G itself. In `dtype`
@@ -308,20 +304,17 @@ class BlockedInverseFisher(StaticInverseFisher):
         stored = isinstance(grads, (Tensor, np.ndarray)) or not isinstance(grads, Iterable)
         grads = as_matrix(grads) if stored else grads
         self.device = check_device(device or getattr(grads, "device", "cpu"))
-        if perbatch is None:
-            numbers = b * min(b, len(grads)) if stored else b**2  # of a block
-            small = not stored and self.device.type == "cpu"  # each time goes through all blocks
-            perbatch = max(1, tile_size(self.device) // (32 if small else 4) // numbers)
-        self.perbatch = check_integer("perbatch", perbatch)
+        usual = usual_perbatch(b, len(grads) if stored else None, self.device)
+        self.perbatch = check_integer("perbatch", usual if perbatch is None else perbatch)
         self._parts: list[tuple[slice, int, Any]]
         if stored:
             d = grads.shape[1]
             self._parts = [
                 (columns, size, stored_blocks(grads[:, columns], size, damp, self.device))
-                for columns, size in self._layout(d)
+                for columns, size in layout(d, b, self.perbatch)
             ]
         else:
-            d, self._parts = sum_gradients(grads, self._layout, self.device)
+            d, self._parts = sum_gradients(grads, b, self.perbatch, self.device)
         self.shape = (d, d)
 
     def matvec(self, x: Tensor) -> Tensor:
@@ -330,11 +323,10 @@ class BlockedInverseFisher(StaticInverseFisher):
         return in_type_of(x, self._each("matvec", x64))
 
     def for_removal(self, once: bool = False) -> "BlockedInverseFisher":
-        """F⁻¹ to remove weights from: for formed blocks another 8·d·b bytes; or in place of this
-        one, which is then of no more use, if it is needed `once`."""
-        removable, parts, how = copy.copy(self), self._parts, (self.damp, once)
+        """F⁻¹ to remove weights from: another 8·d·b bytes, or instead of this one if but `once`."""
+        removable, how = copy.copy(self), (self.damp, once)
         removable._diagonal = None
-        removable._parts = [(*where, part.for_removal(*how)) for *where, part in parts]
+        removable._parts = [(*where, part.for_removal(*how)) for *where, part in self._parts]
         return removable
 
     def remove_(self, dropped: Tensor, w: Tensor) -> Tensor:
@@ -356,12 +348,6 @@ class BlockedInverseFisher(StaticInverseFisher):
             return getattr(blocks, method)(self.damp, *parts).flatten()
 
         return self._assemble((part[0], result(*part)) for part in self._parts)
-
-    def _layout(self, d: int) -> Layout:
-        """The columns of each batch of blocks; a smaller last block is a batch of its own."""
-        b = self.blocksize
-        starts = sorted({*range(0, d - d % b, self.perbatch * b), d - d % b, d})
-        return [(slice(i, j), min(b, j - i)) for i, j in pairwise(starts)]
 
 
 # --- pruning --------------------------------------------------------------------------------------
