@@ -5,7 +5,8 @@ ones go by Woodbury's identity.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,6 +21,19 @@ STRIP = 256  # rows of a triangle that are computed at once
 PARTIAL_ROWS = 128  # gradients, at most, that blocks sum in float32 before float64 takes over
 BATCH = 128  # gradients that are added to blocks at once, as each time goes through all blocks
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
+
+
+def usual_perbatch(b: int, m: int | None, device: torch.device) -> int:
+    """How many blocks of b columns suit a device; of m gradients that are stored, or of sums, to
+    which gradients are added in several passes."""
+    share = 32 if m is None and device.type == "cpu" else 4
+    return max(1, tile_size(device) // share // (b * (b if m is None else min(b, m))))
+
+
+def layout(d: int, b: int, perbatch: int) -> Layout:
+    """The columns of each batch of blocks; a smaller last block is a batch of its own."""
+    starts = sorted({*range(0, d - d % b, perbatch * b), d - d % b, d})
+    return [(slice(i, j), min(b, j - i)) for i, j in pairwise(starts)]
 
 
 def tile_size(device: torch.device) -> int:
@@ -131,9 +145,10 @@ class DenseBlocks:
         right = (self.sums / self.m) @ (w * dropped)[:, :, None] * ~dropped[:, :, None]
         return torch.cholesky_solve(right, L)[:, :, 0]
 
-    def for_removal(self, damp: float) -> "RemovableDenseBlocks":
+    def for_removal(self, damp: float, once: bool) -> "RemovableDenseBlocks":
         inverse_L = self.resolved_factor(damp)
-        return RemovableDenseBlocks(inverse_L.mT @ inverse_L)
+        place = self.sums if once else torch.empty_like(self.sums)
+        return RemovableDenseBlocks(torch.bmm(inverse_L.mT, inverse_L, out=place))
 
 
 class RemovableDenseBlocks:
@@ -215,7 +230,7 @@ class LowRankBlocks:
         b = G @ (w * dropped)[:, :, None]
         return (G_R.mT @ (inverse_L.mT @ (inverse_L @ b)))[:, :, 0]
 
-    def for_removal(self, damp: float) -> "LowRankBlocks":
+    def for_removal(self, damp: float, once: bool) -> "LowRankBlocks":
         return copy.copy(self)
 
     def remove_(self, damp: float, dropped: Tensor, w: Tensor) -> Tensor:
@@ -226,11 +241,12 @@ class LowRankBlocks:
 
 def sum_gradients(
     gradients: Iterable[Tensor | OuterProducts],
-    layout: Callable[[int], Layout],
+    b: int,
+    perbatch: int,
     device: torch.device,
 ) -> tuple[int, list[tuple[slice, int, DenseBlocks]]]:
-    """d and, for all columns of a layout and their block size, F⁻¹ from gradients that are iterated
-    over: (d,) or some of them (n, d), in memory that may be used again for the next ones."""
+    """d and, for the columns of each batch of blocks and their size, F⁻¹ from gradients that are
+    iterated over: (d,) or some of them (n, d), in memory that may be used again for the next."""
     sums: list[tuple[slice, int, Tensor]] = []
     m = d = 0
     for rows in gradients:
@@ -238,10 +254,14 @@ def sum_gradients(
             rows = as_matrix(rows[None] if getattr(rows, "ndim", 2) == 1 else rows).to(device)
         if m == 0:
             d = rows.shape[1]
-            for columns, b in layout(d):
-                shape = (columns.stop - columns.start) // b, b, b
-                H = torch.zeros(shape, dtype=torch.float64, device=device)
-                sums.append((columns, b, H))
+            parts = layout(d, b, perbatch)
+            sizes = [size * (columns.stop - columns.start) for columns, size in parts]
+            # At once, as many small tensors would fragment the memory.
+            all_sums = torch.zeros(sum(sizes), dtype=torch.float64, device=device).split(sizes)
+            sums = [
+                (*part, H.view(-1, part[1], part[1]))
+                for part, H in zip(parts, all_sums, strict=True)
+            ]
         if rows.shape[1] != d:
             raise ValueError(f"Expected gradients of {d} weights, got {rows.shape[1]}")
         m += rows.shape[0]

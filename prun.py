@@ -38,7 +38,6 @@ Information", NeurIPS 2021, arXiv 2107.03356, sections 3.1 (static algorithm) an
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,15 +49,15 @@ from blocks import (
     EPS,
     RESOLVABLE,
     STRIP,
-    Layout,
     condition,
     fast_type,
     inverse_factor,
+    layout,
     leverage,
     stored_blocks,
     sum_gradients,
-    tile_size,
     too_small,
+    usual_perbatch,
 )
 from checks import check_choice, check_device, check_integer, checked_dtype, damp_parts
 from fisher import SharedInverseFisher, StaticInverseFisher, as_matrix, check_vector, in_type_of
@@ -142,7 +141,7 @@ class PagedInverseFisher(StaticInverseFisher):
     def matvec(self, x: Tensor) -> Tensor:
         """F⁻¹x (d,) for x (d,), by (1), in float64: it cancels where x resembles the gradients."""
         x64 = check_vector("x", x, self.shape[0], self.device) * self.kept
-        left = x64 - self._transposed_times(self._solve(self._times(x64)))
+        left = x64 - self._transposed_solve(self._times(x64))
         # The refinement squares the error of the solution, but not beyond what float64 allows.
         finest = self._roundings * EPS[torch.float64] / EPS[self.dtype]
         error = max((4 * self._roundings) ** 2, finest)
@@ -158,15 +157,16 @@ class PagedInverseFisher(StaticInverseFisher):
     def remove_(self, dropped: Tensor, w: Tensor) -> Tensor:
         """Goes on with the weights that are left when those `dropped` (d,) go. Returns δ (d,), of
         which the part at all that are gone does not matter."""
-        b = self._times(torch.where(dropped, w, 0))
-        kept = self.kept & ~dropped
-        if self.ranks.sum(dropped.sum() - kept.sum()) < 0:  # the Gram matrix of fewer columns
-            self._K, self._subtracted = self._K - self._gram(dropped), True
+        removed, kept = torch.where(dropped, w, 0), self.kept & ~dropped
+        if self.ranks.sum(dropped.sum() - kept.sum()) <= 0:  # the Gram matrix of fewer columns
+            K, b = self._gram(dropped, removed)
+            self._K, self._subtracted = self._K - K, True
         else:
+            b = self._times(removed)
             self._set_gram(kept)
         self.kept, self._diagonal = kept, None
         self._factorise()
-        return self._transposed_times(self._solve(b))
+        return self._transposed_solve(b)
 
     def _adjustment(self, dropped: Tensor, weights: Tensor) -> Tensor:
         return self.for_removal().remove_(dropped, weights)
@@ -208,16 +208,8 @@ class PagedInverseFisher(StaticInverseFisher):
 
     def _set_gram(self, kept: Tensor) -> None:
         """Sets K of the columns kept, and the size of the numbers that it is computed from."""
-        self._K, self._subtracted = self._gram(kept), False
+        self._K, self._subtracted = self._gram(kept)[0], False
         self._scale = self._K.diagonal().clone()
-
-    def _solve(self, b: Tensor) -> Tensor:
-        """y (m,) of Ay = b, with a step of refinement by G itself."""
-        y = self._inverse_L.T @ (self._inverse_L @ b)
-        tiles = self._pages.tiles(torch.float64)
-        products = (tile @ ((y @ tile) * self.kept[columns]) for columns, tile in tiles)
-        residual = b - self._shift * y - self.ranks.sum(reduce(torch.add, products))
-        return y + self._inverse_L.T @ (self._inverse_L @ residual)
 
     @property
     def _shift(self) -> float:
@@ -226,29 +218,44 @@ class PagedInverseFisher(StaticInverseFisher):
 
     # --- passes over G
 
-    def _gram(self, columns: Tensor) -> Tensor:
-        """The lower triangle of GGᵀ (m, m) in float64, products of these columns in `dtype`."""
+    def _gram(self, kept: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """GGᵀ (m, m) of these columns, the lower triangle by products in `dtype`, and Gx (m,)."""
         m = len(self.G)
         K = torch.zeros(m, m, dtype=torch.float64, device=self.device)
-        index = None if bool(columns.all()) else columns.nonzero()[:, 0]
+        Gx = K.new_zeros(m)
+        index = None if bool(kept.all()) else kept.nonzero()[:, 0]
+        x_kept = x if index is None or x is None else x[index]
         with torch.autocast(self.device.type, enabled=False):
-            for _, tile in self._pages.tiles(self.dtype, index):
+            for columns, tile in self._pages.tiles(self.dtype, index):
                 for i in range(0, m, STRIP):
                     stop = i + STRIP
                     K[i:stop, :stop] += tile[i:stop] @ tile[:stop].T
-        return self.ranks.sum(K)
+                if x_kept is not None:
+                    Gx += tile.double() @ x_kept[columns]
+        return self.ranks.sum(K), self.ranks.sum(Gx)
 
     def _times(self, x: Tensor) -> Tensor:
-        """Gx (m,) in float64, from the columns where x (d,) is not 0."""
-        index = x.nonzero()[:, 0]
-        tiles = self._pages.tiles(torch.float64, index)
-        products = (tile @ x[index[columns]] for columns, tile in tiles)
-        return self.ranks.sum(reduce(torch.add, products, x.new_zeros(len(self.G))))
-
-    def _transposed_times(self, y: Tensor) -> Tensor:
-        """G_Rᵀy (d,) in float64, 0 beside R."""
+        """Gx (m,) in float64."""
         tiles = self._pages.tiles(torch.float64)
-        return self._assemble((columns, y @ tile) for columns, tile in tiles) * self.kept
+        return self.ranks.sum(reduce(torch.add, (tile @ x[columns] for columns, tile in tiles)))
+
+    def _transposed_solve(self, b: Tensor) -> Tensor:
+        """G_RᵀA⁻¹b (d,) in float64, 0 beside R, with a step of refinement by G itself. In `dtype`
+        is what that adds, as it is smaller by far."""
+        y = self._inverse_L.T @ (self._inverse_L @ b)
+        x = torch.empty(self.shape[0], dtype=torch.float64, device=self.device)
+        Gx = torch.zeros_like(b)
+        for columns, tile in self._pages.tiles(torch.float64):
+            x[columns] = (y @ tile) * self.kept[columns]
+            Gx += tile @ x[columns]
+        residual = b - self._shift * y - self.ranks.sum(Gx)
+        correction = self._inverse_L.T @ (self._inverse_L @ residual)
+        scale = correction.abs().max().clamp(min=1e-300)  # float32 does not hold all numbers
+        scaled = (correction / scale).to(self.dtype)
+        with torch.autocast(self.device.type, enabled=False):
+            for columns, tile in self._pages.tiles(self.dtype):
+                x[columns] += (scaled @ tile).double() * scale * self.kept[columns]
+        return x
 
 
 # --- blocks ---------------------------------------------------------------------------------------
@@ -296,20 +303,17 @@ class BlockedInverseFisher(StaticInverseFisher):
         stored = isinstance(grads, (Tensor, np.ndarray)) or not isinstance(grads, Iterable)
         grads = as_matrix(grads) if stored else grads
         self.device = check_device(device or getattr(grads, "device", "cpu"))
-        if perbatch is None:
-            numbers = b * min(b, len(grads)) if stored else b**2  # of a block
-            small = not stored and self.device.type == "cpu"  # each time goes through all blocks
-            perbatch = max(1, tile_size(self.device) // (32 if small else 4) // numbers)
-        self.perbatch = check_integer("perbatch", perbatch)
+        usual = usual_perbatch(b, len(grads) if stored else None, self.device)
+        self.perbatch = check_integer("perbatch", usual if perbatch is None else perbatch)
         self._parts: list[tuple[slice, int, Any]]
         if stored:
             d = grads.shape[1]
             self._parts = [
                 (columns, size, stored_blocks(grads[:, columns], size, damp, self.device))
-                for columns, size in self._layout(d)
+                for columns, size in layout(d, b, self.perbatch)
             ]
         else:
-            d, self._parts = sum_gradients(grads, self._layout, self.device)
+            d, self._parts = sum_gradients(grads, b, self.perbatch, self.device)
         self.shape = (d, d)
 
     def matvec(self, x: Tensor) -> Tensor:
@@ -318,15 +322,10 @@ class BlockedInverseFisher(StaticInverseFisher):
         return in_type_of(x, self._each("matvec", x64))
 
     def for_removal(self, once: bool = False) -> "BlockedInverseFisher":
-        """F⁻¹ to remove weights from: for formed blocks another 8·d·b bytes, unless it is done
-        once and this one is given up."""
-        removable, parts = copy.copy(self), self._parts[::-1]
-        removable._diagonal, removable._parts = None, []
-        if once:
-            self._parts = []
-        while parts:  # each is freed before the next is made
-            *where, part = parts.pop()
-            removable._parts.append((*where, part.for_removal(self.damp)))
+        """F⁻¹ to remove weights from: another 8·d·b bytes, or instead of this one if but `once`."""
+        removable, how = copy.copy(self), (self.damp, once)
+        removable._diagonal = None
+        removable._parts = [(*where, part.for_removal(*how)) for *where, part in self._parts]
         return removable
 
     def remove_(self, dropped: Tensor, w: Tensor) -> Tensor:
@@ -348,12 +347,6 @@ class BlockedInverseFisher(StaticInverseFisher):
             return getattr(blocks, method)(self.damp, *parts).flatten()
 
         return self._assemble((part[0], result(*part)) for part in self._parts)
-
-    def _layout(self, d: int) -> Layout:
-        """The columns of each batch of blocks; a smaller last block is a batch of its own."""
-        b = self.blocksize
-        starts = sorted({*range(0, d - d % b, self.perbatch * b), d - d % b, d})
-        return [(slice(i, j), min(b, j - i)) for i, j in pairwise(starts)]
 
 
 # --- pruning --------------------------------------------------------------------------------------
@@ -446,10 +439,9 @@ class MFACPruner(MagnitudePruner):
         self.mode = check_choice("mode", mode, ["eval", "train", "as is"])
         if not callable(loss):
             raise ValueError(f"Invalid loss: {loss!r}; it must be a function of (model, batch)")
-        self.batches = Batches(loader, seed, drop_smaller)
-        self.loss, self.per_sample = loss, per_sample
+        self.batches, self.loss = Batches(loader, seed, drop_smaller), loss
         check_sizes(ngrads, blocksize, perbatch, pages, rounds)
-        self.ngrads, self.rounds, self.pages = ngrads, rounds, pages
+        self.ngrads, self.rounds, self.pages, self.per_sample = ngrads, rounds, pages, per_sample
         self.blocksize, self.perbatch = blocksize, perbatch
         if rounds > 1 and update != "joint":
             raise ValueError(f"rounds = {rounds} goes with update='joint' only, not {update!r}")
