@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_main_optim import assert_shown, deterministic  # noqa: F401
+from test_main_optim import assert_shown
 
 import datautils
 import finetune
