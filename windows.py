@@ -22,7 +22,7 @@ from kernels import cuda_kernels
 __all__ = ["BLOCK", "CompressedWindow", "DenseWindow", "Window", "gram", "kept"]
 
 BLOCK = 2**12  # columns that share a scale, or that compete for the largest entries
-CHUNK = 2**11  # columns, at most, of a sum in float32; the sum over chunks is in float64
+CHUNK = 2**12  # columns, at most, of a sum in float32; the sum over chunks is in float64
 TILE = 13 * 2**18  # numbers converted at a time: twelve rows of ResNet-20, which fit in the cache
 ALIGN = 128  # bytes: rows start at multiples of it, so that kernels can read 16 bytes at a time
 SCALED = {
@@ -489,8 +489,9 @@ def _short_sums(G: Tensor, x: Tensor) -> Tensor:
 
 
 def _chunk(d: int) -> int:
-    """The number of columns of a short sum, such that there are at least 256 sums if d allows."""
-    return min(CHUNK, max(16, d // 256 // 16 * 16))
+    """The number of columns of a short sum. Pieces of rows below 16 kB are read more slowly, but
+    with few weights that hardly counts, and more sums are more precise."""
+    return CHUNK if d >= 64 * CHUNK else max(16, d // 256 // 16 * 16)
 
 
 def _largest(a: Tensor, compress: float) -> Tensor:
