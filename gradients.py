@@ -244,14 +244,14 @@ class GradientCollector:
                 source = chain([(number, batch)], source)
                 break
             found.append(factors)
-            self.sums.append((number, torch.stack([f.sum() for pair in factors for f in pair])))
-            self._check()
+            self._note(number, torch.stack([f.sum().double() for pair in factors for f in pair]))
             count, waiting = count - len(factors[0][0]), waiting + len(factors[0][0])
             if count == 0 or waiting >= len(buffer):
                 yield OuterProducts(found, self.alive, self.like, self.squares)
                 found, waiting = [], 0
             if count == 0:
                 break
+        self._check()
         if found:
             yield OuterProducts(found, self.alive, self.like, self.squares)
         yield from self._rows(source, count, buffer, chunk)
@@ -314,15 +314,19 @@ class GradientCollector:
             rows = self._gradients(batch)[:count]
             count -= len(rows)
             add_squares_(self.squares, rows)
-            self.sums.append((number, self.squares.sum()))
-            if rows.device.type == "cpu" or number == 0 or len(self.sums) == CHECK_EVERY:
-                self._check()
+            self._note(number, self.squares)
             yield from rows
+
+    def _note(self, number: int, numbers: Tensor) -> None:
+        """Has numbers of a batch checked, if not at once."""
+        self.sums.append((number, numbers.sum()))
+        if numbers.device.type == "cpu" or number == 0 or len(self.sums) == CHECK_EVERY:
+            self._check()
 
     def _check(self) -> None:
         """Raises ValueError if gradients of the last batches are not finite. Waits for the GPU,
         after which rows in main memory have arrived."""
-        totals = [total.sum() for _, total in self.sums]
+        totals = [total for _, total in self.sums]
         finite = torch.stack(totals).isfinite().tolist() if totals else []
         if not all(finite):
             raise ValueError(

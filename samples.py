@@ -80,8 +80,9 @@ class Call(NamedTuple):
                 f"The input of a {type(self.layer).__name__} is changed in place after it; "
                 "per_sample needs it as it was"
             )
-        a = self.inputs.reshape(n, -1, self.inputs.shape[-1]).to(delta.dtype)
-        delta = n * delta.reshape(n, -1, delta.shape[-1])
+        wide = torch.promote_types(delta.dtype, torch.float32)
+        a = self.inputs.reshape(n, -1, self.inputs.shape[-1]).to(wide)
+        delta = n * delta.reshape(n, -1, delta.shape[-1]).to(wide)
         for p in self.layer.parameters(recurse=False):
             if p.ndim == 1:
                 yield p, (delta, delta.new_ones(n, delta.shape[1], 1))

@@ -40,7 +40,9 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Squared error of the similarities in a batch against themselves with unit noise.
 
     Without the noise, all gradients would be zero. With it, only their mean is, and F is a multiple
-    of the Hessian of what pruning is to keep small: the squared change of the similarities.
+    of the Hessian of what pruning is to keep small: the squared change of the similarities. With
+    per_sample, each sentence gives its own part of the gradient, and what F loses of the Hessian is
+    the products of changes in two sentences.
     """
     embeddings = embed(model, batch)
     similarities = embeddings @ embeddings.T

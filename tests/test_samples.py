@@ -266,7 +266,7 @@ def test_an_input_that_is_changed_in_place_is_refused():
         gradients(torch.randn(4, 3))
 
 
-def test_half_precision_and_autocast():
+def test_autocast_and_half_precision():
     model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3))
     batch = torch.randn(6, 4), torch.randint(3, (6,))
     params = dict(model.named_parameters())
@@ -282,6 +282,15 @@ def test_half_precision_and_autocast():
     for found, expected in zip(rounded(batch), exact, strict=True):
         assert (found - expected).norm() < 0.02 * expected.norm()
     assert rounded.ways[-1].__name__ == "_by_layers"
+
+    layer = nn.Linear(3, 2, dtype=torch.float16)  # sums of gradients are beyond float16
+
+    def large(x):
+        return 5e4 * layer(x).float().sum(1).mean()
+
+    gradients = SampleGradients(layer, mse_loss, dict(layer.named_parameters()), large)
+    weight, bias = gradients(torch.ones(8, 3, dtype=torch.float16))
+    assert (weight == bias[0, 0]).all() and abs(bias[0, 0] / 5e4 - 1) < 1e-3
 
 
 @pytest.mark.parametrize("rows", [3, 7, 100])
