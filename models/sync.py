@@ -26,7 +26,7 @@ def sync_batch_norm(model: nn.Module) -> nn.Module:
     if next(model.parameters()).is_cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
+        if type(module) is nn.BatchNorm2d and module.affine and module.track_running_stats:
             module.__class__ = BatchNorm
     return model
 
@@ -47,8 +47,10 @@ class BatchNorm(nn.BatchNorm2d):
         variance = AllReduce.apply(x.double().square().sum(axes)) / size
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            plain_mean = 1 / float(self.num_batches_tracked)
+            rate = plain_mean if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
             unbiased = variance * size / (size - 1)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), rate)
         scale = self.weight * (variance + self.eps).rsqrt().to(self.weight.dtype)
         return (x * scale.view(shape) + self.bias.view(shape)).to(dtype)
