@@ -263,7 +263,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
             entries = {}  # that the first step makes
             if isinstance(optimizer, torch.optim.Adam):
                 entries = {"step": torch.tensor(0.0), "exp_avg": weight, "exp_avg_sq": weight}
-            elif group["momentum"]:
+            elif isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
                 entries = {"momentum_buffer": weight}
             if entries:
                 expected["state"][number] = {**expected["state"].get(number, {}), **entries}
@@ -497,8 +497,10 @@ class TrainingStep:
         ranks: Ranks = ALONE,
         amp: bool = False,
         graph: bool = False,
+        label_smoothing: float = 0.0,
     ):
         self.model, self.optimizer, self.ranks, self.amp = model, optimizer, ranks, amp
+        self.label_smoothing = label_smoothing
         self.watch: Any = contextlib.nullcontext()  # over the optimizer
         self.graph: torch.cuda.CUDAGraph | None = None
         self.wanted, self.calls = graph, 0
@@ -535,7 +537,8 @@ class TrainingStep:
         self.optimizer.zero_grad()
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.amp):
             outputs = self.model(images)
-            loss = cross_entropy(outputs, labels, reduction="sum")
+            smoothing = {"label_smoothing": self.label_smoothing}
+            loss = cross_entropy(outputs, labels, reduction="sum", **smoothing)
         (loss * (self.ranks.size / size)).backward()  # gradients are averaged over processes
         try:
             with self.watch:

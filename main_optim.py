@@ -1,4 +1,4 @@
-"""Train an image classifier with M-FAC, SGD or Adam.
+"""Train an image classifier with M-FAC, SGD, Adam or Muon.
 
     python3 main_optim.py --model resnet20 --dataset DATASET --optim mfac --ngrads 512 \\
         --weightdecay .003 --batchsize 128 --save rn20-mfac.pth > rn20-mfac.txt
@@ -39,6 +39,7 @@ from torch import nn
 import datautils
 import models
 from costs import available_memory
+from fallback import mfac_groups
 from main_common import (
     STYLES,
     Runs,
@@ -67,6 +68,7 @@ from main_common import (
     tensor_bytes,
     train_epoch,
 )
+from muon import Muon
 from optim import MFAC, window_bytes
 from optim_settings import COMMON, WINDOW, build_parser, changed, choose_settings
 from ranks import Ranks
@@ -84,13 +86,19 @@ DRAWN |= dict(train_accuracy=100, test_accuracy=100)
 
 def learning_rate_factor(settings: dict[str, Any], steps_per_epoch: int) -> Callable[[int], float]:
     """The factor of the learning rate as a function of the steps done."""
-    total = settings["epochs"] * steps_per_epoch
-    if settings["schedule"] == "linear":
-        return lambda step: 1 - step / total
-    if settings["schedule"] == "cosine":
-        return lambda step: (1 + math.cos(math.pi * step / total)) / 2
-    drops = [epoch * steps_per_epoch for epoch in settings["drop_at"]]
-    return lambda step: settings["drop_by"] ** sum(step >= drop for drop in drops)
+    total, rise = settings["epochs"] * steps_per_epoch, settings.get("warmup_steps", 1)
+    drops = [epoch * steps_per_epoch for epoch in settings.get("drop_at", ())]
+    fall = {
+        "linear": lambda step: 1 - step / total,
+        "cosine": lambda step: (1 + math.cos(math.pi * step / total)) / 2,
+        "step": lambda step: settings["drop_by"] ** sum(step >= drop for drop in drops),
+    }[settings["schedule"]]
+    return lambda step: min(1, (step + 1) / rise) * fall(step)
+
+
+def start_rates(settings: dict[str, Any]) -> list[float]:
+    """The learning rate of each group at the start."""
+    return [settings[name] for name in ("lr", "fallback_lr") if name in settings]
 
 
 def build_optimizer(
@@ -102,11 +110,21 @@ def build_optimizer(
     fused = device.type == "cuda" or None  # as a CUDA graph needs
     if settings["optim"] == "adam":
         options |= {"fused": fused, "capturable": bool(fused)}
+        options["decoupled_weight_decay"] = settings.get("decoupled", False)
         return torch.optim.Adam(model.parameters(), **options), ""
     options["momentum"] = settings["momentum"]
+    fallback = {"lr": settings.get("fallback_lr")}
+    if "fallback_weightdecay" in settings:
+        fallback["weight_decay"] = settings["fallback_weightdecay"]
+    if settings["optim"] == "muon":
+        return Muon(model, **options, fallback=fallback), ""
     if settings["optim"] == "sgd":
         return torch.optim.SGD(model.parameters(), **options, fused=fused), ""
-    m, d = settings["ngrads"], sum(weight.numel() for weight in model.parameters())
+    groups = [{"params": list(model.parameters())}]
+    if "fallback" in settings:
+        momentum = {"momentum": 0.9} if settings["fallback"] == "sgd" else {}
+        groups = mfac_groups(model, settings["fallback"], **fallback, **momentum)
+    m, d = settings["ngrads"], sum(weight.numel() for weight in groups[0]["params"])
     chosen = {name: settings[name] for name in ("window_dtype", "compress")}
     free = available_memory(device)
     if chosen["compress"] is not None and chosen["window_dtype"] == "float8_e4m3fn":
@@ -138,7 +156,11 @@ def build_optimizer(
     options |= {"ngrads": m, "damp": settings["damp"], "compress": chosen["compress"]}
     options["window_dtype"] = getattr(torch, chosen["window_dtype"])
     options["process_group"] = ranks.group  # each process has its part of the window
-    return MFAC(model.parameters(), **options), size
+    names = ("max_step", "max_norm", "normalize")
+    options |= {name: settings[name] for name in names if name in settings}
+    options["warmup"] = settings.get("window_warmup", False)
+    options["decoupled_weight_decay"] = settings.get("decoupled", False)
+    return MFAC(groups, **options), size
 
 
 def save_curves(runs: Runs, path: Path) -> None:
@@ -218,17 +240,20 @@ class Run:
         if "ema" in settings:
             self.tested = copy.deepcopy(self.model)
             self.average(settings["ema"])
+        if "clip" in settings:
+            self.clip(settings["clip"])
         self.trained = distributed(self.model, self.ranks)
         if settings["compile"]:
             self.trained = torch.compile(self.trained, dynamic=False)
         graph = settings.get("graph") == "yes" and self.ranks.size == 1
         how = {"ranks": self.ranks, "amp": settings["amp"], "graph": graph}
+        how["label_smoothing"] = settings.get("label_smoothing", 0.0)
         self.step = TrainingStep(self.trained, self.optimizer, **how)
         self.history = []  # a dict an epoch, the rows of the CSV
         if state:
             self.restore(state)
-        for group in self.optimizer.param_groups:
-            group["initial_lr"] = settings["lr"]
+        for group, lr in zip(self.optimizer.param_groups, start_rates(settings), strict=True):
+            group["initial_lr"] = lr
         steps = len(self.train_loader)
         factor, done = learning_rate_factor(settings, steps), len(self.history) * steps
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor, done - 1)
@@ -250,6 +275,14 @@ class Run:
             lambda *_: torch._foreach_lerp_(averages, weights, 1 - decay)
         )
 
+    def clip(self, norm: float) -> None:
+        """Has the gradients scaled down to `norm` before each optimizer step."""
+
+        def scale_down(*_: Any) -> None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), norm)
+
+        self.optimizer.register_step_pre_hook(scale_down)
+
     def check_files(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
         """The saved state, if there is one to go on with. Raises UserError if it is none, or if
         files would be lost."""
@@ -266,7 +299,7 @@ class Run:
             raise UserError(f"{self.settings['dataset']} has other classes than the saved run")
         saved, epochs = state["settings"], self.settings["epochs"]
         for group in self.optimizer.param_groups:
-            group["initial_lr"] = saved["lr"]
+            group["initial_lr"] = 0.0  # as a saved one has some
         try:
             if not are_rows(state["history"], COLUMNS, saved["epochs"]):
                 raise ValueError("the figures of the epochs are others")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import models
+from fallback import SETTINGS
 from main_common import (
     COUNT,
     FACTOR,
@@ -28,6 +29,7 @@ COMMON = dict(model="resnet20", dataset="digits", optim="mfac", schedule="step",
 COMMON |= dict(compile=False, deterministic=False, save_every=1, state_every=1)
 WINDOW = dict(window_dtype="float32", compress=None, light_state=False)
 COMPRESSED = dict(lr=1e-3, damp=1e-3)  # a step goes lr/damp along what the window does not hold
+MUON = dict(lr=0.02, momentum=0.95, weightdecay=0.01, fallback="adamw")
 DEFAULTS = {
     ("paper", "sgd"): dict(lr=0.1, momentum=0.9, weightdecay=5e-4, batchsize=128),
     ("paper", "adam"): dict(lr=1e-3, weightdecay=5e-4, batchsize=128),
@@ -35,15 +37,26 @@ DEFAULTS = {
         lr=1e-3, momentum=0.0, weightdecay=3e-3, batchsize=128, ngrads=1024, damp=1e-5
     )
     | WINDOW,
+    ("paper", "muon"): dict(batchsize=128) | MUON,
     ("digits", "sgd"): dict(epochs=10, lr=0.03, momentum=0.9, weightdecay=5e-4, batchsize=64),
     ("digits", "adam"): dict(epochs=10, lr=1e-2, weightdecay=5e-4, batchsize=64),
     ("digits", "mfac"): dict(
         epochs=10, lr=1e-2, momentum=0.9, weightdecay=5e-4, batchsize=64, ngrads=128, damp=1e-3
     )
     | WINDOW,
+    ("digits", "muon"): dict(epochs=10, batchsize=64) | MUON,
 }
+FALLBACK_LR = {"adamw": 3e-3, "sgd": 0.1}
+# Flags that do nothing unless they are given, and the optimizers that have them.
+CONTROLS = {
+    **dict.fromkeys(("window_warmup", "max_step", "max_norm", "normalize"), ("mfac",)),
+    "decoupled": ("mfac", "adam"),
+    "fallback": ("mfac", "muon"),
+    **dict.fromkeys(("fallback_lr", "fallback_weightdecay"), ("mfac", "muon")),
+}
+OPTIMIZERS = ("mfac", "sgd", "adam", "muon")
 DROP_BY = 0.1
-CHANGEABLE = {"epochs", "lr", "damp", "drop_at", "drop_by"}  # when a run goes on
+CHANGEABLE = {"epochs", "lr", "fallback_lr", "damp", "drop_at", "drop_by"}  # when a run goes on
 CHANGEABLE |= {"graph", "workers", "save_every", "state_every", "light_state"}
 PAPER_EPOCHS = {"resnet": 164, "wideresnet": 200, "mobilenet": 100}  # by the start of the name
 
@@ -53,7 +66,7 @@ WORKERS = number(int, "a whole number from 0 to 1024", lambda value: 0 <= value 
 def default(name: str) -> str:
     """Text for --help: the default of a flag, by optimizer and data where it differs."""
     texts = {}
-    for optim in ("mfac", "sgd", "adam"):
+    for optim in OPTIMIZERS:
         paper, digits = (DEFAULTS[data, optim].get(name) for data in ("paper", "digits"))
         if paper is not None:
             other = "" if digits == paper else f" (digits {digits:g})"
@@ -67,11 +80,12 @@ def build_parser() -> Parser:
     """All flags. One that is not given is None, so that defaults and --resume can tell."""
     parser = Parser(
         prog="main_optim.py",
-        description="Train an image classifier with M-FAC, SGD or Adam. Defaults are the paper's, "
-        "and others for the digits.",
+        description="Train an image classifier with M-FAC, SGD, Adam or Muon. Defaults are the "
+        "paper's, and others for the digits.",
         epilog="Beside the model of --save lie a .state for --resume, a .csv and a .png.",
         allow_abbrev=False,
     )
+    on, off = {"action": "store_true", "default": None}, "; default: off"
     add = parser.add_argument_group("model and data").add_argument
     text = f"default: resnet20; others: {', '.join(models.MODELS)}"
     add("--model", choices=models.MODELS, metavar="MODEL", help=text)
@@ -80,13 +94,16 @@ def build_parser() -> Parser:
     add("--checkpoint", metavar="FILE", help=text)
 
     add = parser.add_argument_group("optimizer").add_argument
-    add("--optim", choices=("mfac", "sgd", "adam"), help="default: mfac")
+    text = "muon is for comparison, and has AdamW for what is no matrix; default: mfac"
+    add("--optim", choices=OPTIMIZERS, help=text)
     compressed = f"with --compress {COMPRESSED['lr']:g}"  # and so is --damp
     add("--lr", type=POSITIVE, help=f"learning rate at the start; {default('lr')}, {compressed}")
-    text = f"of sgd; of mfac, as an exponential moving average; {default('momentum')}"
+    text = f"of sgd; of mfac and muon, as an exponential moving average; {default('momentum')}"
     add("--momentum", type=FRACTION, help=text)
-    text = f"L2 decay: part of the gradient; {default('weightdecay')}"
+    text = f"L2 decay: part of the gradient; of muon decoupled; {default('weightdecay')}"
     add("--weightdecay", type=NOT_NEGATIVE, help=text)
+    text = f"mfac, adam: the decay is no part of the gradient, as in AdamW{off}"
+    add("--decoupled", **on, help=text)
     text = f"mfac: gradients in the window, of 4 bytes a weight; {default('ngrads')}"
     add("--ngrads", type=COUNT, help=text)
     text = (
@@ -102,6 +119,27 @@ def build_parser() -> Parser:
     text = f"mfac: damping of the Fisher matrix; {default('damp')}, {compressed}"
     add("--damp", type=POSITIVE, help=text)
 
+    add = parser.add_argument_group("control of the step").add_argument
+    text = "mfac: while the window has n < ngrads gradients, scale steps by n/ngrads" + off
+    add("--window_warmup", **on, help=text)
+    text = "mfac: bound of a step's squared length lr^2 gF^-1g in the norm of F; default: none"
+    add("--max_step", type=POSITIVE, metavar="DELTA", help=text)
+    text = "mfac: bound of the norm of F^-1g; default: none"
+    add("--max_norm", type=POSITIVE, metavar="NORM", help=text)
+    text = "mfac: give each parameter's step the norm of its weights, times --lr; default: as it is"
+    add("--normalize", choices=("layer",), help=text)
+    text = "mfac: what trains norms, biases and the last linear layer, outside of the window; "
+    text += "default: mfac itself, and adamw with muon"
+    add("--fallback", choices=FALLBACK_LR, help=text)
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in FALLBACK_LR.items())
+    text = f"its learning rate at the start; default: {rates}, with momentum 0.9 for sgd"
+    add("--fallback_lr", type=POSITIVE, metavar="LR", help=text)
+    decays = ", ".join(f"{name} {SETTINGS[name]['weight_decay']:g}" for name in FALLBACK_LR)
+    text = f"its weight decay, of adamw decoupled; default: {decays}"
+    add("--fallback_weightdecay", type=NOT_NEGATIVE, metavar="DECAY", help=text)
+    text = "scale gradients down to this norm, all together, before the step; default: off"
+    add("--clip", type=POSITIVE, metavar="NORM", help=text)
+
     add = parser.add_argument_group("schedule").add_argument
     epochs = ", ".join(f"{name} {epochs}" for name, epochs in PAPER_EPOCHS.items())
     digits = DEFAULTS["digits", "mfac"]["epochs"]
@@ -113,6 +151,10 @@ def build_parser() -> Parser:
     text = "epochs after which it drops; default: 50%% and 75%% of all"
     add("--drop_at", type=COUNT, nargs="+", metavar="EPOCH", help=text)
     add("--drop_by", type=FACTOR, help=f"the factor of a drop; default: {DROP_BY}")
+    text = "let the learning rate rise in the first so many steps, linearly; default: none"
+    add("--warmup_steps", type=COUNT, metavar="STEPS", help=text)
+    text = "share of a label that goes to all classes alike, in training; default: 0"
+    add("--label_smoothing", type=FRACTION, metavar="SHARE", help=text)
     text = (
         "test and save a moving average of the weights, which keeps this part of itself each step; "
     )
@@ -127,7 +169,6 @@ def build_parser() -> Parser:
     add("--workers", type=WORKERS, help=text)
     text = "cuda: run each step as one CUDA graph, which is faster; default: yes, where it works"
     add("--graph", choices=("yes", "no"), help=text)
-    on, off = {"action": "store_true", "default": None}, "; default: off"
     add("--amp", **on, help=f"forward in bfloat16 where that is safe{off}")
     add("--compile", **on, help=f"compile the model by torch.compile{off}")
     text = f"the same call, or --resume, gives the same bits on CUDA, too, at some cost{off}"
@@ -164,9 +205,18 @@ def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
     for name in ("momentum", "ngrads", "damp", *WINDOW):
         if name in given and name not in defaults:
             raise UserError(f"--{name} is no setting of --optim {optim}: leave it out")
+    for name in given.keys() & CONTROLS.keys():
+        if optim not in CONTROLS[name]:
+            raise UserError(f"--{name} is no setting of --optim {optim}: leave it out")
     family = next((name for name in PAPER_EPOCHS if settings["model"].startswith(name)), "resnet")
     compressed = COMPRESSED if "compress" in given else {}
     settings = {"epochs": PAPER_EPOCHS[family], **defaults, **compressed, **settings}
+    if "fallback" in settings:
+        settings = {"fallback_lr": FALLBACK_LR[settings["fallback"]], **settings}
+    elif settings.keys() & {"fallback_lr", "fallback_weightdecay"}:
+        raise UserError("--fallback_lr and --fallback_weightdecay go with --fallback adamw or sgd")
+    if (optim, settings.get("fallback")) == ("muon", "sgd"):
+        raise UserError("--fallback sgd is no setting of --optim muon, which goes with adamw")
     if schedule == "step":
         drops = [math.ceil(settings["epochs"] * part) for part in (0.5, 0.75)]
         settings = {"drop_at": drops, "drop_by": DROP_BY, **settings}

@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_map
 
 import main_common
 import ranks
+from fallback import mfac_groups
 from models.sync import BatchNorm
 from optim import MFAC, DynamicInverseFisher
 from prun import MFACPruner, PagedInverseFisher
@@ -192,7 +193,9 @@ def mixed(folder):
 
 
 def messages(folder):
-    """A step sums up m + 2 float64 numbers and gathers d numbers where weights are replicated."""
+    """A step sums up m + 2 float64 numbers and gathers d numbers where weights are replicated, also
+    where its norms are bounded."""
+    bounds = {"warmup": True, "max_step": 0.1, "max_norm": 1.0}
     sent, all_reduce, all_gather = [], dist.all_reduce, dist.all_gather
     dist.all_reduce = lambda x, **o: (sent.append((x.dtype, x.numel())), all_reduce(x, **o))
     dist.all_gather = lambda out, x, **o: (
@@ -203,7 +206,7 @@ def messages(folder):
         for kind in KINDS:
             model = network()
             net = parallel(model, kind)
-            optimizer = MFAC(model.parameters(), **OPTIONS, **shared(kind))
+            optimizer = MFAC(model.parameters(), **OPTIONS, **bounds, **shared(kind))
             train(net, optimizer, batches(7))
             sent.clear()
             optimizer.step()
@@ -235,6 +238,43 @@ def skipped(folder):
         assert optimizer.skipped_steps == 1 and "NaN or Inf" in str(caught[0].message)
         after = [weights(model), optimizer.fisher.state_dict()]
         assert_same(after, before)
+
+
+def controlled(folder):
+    """With every control, and a group of AdamW, twelve steps are those of one process; NaN in one
+    process's part of that group skips the step of all; torch.distributed.checkpoint resumes it."""
+    bounds = {"warmup": True, "max_step": 1e-4, "max_norm": 3.0}
+    by_layer = {"normalize": "layer", "decoupled_weight_decay": True, "weight_decay": 0.1}
+    for kind in KINDS:
+        for extra in (bounds, by_layer, bounds | {"compress": 0.3}):
+            model, alone = network(), network()
+            net = parallel(model, kind)
+            options = {**OPTIONS, "momentum": 0.5, **extra}
+            optimizer = MFAC(mfac_groups(model, lr=0.02), **options, **shared(kind))
+            single = MFAC(mfac_groups(alone, lr=0.02), **options)
+            train(net, optimizer, batches(12))
+            train(alone, single, batches(12), together=False)
+            if "compress" not in extra:  # each process keeps the largest of its own columns
+                assert_close(weights(model), weights(alone))
+            assert_same_everywhere(weights(model))
+
+            before = weights(model).clone()
+            gradient = ranks.local(model[0].bias.grad)
+            if gradient.numel() and (kind != "fsdp" or dist.get_rank() == 1):
+                gradient[-1] = torch.nan
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                optimizer.step()
+            assert optimizer.skipped_steps == 1 and torch.equal(weights(model), before)
+
+            if kind != "fsdp" or "compress" not in extra:
+                path = folder / "-".join(["controlled", kind, *extra, str(dist.get_world_size())])
+                dcp.save({"state": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=path)
+                other = MFAC(mfac_groups(model), **options, **shared(kind))
+                state = {"state": get_optimizer_state_dict(model, other)}
+                dcp.load(state, checkpoint_id=path)
+                set_optimizer_state_dict(model, other, state["state"])
+                assert_same(other.state_dict(), optimizer.state_dict())
 
 
 def raises(message, call):

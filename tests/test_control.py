@@ -6,13 +6,19 @@ import math
 
 import pytest
 import torch
-from reference import dense_fisher
+from reference import as_kept, dense_fisher, ring
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+import main_optim
+import models
 import optim
+import optim_settings
 from control import FLOOR
+from kernels import cuda_kernels
 from mfac import MFAC, mfac_groups
+from muon import Muon
+from ranks import Ranks
 
 M, DAMP = 4, 0.01
 SHAPES = [(3, 2), (4,), (2, 2)]
@@ -46,13 +52,12 @@ def dense_steps(w, history, *, lr, momentum=0.0, decay=0.0, decoupled=False, **c
     """The weights after a step with each gradient of `history`, from the explicit F. The norms are
     those of the definition, from F and u themselves."""
     w, rows, v = [p.detach().double().clone() for p in w], [], None
-    sizes = [p.numel() for p in w]
+    sizes, compress = [p.numel() for p in w], controls.get("compress")
     for grads in history:
         g = flat(grads) + (0 if decoupled else decay * flat(w))
         rows.append(g)
-        G = torch.zeros(M, len(g), dtype=torch.float64)
-        G[: len(rows[-M:])] = torch.stack(rows[-M:])
-        u = torch.linalg.inv(F := dense_fisher(G, DAMP)) @ g
+        kept = ring(as_kept(rows, compress, torch.float64)[0], M)
+        u = torch.linalg.inv(F := dense_fisher(kept, DAMP)) @ g
         factors = [1.0]
         if controls.get("warmup"):
             factors.append(len(rows[-M:]) / M)
@@ -82,6 +87,8 @@ CONTROLS = [
     {"decoupled": True, "decay": 0.3},
     {"decay": 0.3, "normalize": "layer", "decoupled": True, "warmup": True, "momentum": 0.6},
     {"momentum": 0.8, "max_step": 0.02, "max_norm": 0.7},
+    {"compress": 0.4, "max_step": 0.02},
+    {"compress": 0.4, "max_norm": 0.7, "warmup": True},
 ]
 
 
@@ -123,6 +130,110 @@ def test_all_off_is_the_same_to_the_bits():
         for w, step in zip(twins, (v * 0.1).split([p.numel() for p in twins]), strict=True):
             w.data -= step.view_as(w)
     assert all(torch.equal(p, w) for p, w in zip(params, twins, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+def test_bounds_hold_where_damp_is_raised(dtype):
+    """Parallel gradients need more than the λ that is set; in narrow windows g is not quite ĝ."""
+    params = parameters(dtype=torch.float32)
+    bounds = {"max_step": 1e-3, "max_norm": 0.5, "warmup": True}
+    optimizer = MFAC(params, lr=0.5, ngrads=M, damp=1e-20, window_dtype=dtype, **bounds)
+    g = torch.cat([x.flatten() for x in gradients(1, dtype=torch.float32)[0]])
+    with pytest.warns(UserWarning, match="damp = 1e-20 is too small"):
+        for t in range(2 * M):
+            before = flat(params)
+            new = (1 + 1e-6 * t) * g * 10 ** (t % 3)
+            parts = new.split([p.numel() for p in params])
+            take(optimizer, params, [x.view_as(p) for x, p in zip(parts, params, strict=True)])
+            moved = before - flat(params)
+            G = torch.cat(list(optimizer.fisher.window.tiles()), 1)
+            F = dense_fisher(G, optimizer.damp_in_use)
+            assert 0 < float(moved @ F @ moved) <= 1e-3 * 1.001 and float(moved.norm()) <= 0.2501
+    assert optimizer.damp_in_use > optimizer.damp
+
+
+def test_shards_and_refused_gradients_do_not_change_a_control():
+    history = gradients(2 * M, dtype=torch.float32)
+    weights = []
+    for extra in ({}, {"gpus": ["cpu"] * 3}):
+        torch.manual_seed(0)
+        params = parameters(dtype=torch.float32)
+        bounds = {"max_step": 0.02, "max_norm": 0.7, "warmup": True, "normalize": "layer"}
+        optimizer = MFAC(params, lr=0.1, momentum=0.5, ngrads=M, damp=DAMP, **bounds, **extra)
+        for t, grads in enumerate(history):
+            if t == 3 and extra:
+                before = flat(params)
+                with pytest.warns(UserWarning, match="NaN or Inf"):
+                    take(optimizer, params, [torch.full_like(g, torch.nan) for g in grads])
+                assert torch.equal(flat(params), before)
+            take(optimizer, params, grads)
+        weights.append(flat(params))
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_mask_freezes_does_not_decay():
+    """Nor does what has no gradient."""
+    params = parameters()
+    masks = [torch.rand(p.shape) > 0.5 for p in params]
+    before = [p.detach().clone() for p in params]
+    how = {"decoupled_weight_decay": True, "weight_decay": 0.5}
+    optimizer = MFAC(params, lr=0.1, ngrads=M, sparse=masks, **how)
+    for *grads, _ in gradients(3):
+        take(optimizer, params, [*grads, None])
+    for p, mask, old in zip(params[:2], masks, before, strict=False):
+        assert torch.equal(p[~mask], old[~mask]) and not (p[mask] == old[mask]).any()
+    assert torch.equal(params[2], before[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_that_are_zero_can_move_by_layer(dtype):
+    params = [nn.Parameter(torch.zeros(4, dtype=dtype)), nn.Parameter(torch.ones(2, dtype=dtype))]
+    optimizer = MFAC(params, lr=0.5, ngrads=M, normalize="layer")
+    take(optimizer, params, [torch.ones_like(params[0]), torch.zeros_like(params[1])])
+    assert float(flat(params[:1]).norm()) == pytest.approx(0.5 * FLOOR, rel=0.01)
+    assert torch.equal(params[1], torch.ones_like(params[1])), "a part that is zero stays zero"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("controls", CONTROLS, ids=str)
+def test_a_captured_step_is_the_eager_one(controls):
+    """With a fallback group, to the bits, and past a gradient that is refused; eager ones wait for
+    nothing."""
+    device = torch.device("cuda")
+    if cuda_kernels(device) is None:
+        pytest.skip("needs the kernels")
+    results = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        model = network().to(device)
+        rates = [torch.tensor(rate, device=device) for rate in (0.1, 0.01)]
+        groups = mfac_groups(model, lr=rates[1])
+        optimizer = MFAC(groups, lr=rates[0], ngrads=M, damp=DAMP, **settings(controls))
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for t in range(12):
+                for p in model.parameters():
+                    p.grad.copy_(torch.randn(p.shape))
+                if t == 7:
+                    groups[1]["params"][0].grad[0] = torch.nan
+                torch.cuda.synchronize()
+                if not captured:
+                    torch.cuda.set_sync_debug_mode("error" if t == 4 else "default")
+                    optimizer.step()
+                    torch.cuda.set_sync_debug_mode("default")
+                elif t < 3:
+                    optimizer.step()
+                else:
+                    if t == 3:
+                        with torch.cuda.graph(graph, stream=stream):
+                            optimizer.step()
+                    graph.replay()
+        torch.cuda.synchronize()
+        results.append([p.detach().cpu() for p in model.parameters()])
+        assert optimizer.fisher.count == 11
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 # --- groups of another algorithm ------------------------------------------------------------------
@@ -291,6 +402,83 @@ def test_the_groups_of_a_transformer():
     assert sorted(found) == sorted(map(id, model.parameters())), "each once"
     (kept,) = (g["params"] for g in mfac_groups(model, head=model.block.linear2)[:1])
     assert model.block.linear2.weight not in set(kept)
+
+
+# --- the script -----------------------------------------------------------------------------------
+
+
+def built(model, **given):
+    """The settings that main_optim.py makes of flags, and the optimizer that it makes of them."""
+    chosen = optim_settings.choose_settings({"dataset": "digits", "device": "cpu", **given})
+    return chosen, main_optim.build_optimizer(model, chosen, torch.device("cpu"), Ranks())[0]
+
+
+def test_flags_reach_the_optimizer():
+    model = models.build("resnet20", 10)
+    flags = {"window_warmup": True, "max_step": 0.5, "max_norm": 2.0, "normalize": "layer"}
+    flags |= {"decoupled": True, "fallback": "sgd", "fallback_weightdecay": 0.25}
+    settings, optimizer = built(model, **flags)
+    first, second = optimizer.param_groups
+    assert vars(optimizer._control) == {"warmup": True, "max_step": 0.5, "max_norm": 2.0}
+    assert first["normalize"] == "layer" and first["decoupled_weight_decay"]
+    assert {p.ndim for p in first["params"]} == {4}, "convolutions"
+    assert (second["algorithm"], second["momentum"], second["weight_decay"]) == ("sgd", 0.9, 0.25)
+    assert main_optim.start_rates(settings) == [first["lr"], second["lr"]] == [0.01, 0.1]
+    _, optimizer = built(model)
+    assert vars(optimizer._control) == {"warmup": False, "max_step": None, "max_norm": None}
+    assert built(model, optim="adam", decoupled=True)[1].defaults["decoupled_weight_decay"]
+
+
+def test_the_learning_rate_rises_at_first():
+    settings, _ = built(models.build("resnet20", 10), schedule="cosine", epochs=5, warmup_steps=4)
+    factor = main_optim.learning_rate_factor(settings, 4)
+    expected = [min(1, (t + 1) / 4) * (1 + math.cos(math.pi * t / 20)) / 2 for t in range(20)]
+    assert [factor(t) for t in range(20)] == pytest.approx(expected)
+
+
+def test_clipping_and_label_smoothing_in_a_run(dataset, tmp_path, monkeypatch):
+    norms, losses = [], []
+    step, backward = main_optim.Muon.step, torch.Tensor.backward
+
+    def spy(self, closure=None):
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(float(flat(grads).norm()))
+        return step(self, closure)
+
+    monkeypatch.setattr(main_optim.Muon, "step", spy)
+    monkeypatch.setattr(
+        torch.Tensor, "backward", lambda loss: (losses.append(float(loss.detach())), backward(loss))
+    )
+    flags = ["--optim", "muon", "--epochs", 1, "--device", "cpu", "--dataset", dataset]
+    for name, more in (("a", []), ("b", ["--clip", 0.125, "--label_smoothing", 0.5])):
+        call = [*flags, "--save", tmp_path / f"{name}.pth", *more]
+        main_optim.main([str(word) for word in call])
+    plain, clipped = norms[: len(norms) // 2], norms[len(norms) // 2 :]
+    assert min(plain) > 0.125 and clipped == pytest.approx([0.125] * len(clipped), rel=1e-4)
+    assert losses[0] != losses[len(losses) // 2], "of the same weights and images"
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 3, 3, 3)])
+def test_muon_is_that_of_torch(shape):
+    """A kernel as the matrix of its filters, whatever the order in memory."""
+    middle = nn.Conv2d(3, 6, 3) if len(shape) == 4 else nn.Linear(5, 6)
+    model = nn.Sequential(middle, nn.Flatten(), nn.Linear(6, 2))
+    if len(shape) == 4:
+        model.to(memory_format=torch.channels_last)
+    w = nn.Parameter(middle.weight.detach().flatten(1).clone())
+    rest = [nn.Parameter(p.detach().clone()) for p in list(model.parameters())[1:]]
+    ours = Muon(model, lr=0.05, momentum=0.9, weight_decay=0.1, fallback={"lr": 0.01})
+    theirs = [torch.optim.Muon([w], lr=0.05, momentum=0.9, weight_decay=0.1)]
+    theirs.append(torch.optim.AdamW(rest, lr=0.01))
+    for _ in range(5):
+        for p, q in zip(model.parameters(), [w, *rest], strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.reshape(q.shape).clone()
+        ours.step()
+        for optimizer in theirs:
+            optimizer.step()
+    for p, q in zip(model.parameters(), [w, *rest], strict=True):
+        assert torch.equal(p.reshape(q.shape), q)
 
 
 def test_a_model_without_a_middle_is_refused():

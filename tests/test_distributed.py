@@ -43,7 +43,7 @@ def output(process, timeout=300):
 
 
 CHECKS = ["steps", "mixed", "messages", "skipped", "absent", "lost", "zero", "fsdp1", "swapped"]
-CHECKS += ["checkpoints", "thawed", "refused"]
+CHECKS += ["controlled", "checkpoints", "thawed", "refused"]
 CHECKS += ["batch_norm", "found", "inverses", "pruning", "disagreement"]
 
 

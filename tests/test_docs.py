@@ -17,6 +17,7 @@ import fallback
 import flat
 import kernels
 import mfac
+import muon
 import optim
 import precision
 import prun
@@ -27,7 +28,7 @@ import windows
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = (optim, prun, windows, ranks, coefficients, costs, kernels)
-MODULES = (*PUBLIC, checks, control, fallback, flat, precision, recovery, states)
+MODULES = (*PUBLIC, checks, control, fallback, flat, muon, precision, recovery, states)
 
 
 def public_names(module) -> list[str]:

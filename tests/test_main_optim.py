@@ -392,6 +392,9 @@ def test_amp_trains_in_bfloat16_with_float32_weights(run):
 # --- nothing is lost ------------------------------------------------------------------------
 
 
+CONTROLS = ["--window_warmup", "--max_step", 0.1, "--max_norm", 10, "--decoupled"]
+
+
 def test_training_goes_on_from_a_checkpoint(run):
     """An epoch that changes next to nothing begins and ends where the other run ended."""
     assert run(*small("sgd")) == 0
@@ -410,6 +413,9 @@ def test_training_goes_on_from_a_checkpoint(run):
         ("adam", []),
         ("mfac", ["--momentum", 0.5]),
         ("mfac", ["--window_dtype", "bfloat16", "--compress", 0.05]),
+        ("mfac", [*CONTROLS, "--fallback", "adamw", "--schedule", "cosine", "--warmup_steps", 4]),
+        ("mfac", ["--normalize", "layer", "--fallback", "sgd", "--fallback_lr", 0.01]),
+        ("muon", ["--fallback_weightdecay", 0.1, "--label_smoothing", 0.1, "--clip", 1]),
     ],
 )
 @pytest.mark.parametrize("epochs_before", [1, 2])
@@ -726,6 +732,11 @@ BAD_FLAGS = [
     *((f"--workers {value}", f"{value} is not a whole number from 0") for value in ("-1", "x")),
     ("--graph maybe", "maybe"),
     ("--graph yes", "--graph yes is for CUDA only, and --device is cpu"),
+    ("--optim sgd --max_norm 1", "--max_norm is no setting of --optim sgd: leave it out"),
+    ("--fallback_lr 1", "--fallback_lr and --fallback_weightdecay go with --fallback"),
+    ("--optim muon --fallback sgd", "--fallback sgd is no setting of --optim muon"),
+    ("--normalize group", "'group' (choose from"),
+    ("--label_smoothing 1", "1 is not a number from 0 and below 1"),
 ]
 
 
