@@ -215,7 +215,7 @@ GRIDS: dict[str, dict[str, list[Settings]]] = {  # as many settings for each opt
         ],
     },
     "text": {
-        "sgd": product(lr=[0.1, 0.3, 0.5], momentum=[0.9, 0.95]),
+        "sgd": product(lr=[0.3, 1.0, 3.0], momentum=[0.9, 0.95]),
         "adamw": product(lr=[1e-2, 2e-2, 4e-2], beta2=[0.99, 0.999]),
         "muon": product(lr=[0.02, 0.04, 0.08], lr_adamw=[1e-2, 2e-2]),
         "mfac": [
@@ -352,12 +352,13 @@ def plan(round: str, record: Record, problem: str, optimizer: str) -> list[tuple
 
 def without(record: Record, problem: str) -> list[str]:
     """The best settings of M-FAC with one control less in each. Without a length for each layer,
-    the rate is that of the window's steps."""
-    settings = [from_text(s) for s in record.best(problem, "mfac", 1)]
-    less = [
-        (name, {k: v for k, v in s.items() if k != name}) for s in settings for name in CONTROLS
-    ]
-    return [as_text(s | {"lr": 6e-3} if name == "normalize" else s) for name, s in less]
+    the rate is 2/m: a step is then about 2/‖g‖ long."""
+    less = []
+    for settings in map(from_text, record.best(problem, "mfac", 1)):
+        for name in CONTROLS:
+            left = {k: v for k, v in settings.items() if k != name}
+            less.append(left | {"lr": 2 / left["ngrads"]} if name == "normalize" else left)
+    return list(map(as_text, less))
 
 
 # --- report ---------------------------------------------------------------------------------------
@@ -380,18 +381,22 @@ def print_table(record: Record) -> None:
                 print(f"| {' | '.join(cells)} |")
 
 
+def complete(record: Record, problem: str, length: str) -> bool:
+    return all(record.final(problem, optimizer, length) for optimizer in OPTIMIZERS)
+
+
 def draw(record: Record, path: Path) -> None:
-    """Loss against steps and against seconds: the long runs, mean and standard deviation over the
-    seeds, and where the shorter ones end."""
+    """Loss against steps and against seconds: the longest runs, mean and standard deviation over
+    the seeds, and where the shorter ones end."""
     from matplotlib.figure import Figure
 
     styles = dict(zip(OPTIMIZERS, ("-", "--", "-.", ":"), strict=True))
     colors = dict(zip(OPTIMIZERS, ("#0072B2", "#D55E00", "#CC79A7", "#009E73"), strict=True))
     markers = dict(zip(OPTIMIZERS, "osD^", strict=True))
-    problems = [p for p in GRIDS if any(record.final(p, o, "long") for o in OPTIMIZERS)]
+    problems = {p: length for p in GRIDS for length in LENGTHS if complete(record, p, length)}
     figure = Figure(figsize=(10, 4 * len(problems)), layout="constrained")
     grid = figure.subplots(len(problems), 2, sharey="row", squeeze=False)
-    for axes, problem in zip(grid, problems, strict=True):
+    for axes, (problem, longest) in zip(grid, problems.items(), strict=True):
         for axis, column, label in zip(axes, ("steps", "clock"), ("Steps", "Seconds"), strict=True):
             axis.set(xscale="log", yscale="log", xlabel=label, title=problem)
             for name, shown in OPTIMIZERS.items():
@@ -405,7 +410,7 @@ def draw(record: Record, path: Path) -> None:
                     )
                     x, mean, deviation = x.mean(0), losses.mean(0), losses.std(0)
                     axis.plot(x[-1], mean[-1], marker=markers[name], color=colors[name])
-                    if length == "long":
+                    if length == longest:
                         axis.plot(x, mean, label=shown, **style)
                         band = (mean - deviation, mean + deviation)
                         axis.fill_between(x, *band, color=colors[name], alpha=0.2, linewidth=0)
@@ -427,6 +432,7 @@ def main() -> None:
     add = parser.add_argument
     add("--problems", nargs="+", choices=GRIDS, help="default: digits text, and images if given")
     add("--optims", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
+    add("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
     add("--rounds", nargs="*", choices=ROUNDS, default=list(ROUNDS), help="none: only the report")
     add("--dataset", help="images for the third problem, as for main_optim.py")
     add("--csv", type=Path, default=RESULTS, help=f"default: {RESULTS.name} beside the others")
@@ -445,7 +451,7 @@ def main() -> None:
         for round, optimizer in itertools.product(args.rounds, args.optims):
             for settings, length, seed in plan(round, record, name, optimizer):
                 key = name, optimizer, settings, length, str(seed)
-                if key not in record.rows:
+                if length in args.lengths and key not in record.rows:
                     row = train(problem, optimizer, from_text(settings), length, seed)
                     record.add(dict(zip(COLUMNS, key, strict=False)) | row)
                     print(*key, *(f"{float(row[c]):.4g}" for c in COLUMNS[5:8]), flush=True)
@@ -455,8 +461,8 @@ def main() -> None:
     if args.table:
         print_table(record)
     if args.plot:
-        if not any(record.final(p, o, "long") for p in GRIDS for o in OPTIMIZERS):
-            parser.error("--plot needs long runs with three seeds: add --rounds broad best")
+        if not any(complete(record, p, length) for p in GRIDS for length in LENGTHS):
+            parser.error("--plot needs runs with all seeds: add --rounds broad best")
         draw(record, args.plot)
 
 

@@ -40,7 +40,7 @@ def test_search_goes_on_where_it_was_and_reports(monkeypatch, tmp_path, capsys):
     flags = ["--csv", str(path), "--table", "--plot", str(figure)]
     with pytest.raises(SystemExit, match="2"):  # there is nothing to draw yet
         search(monkeypatch, *flags, "--rounds", "broad")
-    assert "--plot needs long runs" in capsys.readouterr().err
+    assert "--plot needs runs" in capsys.readouterr().err
     begun = path.read_text()
     search(monkeypatch, *flags, "--rounds", "broad", "best", "without")
     done = path.read_text()
