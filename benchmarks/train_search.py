@@ -8,7 +8,7 @@ Python sources, those of the standard library; with --dataset, ResNet-20 on the 
 
 Rounds: "broad" runs the grid below at the middle length with seed 0; "best" and "second" run the
 settings of each optimizer that came out first and second at every length with three seeds;
-"without" runs the first of M-FAC with one control left out at a time, at the short length. In every
+"without" runs the first of M-FAC with one thing left out at a time, at the short length. In every
 run the learning rate rises during 5 % of the steps, then falls linearly to zero. What a grid leaves
 out is the optimizer's default.
 
@@ -55,7 +55,6 @@ COLUMNS += ["steps", "losses", "accuracies", "clock"]  # of each evaluation
 OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW", "muon": "Muon", "mfac": "M-FAC"}
 LENGTHS, SEEDS, EVALUATIONS, WARMUP = ("short", "middle", "long"), (0, 1, 2), 10, 0.05
 ROUNDS = "broad", "best", "second", "without"
-CONTROLS = "normalize", "warmup", "lr_adamw", "momentum"  # that "without" leaves out
 
 
 # --- problems -------------------------------------------------------------------------------------
@@ -326,12 +325,15 @@ class Record:
     def final(self, problem: str, optimizer: str, length: str) -> list[dict[str, str]]:
         """The rows of all seeds with the settings whose mean loss is lowest, none if a seed is
         missing."""
-        found = []
-        for settings in self.best(problem, optimizer, 2):
-            keys = [(problem, optimizer, settings, length, str(seed)) for seed in SEEDS]
-            if all(key in self.rows for key in keys):
-                found.append([self.rows[key] for key in keys])
-        return min(found, key=lambda rows: statistics.mean(numbers(rows, "loss")), default=[])
+        found = [
+            self.seeds(problem, optimizer, s, length) for s in self.best(problem, optimizer, 2)
+        ]
+        return min(filter(None, found), key=lambda rows: sum(numbers(rows, "loss")), default=[])
+
+    def seeds(self, problem: str, optimizer: str, settings: str, length: str) -> list[dict]:
+        """The rows of all seeds, none if one is missing."""
+        keys = [(problem, optimizer, settings, length, str(seed)) for seed in SEEDS]
+        return [self.rows[key] for key in keys] if self.rows.keys() >= set(keys) else []
 
 
 def numbers(rows: list[dict[str, str]], column: str) -> list[float]:
@@ -351,34 +353,50 @@ def plan(round: str, record: Record, problem: str, optimizer: str) -> list[tuple
 
 
 def without(record: Record, problem: str) -> list[str]:
-    """The best settings of M-FAC with one control less in each. Without a length for each layer,
-    the rate is 2/m: a step is then about 2/‖g‖ long."""
+    """The best settings of M-FAC with one thing less in each. Without a length for each layer, the
+    rate is 2/m: a step is then about 2/‖g‖ long. Without F⁻¹, λ is so large that it is 1/λ."""
     less = []
     for settings in map(from_text, record.best(problem, "mfac", 1)):
-        for name in CONTROLS:
-            left = {k: v for k, v in settings.items() if k != name}
-            less.append(left | {"lr": 2 / left["ngrads"]} if name == "normalize" else left)
+        for name in ("normalize", "warmup", "lr_adamw", "momentum"):
+            less.append({k: v for k, v in settings.items() if k != name})
+        less[0]["lr"] = 2 / settings["ngrads"]
+        less.append(settings | {"damp": 1e6})
     return list(map(as_text, less))
 
 
 # --- report ---------------------------------------------------------------------------------------
 
 
-def mean_and_deviation(values: list[float], digits: int) -> str:
+def print_tables(record: Record) -> None:
+    """Loss, accuracy and seconds of the best of each optimizer at every length: mean ± standard
+    deviation over the seeds. Then their settings, and what M-FAC has without each control."""
+    chosen: dict[tuple[str, str], dict[str, None]] = {}
+    for column, digits in (("loss", 3), ("accuracy", 2), ("seconds", 1)):
+        print(
+            f"\n| {column} | {' | '.join(OPTIMIZERS.values())} |\n|---|{'---|' * len(OPTIMIZERS)}"
+        )
+        for problem, length in itertools.product(GRIDS, LENGTHS):
+            cells = []
+            for optimizer in OPTIMIZERS:
+                rows = record.final(problem, optimizer, length)
+                cells.append(mean_and_deviation(rows, column, digits))
+                if rows:
+                    chosen.setdefault((problem, optimizer), {})[rows[0]["settings"]] = None
+            if any(cells):
+                print(f"| {problem}, {length} | {' | '.join(cells)} |")
+    for names, settings in chosen.items():
+        print(f"\n{', '.join(names)}: {'; '.join(settings)}")
+    for problem in GRIDS:
+        for settings in record.best(problem, "mfac", 1) + without(record, problem):
+            if rows := record.seeds(problem, "mfac", settings, "short"):
+                print(f"\n{problem}, short, {settings}: {mean_and_deviation(rows, 'loss', 3)}")
+
+
+def mean_and_deviation(rows: list[dict[str, str]], column: str, digits: int) -> str:
+    if not rows:
+        return ""
+    values = numbers(rows, column)
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-
-
-def print_table(record: Record) -> None:
-    """The best of each optimizer at every length: mean ± standard deviation over the seeds."""
-    print("| problem | length | optimizer | settings | loss | accuracy, % | seconds |")
-    print("|---|---|---|---|---|---|---|")
-    for problem, length in itertools.product(GRIDS, LENGTHS):
-        for optimizer in OPTIMIZERS:
-            if rows := record.final(problem, optimizer, length):
-                figures = [("loss", 3), ("accuracy", 2), ("seconds", 1)]
-                cells = [mean_and_deviation(numbers(rows, c), d) for c, d in figures]
-                cells = [problem, length, OPTIMIZERS[optimizer], rows[0]["settings"], *cells]
-                print(f"| {' | '.join(cells)} |")
 
 
 def complete(record: Record, problem: str, length: str) -> bool:
@@ -436,7 +454,7 @@ def main() -> None:
     add("--rounds", nargs="*", choices=ROUNDS, default=list(ROUNDS), help="none: only the report")
     add("--dataset", help="images for the third problem, as for main_optim.py")
     add("--csv", type=Path, default=RESULTS, help=f"default: {RESULTS.name} beside the others")
-    add("--table", action="store_true", help="print a table of all that has three seeds")
+    add("--table", action="store_true", help="print tables of what has all seeds")
     add("--plot", type=Path, help="draw the curves into this PNG file")
     args = parser.parse_args()
     problems = {"digits": digits, "text": text}
@@ -459,7 +477,7 @@ def main() -> None:
     if count:
         args.csv.with_suffix(".json").write_text(json.dumps(origin(), indent=1) + "\n")
     if args.table:
-        print_table(record)
+        print_tables(record)
     if args.plot:
         if not any(complete(record, p, length) for p in GRIDS for length in LENGTHS):
             parser.error("--plot needs runs with all seeds: add --rounds broad best")

@@ -16,7 +16,8 @@ GRIDS = {
     "adamw": [{"lr": 0.01}, {"lr": 0.02}],
     "muon": [{"lr": 0.05, "lr_adamw": 0.01}, {"lr": 0.1, "lr_adamw": 0.01}],
     "mfac": [
-        {"lr": lr, "lr_adamw": 0.01, "ngrads": 8, "momentum": 0.9, "normalize": "layer"}
+        {"lr": lr, "lr_adamw": 0.01, "ngrads": 8, "momentum": 0.9, "damp": 1e-5}
+        | {"normalize": "layer", "warmup": 1}
         for lr in (0.05, 0.1)
     ],
 }
@@ -48,13 +49,14 @@ def test_search_goes_on_where_it_was_and_reports(monkeypatch, tmp_path, capsys):
     capsys.readouterr()
     search(monkeypatch, *flags, "--rounds", "broad", "best", "without")
     assert path.read_text() == done
-    assert len(capsys.readouterr().out.splitlines()) == 2 + 4 * len(LENGTHS)
+    shown = capsys.readouterr().out
+    assert shown.count(" ± ") == 3 * 4 * len(LENGTHS) + 1 + 5
     assert figure.stat().st_size > 10_000 and path.with_suffix(".json").exists()
 
     rows = list(csv.DictReader(done.splitlines()))
     assert list(rows[0]) == train_search.COLUMNS
-    # 8 of the grid; 4 best x 6, whose middle with seed 0 is there; 3 controls x 2 seeds
-    assert len(rows) == 8 + 4 * 5 + 3 * 2
+    # 8 of the grid; 4 best x 6, whose middle with seed 0 is there; 5 without x 2 seeds
+    assert len(rows) == 8 + 4 * 5 + 5 * 2
     (diverged,) = [row for row in rows if row["loss"] == "inf"]
     assert diverged["settings"] == "lr=1e+30 momentum=0.9"
     for row in rows:
