@@ -1,6 +1,7 @@
 """Checks of arguments that several modules share: what was given, and what is allowed."""
 
 import numbers
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -53,12 +54,28 @@ def check_damp(damp: Any, least: float = 1e-30, largest: float = 1e30) -> float:
     return float(damp)
 
 
+def damp_parts(damp: Any) -> tuple[float, float]:
+    """(λ, fraction of the mean squared gradient): one of them is 0. "relative:0.03" has the
+    fraction 0.03, "relative" has 0.1."""
+    number = r"\d*\.?\d+(?:[eE][-+]?\d+)?"
+    relative = isinstance(damp, str) and re.fullmatch(f"relative(?::({number}))?", damp)
+    return (
+        (0.0, check_damp(float(relative[1] or 0.1))) if relative else (check_damp(damp, *WIDE), 0.0)
+    )
+
+
 def check_integer(name: str, value: Any, least: int = 1, largest: int | None = None) -> int:
     integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not (integral and least <= value <= (largest or value)):
         limit = f"from {least} to {largest}" if largest else f"of at least {least}"
         raise ValueError(f"Invalid {name}: {value!r}; it must be an integer {limit}")
     return int(value)
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> Any:
+    if value not in allowed:
+        raise ValueError(f"Invalid {name}: {value!r}; it must be one of {list(allowed)}")
+    return value
 
 
 def checked_dtype(name: str, dtype: Any, compress: float | None = None) -> torch.dtype:

@@ -144,7 +144,8 @@ class Coefficients:
     def solve(self, y: Tensor) -> Tensor:
         """A⁻¹y (m,), with a step of refinement."""
         x = self.P @ y
-        return x + self.P @ (y - self.K @ x - len(y) * self.damp * x)
+        residual = torch.addmv(y, self.K, x, alpha=-1).sub_(x, alpha=len(y) * self.damp)
+        return torch.addmv(x, self.P, residual)
 
     def trace(self) -> Tensor:
         """Σᵢ PᵢᵢAᵢᵢ: m for orthogonal gradients, large for nearly parallel ones."""

@@ -98,20 +98,22 @@ class Control:
 
 
 def squared_norms(
-    fisher: "DynamicInverseFisher", z: Tensor, b: Tensor, rest: Tensor | None
+    fisher: "DynamicInverseFisher", z: Tensor, b: Tensor | None, rest: list[Tensor]
 ) -> Tensor:
     """gᵀF⁻¹g and ‖F⁻¹g‖² (2,) in float64 by (6), zeros if g is refused; before g is counted.
 
     Args:
         fisher: whose K and P are those with g.
         z: A⁻¹e_j (m,).
-        b, rest: Gr (m,) and r (d,) of a compressed window, else `rest` is None.
+        b: Gr (m,) of a compressed window, else None.
+        rest: r, in parts.
     """
     side, m, damp = fisher.coefficients, len(z), fisher.damp
     z_j = z.index_select(0, fisher.counter.view(1) % m)[0]
     y, natural, extra = m * z, m * (1 - m * damp * z_j), torch.zeros_like(z_j)
-    if rest is not None:
-        x, square = side.solve(b) / damp, fisher.ranks.norm(rest) ** 2
+    if b is not None:
+        squares = [part.square().sum(dtype=torch.float64).to(fisher.device) for part in rest]
+        x, square = side.solve(b) / damp, fisher.ranks.sum(torch.stack(squares).sum())
         natural = natural + 2 * (y @ b) + square / damp - b @ x
         y = y - x
         extra = 2 * (y @ b) / damp + square / damp**2

@@ -34,13 +34,28 @@
 //
 //   hinv_times(G, x, count, scales=None) -> k (m,)                          float64
 //       Gx over the rows in use, 0 elsewhere; but k_j = x^T x
-//   hinv_transposed_times(G, z, scales=None, factor=1, x=None, count=None, accepted=None) -> u (d,)
-//       factor G^T z over the rows in use, or over all without a count; with x, row j of G first
-//       becomes x / scale, where accepted is not 0. A vector, rounded once
-//   hinv_sparse_times(columns, values, X, count) -> (n, m)                  float64
-//       X G^T over the rows in use, 0 elsewhere, for vectors X (n, d), n <= 2; columns (m, k), int32
-//       and increasing, of the values (m, k), as many of them in each whole block of 4,096
-//   hinv_sparse_transposed_times(columns, values, y, d) -> G^T y (d,)       a vector
+//   hinv_transposed_times(G, z, scales=None, row=None, row_scales=None, count=None, accepted=None)
+//       -> u (d,)
+//       G^T z over the rows in use, or over all without a count; with a row (d,) of G's type, that
+//       and its scales first become row j, where accepted is not 0. A vector, rounded once
+//   hinv_round(g, G) -> row, scales, values
+//       a vector g as a row of G, float16 or float8_e4m3fn, with the power of two for each block
+//       with which it is most exact, and the vector row * scales
+//
+// Of a compressed window, columns (m, k), int32 and increasing, and values (m, k), as many of them
+// in each whole block of 4,096.
+//
+//   hinv_largest(error, g, values, kept) -> columns, row, new_error, X
+//       the largest entries of error + g, `kept` in each whole block of columns, with their values
+//       in the type of `values` (k,); X (2, d): the vector that has them, and g less it
+//   hinv_sparse_times(columns, values, X, count, row_columns, row) -> (n, m)          float64
+//       X G^T over the rows in use, 0 elsewhere, for vectors X (n, d), n <= 2, with the new row as
+//       row j of G
+//   hinv_sparse_transposed_times(columns, values, y, d) -> G^T y (d,)                 a vector
+//   hinv_sparse_replace(columns, values, y, error, row_columns, row, new_error, rest, factor, count,
+//       accepted) -> u (d,)
+//       the new row becomes row j, and new_error the error; u is G^T y + factor rest. Where accepted
+//       is 0, nothing changes and u is 0
 //
 // All are registered as torch.ops.hinv_cuda, those with outputs among the arguments without return
 // values, so that fake tensors and torch.compile know them.
@@ -58,6 +73,7 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 extern "C" {
@@ -69,13 +85,19 @@ cudaError_t hinv_update(double*, double*, const double*, const long long*, int, 
                         double*, double*, long long*, double*, cudaStream_t);
 cudaError_t hinv_times(int, const void*, const void*, const long long*, const float*, int, long long,
                        long long, double*, double*, cudaStream_t);
-cudaError_t hinv_transposed_times(int, void*, const double*, const float*, double, const void*,
+cudaError_t hinv_transposed_times(int, void*, const double*, float*, const void*, const float*,
                                   const long long*, const long long*, int, long long, long long,
                                   void*, cudaStream_t);
-cudaError_t hinv_sparse_times(int, const int*, const void*, const void*, const long long*, int, int,
-                              long long, long long, double*, double*, cudaStream_t);
-cudaError_t hinv_sparse_transposed_times(int, const int*, const void*, const double*, int, long long,
-                                         long long, void*, cudaStream_t);
+cudaError_t hinv_round(int, const float*, long long, void*, float*, float*, cudaStream_t);
+cudaError_t hinv_largest(int, const void*, const void*, int, long long, long long, int*, void*,
+                         void*, void*, cudaStream_t);
+cudaError_t hinv_sparse_times(int, const int*, const void*, const void*, const int*, const void*,
+                              const long long*, int, int, long long, long long, double*, double*,
+                              cudaStream_t);
+cudaError_t hinv_sparse_transposed_times(int, int*, void*, const double*, const int*, const void*,
+                                         void*, const void*, const void*, double, const long long*,
+                                         const long long*, int, long long, long long, void*,
+                                         cudaStream_t);
 }
 
 namespace {
@@ -217,24 +239,24 @@ ScalarType real(const Tensor& window) {
 struct Window {
   int type;
   int64_t m, d, stride;
-  const float* scales;
+  float* scales;
 
   Window(const Tensor& G, const Optional& scale) : type(format(G, "G")), scales(nullptr) {
     require(G.is_cuda(), "G is on ", G.device(),
             "; hinv_cuda works on CUDA tensors, use torch operations for others");
-    require(G.dim() == 2 && G.size(0) >= 1 && G.size(0) <= INT_MAX / 2 && G.size(1) >= 1,
-            "G has shape ", G.sizes(), "; it must be (m, d) with both of at least 1");
+    require(G.dim() == 2 && G.size(0) >= 1 && G.size(0) <= INT_MAX / 2, "G has shape ", G.sizes(),
+            "; it must be (m, d) with m of at least 1");
     m = G.size(0), d = G.size(1), stride = G.stride(0);
     const int64_t item = G.element_size(), packed = (d * item + 15) / 16 * 16;
     const auto start = reinterpret_cast<uintptr_t>(G.const_data_ptr());
     const int64_t end = ((m - 1) * stride + G.storage_offset()) * item + packed;
-    require(G.stride(1) == 1 && start % 16 == 0 && stride * item % 16 == 0 &&
-                stride * item >= packed && end <= int64_t(G.storage().nbytes()),
+    require(d == 0 || (G.stride(1) == 1 && start % 16 == 0 && stride * item % 16 == 0 &&
+                       stride * item >= packed && end <= int64_t(G.storage().nbytes())),
             "G has strides ", G.strides(), " and starts at ", int64_t(start % 16),
             " modulo 16 bytes; each row must be contiguous, and padded to 16 bytes");
     if (!scale) return;
     check(*scale, "scales", {m, (d + 4095) / 4096}, G, at::kFloat);
-    scales = scale->const_data_ptr<float>();
+    scales = scale->mutable_data_ptr<float>();
   }
 };
 
@@ -251,37 +273,88 @@ Tensor times(const Tensor& G, const Tensor& x, const Tensor& count, const Option
   return k;
 }
 
-Tensor transposed_times(const Tensor& G, const Tensor& z, const Optional& scales, double factor,
-                        const Optional& x, const Optional& count, const Optional& accepted) {
+Tensor transposed_times(const Tensor& G, const Tensor& z, const Optional& scales,
+                        const Optional& row, const Optional& row_scales, const Optional& count,
+                        const Optional& accepted) {
   const Window w(G, scales);
   check(z, "z", {w.m}, G, at::kDouble);
-  if (x) check(*x, "x", {w.d}, G, real(G));
-  require(!x || (count && accepted), "x is given without count and accepted; it needs both");
+  if (row) check(*row, "row", {w.d}, G, G.scalar_type());
+  require(!row || (count && accepted), "row is given without count and accepted; it needs both");
+  require(bool(row_scales) == (row && scales), "row_scales must be given where row and scales are");
+  if (row_scales) check(*row_scales, "row_scales", {(w.d + 4095) / 4096}, G, at::kFloat);
   const Count* const seen = count ? number(*count, "count", G) : nullptr;
   const Count* const write = accepted ? number(*accepted, "accepted", G) : nullptr;
   const c10::cuda::CUDAGuard guard(G.device());
   const Tensor u = at::empty({w.d}, G.options().dtype(real(G)));
   C10_CUDA_CHECK(hinv_transposed_times(
-      w.type, G.mutable_data_ptr(), z.const_data_ptr<double>(), w.scales, factor,
-      x ? x->const_data_ptr() : nullptr, seen, write, w.m, w.d, w.stride, u.mutable_data_ptr(),
-      c10::cuda::getCurrentCUDAStream()));
+      w.type, G.mutable_data_ptr(), z.const_data_ptr<double>(), w.scales,
+      row ? row->const_data_ptr() : nullptr,
+      row_scales ? row_scales->const_data_ptr<float>() : nullptr, seen, write, w.m, w.d, w.stride,
+      u.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
   return u;
 }
 
+std::tuple<Tensor, Tensor, Tensor> round_row(const Tensor& g, const Tensor& G) {
+  const int type = format(G, "G");
+  require(type == 2 || type == 4, "G is ", G.scalar_type(),
+          "; it must be float16 or float8_e4m3fn");
+  const int64_t d = g.numel();
+  require(g.is_cuda() && g.dim() == 1, "g has shape ", g.sizes(), " on ", g.device(),
+          "; it must be (d,) on CUDA");
+  check(g, "g", {d}, g, at::kFloat);
+  const c10::cuda::CUDAGuard guard(g.device());
+  const Tensor row = at::empty({d}, g.options().dtype(G.scalar_type()));
+  const Tensor scales = at::empty({(d + 4095) / 4096}, g.options());
+  const Tensor values = at::empty({d}, g.options());
+  C10_CUDA_CHECK(hinv_round(type, g.const_data_ptr<float>(), d, row.mutable_data_ptr(),
+                            scales.mutable_data_ptr<float>(), values.mutable_data_ptr<float>(),
+                            c10::cuda::getCurrentCUDAStream()));
+  return {row, scales, values};
+}
+
 void check_compressed(const Tensor& columns, const Tensor& values) {
-  require(values.dim() == 2 && values.size(0) >= 1 && values.size(0) <= INT_MAX / 2 &&
-              values.size(1) >= 1,
-          "values has shape ", values.sizes(), "; it must be (m, k) with both of at least 1");
+  require(values.dim() == 2 && values.size(0) >= 1 && values.size(0) <= INT_MAX / 2,
+          "values has shape ", values.sizes(), "; it must be (m, k) with m of at least 1");
   check(values, "values", values.sizes(), values, values.scalar_type());
   check(columns, "columns", values.sizes(), values, at::kInt);
 }
 
+void check_row(const Tensor& columns, const Tensor& row, const Tensor& values) {
+  check(columns, "row_columns", {values.size(1)}, values, at::kInt);
+  check(row, "row", {values.size(1)}, values, values.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> largest(const Tensor& error, const Tensor& g,
+                                                   const Tensor& values, int64_t kept) {
+  const int type = format(values, "values");
+  const int64_t d = error.numel();
+  require(values.dim() == 2, "values has shape ", values.sizes(), "; it must be (m, k)");
+  const int64_t k = values.size(1), blocks = (d + 4095) / 4096, rest = k - (blocks - 1) * kept;
+  check(error, "error", {d}, values, real(values));
+  check(g, "g", {d}, values, real(values));
+  require(d <= INT_MAX, "error has ", d, " entries; it must have 2^31 - 1 at most");
+  const bool divided = kept <= 4096 && rest >= 1 && rest <= kept && rest <= d - (blocks - 1) * 4096;
+  require(d == 0 ? k == 0 : divided, "kept is ", kept, " for ", k, " entries of ", d,
+          " columns; every block must have some of them");
+  const c10::cuda::CUDAGuard guard(values.device());
+  const Tensor columns = at::empty({k}, values.options().dtype(at::kInt));
+  const Tensor row = at::empty({k}, values.options());
+  const Tensor new_error = at::empty({d}, error.options());
+  const Tensor X = at::empty({2, d}, error.options());
+  C10_CUDA_CHECK(hinv_largest(type, error.const_data_ptr(), g.const_data_ptr(), kept, k, d,
+                              columns.mutable_data_ptr<int>(), row.mutable_data_ptr(),
+                              new_error.mutable_data_ptr(), X.mutable_data_ptr(),
+                              c10::cuda::getCurrentCUDAStream()));
+  return {columns, row, new_error, X};
+}
+
 Tensor sparse_times(const Tensor& columns, const Tensor& values, const Tensor& X,
-                    const Tensor& count) {
+                    const Tensor& count, const Tensor& row_columns, const Tensor& row) {
   const int type = format(values, "values");
   check_compressed(columns, values);
-  require(X.dim() == 2 && (X.size(0) == 1 || X.size(0) == 2) && X.size(1) >= 1, "X has shape ",
-          X.sizes(), "; it must be (1, d) or (2, d)");
+  check_row(row_columns, row, values);
+  require(X.dim() == 2 && (X.size(0) == 1 || X.size(0) == 2), "X has shape ", X.sizes(),
+          "; it must be (1, d) or (2, d)");
   check(X, "X", X.sizes(), values, real(values));
   const Count* const seen = number(count, "count", values);
   const int64_t m = values.size(0), n = X.size(0);
@@ -289,8 +362,9 @@ Tensor sparse_times(const Tensor& columns, const Tensor& values, const Tensor& X
   const Tensor y = at::empty({n, m}, values.options().dtype(at::kDouble));
   const Tensor scratch = at::empty({128 * n * m}, y.options());
   C10_CUDA_CHECK(hinv_sparse_times(
-      type, columns.const_data_ptr<int>(), values.const_data_ptr(), X.const_data_ptr(), seen, n, m,
-      values.size(1), X.size(1), scratch.mutable_data_ptr<double>(), y.mutable_data_ptr<double>(),
+      type, columns.const_data_ptr<int>(), values.const_data_ptr(), X.const_data_ptr(),
+      row_columns.const_data_ptr<int>(), row.const_data_ptr(), seen, n, m, values.size(1),
+      X.size(1), scratch.mutable_data_ptr<double>(), y.mutable_data_ptr<double>(),
       c10::cuda::getCurrentCUDAStream()));
   return y;
 }
@@ -305,8 +379,33 @@ Tensor sparse_transposed_times(const Tensor& columns, const Tensor& values, cons
   const c10::cuda::CUDAGuard guard(values.device());
   const Tensor u = at::empty({d}, values.options().dtype(real(values)));
   C10_CUDA_CHECK(hinv_sparse_transposed_times(
-      type, columns.const_data_ptr<int>(), values.const_data_ptr(), y.const_data_ptr<double>(),
-      values.size(0), values.size(1), d, u.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+      type, columns.mutable_data_ptr<int>(), values.mutable_data_ptr(), y.const_data_ptr<double>(),
+      nullptr, nullptr, nullptr, nullptr, nullptr, 0.0, nullptr, nullptr, values.size(0),
+      values.size(1), d, u.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  return u;
+}
+
+Tensor sparse_replace(const Tensor& columns, const Tensor& values, const Tensor& y,
+                      const Tensor& error, const Tensor& row_columns, const Tensor& row,
+                      const Tensor& new_error, const Tensor& rest, double factor,
+                      const Tensor& count, const Tensor& accepted) {
+  const int type = format(values, "values");
+  const int64_t d = error.numel();
+  check_compressed(columns, values);
+  check_row(row_columns, row, values);
+  check(y, "y", {values.size(0)}, values, at::kDouble);
+  check(error, "error", {d}, values, real(values));
+  check(new_error, "new_error", {d}, values, real(values));
+  check(rest, "rest", {d}, values, real(values));
+  const Count* const seen = number(count, "count", values);
+  const Count* const write = number(accepted, "accepted", values);
+  const c10::cuda::CUDAGuard guard(values.device());
+  const Tensor u = at::empty({d}, values.options().dtype(real(values)));
+  C10_CUDA_CHECK(hinv_sparse_transposed_times(
+      type, columns.mutable_data_ptr<int>(), values.mutable_data_ptr(), y.const_data_ptr<double>(),
+      row_columns.const_data_ptr<int>(), row.const_data_ptr(), error.mutable_data_ptr(),
+      new_error.const_data_ptr(), rest.const_data_ptr(), factor, seen, write, values.size(0),
+      values.size(1), d, u.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
   return u;
 }
 
@@ -320,9 +419,19 @@ TORCH_LIBRARY(hinv_cuda, library) {
       "Tensor(c!) z, Tensor(d!) error, Tensor(e!) accepted) -> ()");
   library.def("hinv_times(Tensor G, Tensor x, Tensor count, Tensor? scales=None) -> Tensor");
   library.def(
-      "hinv_transposed_times(Tensor(a!) G, Tensor z, Tensor? scales=None, float factor=1, "
-      "Tensor? x=None, Tensor? count=None, Tensor? accepted=None) -> Tensor");
-  library.def("hinv_sparse_times(Tensor columns, Tensor values, Tensor X, Tensor count) -> Tensor");
+      "hinv_transposed_times(Tensor(a!) G, Tensor z, Tensor(b!)? scales=None, Tensor? row=None, "
+      "Tensor? row_scales=None, Tensor? count=None, Tensor? accepted=None) -> Tensor");
+  library.def("hinv_round(Tensor g, Tensor G) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "hinv_largest(Tensor error, Tensor g, Tensor values, int kept) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "hinv_sparse_times(Tensor columns, Tensor values, Tensor X, Tensor count, "
+      "Tensor row_columns, Tensor row) -> Tensor");
+  library.def(
+      "hinv_sparse_replace(Tensor(a!) columns, Tensor(b!) values, Tensor y, Tensor(c!) error, "
+      "Tensor row_columns, Tensor row, Tensor new_error, Tensor rest, float factor, Tensor count, "
+      "Tensor accepted) -> Tensor");
   library.def(
       "hinv_sparse_transposed_times(Tensor columns, Tensor values, Tensor y, int d) -> Tensor");
 }
@@ -333,6 +442,9 @@ TORCH_LIBRARY_IMPL(hinv_cuda, CompositeExplicitAutograd, library) {
   library.impl("hinv_update", update);
   library.impl("hinv_times", times);
   library.impl("hinv_transposed_times", transposed_times);
+  library.impl("hinv_round", round_row);
+  library.impl("hinv_largest", largest);
+  library.impl("hinv_sparse_replace", sparse_replace);
   library.impl("hinv_sparse_times", sparse_times);
   library.impl("hinv_sparse_transposed_times", sparse_transposed_times);
 }
@@ -347,19 +459,34 @@ TORCH_LIBRARY_IMPL(hinv_cuda, Meta, library) {
     return at::empty({G.size(0)}, G.options().dtype(at::kDouble));
   });
   library.impl("hinv_transposed_times",
-               [](const Tensor& G, const Tensor&, const Optional&, double, const Optional&,
-                  const Optional&, const Optional&) {
+               [](const Tensor& G, const Tensor&, const Optional&, const Optional&,
+                  const Optional&, const Optional&, const Optional&) {
                  return at::empty({G.size(1)}, G.options().dtype(real(G)));
                });
-  library.impl("hinv_sparse_times",
-               [](const Tensor&, const Tensor& values, const Tensor& X, const Tensor&) {
-                 const auto options = values.options().dtype(at::kDouble);
-                 return at::empty({X.size(0), values.size(0)}, options);
-               });
+  library.impl("hinv_round", [](const Tensor& g, const Tensor& G) {
+    const int64_t blocks = (g.size(0) + 4095) / 4096;
+    return std::tuple(at::empty(g.sizes(), g.options().dtype(G.scalar_type())),
+                      at::empty({blocks}, g.options()), at::empty(g.sizes(), g.options()));
+  });
+  library.impl("hinv_largest", [](const Tensor& error, const Tensor&, const Tensor& values,
+                                  int64_t) {
+    const int64_t k = values.size(1);
+    return std::tuple(at::empty({k}, values.options().dtype(at::kInt)),
+                      at::empty({k}, values.options()), at::empty(error.sizes(), error.options()),
+                      at::empty({2, error.size(0)}, error.options()));
+  });
+  library.impl("hinv_sparse_times", [](const Tensor&, const Tensor& values, const Tensor& X,
+                                       const Tensor&, const Tensor&, const Tensor&) {
+    return at::empty({X.size(0), values.size(0)}, values.options().dtype(at::kDouble));
+  });
   library.impl("hinv_sparse_transposed_times",
                [](const Tensor&, const Tensor& values, const Tensor&, int64_t d) {
                  return at::empty({d}, values.options().dtype(real(values)));
                });
+  library.impl("hinv_sparse_replace",
+               [](const Tensor&, const Tensor&, const Tensor&, const Tensor& error, const Tensor&,
+                  const Tensor&, const Tensor&, const Tensor&, double, const Tensor&,
+                  const Tensor&) { return at::empty(error.sizes(), error.options()); });
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
@@ -373,10 +500,14 @@ hinv_update(P, K, k, count, damp, tolerance, z, error, accepted): P = inverse of
     when row and column j = count % m of K become k (m,); P and K in place. z (m,) becomes column j
     of P, error (1,) the relative error of G^T z, accepted () whether that is within the tolerance;
     where it is not, nothing changes. float64.
-hinv_times(G, x, count, scales) -> Gx (m,), hinv_transposed_times(G, z, scales, factor, x, count,
-    accepted) -> factor G^T z (d,): products with a window G (m, d); the second writes x to row j.
-hinv_sparse_times(columns, values, X, count) -> X G^T (n, m), hinv_sparse_transposed_times(columns,
-    values, y, d) -> G^T y (d,): with a compressed window, columns and values (m, k).
+hinv_times(G, x, count, scales) -> Gx (m,), hinv_transposed_times(G, z, scales, row, row_scales,
+    count, accepted) -> G^T z (d,): products with a window G (m, d); the second writes row j.
+hinv_round(g, G) -> row, scales, values: g (d,) as a row of a window of 8 or 16 bits with scales.
+hinv_sparse_times(columns, values, X, count, row_columns, row) -> X G^T (n, m),
+    hinv_sparse_transposed_times(columns, values, y, d) -> G^T y (d,): with a compressed window,
+    columns and values (m, k); hinv_largest(error, g, values, kept) makes a row of it, and
+    hinv_sparse_replace(columns, values, y, error, row_columns, row, new_error, rest, factor, count,
+    accepted) writes it and returns G^T y + factor rest.
 )";
   module.def(
       "hinv_setup", [](const Tensor& tmp, Tensor coef) { return hinv_setup(tmp, coef), coef; },
@@ -391,10 +522,16 @@ hinv_sparse_times(columns, values, X, count) -> X G^T (n, m), hinv_sparse_transp
   module.def("hinv_times", &times, arg("G"), arg("x"), arg("count"),
              arg("scales") = pybind11::none());
   module.def("hinv_transposed_times", &transposed_times, arg("G"), arg("z"),
-             arg("scales") = pybind11::none(), arg("factor") = 1.0, arg("x") = pybind11::none(),
-             arg("count") = pybind11::none(), arg("accepted") = pybind11::none());
+             arg("scales") = pybind11::none(), arg("row") = pybind11::none(),
+             arg("row_scales") = pybind11::none(), arg("count") = pybind11::none(),
+             arg("accepted") = pybind11::none());
+  module.def("hinv_round", &round_row, arg("g"), arg("G"));
+  module.def("hinv_largest", &largest, arg("error"), arg("g"), arg("values"), arg("kept"));
   module.def("hinv_sparse_times", &sparse_times, arg("columns"), arg("values"), arg("X"),
-             arg("count"));
+             arg("count"), arg("row_columns"), arg("row"));
+  module.def("hinv_sparse_replace", &sparse_replace, arg("columns"), arg("values"), arg("y"),
+             arg("error"), arg("row_columns"), arg("row"), arg("new_error"), arg("rest"),
+             arg("factor"), arg("count"), arg("accepted"));
   module.def("hinv_sparse_transposed_times", &sparse_transposed_times, arg("columns"),
              arg("values"), arg("y"), arg("d"));
 }

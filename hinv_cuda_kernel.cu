@@ -6,6 +6,8 @@
 //   hinv_update  P = A^-1 when row and column j of A change
 //   hinv_times, hinv_transposed_times                  Gx and G^T z for a window G (m, d)
 //   hinv_sparse_times, hinv_sparse_transposed_times    the same for a compressed window
+//   hinv_round, hinv_largest                           a gradient as a row of 8 or 16 bits with
+//                                                      scales, or of a compressed window
 //
 // where N is strictly lower triangular, N_ik = D_ki / q_k, q = diag(D) + m.
 //
@@ -710,30 +712,28 @@ constexpr int LANES = 32;                // threads side by side in a row, a pac
 constexpr int RANKS = THREADS / LANES;   // threads that share a column: every so many rows are one's
 constexpr int FLIGHT = 8;                // rows of a thread in flight
 
-// u = factor G^T z over the rows in use, where row j first becomes x / scale, if x is given and
-// accepted. A block has LANES packs of columns.
+// u = G^T z over the rows in use, where row j first becomes `new_row` with `new_scales`, if they are
+// given and accepted. A block has LANES packs of columns.
 template <class F>
 __global__ __launch_bounds__(THREADS, 2) void window_transposed_times(
-    typename F::Code* G, const double* __restrict__ z, const float* __restrict__ scales,
-    double factor, const typename F::Real* __restrict__ x, const long long* __restrict__ count,
-    const long long* __restrict__ accepted, int m, long long d, long long stride,
-    typename F::Real* __restrict__ u) {
+    typename F::Code* G, const double* __restrict__ z, float* scales,
+    const typename F::Code* __restrict__ new_row, const float* __restrict__ new_scales,
+    const long long* __restrict__ count, const long long* __restrict__ accepted, int m,
+    long long d, long long stride, typename F::Real* __restrict__ u) {
   constexpr int N = F::N;
   __shared__ double of_rank[N][THREADS + 1];
   const int lane = threadIdx.x % LANES, rank = threadIdx.x / LANES;
   const long long first = blockIdx.x * (long long)(LANES * N), c = first + lane * N;
   const long long blocks = (d + BLOCK - 1) / BLOCK;
   const int rows = count ? Place(count, m).rows : m;
-  if (x && *accepted) {
-    const int j = Place(count, m).j;
-    if (rank == j % RANKS && c < d) {
-      const double scale = scales ? scales[j * blocks + c / BLOCK] : 1;
-      Pack pack{};
+  const int j = new_row && *accepted ? Place(count, m).j : -1;  // the row that is written
+  if (j >= 0 && rank == j % RANKS && c < d) {
+    Pack pack{};
 #pragma unroll
-      for (int n = 0; n < N; n++)
-        if (c + n < d) F::put(pack, n, F::encode(x[c + n] / scale));
-      store(G + j * stride + c, pack);
-    }
+    for (int n = 0; n < N; n++)
+      if (c + n < d) F::put(pack, n, new_row[c + n]);
+    store(G + j * stride + c, pack);
+    if (scales && c % BLOCK == 0) scales[j * blocks + c / BLOCK] = new_scales[c / BLOCK];
   }
   double sum[N] = {};
   for (int i0 = rank; i0 < rows && c < d; i0 += FLIGHT * RANKS) {
@@ -748,7 +748,8 @@ __global__ __launch_bounds__(THREADS, 2) void window_transposed_times(
     for (int r = 0; r < FLIGHT; r++) {
       const int i = i0 + r * RANKS;
       weight[r] = i < rows ? z[i] * F::LIFT : 0;
-      if (scales && i < rows) weight[r] *= scales[i * blocks + c / BLOCK];
+      if (scales && i < rows)
+        weight[r] *= i == j ? new_scales[c / BLOCK] : scales[i * blocks + c / BLOCK];
     }
 #pragma unroll
     for (int r = 0; r < FLIGHT; r++) {
@@ -767,8 +768,38 @@ __global__ __launch_bounds__(THREADS, 2) void window_transposed_times(
   for (int o = threadIdx.x; o < LANES * N && first + o < d; o += THREADS) {
     double total = 0;
     for (int r = 0; r < RANKS; r++) total += of_rank[o % N][r * LANES + o / N];
-    u[first + o] = typename F::Real(factor * (total * F::DROP));
+    u[first + o] = typename F::Real(total * F::DROP);
   }
+}
+
+// --- hinv_round -----------------------------------------------------------------------------------
+
+// g (d,) as a row with a scale, a power of two, for every block of columns: `values` = row * scale.
+// Where a block is not finite, neither are its scale and its values.
+template <class F>
+__global__ __launch_bounds__(THREADS) void round_row(const float* __restrict__ g, long long d,
+                                                     typename F::Code* __restrict__ row,
+                                                     float* __restrict__ scales,
+                                                     float* __restrict__ values) {
+  constexpr int TOP = sizeof(typename F::Code) == 1 ? 8 : 15;  // numbers of a row are at most 2^TOP
+  const long long begin = blockIdx.x * (long long)(BLOCK);
+  if (begin >= d) return;  // there are no columns
+  const int columns = d - begin < BLOCK ? int(d - begin) : BLOCK;
+  const double largest = reduce<1, true>(columns, [=](int c) {
+    const double size = fabs(double(g[begin + c]));
+    return Numbers<1>{{size < INFINITY ? size : INFINITY}};
+  }).at[0];
+  // largest < 2^exponent
+  const int exponent = largest > 0 ? int(__double_as_longlong(largest) >> 52) - 1022 : 0;
+  const int clamped = exponent - TOP < -120 ? -120 : exponent - TOP;
+  const double power = __longlong_as_double((1023ll + (clamped > 120 ? 120 : clamped)) << 52);
+  const double scale = largest < INFINITY ? power : NAN;
+  for (int c = threadIdx.x; c < columns; c += THREADS) {
+    const typename F::Code code = F::encode(g[begin + c] / scale);
+    row[begin + c] = code;
+    values[begin + c] = float(F::decode(code) * scale);
+  }
+  if (threadIdx.x == 0) scales[blockIdx.x] = float(scale);
 }
 
 // --- compressed windows -------------------------------------------------------------------------
@@ -789,16 +820,19 @@ constexpr int SPARSE_ROWS = ROUNDS * ABREAST;         // of an item
 constexpr int SPARSE_PARTS = 128;                     // of the columns, at most
 constexpr int VECTORS = 2;
 
-// y (n, m) = G X^T over the rows in use, n <= VECTORS. An item is a few rows times a part of the
-// blocks of columns, whose part of X is gathered from shared memory.
+// y (n, m) = G X^T over the rows in use, n <= VECTORS, for G with `new_columns` and `new_values` as
+// row j. An item is a few rows times a part of the blocks of columns, whose part of X is gathered
+// from shared memory.
 template <class F>
 __global__ __launch_bounds__(THREADS, 3) void sparse_times(
     const int* __restrict__ columns, const typename F::Code* __restrict__ values,
-    const typename F::Real* __restrict__ X, const long long* __restrict__ count, int n, int m,
-    long long k, long long d, double* __restrict__ partial, double* __restrict__ y) {
+    const typename F::Real* __restrict__ X, const int* __restrict__ new_columns,
+    const typename F::Code* __restrict__ new_values, const long long* __restrict__ count, int n,
+    int m, long long k, long long d, double* __restrict__ partial, double* __restrict__ y) {
   __shared__ typename F::Real x[BLOCK];
   const auto grid = cooperative_groups::this_grid();
-  const int rows = Place(count, m).rows, kept = kept_in_block(columns, k);
+  const int j = Place(count, m).j, rows = Place(count, m).rows;
+  const int kept = kept_in_block(new_columns, k);
   const int blocks = int((d + BLOCK - 1) / BLOCK);
   const int per_part = blocks > 0 ? (blocks + SPARSE_PARTS - 1) / SPARSE_PARTS : 1;
   const int parts = (blocks + per_part - 1) / per_part;
@@ -819,10 +853,12 @@ __global__ __launch_bounds__(THREADS, 3) void sparse_times(
         __syncthreads();
 #pragma unroll
         for (int r = 0; r < ROUNDS; r++) {
-          const long long at = (first + r * ABREAST) * k + entry;
-          if (first + r * ABREAST >= rows) break;
+          const int i = first + r * ABREAST;
+          if (i >= rows) break;
+          const int* const at = (i == j ? new_columns : columns + i * k) + entry;
+          const typename F::Code* const code = (i == j ? new_values : values + i * k) + entry;
           for (int e = threadIdx.x % SHARE; e < entries; e += SHARE)
-            sum[v][r] += F::decode(values[at + e]) * x[columns[at + e] - column];
+            sum[v][r] += F::decode(code[e]) * x[at[e] - column];
         }
       }
     }
@@ -851,61 +887,160 @@ constexpr int SPARSE_COLUMNS = 512;  // of a thread block: a part of a block of 
 constexpr int SPARSE_AHEAD = 8;      // rows of a warp in flight
 
 // u = G^T y. Each warp adds up some of the rows in its own part of shared memory, one row after the
-// other: within a row no two entries meet.
+// other: within a row no two entries meet. With `new_columns`, where accepted, row j first becomes
+// `new_columns` and `new_values`, `error` becomes `new_error`, and u gets factor * rest; where not
+// accepted, nothing changes and u is 0.
 template <class F>
 __global__ __launch_bounds__(THREADS, 2) void sparse_transposed_times(
-    const int* __restrict__ columns, const typename F::Code* __restrict__ values,
-    const double* __restrict__ y, int m, long long k, long long d,
+    int* columns, typename F::Code* values, const double* __restrict__ y,
+    const int* __restrict__ new_columns, const typename F::Code* __restrict__ new_values,
+    typename F::Real* __restrict__ error, const typename F::Real* __restrict__ new_error,
+    const typename F::Real* __restrict__ rest, double factor, const long long* __restrict__ count,
+    const long long* __restrict__ accepted, int m, long long k, long long d,
     typename F::Real* __restrict__ u) {
   __shared__ double sums[WARPS][SPARSE_COLUMNS];
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  const int kept = kept_in_block(columns, k);
+  const int kept = kept_in_block(new_columns ? new_columns : columns, k);
+  const int j = new_columns ? Place(count, m).j : -1;
   const long long first = blockIdx.x * (long long)(SPARSE_COLUMNS), entry = first / BLOCK * kept;
   const int entries = k - entry < kept ? int(k - entry) : kept;
   double* const sum = sums[warp];
   for (int c = lane; c < SPARSE_COLUMNS; c += WARP) sum[c] = 0;
   __syncwarp();
 
+  // The first entry of a row, from that of this block of columns on, whose column is not below.
+  const auto entry_at = [=](const int* row, long long column) {
+    int low = 0, high = entries;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (row[middle] < column) low = middle + 1;
+      else high = middle;
+    }
+    return low;
+  };
   for (int row0 = warp * WARP; row0 < m; row0 += THREADS) {
-    // A lane a row: from which entry to which are its columns?
-    const int* const row = columns + (row0 + lane < m ? row0 + lane : m - 1) * k + entry;
-    const auto below = [=](long long column) {
-      int low = 0, high = entries;
-      while (low < high) {
-        const int middle = (low + high) / 2;
-        if (row[middle] < column) low = middle + 1;
-        else high = middle;
-      }
-      return low;
-    };
-    const int from = below(first), to = below(first + SPARSE_COLUMNS);
+    // A lane a row: from which entry to which are its columns? Row j comes last.
+    const bool has = row0 + lane < m && row0 + lane != j;
+    const int* const row = columns + (row0 + lane) * k + entry;
+    const int from = has ? entry_at(row, first) : 0;
+    const int to = has ? entry_at(row, first + SPARSE_COLUMNS) : 0;
     for (int r0 = 0; r0 < WARP && row0 + r0 < m; r0 += SPARSE_AHEAD) {
       long long at[SPARSE_AHEAD];  // a lane's first entry
-      int rest[SPARSE_AHEAD], column[SPARSE_AHEAD];
+      int rest_of[SPARSE_AHEAD], column[SPARSE_AHEAD];
       double product[SPARSE_AHEAD];
 #pragma unroll
       for (int r = 0; r < SPARSE_AHEAD; r++) {  // all on their way before the first is used
         const int i = row0 + r0 + r, e = __shfl_sync(0xffffffffu, from, r0 + r) + lane;
-        rest[r] = __shfl_sync(0xffffffffu, to, r0 + r) - e;
-        if (i >= m) rest[r] = 0;
+        rest_of[r] = __shfl_sync(0xffffffffu, to, r0 + r) - e;
         at[r] = i * k + entry + e;
-        column[r] = rest[r] > 0 ? int(columns[at[r]] - first) : 0;
-        product[r] = rest[r] > 0 ? F::decode(values[at[r]]) * y[i] : 0;
+        column[r] = rest_of[r] > 0 ? int(columns[at[r]] - first) : 0;
+        product[r] = rest_of[r] > 0 ? F::decode(values[at[r]]) * y[i] : 0;
       }
 #pragma unroll
       for (int r = 0; r < SPARSE_AHEAD; r++) {
-        if (rest[r] > 0) sum[column[r]] += product[r];
-        for (int e = WARP; e < rest[r]; e += WARP)
+        if (rest_of[r] > 0) sum[column[r]] += product[r];
+        for (int e = WARP; e < rest_of[r]; e += WARP)
           sum[columns[at[r] + e] - first] += F::decode(values[at[r] + e]) * y[row0 + r0 + r];
         __syncwarp();  // the next row may have the same columns
       }
     }
   }
+  if (j >= 0 && *accepted && warp == 0) {
+    const long long at = j * k + entry;
+    const int to = entry_at(new_columns + entry, first + SPARSE_COLUMNS);
+    for (int e = entry_at(new_columns + entry, first) + lane; e < to; e += WARP) {
+      const int column = columns[at + e] = new_columns[entry + e];
+      const typename F::Code code = values[at + e] = new_values[entry + e];
+      sum[column - first] += F::decode(code) * y[j];
+    }
+  }
   __syncthreads();
-  for (int c = threadIdx.x; c < SPARSE_COLUMNS && first + c < d; c += THREADS) {
+  for (long long c = threadIdx.x; c < SPARSE_COLUMNS && first + c < d; c += THREADS) {
     double total = 0;
     for (int w = 0; w < WARPS; w++) total += sums[w][c];
+    if (j >= 0) {
+      total = *accepted ? total + factor * rest[first + c] : 0;
+      if (*accepted) error[first + c] = new_error[first + c];
+    }
     u[first + c] = typename F::Real(total);
+  }
+}
+
+// --- hinv_largest ---------------------------------------------------------------------------------
+
+// The sum of x over the threads of this block before this one.
+__device__ int sum_before(int x) {
+  __shared__ int of_warp[WARPS];
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  int sum = x;
+  for (int distance = 1; distance < WARP; distance *= 2) {
+    const int other = __shfl_sync(0xffffffffu, sum, (lane - distance) & (WARP - 1));
+    if (lane >= distance) sum += other;
+  }
+  if (lane == WARP - 1) of_warp[warp] = sum;
+  __syncthreads();
+  for (int w = 0; w < warp; w++) sum += of_warp[w];
+  return sum - x;
+}
+
+// What a compressed window keeps of a = error + g (d,): in each block of columns as many entries as
+// are `kept`, fewer in the last, those of the largest magnitude, of equal ones the first. They are
+// `columns` and `values` (k,), X (2, d) has them and g less them, and `new_error` is a less them.
+template <class F>
+__global__ __launch_bounds__(THREADS) void largest_entries(
+    const typename F::Real* __restrict__ error, const typename F::Real* __restrict__ g, int kept,
+    long long k, long long d, int* __restrict__ columns, typename F::Code* __restrict__ values,
+    typename F::Real* __restrict__ new_error, typename F::Real* __restrict__ X) {
+  using Real = typename F::Real;
+  constexpr int EACH = BLOCK / THREADS, LOWEST = sizeof(Real) == 4 ? 29 : 0;  // bit that floats use
+  const long long begin = blockIdx.x * (long long)(BLOCK) + threadIdx.x * EACH;
+  const long long entry = blockIdx.x * (long long)(kept);
+  const int entries = k - entry < kept ? int(k - entry) : kept;
+  long long size[EACH];  // bits of the magnitude, which are in its order, NaN above all
+#pragma unroll
+  for (int n = 0; n < EACH; n++) {
+    const double a = begin + n < d ? double(Real(error[begin + n] + g[begin + n])) : 0;
+    size[n] = begin + n < d ? __double_as_longlong(fabs(a)) : -1;
+  }
+  const auto in_block = [&](long long least) {
+    int found = 0;
+#pragma unroll
+    for (int n = 0; n < EACH; n++) found += size[n] >= least;
+    return found;
+  };
+  long long threshold = 0;  // becomes the size of the last entry that is kept
+  for (int bit = 62; bit >= LOWEST; bit--) {
+    const long long candidate = threshold | 1ll << bit;
+    const int own = in_block(candidate);
+    if (reduce<1>(THREADS, [=](int) { return Numbers<1>{{double(own)}}; }).at[0] >= entries)
+      threshold = candidate;
+    __syncthreads();  // the sum has been read
+  }
+  const int above = in_block(threshold + 1), equal = in_block(threshold) - above;
+  const auto of_thread = [=](int) { return Numbers<1>{{double(above)}}; };
+  const int spare = entries - int(reduce<1>(THREADS, of_thread).at[0]);  // places of equal ones
+  int above_before = sum_before(above);
+  __syncthreads();  // the sums of warps have been read
+  int equal_before = sum_before(equal);
+#pragma unroll
+  for (int n = 0; n < EACH; n++) {
+    const long long c = begin + n;
+    if (c >= d) break;
+    const Real a = error[c] + g[c];
+    const bool larger = size[n] > threshold, same = size[n] == threshold;
+    Real value = 0;
+    if (larger || (same && equal_before < spare)) {
+      const long long place = entry + above_before + (equal_before < spare ? equal_before : spare);
+      const typename F::Code code = F::encode(a);
+      columns[place] = int(c);
+      values[place] = code;
+      value = Real(F::decode(code));
+    }
+    above_before += larger;
+    equal_before += same;
+    new_error[c] = a - value;
+    X[c] = value;
+    X[d + c] = g[c] - value;
   }
 }
 
@@ -987,23 +1122,53 @@ cudaError_t hinv_times(int format, const void* G, const void* x, const long long
   });
 }
 
-// z (m,). x (d,) with its accepted (), or null. count () or null: all rows are in use.
-cudaError_t hinv_transposed_times(int format, void* G, const double* z, const float* scales,
-                                  double factor, const void* x, const long long* count,
-                                  const long long* accepted, int m, long long d, long long stride,
-                                  void* u, cudaStream_t stream) {
+// z (m,). new_row (d,) of G's type and new_scales, if G has scales, with accepted (), or null.
+// count () or null: all rows are in use.
+cudaError_t hinv_transposed_times(int format, void* G, const double* z, float* scales,
+                                  const void* new_row, const float* new_scales,
+                                  const long long* count, const long long* accepted, int m,
+                                  long long d, long long stride, void* u, cudaStream_t stream) {
   return with_format(format, [=](auto f) {
     using F = decltype(f);
     const dim3 grid(std::max(1, ceil_div(d, LANES * F::N)));
     return launch(window_transposed_times<F>, grid, THREADS, false, stream,
-                  static_cast<typename F::Code*>(G), z, scales, factor,
-                  static_cast<const typename F::Real*>(x), count, accepted, m, d, stride,
-                  static_cast<typename F::Real*>(u));
+                  static_cast<typename F::Code*>(G), z, scales,
+                  static_cast<const typename F::Code*>(new_row), new_scales, count, accepted, m, d,
+                  stride, static_cast<typename F::Real*>(u));
   });
 }
 
-// columns, values (m, k). X (n, d) with n <= 2, y (n, m). scratch: 128 n m numbers.
+// format: 2 float16 or 4 float8_e4m3fn. g, row, values (d,), scales a block of columns each.
+cudaError_t hinv_round(int format, const float* g, long long d, void* row, float* scales,
+                       float* values, cudaStream_t stream) {
+  const dim3 grid(std::max(1, ceil_div(d, BLOCK)));
+  const auto start = [=](auto f) {
+    using F = decltype(f);
+    return launch(round_row<F>, grid, THREADS, false, stream, g, d,
+                  static_cast<typename F::Code*>(row), scales, values);
+  };
+  return format == 2 ? start(Float16()) : format == 4 ? start(Float8()) : cudaErrorInvalidValue;
+}
+
+// error, g, new_error (d,), X (2, d), columns, values (k,). `kept` entries of a whole block.
+cudaError_t hinv_largest(int format, const void* error, const void* g, int kept, long long k,
+                         long long d, int* columns, void* values, void* new_error, void* X,
+                         cudaStream_t stream) {
+  return with_format(format, [=](auto f) {
+    using F = decltype(f);
+    using Real = typename F::Real;
+    const dim3 grid(std::max(1, ceil_div(d, BLOCK)));
+    return launch(largest_entries<F>, grid, THREADS, false, stream,
+                  static_cast<const Real*>(error), static_cast<const Real*>(g), kept, k, d, columns,
+                  static_cast<typename F::Code*>(values), static_cast<Real*>(new_error),
+                  static_cast<Real*>(X));
+  });
+}
+
+// columns, values (m, k), new_columns, new_values (k,). X (n, d) with n <= 2, y (n, m). scratch:
+// 128 n m numbers.
 cudaError_t hinv_sparse_times(int format, const int* columns, const void* values, const void* X,
+                              const int* new_columns, const void* new_values,
                               const long long* count, int n, int m, long long k, long long d,
                               double* scratch, double* y, cudaStream_t stream) {
   return with_format(format, [=](auto f) {
@@ -1011,20 +1176,29 @@ cudaError_t hinv_sparse_times(int format, const int* columns, const void* values
     const int blocks = std::max(SPARSE_PARTS * ceil_div(m, SPARSE_ROWS), 1);
     return launch_together(sparse_times<F>, blocks, stream, columns,
                            static_cast<const typename F::Code*>(values),
-                           static_cast<const typename F::Real*>(X), count, n, m, k, d, scratch, y);
+                           static_cast<const typename F::Real*>(X), new_columns,
+                           static_cast<const typename F::Code*>(new_values), count, n, m, k, d,
+                           scratch, y);
   });
 }
 
-// y (m,), u (d,).
-cudaError_t hinv_sparse_transposed_times(int format, const int* columns, const void* values,
-                                         const double* y, int m, long long k, long long d, void* u,
-                                         cudaStream_t stream) {
+// y (m,), u (d,). The row that is new, or null: new_columns, new_values (k,), error, new_error, rest
+// (d,), factor, count () and accepted ().
+cudaError_t hinv_sparse_transposed_times(int format, int* columns, void* values, const double* y,
+                                         const int* new_columns, const void* new_values,
+                                         void* error, const void* new_error, const void* rest,
+                                         double factor, const long long* count,
+                                         const long long* accepted, int m, long long k,
+                                         long long d, void* u, cudaStream_t stream) {
   return with_format(format, [=](auto f) {
     using F = decltype(f);
+    using Real = typename F::Real;
     const dim3 grid(std::max(1, ceil_div(d, SPARSE_COLUMNS)));
     return launch(sparse_transposed_times<F>, grid, THREADS, false, stream, columns,
-                  static_cast<const typename F::Code*>(values), y, m, k, d,
-                  static_cast<typename F::Real*>(u));
+                  static_cast<typename F::Code*>(values), y, new_columns,
+                  static_cast<const typename F::Code*>(new_values), static_cast<Real*>(error),
+                  static_cast<const Real*>(new_error), static_cast<const Real*>(rest), factor,
+                  count, accepted, m, k, d, static_cast<Real*>(u));
   });
 }
 

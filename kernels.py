@@ -31,7 +31,8 @@ __all__ = ["cuda_kernels"]
 logger = logging.getLogger("optim")
 
 SOURCE = Path(__file__).with_name("hinv_cuda_kernel.cu")
-PRODUCTS = ["window_times", "window_transposed_times", "sparse_times", "sparse_transposed_times"]
+KERNELS = ["window_times", "window_transposed_times", "sparse_times", "sparse_transposed_times"]
+KERNELS += ["largest_entries"]
 # As in the source: the types of windows, threads of a block, what a block has of G, scratch memory.
 FORMATS = {
     torch.float32: "Float32",
@@ -40,8 +41,10 @@ FORMATS = {
     torch.float64: "Float64",
     torch.float8_e4m3fn: "Float8",
 }
-THREADS, BYTES, SPARSE_COLUMNS = 256, 512, 512
+WITH_SCALES = "Float16", "Float8"
+THREADS, BYTES, SPARSE_COLUMNS, BLOCK = 256, 512, 512, 4096
 SCRATCH, SPARSE_PARTS = 2**16, 128
+TOGETHER = "exchange", "window_times", "sparse_times"  # their blocks meet in grid.sync()
 
 
 def cuda_kernels(device: torch.device) -> Any:
@@ -112,42 +115,88 @@ class Compiled:
         G: Tensor,
         z: Tensor,
         scales: Tensor | None = None,
-        factor: float = 1.0,
-        x: Tensor | None = None,
+        row: Tensor | None = None,
+        row_scales: Tensor | None = None,
         count: Tensor | None = None,
         accepted: Tensor | None = None,
     ) -> Tensor:
         (m, d), stride = G.shape, G.stride(0)
         u = torch.empty(d, dtype=_real(G), device=G.device)
         name, blocks = f"window_transposed_times<{FORMATS[G.dtype]}>", -(-d * G.itemsize // BYTES)
-        row = x, count, accepted
-        self._launch(name, blocks, G, z, scales, float(factor), *row, m, d, stride, u)
+        new = row, row_scales, count, accepted
+        self._launch(name, blocks, G, z, scales, *new, m, d, stride, u)
         return u
 
+    def hinv_round(self, g: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        d, blocks = len(g), -(-len(g) // BLOCK)
+        row, scales, values = g.new_empty(d, dtype=G.dtype), g.new_empty(blocks), g.new_empty(d)
+        self._launch(f"round_row<{FORMATS[G.dtype]}>", blocks, g, d, row, scales, values)
+        return row, scales, values
+
+    def hinv_largest(
+        self, error: Tensor, g: Tensor, values: Tensor, kept: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        d, k = len(error), values.shape[1]
+        columns, row = values.new_empty(k, dtype=torch.int32), values.new_empty(k)
+        new_error, X = torch.empty_like(error), error.new_empty(2, d)
+        name = f"largest_entries<{FORMATS[values.dtype]}>"
+        self._launch(name, -(-d // BLOCK), error, g, kept, k, d, columns, row, new_error, X)
+        return columns, row, new_error, X
+
     def hinv_sparse_times(
-        self, columns: Tensor, values: Tensor, X: Tensor, count: Tensor
+        self,
+        columns: Tensor,
+        values: Tensor,
+        X: Tensor,
+        count: Tensor,
+        row_columns: Tensor,
+        row: Tensor,
     ) -> Tensor:
         (m, k), (n, d) = values.shape, X.shape
         y = count.new_empty(n, m, dtype=torch.float64)
         scratch = y.new_empty(SPARSE_PARTS * n * m)
-        name = f"sparse_times<{FORMATS[values.dtype]}>"
-        self._launch(name, SCRATCH, columns, values, X, count, n, m, k, d, scratch, y)
+        name, new = f"sparse_times<{FORMATS[values.dtype]}>", (row_columns, row, count)
+        self._launch(name, SCRATCH, columns, values, X, *new, n, m, k, d, scratch, y)
         return y
 
     def hinv_sparse_transposed_times(
         self, columns: Tensor, values: Tensor, y: Tensor, d: int
     ) -> Tensor:
+        return self._sparse_transposed_times(columns, values, y, d, *[None] * 5, 0.0, None, None)
+
+    def hinv_sparse_replace(
+        self,
+        columns: Tensor,
+        values: Tensor,
+        y: Tensor,
+        error: Tensor,
+        row_columns: Tensor,
+        row: Tensor,
+        new_error: Tensor,
+        rest: Tensor,
+        factor: float,
+        count: Tensor,
+        accepted: Tensor,
+    ) -> Tensor:
+        new = row_columns, row, error, new_error, rest, factor, count, accepted
+        return self._sparse_transposed_times(columns, values, y, len(error), *new)
+
+    def _sparse_transposed_times(
+        self, columns: Tensor, values: Tensor, y: Tensor, d: int, *new: Tensor | float | None
+    ) -> Tensor:
         m, k = values.shape
         u = torch.empty(d, dtype=_real(values), device=values.device)
         name = f"sparse_transposed_times<{FORMATS[values.dtype]}>"
-        self._launch(name, -(-d // SPARSE_COLUMNS), columns, values, y, m, k, d, u)
+        self._launch(name, -(-d // SPARSE_COLUMNS), columns, values, y, *new, m, k, d, u)
         return u
 
     def _launch(self, name: str, blocks: int, *arguments: Tensor | float | None) -> None:
         """Parameters of kernels are pointers, integers and doubles."""
-        values = tuple(a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments)
+        values = tuple(
+            a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments
+        )
         types = tuple(c_double if isinstance(v, float) else c_longlong for v in values)
-        together = "transposed" not in name  # the others meet in grid.sync()
+        together = name.startswith(TOGETHER)
         blocks = min(blocks, self.resident[name]) if together else max(blocks, 1)
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream().cuda_stream
@@ -184,7 +233,8 @@ def compiled(architecture: int) -> tuple[dict[str, str], bytes]:
 
 
 def _compile(nvrtc: Any, source: bytes, *options: str) -> tuple[dict[str, str], bytes]:
-    names = ["exchange", *(f"{name}<{type}>" for name in PRODUCTS for type in FORMATS.values())]
+    names = ["exchange", *(f"{name}<{type}>" for name in KERNELS for type in FORMATS.values())]
+    names += [f"round_row<{type}>" for type in WITH_SCALES]
     program = _checked(nvrtc.nvrtcCreateProgram(source, SOURCE.name.encode(), 0, [], []))
     for name in names:
         _checked(nvrtc.nvrtcAddNameExpression(program, name.encode()))

@@ -78,13 +78,15 @@ POSITIVE = number(float, "a number above 0 and up to 1e30", lambda value: 0 < va
 FACTOR = number(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
 NOT_NEGATIVE = number(float, "a number from 0 to 1e30", lambda value: 0 <= value <= 1e30)
 FRACTION = number(float, "a number from 0 and below 1", lambda value: 0 <= value < 1)
+WORKERS = number(int, "a whole number from 0 to 1024", lambda value: 0 <= value <= 1024)
 
 
 def add_figure_flags(group: argparse._ArgumentGroup) -> None:
     """--plot and --tensorboard."""
-    text = "CSV files of earlier runs, to be drawn into the same picture"
+    text = "CSV files of earlier runs, to be drawn into the same picture; default: none"
     group.add_argument("--plot", type=Path, nargs="+", metavar="CSV", default=[], help=text)
-    text = "write the figures of the CSV for TensorBoard, too, into a folder of this run in DIR"
+    text = "write the figures of the CSV for TensorBoard, too, into a folder of this run in DIR; "
+    text += "default: off"
     group.add_argument("--tensorboard", type=Path, metavar="DIR", help=text)
 
 
@@ -438,26 +440,26 @@ def batches(loader: datautils.Loader, device: torch.device, title: str) -> Itera
 
 
 class Figures:
-    """Mean loss and accuracy (%) of the batches so far, over all `ranks`."""
+    """Mean loss and accuracies (%) of the batches so far, over all `ranks`."""
 
     def __init__(self, ranks: Ranks):
-        self.ranks, self.unread, self.seen = ranks, [], 0
-        self.sums = torch.zeros(2, dtype=torch.float64)
+        self.ranks, self.unread, self.seen, self.sums = ranks, [], 0, 0.0
 
     def add(self, sums: torch.Tensor, size: int) -> None:
-        """Adds a batch of `size` images in all ranks, with the sums (2,) of the losses and the
-        right answers in this one."""
+        """Adds a batch of `size` images in all ranks, with the sums of the losses and of each kind
+        of right answers in this one."""
         self.unread.append(sums)
         self.seen += size
 
-    def read(self, bar: tqdm) -> tuple[float, float]:
+    def read(self, bar: tqdm) -> list[float]:
         """Waits for the device, adds up over ranks, and shows the figures in `bar`."""
         new = torch.stack(self.unread).cpu().double().sum(0)
         self.sums += self.ranks.sum(new)
         self.unread.clear()
-        loss, right = (self.sums / self.seen).tolist()
-        bar.set_postfix(loss=loss, accuracy=100 * right, refresh=False)
-        return loss, 100 * right
+        loss, *right = (self.sums / self.seen).tolist()
+        accuracies = [100 * share for share in right]
+        bar.set_postfix(loss=loss, accuracy=accuracies[0], refresh=False)
+        return [loss, *accuracies]
 
 
 class Stopwatch:
@@ -483,6 +485,16 @@ class Stopwatch:
         return sum(end - start for start, end in pairs)
 
 
+def summed_cross_entropy(
+    images: torch.Tensor,
+    outputs: torch.Tensor,
+    labels: torch.Tensor,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """The loss of a batch by default."""
+    return cross_entropy(outputs, labels, reduction="sum", label_smoothing=label_smoothing)
+
+
 class TrainingStep:
     """Forward, backward and optimizer step for a batch. With `graph` the first calls are eager, and
     later ones replay one CUDA graph, which saves the time of launching each kernel."""
@@ -497,10 +509,10 @@ class TrainingStep:
         ranks: Ranks = ALONE,
         amp: bool = False,
         graph: bool = False,
-        label_smoothing: float = 0.0,
+        loss: Callable[..., torch.Tensor] = summed_cross_entropy,
     ):
         self.model, self.optimizer, self.ranks, self.amp = model, optimizer, ranks, amp
-        self.label_smoothing = label_smoothing
+        self.loss = loss
         self.watch: Any = contextlib.nullcontext()  # over the optimizer
         self.graph: torch.cuda.CUDAGraph | None = None
         self.wanted, self.calls = graph, 0
@@ -537,8 +549,7 @@ class TrainingStep:
         self.optimizer.zero_grad()
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.amp):
             outputs = self.model(images)
-            smoothing = {"label_smoothing": self.label_smoothing}
-            loss = cross_entropy(outputs, labels, reduction="sum", **smoothing)
+            loss = self.loss(images, outputs, labels)
         (loss * (self.ranks.size / size)).backward()  # gradients are averaged over processes
         try:
             with self.watch:
@@ -575,9 +586,13 @@ class TrainingStep:
         except RuntimeError as error:
             note(f"no CUDA graph for this model and optimizer: {str(error).splitlines()[0]}")
             self.wanted = False
+            torch.cuda.set_stream(here)  # a failed capture leaves its own stream current
+            # It also leaves the generator in a mode in which nothing can be drawn (torch < 2.12). A
+            # copy of its state has the same seed and offset, but not that mode.
+            generator = torch.cuda.default_generators[self.stream.device.index]
+            generator.graphsafe_set_state(generator.clone_state())
         finally:
             self.watch = watch
-            torch.cuda.set_stream(here)  # a failed capture leaves its own stream current
 
 
 def train_epoch(
@@ -634,9 +649,10 @@ def evaluate(
     device: torch.device,
     ranks: Ranks = ALONE,
     amp: bool = False,
-) -> tuple[float, float]:
-    """Mean loss and accuracy (%) over `loader`, of which each of `ranks` has its part. The model is
-    left as it was found."""
+    tops: tuple[int, ...] = (1,),
+) -> list[float]:
+    """Mean loss and accuracy (%) over `loader`, of which each of `ranks` has its part; an answer is
+    right if it is among the first of each of `tops`. The model is left as it was found."""
     training = model.training
     model.eval()
     figures = Figures(ranks)
@@ -644,7 +660,9 @@ def evaluate(
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
             outputs = model(images)
         loss = cross_entropy(outputs.float(), labels, reduction="sum")
-        figures.add(torch.stack([loss, (outputs.argmax(1) == labels).sum()]), size)
+        first = [outputs.topk(k).indices if k > 1 else outputs.argmax(1, True) for k in tops]
+        right = [(indices == labels[:, None]).sum() for indices in first]
+        figures.add(torch.stack([loss, *right]), size)
         if look:
             found = figures.read(bar)
     model.train(training)

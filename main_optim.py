@@ -26,6 +26,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ from main_common import (
     save_atomically,
     save_csv,
     say,
+    summed_cross_entropy,
     tensor_bytes,
     train_epoch,
 )
@@ -247,7 +249,8 @@ class Run:
             self.trained = torch.compile(self.trained, dynamic=False)
         graph = settings.get("graph") == "yes" and self.ranks.size == 1
         how = {"ranks": self.ranks, "amp": settings["amp"], "graph": graph}
-        how["label_smoothing"] = settings.get("label_smoothing", 0.0)
+        smoothing = settings.get("label_smoothing", 0.0)
+        how["loss"] = partial(summed_cross_entropy, label_smoothing=smoothing)
         self.step = TrainingStep(self.trained, self.optimizer, **how)
         self.history = []  # a dict an epoch, the rows of the CSV
         if state:

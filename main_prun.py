@@ -7,14 +7,16 @@ standard output. Beside each other lie, all with names that begin as --out says,
 to each level with its masks (-step0.pth, ...), the figures of every line (.csv), accuracy against
 sparsity (.png, at the end, with those of other runs if --plot names their CSVs), and the state of
 the run (.state). The state is written first and all else is derived from it: a run killed at any
-moment goes on with --resume to the same bits, on the CPU with as many threads.
+moment goes on with --resume to the same bits, on the CPU with as many threads, on CUDA with
+--deterministic.
 
     torchrun --nproc-per-node N main_prun.py ...
 
 does the same in N processes, which share gradients, F⁻¹, tests and fine-tuning. The first writes.
 
 Gradients for the inverse Fisher F⁻¹ are those of training images as a model is trained on them,
-augmented, like in the paper's code.
+augmented, like in the paper's code. F⁻¹ is computed anew before each step; --recomps 0 computes it
+once, for all of them. --model module:function prunes a model of one's own.
 """
 
 import argparse
@@ -22,7 +24,6 @@ import copy
 import os
 import re
 import time
-from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,13 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see main_optim.py
 
 import torch
-from torch.optim.swa_utils import update_bn
+from torch import nn
 
 import datautils
 import models
 from costs import available_memory
+from finetune import FineTuning, estimate_batch_norm
+from gradients import cross_entropy
 from main_common import (
     STYLES,
     Runs,
@@ -46,7 +49,6 @@ from main_common import (
     check_folder,
     check_same,
     check_space,
-    distributed,
     evaluate,
     execute,
     find_device,
@@ -54,16 +56,15 @@ from main_common import (
     gathered,
     load_optimizer,
     load_state,
+    make_deterministic,
     note,
-    progress,
     read_runs,
     save_atomically,
     save_csv,
     say,
     tensor_bytes,
-    train_epoch,
 )
-from optim import MFAC, window_bytes
+from optim import window_bytes
 from prun import MagnitudePruner, MFACPruner, inverse_bytes
 from prun_settings import (
     COLUMNS,
@@ -85,23 +86,10 @@ __all__ = ["COMMON", "MFAC_PRUNER", "build_parser", "current_name", "main"]
 # --- a run ----------------------------------------------------------------------------------
 
 
-class Gradients:
-    """The batches that the pruner takes its gradients from, with a progress bar on a terminal."""
-
-    def __init__(self, loader: datautils.Loader):
-        self.loader, self.total = loader, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.loader.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        yield from progress(self.loader, "gradients", self.total)
-
-
 class Run:
     """A pruning run: all that a step needs, and the files that keep it."""
 
-    STATEFUL = ("model", "pruner", "optimizer", "scheduler")
+    STATEFUL = ("model", "pruner", "optimizer", "teacher")
 
     def __init__(self, args: argparse.Namespace):
         """Begins a run or goes on with a saved one. Whatever can be checked is checked here, and
@@ -111,14 +99,16 @@ class Run:
         given = {k: v for k, v in vars(args).items() if v is not None and k not in output}
         names = {**COMMON, **given}
         data = Path(names["dataset"]).resolve().name
-        self.out = args.out or Path("runs", f"{names['model']}-{data}-pruned-{names['pruner']}")
+        model = names["model"].replace(":", "-")
+        self.out = args.out or Path("runs", f"{model}-{data}-pruned-{names['pruner']}")
         self.flag, self.verbose = f"--out {self.out}", args.verbose
         self.tensorboard = TensorBoard(args.tensorboard, self.out.name)
         self.others = read_runs(args.plot, DRAWN)
         state = self.check_files(args.resume, args.overwrite)
         if state:
-            check_same(given, state["settings"])
-        self.settings = settings = state["settings"] if state else choose_settings(given)
+            check_same({k: v for k, v in given.items() if k != "workers"}, state["settings"])
+        settings = {**state["settings"], **given} if state else choose_settings(given)
+        self.settings = settings
         self.levels = choose_levels(settings)
         self.ngrads = settings.get("ngrads_schedule") or [settings.get("ngrads")] * len(self.levels)
         self.ngrads_flag = "--ngrads_schedule" if "ngrads_schedule" in settings else "--ngrads"
@@ -128,22 +118,26 @@ class Run:
         self.tests = settings.get("tests", every_step)
 
         self.device = find_device(settings["device"])
+        if settings["deterministic"]:
+            make_deterministic()
         self.data = datautils.load(settings["dataset"])
-        self.ranks = find_ranks()
+        self.ranks = find_ranks(self.device)
         self.make_loaders()
-        model = models.build(settings["model"], self.data.num_classes)
-        if not state:
-            path = find_checkpoint(settings, self.data.name)
+        torch.manual_seed(settings["seed"])
+        model = models.build(settings["model"], self.data.num_classes, self.data.shape)
+        sparse, path = False, None if state else find_checkpoint(settings, self.data.name)
+        if path is not None:
             models.load_checkpoint(model, path)
+            sparse = "masks" in models.read_tensors(path)
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        sparse = not state and "masks" in models.read_tensors(path)
         self.pruner = self.build_pruner(keep_zeros=sparse)
         self.total = sum(weight.numel() for weight in model.parameters())
         self.prunable = sum(mask.numel() for mask in self.pruner.masks.values())
         if settings.get("adjust_sparsities"):
             self.levels = [level * self.total / self.prunable for level in self.levels]
-        self.trained = None  # the model, as it is fine-tuned in several processes
-        self.optimizer = self.scheduler = None  # between a pruning step and the next epoch
+        self.tops = (1, 5) if self.data.num_classes > 5 else (1,)
+        parts = self.model, self.pruner, self.train_loader, self.ranks
+        self.tuning = FineTuning(settings, len(self.levels), *parts)
         self.history = []  # a dict a line, the rows of the CSV
         if state:
             self.restore(state)
@@ -180,12 +174,14 @@ class Run:
 
     def make_loaders(self) -> None:
         """Sets the loaders, and the images a gradient if that is left open."""
-        settings, seed = self.settings, self.settings["seed"]
-        options = {"seed": seed, "part": (self.ranks.rank, self.ranks.size)}
-        self.test_loader = self.data.loader("test", settings["batchsize"], **options)
-        self.train_loader = self.data.loader("train", settings["batchsize"], **options)
+        settings = self.settings
+        options = {"seed": settings["seed"], "workers": settings.get("workers")}
+        self.loading = options = {**options, "device": self.device}
+        part = {"part": (self.ranks.rank, self.ranks.size)}
+        self.test_loader = self.data.loader("test", settings["batchsize"], **options, **part)
+        self.train_loader = self.data.loader("train", settings["batchsize"], **options, **part)
         images = self.train_loader.num_samples
-        trains = settings["nepochs"] or settings["reset_bn"]
+        trains = settings["nepochs"] or settings["reset_bn"] or settings["reestimate_bn"]
         if trains and (images - 1) % settings["batchsize"] == 0:
             raise UserError(
                 f"--batchsize {settings['batchsize']} leaves a batch of one of the {images:,} "
@@ -200,7 +196,7 @@ class Run:
                 f"{most:,} gradients of {settings['npergrad']} images each are more than the "
                 f"{images:,} training images allow: use a lower {self.ngrads_flag} or --npergrad"
             )
-        self.gradients = Gradients(self.data.loader("train", settings["npergrad"], seed=seed))
+        self.gradients = self.data.loader("train", settings["npergrad"], **options)
 
     def build_pruner(self, keep_zeros: bool) -> MagnitudePruner:
         """The pruner of `settings`; zeros may be masks already. Raises ValueError."""
@@ -213,7 +209,13 @@ class Run:
         options["ngrads"] = self.ngrads[0]
         if self.settings["blocksize"] != -1:
             options["blocksize"] = self.settings["blocksize"]
+        options["loss"] = self.loss
         return MFACPruner(self.model, self.gradients, device=self.device, **options)
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """The loss of a batch, whose gradients make F."""
+        with torch.autocast(self.device.type, torch.bfloat16, self.settings["amp"]):
+            return cross_entropy(model, batch)
 
     def check_levels(self) -> None:
         """Raises ValueError if a level can't be reached."""
@@ -269,7 +271,7 @@ class Run:
             least = self.bytes_needed(blocksize, pages, "cpu")
             left = shown({device: free[device] for device in least})
             raise UserError(f"M-FAC takes {shown(least)}, but free are {left}: use {advice[0]}")
-        saved = tensor_bytes([self.model.state_dict(), self.pruner.state_dict()])
+        saved = tensor_bytes([self.state_of(name) for name in ("model", "pruner", "teacher")])
         if self.settings.get("optim") == "mfac":
             saved += window_bytes(self.settings["ngrads"], self.total)
         check_space(self.out, saved if resumed else 2 * saved)
@@ -286,7 +288,7 @@ class Run:
             task, index = self.plan[len(state["history"]) - 1]
             step = None if task == "measure" else index
             if task == "tune":
-                step = self.step_before(index)
+                step = self.tuning.step_before(index)
             if state["history"][-1]["step"] != step:
                 raise ValueError("the figures are of another step")
             if not alike(state["model"], self.model.state_dict()):
@@ -296,11 +298,12 @@ class Run:
             if (state["optimizer"] is None) != (task != "tune"):
                 raise ValueError("the optimizer is not of this epoch")
             if task == "tune":
-                self.start_optimizer(step)
-                load_optimizer(self.optimizer, state["optimizer"])
-                if not alike(state["scheduler"], self.scheduler.state_dict()):
-                    raise ValueError("the scheduler is another one")
-                self.scheduler.load_state_dict(state["scheduler"])
+                self.tuning.start_optimizer()
+                load_optimizer(self.tuning.optimizer, state["optimizer"])
+            if not alike(state["teacher"], self.state_of("teacher")):
+                raise ValueError("the teacher is another one")
+            if state["teacher"] is not None:
+                self.tuning.teacher.load_state_dict(state["teacher"])
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             first = str(error).splitlines()[0]
             raise UserError(f"{self.beside('.state')} does not fit the run: {first}") from error
@@ -334,9 +337,9 @@ class Run:
             row["sparsity_all"] = row["sparsity"] * self.prunable / self.total
             if task != "prune" or index in self.tests:
                 began = time.perf_counter()
-                how = {"device": self.device, "ranks": self.ranks}
-                loss, accuracy = evaluate(self.model, self.test_loader, **how)
-                row |= {"test_loss": loss, "test_accuracy": accuracy}
+                how = {"device": self.device, "ranks": self.ranks, "tops": self.tops}
+                found = evaluate(self.model, self.test_loader, amp=self.settings["amp"], **how)
+                row |= dict(zip(("test_loss", "test_accuracy", "test_top5"), found, strict=False))
                 row["evaluation_seconds"] = time.perf_counter() - began
             self.tensorboard.write([*self.history, row])
             self.save_state([*self.history, row])
@@ -352,19 +355,24 @@ class Run:
     def measure(self, _: int) -> dict[str, Any]:
         """The model as it is, with statistics of batch norm as asked for."""
         if self.settings["reset_bn"]:
-            size, seed = self.settings["batchsize"], self.settings["seed"]
-            loader = progress(self.data.loader("train", size, seed=seed), "reset_bn")
-            update_bn(loader, self.model, self.device)
+            self.estimate_batch_norm()
+        if self.tuning.teacher is not None:
+            self.tuning.teacher.load_state_dict(self.model.state_dict())
         return {}
+
+    def estimate_batch_norm(self) -> None:
+        """On all training images, in each process."""
+        torch.manual_seed(self.settings["seed"])  # of dropout
+        loader = self.data.loader("train", self.settings["batchsize"], **self.loading)
+        estimate_batch_norm(self.model, loader, self.device, self.settings["amp"])
 
     def prune(self, step: int) -> dict[str, Any]:
         """One pruning step."""
-        self.optimizer = self.scheduler = None
         pruner, recomputed = self.pruner, step in self.recomps
         before, began = dict(pruner.seconds), time.perf_counter()
         if mfac := isinstance(pruner, MFACPruner):
             last = max(done for done in self.recomps if done <= step)
-            self.gradients.total = pruner.ngrads = self.ngrads[last]
+            pruner.ngrads = self.ngrads[last]
         parts = self.settings["nrecomps"] if mfac and recomputed else 1
         dense, target = 1 - pruner.sparsity, self.levels[step]
         try:
@@ -377,58 +385,21 @@ class Run:
             pruner.prune(target)  # exactly
         except ValueError as error:  # too little damping for these gradients, ...
             raise UserError(str(error)) from error
-        if mfac and self.settings["nepochs"]:
+        self.tuning.release()
+        if self.settings["nepochs"]:
             pruner.release()  # every step recomputes, and fine-tuning needs the memory
         seconds = {name: pruner.seconds[name] - before[name] for name in before}
         rest = time.perf_counter() - began - sum(seconds.values())
+        if self.settings["reestimate_bn"]:
+            self.estimate_batch_norm()
         figures = {f"{name}_seconds": value for name, value in seconds.items()}
         epoch = step * self.settings["prun_every"] if self.settings["nepochs"] else None
         return {"step": step, "epoch": epoch, **figures, "update_seconds": rest}
 
-    def step_before(self, epoch: int) -> int:
-        """The last pruning step before an epoch."""
-        return min(epoch // self.settings["prun_every"], len(self.levels) - 1)
-
-    def learning_rate(self, epoch: int) -> float:
-        """Of --lr or --prun_lrs, with the drops."""
-        settings = self.settings
-        rates = settings.get("prun_lrs") or [settings["lr"]]
-        since = epoch - self.step_before(epoch) * settings["prun_every"]
-        drops = sum(epoch >= drop for drop in settings.get("drop_at", []))
-        return rates[min(since, len(rates) - 1)] * settings.get("drop_by", 0.1) ** drops
-
-    def start_optimizer(self, step: int) -> None:
-        """A new optimizer after a pruning step, and a scheduler whose factors are the rates."""
-        settings = self.settings
-        options = {"momentum": settings["momentum"], "weight_decay": settings["weightdecay"]}
-        if settings["optim"] == "mfac":
-            masks = [self.pruner.masks.get(name) for name, _ in self.model.named_parameters()]
-            options |= {name: settings[name] for name in ("ngrads", "damp")}
-            options |= {"sparse": masks, "process_group": self.ranks.group}
-        optimizer = {"sgd": torch.optim.SGD, "mfac": MFAC}[settings["optim"]]
-        self.optimizer = optimizer(self.model.parameters(), lr=1.0, **options)
-        self.pruner.attach(self.optimizer)
-        first, batches = step * settings["prun_every"], len(self.train_loader)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda batch: self.learning_rate(first + batch // batches)
-        )
-
     def tune(self, epoch: int) -> dict[str, Any]:
-        """One epoch of fine-tuning, in which pruned weights stay zero."""
-        # Like the order of the images a function of seed and epoch, so there is none to save.
-        torch.manual_seed(self.settings["seed"] + epoch)
-        self.train_loader.set_epoch(epoch)
-        step = self.step_before(epoch)
-        if self.optimizer is None:
-            self.start_optimizer(step)
-        if self.trained is None:
-            self.trained = distributed(self.model, self.ranks)
-        parts = self.trained, self.train_loader, self.optimizer, self.scheduler
-        title = f"epoch {epoch + 1}/{self.settings['nepochs']}"
-        figures = train_epoch(*parts, device=self.device, ranks=self.ranks, title=title)
-        row = {name: figures[name] for name in ("train_loss", "train_accuracy")}
-        row |= {"lr": self.learning_rate(epoch), "training_seconds": figures["seconds"]}
-        return {"step": step, "epoch": epoch + 1, **row}
+        """One epoch of fine-tuning."""
+        step = self.tuning.step_before(epoch)
+        return {"step": step, "epoch": epoch + 1, **self.tuning.train(epoch, self.device)}
 
     # --- what it leaves
 
@@ -441,12 +412,15 @@ class Run:
             lines.append(f"    {name:<36} {share}")
         return "\n".join(lines)
 
+    def state_of(self, name: str) -> dict[str, Any] | None:
+        """That of the model, the pruner, the optimizer or the teacher, if there is one now."""
+        part = getattr(self if hasattr(self, name) else self.tuning, name)
+        return None if part is None else part.state_dict()
+
     def save_state(self, history: list[dict[str, Any]]) -> None:
         """Writes what --resume needs, from which the other files can be made again."""
         state = {"settings": self.settings, "classes": self.data.classes, "history": history}
-        for part in self.STATEFUL:
-            found = getattr(self, part)
-            state[part] = found and gathered(found.state_dict(), self.ranks)
+        state |= {name: gathered(self.state_of(name), self.ranks) for name in self.STATEFUL}
         if self.ranks.rank == 0:
             save_atomically(self.beside(".state"), lambda file: torch.save(state, file))
 

@@ -5,11 +5,11 @@
 """
 
 import contextlib
+import copy
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any
 
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from checks import kind
+from checks import check_choice, kind
+from levels import Wanted, levels_of_groups, matching, split_into_portions
+from reports import Reporter
 
 __all__ = ["MagnitudePruner", "Pattern", "select_weights"]
 
@@ -54,7 +56,7 @@ def select_weights(
 
     Without `params`: the weights of linear, convolution and attention layers that fit the pattern,
     but for those that an embedding shares. A warning names large weights that are left out and are
-    not in `ignore`. Both lists may hold names, globs and regular expressions.
+    not in `ignore`. Both lists may hold names, globs and regular expressions, compiled or not.
 
     Raises:
         ValueError: for lists that match no parameter, and if there is nothing to prune.
@@ -106,24 +108,6 @@ def select_weights(
             advice = f"no layer's input is divisible by {pattern.group}, choose another pattern"
         raise ValueError(f"There are no weights to prune; {advice}")
     return {name: dimensions.get(id(known[name]), 1) for name in chosen}
-
-
-def matching(known: Mapping[str, Any], argument: str, patterns: Any) -> list[str]:
-    """The names that are equal to one of the patterns or match it as a glob or else as a regular
-    expression, in the order of the patterns."""
-    if isinstance(patterns, str) or not isinstance(patterns, Iterable):
-        raise ValueError(f"Invalid {argument}: {patterns!r}; it must be a list of names")
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        names = [pattern] if pattern in known else []
-        if isinstance(pattern, str) and not names:
-            names = [name for name in known if fnmatchcase(name, pattern)]
-            with contextlib.suppress(re.error):
-                names = names or [name for name in known if re.fullmatch(pattern, name)]
-        if not names:
-            raise ValueError(f"The model has no parameter {pattern!r}; it has {list(known)}")
-        found |= dict.fromkeys(names)
-    return list(found)
 
 
 # --- which weights of a layer ---------------------------------------------------------------------
@@ -274,6 +258,9 @@ class MagnitudePruner:
             stay; "Bx1" such as "4x1", every B weights along the input go or stay together.
         masks: weights that are pruned already, by parameter name, False for those.
         keep_zeros: weights that are exactly zero count as pruned, too.
+        portions: prune at most so many portions of the parameters, of about the same size, or those
+            in a list, one after the other: ["stem.weight", ["layers.0.*", "layers.1.*"]].
+            Weights of different portions do not compete.
 
     Raises:
         ValueError: for arguments outside these ranges. So do all methods.
@@ -298,9 +285,8 @@ class MagnitudePruner:
         pattern: str = "unstructured",
         masks: Mapping[str, Tensor] | None = None,
         keep_zeros: bool = False,
+        portions: int | Sequence[str | Sequence[str]] | None = None,
     ):
-        if scope not in ("global", "layer"):
-            raise ValueError(f"Invalid scope: {scope!r}; it must be 'global' or 'layer'")
         if not isinstance(model, nn.Module):
             raise ValueError(f"Invalid model: {kind(model)}; it must be a torch.nn.Module")
         if torch_prune.is_pruned(model):
@@ -309,8 +295,12 @@ class MagnitudePruner:
                 "remove function first"
             )
         check_model(model)
-        self.model, self.scope, self.pattern = model, scope, Pattern.parse(pattern)
+        self.model, self.pattern = model, Pattern.parse(pattern)
+        self.scope = check_choice("scope", scope, ["global", "layer"])
         self.input_dimensions = select_weights(model, params, ignore, self.pattern)
+        sizes = {name: p.numel() for name, p in self.params.items()}
+        self.portions = split_into_portions(sizes, portions)
+        self._report = Reporter()
         self.seconds = {"gradients": 0.0, "inverse": 0.0}  # spent so far
         self.masks = {
             name: p.detach() != 0 if keep_zeros else torch.ones_like(p, dtype=torch.bool)
@@ -343,12 +333,18 @@ class MagnitudePruner:
         return self._zeros(self.masks) / sum(mask.numel() for mask in self.masks.values())
 
     @torch.no_grad()
-    def prune(self, target: float | Iterable[float], *, partial: bool = False) -> dict[str, Tensor]:
+    def prune(
+        self, target: float | Iterable[float] | Mapping[Any, float], *, partial: bool = False
+    ) -> dict[str, Tensor]:
         """Prunes to the sparsity `target` in [0, 1] and returns the masks.
 
         Exactly round(target·n) of n weights are pruned then, of all or of each layer by `scope`; in
         blocks as many as fit in. With scope "layer", `target` may be a list in the order of
         `masks`. A target below the present sparsity is refused.
+
+        By layer: a dict such as {"encoder.*": 0.5, re.compile("head.*"): 0.8} from names,
+        globs or regular expressions to sparsities. What one key matches competes, or each
+        layer has that sparsity, by `scope`; what no key matches stays as it is.
 
         The least target of N:M is 1 − N/M. Where groups have more zeros than the pattern asks for,
         more weights may be pruned than by the target. `partial`: a lower target is allowed on the
@@ -358,8 +354,13 @@ class MagnitudePruner:
         if all(zeros == self._zeros(names) for names, zeros in wanted):
             self.apply_masks()
             return self.masks
-        masks, weights = self._pruned(wanted)
-        self._write(masks, weights)
+        try:
+            pruned = self._pruned if len(self.portions) == 1 else self._pruned_in_portions
+            self._write(*pruned(wanted))
+            zeros, n = self._zeros(self.masks), sum(mask.numel() for mask in self.masks.values())
+            self._report.say(f"pruned {zeros:,} of {n:,} weights, sparsity {zeros / n:.4f}")
+        finally:
+            self._report.clear()
         return self.masks
 
     @torch.no_grad()
@@ -407,15 +408,39 @@ class MagnitudePruner:
 
     # --- what MFACPruner does differently
 
-    def _pruned(
-        self, wanted: list[tuple[list[str], int]]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _pruned(self, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Masks with as many zeros as wanted, and new weights, if these change."""
         self.apply_masks()
         saliencies = {name: p.double().square() for name, p in self.params.items()}
         return self._choose(self.masks, saliencies, wanted), {}
 
+    def release(self) -> None:
+        """Frees memory that is kept from level to level; there is none."""
+
     # --- internals
+
+    def _pruned_in_portions(self, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The same of portions, each by a pruner of its own. They write to the model, as later ones
+        need it; if one fails, it gets back the weights that it had."""
+        before, masks = self._copied_weights(), dict(self.masks)
+        try:
+            for number, names in enumerate(self.portions, start=1):
+                part = copy.copy(self)
+                part.input_dimensions = {name: self.input_dimensions[name] for name in names}
+                part.masks = {name: self.masks[name] for name in names}
+                part.portions = [names]
+                part._report = self._report.within(f"portion {number} of {len(self.portions)}")
+                part.release()
+                own = [(group, zeros) for group, zeros in wanted if group[0] in part.masks]
+                if any(zeros > part._zeros(group) for group, zeros in own):
+                    part._write(*part._pruned(own))
+                    masks |= part.masks
+        except BaseException:
+            with self._unregistered() as params:
+                for name, p in params.items():
+                    p.copy_(before[name])
+            raise
+        return masks, {}
 
     def _registered(self) -> list[tuple[nn.Module, str]]:
         """The layers whose masks torch.nn.utils.prune has, with the names of their weights."""
@@ -443,7 +468,7 @@ class MagnitudePruner:
         self,
         masks: dict[str, Tensor],
         saliencies: dict[str, Tensor],
-        wanted: list[tuple[list[str], int]],
+        wanted: Wanted,
     ) -> dict[str, Tensor]:
         """These masks with more zeros, as many as wanted."""
         if not all(bool(values.isfinite().all()) for values in saliencies.values()):
@@ -461,16 +486,18 @@ class MagnitudePruner:
         return chosen
 
     def zeros_wanted(
-        self, target: float | Iterable[float], partial: bool = False
-    ) -> list[tuple[list[str], int]]:
+        self, target: float | Iterable[float] | Mapping[Any, float], partial: bool = False
+    ) -> Wanted:
         """[(names of parameters that compete, number of zeros among them)] that `prune` would make.
         Raises what it would raise of the target."""
-        names = list(self.masks)
-        groups = [names] if self.scope == "global" else [[name] for name in names]
+        groups = self.portions if self.scope == "global" else [[name] for name in self.masks]
         least = 0.0 if partial else self.pattern.least_sparsity
         wanted = []
-        for group, sparsity in zip(groups, self._targets(target, len(groups)), strict=True):
+        for group, sparsity in levels_of_groups(target, groups):
             n, present = sum(self.masks[name].numel() for name in group), self._zeros(group)
+            if sparsity is None:
+                wanted.append((group, present))
+                continue
             if not 0.0 <= sparsity <= 1.0 or round(sparsity * n) < round(least * n):
                 why = ", as fewer zeros do not make the pattern" if least else ""
                 raise ValueError(
@@ -478,9 +505,10 @@ class MagnitudePruner:
                 )
             zeros = round(sparsity * n)
             if zeros < present:
+                where = "" if len(group) == len(self.masks) else f" in {', '.join(group)}"
                 raise ValueError(
                     f"Target sparsity {sparsity:g} ({zeros} of {n} weights) is below the present "
-                    f"{present / n:g} ({present}); pruned weights do not come back"
+                    f"{present / n:g} ({present}){where}; pruned weights do not come back"
                 )
             if not partial:
                 needed = (
@@ -490,24 +518,6 @@ class MagnitudePruner:
                 zeros = max(zeros, sum(needed))
             wanted.append((group, zeros))
         return wanted
-
-    def _targets(self, target: Any, count: int) -> list[float]:
-        """One sparsity for each of `count` groups that compete."""
-        try:
-            given: list[Any] = [target] * count
-            if isinstance(target, Iterable):
-                given = list(target)
-            if isinstance(target, (set, frozenset)) or any(isinstance(t, bool) for t in given):
-                raise TypeError  # of no order, or a mask of one entry perhaps
-            targets = [float(each) for each in given]
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"Invalid sparsity: {target!r}; it must be a number, or one for each of "
-                f"{list(self.masks)}"
-            ) from error
-        if len(targets) != count:
-            raise ValueError(f"Expected {count} target sparsities, got {len(targets)}")
-        return targets
 
     def _check_fit(self, state: Any) -> None:
         """Raises ValueError if this is no state of such a pruner for the same parameters."""
@@ -526,7 +536,7 @@ class MagnitudePruner:
     def _write(
         self, masks: dict[str, Tensor], weights: Mapping[str, Tensor] = MappingProxyType({})
     ) -> None:
-        """Makes these the masks in force, and writes new weights."""
+        """Makes these the masks in force, and writes new weights of some parameters."""
         params = self.params
         registered = bool(self._registered())
         rounded = {name: value.to(params[name]) for name, value in weights.items()}
@@ -542,6 +552,9 @@ class MagnitudePruner:
         self.apply_masks()
         if registered:
             self.register()
+
+    def _copied_weights(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.params.items()}
 
     def _zeros(self, names: Iterable[str]) -> int:
         """How many weights of these parameters are pruned."""
@@ -567,20 +580,6 @@ class WeightsAlive:
         parts = flat.split([shape.numel() for shape in self.shapes.values()])
         shaped = zip(self.shapes.items(), parts, strict=True)
         return {name: part.view(shape) for (name, shape), part in shaped}
-
-
-def zeros_on_the_way(
-    masks: Mapping[str, Tensor], wanted: list[tuple[list[str], int]], share: float
-) -> list[tuple[list[str], int]]:
-    """[(names, number of zeros)] after a `share` of the way from these masks to those wanted: the
-    fraction of the weights that stay falls by the same factor in equal shares."""
-    found = []
-    for names, zeros in wanted:
-        n = sum(masks[name].numel() for name in names)
-        before = sum(int(masks[name].sum()) for name in names)
-        stay = before * ((n - zeros) / before) ** share if before else 0
-        found.append((names, zeros if share == 1 else n - round(stay)))
-    return found
 
 
 def check_model(model: nn.Module) -> None:

@@ -36,11 +36,8 @@ def inverse_bytes(
         >>> inverse_bytes(1024, 270_896, blocksize=128)[main] < full / 2
         True
     """
-    m, d = check_integer("ngrads", ngrads), check_integer("dim", dim)
-    pages, rounds = check_integer("pages", pages), check_integer("rounds", rounds)
-    for name, value in (("blocksize", blocksize), ("perbatch", perbatch)):
-        if value is not None:
-            check_integer(name, value)
+    m, d = ngrads, check_integer("dim", dim)
+    check_sizes(m, blocksize, perbatch, pages, rounds)
     device = check_device(device, present=False)
     place = device if grads_device is None else check_device(grads_device, present=False)
     b, tile = min(blocksize or d, d), tile_size(device)
@@ -61,6 +58,20 @@ def inverse_bytes(
     return needed
 
 
+def check_sizes(
+    ngrads: int, blocksize: int | None, perbatch: int | None, pages: int, rounds: int
+) -> None:
+    """Raises ValueError unless these are counts that go together."""
+    sizes = {"ngrads": ngrads, "blocksize": blocksize, "perbatch": perbatch, "pages": pages}
+    for name, value in {**sizes, "rounds": rounds}.items():
+        if value is not None or name in ("ngrads", "pages", "rounds"):
+            check_integer(name, value)
+    if blocksize is None and perbatch is not None:
+        raise ValueError(f"perbatch = {perbatch} goes with a blocksize only: leave it out")
+    if blocksize is not None and pages > 1:
+        raise ValueError(f"pages = {pages} goes without a blocksize only: leave one out")
+
+
 def gradient_buffer(
     rows: int,
     ngrads: int,
@@ -68,25 +79,24 @@ def gradient_buffer(
     dtype: torch.dtype,
     *,
     device: torch.device,
-    shared: bool,
     **sizes: Any,
 ) -> Tensor:
-    """Memory for gradients (rows, dim), of `ngrads` in all, where `place_for_gradients` says; if
-    processes share them, on the device, where they are exchanged."""
-    place = device
-    if not shared:
-        place = place_for_gradients(ngrads, dim, device=device, grads_dtype=dtype, **sizes)
+    """Memory for gradients (rows, dim), of `ngrads` in all, where `place_for_gradients` says."""
+    place = place_for_gradients(ngrads, dim, device=device, grads_dtype=dtype, **sizes)
     pinned = place.type == "cpu" and device.type == "cuda"
     return torch.empty(rows, dim, dtype=dtype, device=place, pin_memory=pinned)
 
 
 def place_for_gradients(
-    ngrads: int, dim: int, *, device: torch.device, **sizes: Any
+    ngrads: int, dim: int, *, device: torch.device, processes: int = 1, **sizes: Any
 ) -> torch.device:
-    """Where gradients that are kept fit with all else: `device`, or else main memory. The rest as
-    for `inverse_bytes`. Raises ValueError where neither does."""
-    for place in dict.fromkeys([device, torch.device("cpu")]):
-        needed = inverse_bytes(ngrads, dim, device=device, grads_device=place, **sizes)
+    """Where gradients that are kept fit with all else: `device`, or else main memory, but not if
+    processes share them, as they are exchanged on the device. The rest as for `inverse_bytes`.
+    Raises ValueError where they do not fit."""
+    share, copies = -(-dim // processes), min(processes, 2)  # before and after the exchange
+    for place in dict.fromkeys([device, torch.device("cpu")]) if processes == 1 else [device]:
+        needed = inverse_bytes(ngrads, share, device=device, grads_device=place, **sizes)
+        needed = {where: copies * size for where, size in needed.items()}
         free = {where: available_memory(where) for where in needed}
         if all(size <= free[where] for where, size in needed.items()):
             return place
@@ -96,5 +106,5 @@ def place_for_gradients(
     )
     raise ValueError(
         f"The inverse Fisher takes {takes}, but free are {left}: use fewer gradients, a blocksize, "
-        "or on a GPU more pages"
+        "portions, or on a GPU more pages"
     )

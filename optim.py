@@ -12,6 +12,8 @@ Let K = GGᵀ (m, m) and A = mλI + K. Woodbury's identity gives every inverse-H
 
 Cost of a step: O(dm + m²), two reads of the window.
 
+Equations are numbered through all modules: (2) and (4) are in prun.py, (5) in precision.py.
+
 Symbols: m gradients in the window, d weights, G (m, d) window, K (m, m) Gram matrix,
 A = mλI + K, P = A⁻¹, λ = `damp` (always λ itself); ĝ is g as the window's type rounds it, k = Gĝ,
 z = A⁻¹e_j, u = F⁻¹ĝ, j = count mod m the row of ĝ.
@@ -164,16 +166,14 @@ class DynamicInverseFisher:
             ValueError: g has another shape.
         """
         entry, z, b = self._exchange(g)  # ĝ; k = Gĝ, then A z = e_j
-        y, rest = self.num_grads * z, self.window.rest(entry)
-        if rest is not None:  # F⁻¹g = F⁻¹ĝ + F⁻¹(g − ĝ), the latter by (1)
-            y -= (self.coefficients.solve(b) / self.damp).where(self.accepted != 0, 0)
+        y = self.num_grads * z
+        if b is not None:  # compressed: F⁻¹g = F⁻¹ĝ + F⁻¹(g − ĝ), the latter by (1)
+            y.sub_(self.coefficients.solve(b), alpha=1 / self.damp)
         u = self.window.replace_and_transposed_times(  # G_j = ĝ, then u = mGᵀz
-            entry, self.counter, self.accepted, y, self.precision.exact
+            entry, self.counter, self.accepted, y, self.damp, self.precision.exact
         )
         if self.measures_norms:
-            self.norms = squared_norms(self, z, b, rest)
-        if rest is not None:
-            u += (rest / self.damp).where(self.accepted != 0, 0)
+            self.norms = squared_norms(self, z, b, [part.vectors[-1] for part in entry])
         self._advance()
         return u.to(self.result_dtype)
 
@@ -183,9 +183,9 @@ class DynamicInverseFisher:
         self.window.write(entry, self.counter, self.accepted)
         self._advance()
 
-    def _exchange(self, g: Tensor) -> tuple[list[Entry], Tensor, Tensor]:
-        """ĝ as it is to become row j = count mod m, z = A⁻¹e_j (m,), and, of a compressed window,
-        G(g − ĝ) (m,). K and P are those with g, if it is accepted; the window is not yet."""
+    def _exchange(self, g: Tensor) -> tuple[list[Entry], Tensor, Tensor | None]:
+        """ĝ as it will be row j = count mod m, z = A⁻¹e_j (m,), and, of a compressed window alone,
+        b = G(g − ĝ) (m,). K and P are those with g, if it is accepted; the window is not yet."""
         g = checks.checked_vector(g, self.shape[0]).to(self.device)
         self.settle(wait=False)
         entry = self.window.entry(g)

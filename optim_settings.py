@@ -15,11 +15,11 @@ from main_common import (
     NOT_NEGATIVE,
     POSITIVE,
     SEED,
+    WORKERS,
     Parser,
     UserError,
     add_figure_flags,
     check_same,
-    number,
 )
 
 # What a flag is when it is not given. First what holds for all runs, then by data and optimizer:
@@ -59,8 +59,6 @@ DROP_BY = 0.1
 CHANGEABLE = {"epochs", "lr", "fallback_lr", "damp", "drop_at", "drop_by"}  # when a run goes on
 CHANGEABLE |= {"graph", "workers", "save_every", "state_every", "light_state"}
 PAPER_EPOCHS = {"resnet": 164, "wideresnet": 200, "mobilenet": 100}  # by the start of the name
-
-WORKERS = number(int, "a whole number from 0 to 1024", lambda value: 0 <= value <= 1024)
 
 
 def default(name: str) -> str:

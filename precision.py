@@ -82,8 +82,10 @@ class Precision:
 
     def exchange(
         self, products: Callable[[bool], Tensor], count: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """z, whether it is accepted, and the products, which it asks for in float64 or not.
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """z, whether it is accepted, and the second row of products, if they have two.
+
+        `products` computes them, from exact products or not.
 
         Raises:
             NonFiniteGradientError, DampTooSmallError: nothing has changed. On CUDA z is zero, and
@@ -102,7 +104,7 @@ class Precision:
             try:
                 if self._accepts(errors):
                     self._fresh = False
-                    return z, accepted, k[-1, :m]
+                    return z, accepted, k[1] if len(k) == 2 else None
                 self.recover()
             except ValueError:
                 self.interrupted = False

@@ -36,7 +36,6 @@ Information", NeurIPS 2021, arXiv 2107.03356, sections 3.1 (static algorithm) an
 """
 
 import copy
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
@@ -62,13 +61,15 @@ from blocks import (
     tile_size,
     too_small,
 )
-from checks import WIDE, check_damp, check_device, check_integer, checked_dtype
+from checks import check_choice, check_device, check_integer, checked_dtype, damp_parts
 from fisher import SharedInverseFisher, StaticInverseFisher, as_matrix, check_vector, in_type_of
 from gradients import Batches, GradientCollector, cross_entropy, ready_for_gradients
-from masks import MagnitudePruner, WeightsAlive, check_model, zeros_on_the_way
-from memory import gradient_buffer, inverse_bytes
+from levels import Wanted, zeros_on_the_way
+from masks import MagnitudePruner, WeightsAlive, check_model
+from memory import check_sizes, gradient_buffer, inverse_bytes
 from pages import Pages
 from ranks import Ranks, find_process_group, or_default
+from reports import Reporter
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -365,6 +366,8 @@ class MFACPruner(MagnitudePruner):
 
     Args:
         model, params, ignore, scope, pattern, masks, keep_zeros: as for `MagnitudePruner`.
+        portions: likewise; each has its own F⁻¹, one in memory at a time, of the model that those
+            before have left, and every level starts from the level before.
         loader: yields batches, each of which makes one gradient; see `gradients.Batches`.
         loss: the mean loss of a batch, loss(model, batch), by default the cross entropy of
             (inputs, targets).
@@ -412,6 +415,7 @@ class MFACPruner(MagnitudePruner):
         pattern: str = "unstructured",
         masks: Mapping[str, Tensor] | None = None,
         keep_zeros: bool = False,
+        portions: int | Sequence[str | Sequence[str]] | None = None,
         loss: Callable[[nn.Module, Any], Tensor] = cross_entropy,
         ngrads: int = 1024,
         damp: float | str = 1e-5,
@@ -428,35 +432,23 @@ class MFACPruner(MagnitudePruner):
         process_group: "ProcessGroup | bool | None" = None,
     ):
         which: dict[str, Any] = {"ignore": ignore, "masks": masks, "keep_zeros": keep_zeros}
-        super().__init__(model, params, scope=scope, pattern=pattern, **which)
+        super().__init__(model, params, scope=scope, pattern=pattern, portions=portions, **which)
         params_now: list[Tensor] = list(self.params.values())
         self._ranks = Ranks(find_process_group(params_now, or_default(process_group)))
-        for name, choice, allowed in (
-            ("update", update, ["joint", "independent", "none"]),
-            ("mode", mode, ["eval", "train", "as is"]),
-        ):
-            if choice not in allowed:
-                raise ValueError(f"Invalid {name}: {choice!r}; it must be one of {allowed}")
+        self._report = Reporter(speaks=self._ranks.rank == 0)
+        self.update = check_choice("update", update, ["joint", "independent", "none"])
+        self.mode = check_choice("mode", mode, ["eval", "train", "as is"])
         if not callable(loss):
             raise ValueError(f"Invalid loss: {loss!r}; it must be a function of (model, batch)")
-        self.batches = Batches(loader, seed, drop_smaller)
-        self.loss, self.update, self.mode = loss, update, mode
-        self.ngrads, self.rounds = check_integer("ngrads", ngrads), check_integer("rounds", rounds)
-        for name, value in (("blocksize", blocksize), ("perbatch", perbatch)):
-            if value is not None:
-                check_integer(name, value)
+        self.batches, self.loss = Batches(loader, seed, drop_smaller), loss
+        check_sizes(ngrads, blocksize, perbatch, pages, rounds)
+        self.ngrads, self.rounds, self.pages = ngrads, rounds, pages
         self.blocksize, self.perbatch = blocksize, perbatch
-        self.pages = check_integer("pages", pages)
-        if blocksize is None and perbatch is not None:
-            raise ValueError(f"perbatch = {perbatch} goes with a blocksize only: leave it out")
-        if blocksize is not None and self.pages > 1:
-            raise ValueError(f"pages = {pages} goes without a blocksize only: leave one out")
         if rounds > 1 and update != "joint":
             raise ValueError(f"rounds = {rounds} goes with update='joint' only, not {update!r}")
-        if grads_dtype is None:
-            wide = any(p.dtype == torch.float64 for p in params_now)
-            grads_dtype = torch.float64 if wide else torch.float32
-        self.grads_dtype = checked_dtype("grads_dtype", grads_dtype)
+        wide = any(p.dtype == torch.float64 for p in params_now)
+        suitable = torch.float64 if wide else torch.float32
+        self.grads_dtype = checked_dtype("grads_dtype", grads_dtype or suitable)
         self.device = check_device(device or params_now[0].device)
         self.recomputations = 0
         self.release()
@@ -469,16 +461,15 @@ class MFACPruner(MagnitudePruner):
 
     @damp.setter
     def damp(self, damp: float | str) -> None:
-        number = r"\d*\.?\d+(?:[eE][-+]?\d+)?"
-        relative = isinstance(damp, str) and re.fullmatch(f"relative(?::({number}))?", damp)
-        fraction = check_damp(float(relative[1] or 0.1)) if relative else None
-        self._damp, self._damp_fraction = damp if fraction else check_damp(damp, *WIDE), fraction
+        self._damp, self._damp_parts = damp, damp_parts(damp)
         if self._inverse is not None:
             self._inverse.damp = self._absolute_damp()
 
     @torch.no_grad()
     def recompute(self) -> None:
         """Collects gradients at the present weights, other samples each time, and inverts F."""
+        if len(self.portions) > 1:
+            raise ValueError("With portions every level computes F⁻¹ anew: leave recompute() out")
         check_model(self.model)
         self.apply_masks()
         start = self._copied_weights()
@@ -509,9 +500,7 @@ class MFACPruner(MagnitudePruner):
         self._start_weights, self._start_masks = state["start_weights"], state["start_masks"]
         self._last_written = self._copied_weights()
 
-    def _pruned(
-        self, wanted: list[tuple[list[str], int]]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _pruned(self, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Masks and weights from those at the last recomputation, in one or more rounds."""
         if not self._is_unchanged():
             self.recompute()
@@ -522,6 +511,7 @@ class MFACPruner(MagnitudePruner):
         alive = torch.ones_like(w, dtype=torch.bool)
         inverse = self._inverse if self.rounds == 1 else self._inverse.for_removal()
         for part in range(1, self.rounds + 1):
+            self._report.say(f"choice and update, {part} of {self.rounds}")
             saliency = torch.where(alive, w.square() / (2 * inverse.diagonal()), 0)
             zeros = zeros_on_the_way(start, wanted, part / self.rounds)
             masks = self._choose(masks, weights.scatter(saliency), zeros)
@@ -536,6 +526,11 @@ class MFACPruner(MagnitudePruner):
             w = torch.where(alive, w, 0)
         return masks, weights.scatter(w)
 
+    def _pruned_in_portions(self, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        found = super()._pruned_in_portions(wanted)
+        self.recomputations += 1  # with the same samples for all portions
+        return found
+
     def _write(self, masks: dict[str, Tensor], *weights: Any) -> None:
         super()._write(masks, *weights)
         self._last_written = self._copied_weights()
@@ -545,9 +540,6 @@ class MFACPruner(MagnitudePruner):
         return bool(self._start_weights) and all(
             torch.equal(p, self._last_written[name].to(p)) for name, p in self.params.items()
         )
-
-    def _copied_weights(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in self.params.items()}
 
     # --- from gradients to F⁻¹
 
@@ -566,7 +558,8 @@ class MFACPruner(MagnitudePruner):
         options: dict[str, Any] = {"device": self.device, "perbatch": self.perbatch}
         sizes = {"blocksize": self.blocksize, "pages": self.pages, "rounds": self.rounds, **options}
         rows = ranks.chunk(m) if kept else min(BATCH, ranks.chunk(m))
-        buffer = gradient_buffer(rows, m, d, self.grads_dtype, shared=ranks.size > 1, **sizes)
+        with ranks.agreed():
+            buffer = gradient_buffer(rows, m, d, self.grads_dtype, processes=ranks.size, **sizes)
         began = time.perf_counter()
         with (
             self._unregistered() as params,  # weights that are pruned now may be alive in here
@@ -574,7 +567,8 @@ class MFACPruner(MagnitudePruner):
         ):
             like = buffer.new_empty(0, device=self.device)
             collector = GradientCollector(self.model, self.loss, params, alive.index, like, ranks)
-            grads: Any = collector.rows(self.batches.draw(number, ranks), m, buffer, chunk)
+            batches = self._report.counted(self.batches.draw(number, ranks), "gradients", m)
+            grads: Any = collector.rows(batches, m, buffer, chunk)
             if kept:
                 (grads,) = grads
             else:
@@ -582,6 +576,7 @@ class MFACPruner(MagnitudePruner):
         self._mean_square = collector.mean_square(masks, m)
         self.seconds["gradients"] += time.perf_counter() - began
         began, damp = time.perf_counter(), self._absolute_damp()
+        self._report.say(f"inverse Fisher of {d:,} weights")
         with ranks.agreed():
             if whole:
                 how: dict[str, Any] = {"pages": min(self.pages, chunk), "device": self.device}
@@ -596,5 +591,5 @@ class MFACPruner(MagnitudePruner):
 
     def _absolute_damp(self) -> float:
         """λ"""
-        fraction = self._damp_fraction
-        return check_damp(self._damp if fraction is None else fraction * self._mean_square, *WIDE)
+        constant, fraction = self._damp_parts
+        return constant + fraction * self._mean_square if fraction else constant

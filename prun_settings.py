@@ -1,5 +1,7 @@
 """The command line of main_prun.py: flags, the settings that they make, levels and steps."""
 
+import argparse
+import re
 import shlex
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +17,7 @@ from main_common import (
     NOT_NEGATIVE,
     POSITIVE,
     SEED,
+    WORKERS,
     Parser,
     UserError,
     add_figure_flags,
@@ -23,14 +26,16 @@ from main_common import (
 
 # What a flag is when it is not given, for all runs, for --pruner mfac, and for fine-tuning.
 COMMON = dict(model="resnet20", dataset="digits", pruner="mfac", pattern="unstructured")
-COMMON |= dict(scope="global", nepochs=0, batchsize=128, reset_bn=False, seed=0)
+COMMON |= dict(scope="global", nepochs=0, batchsize=128, seed=0, amp=False, deterministic=False)
+COMMON |= dict(reset_bn=False, reestimate_bn=False)
 LEVELS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 MFAC_PRUNER = dict(ngrads=1024, damp=1e-5, blocksize=-1, update="joint", rounds=1, nrecomps=1)
 NPERGRAD = 32
 FINE_TUNING = {
-    "sgd": dict(lr=0.01, momentum=0.9, weightdecay=5e-4),
-    "mfac": dict(lr=1e-3, momentum=0.9, weightdecay=5e-4, ngrads=1024, damp=1e-5),
+    "sgd": dict(schedule="step", lr=0.01, momentum=0.9, weightdecay=5e-4),
+    "mfac": dict(schedule="step", lr=1e-3, momentum=0.9, weightdecay=5e-4, ngrads=1024, damp=1e-5),
 }
+DISTILL = 0.5
 
 # The columns of the CSV, and how each is shown in a line where it is not empty.
 COLUMNS = {
@@ -43,6 +48,7 @@ COLUMNS = {
     "train_accuracy": "train {:.2f} %",
     "test_loss": "test loss {:.4f}",
     "test_accuracy": "test {:.2f} %",
+    "test_top5": "top-5 {:.2f} %",
     "gradients_seconds": "gradients {:.1f} s",
     "inverse_seconds": "inverse {:.1f} s",
     "update_seconds": "update {:.1f} s",
@@ -59,6 +65,14 @@ BLOCK = number(
 )
 
 
+def model_name(text: str) -> str:
+    """An argparse type: a model of the registry, or module:function."""
+    if text not in models.MODELS and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", text):
+        names = ", ".join(models.MODELS)
+        raise argparse.ArgumentTypeError(f"{text} is none of {names}, and no module:function")
+    return text
+
+
 # --- the command line -----------------------------------------------------------------------
 
 
@@ -71,23 +85,33 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument_group("model and data").add_argument
-    text = f"default: resnet20; others: {', '.join(models.MODELS)}"
-    add("--model", choices=models.MODELS, metavar="MODEL", help=text)
+    on, off = {"action": "store_true", "default": None}, "; default: off"
+    text = (
+        f"default: resnet20; others: {', '.join(models.MODELS)}; or module:function, which makes "
+    )
+    text += "a model of one's own from the number of classes"
+    add("--model", type=model_name, metavar="MODEL", help=text)
     add("--dataset", help="a folder, or 'digits', the default: handwritten digits, embedded")
-    text = "the trained model; default: the one in checkpoints/ for this model and data, if any"
+    text = (
+        "the trained model; default: the one in checkpoints/ for this model and data; a model of "
+    )
+    text += "one's own may come with its weights"
     add("--checkpoint", metavar="FILE", help=text)
-    text = "estimate the statistics of batch norm anew before pruning, on the training images"
-    add("--reset_bn", action="store_true", default=None, help=text)
+    text = f"estimate the statistics of batch norm anew before pruning, on the training images{off}"
+    add("--reset_bn", **on, help=text)
+    text = f"the same after each pruning step{off}"
+    add("--reestimate_bn", **on, help=text)
 
     group = parser.add_argument_group("levels")
     levels = group.add_mutually_exclusive_group().add_argument
     text = "fractions of the prunable weights that are zero after each step; default: 0.1 to 0.9"
     levels("--sparsities", type=FRACTION, nargs="+", metavar="LEVEL", help=text)
-    text = "instead: STEPS levels, from the first to the last, that rise by a falling cubic"
+    text = f"instead: STEPS levels, from the first to the last, that rise by a falling cubic{off}"
     names = ("FROM", "TO", "STEPS")
     levels("--cubic", type=NOT_NEGATIVE, nargs=3, metavar=names, help=text)
-    add, text = group.add_argument, "levels are fractions of all parameters, not the prunable ones"
-    add("--adjust_sparsities", action="store_true", default=None, help=text)
+    add = group.add_argument
+    text = f"levels are fractions of all parameters, not the prunable ones{off}"
+    add("--adjust_sparsities", **on, help=text)
     text = "what competes: the weights of all layers, or of each; default: global"
     add("--scope", choices=("global", "layer"), help=text)
     text = "unstructured (default), N:M such as 2:4, or Bx1 such as 4x1: blocks along the input"
@@ -100,13 +124,14 @@ def build_parser() -> Parser:
     add("--pruner", type=current_name, choices=names, metavar="PRUNER", help=text)
     text = "gradients for the inverse Fisher, and in the window of --optim mfac; default: 1024"
     add("--ngrads", type=COUNT, help=text)
-    text = "instead of --ngrads: gradients for the inverse Fisher, one number a step"
+    text = f"instead of --ngrads: gradients for the inverse Fisher, one number a step{off}"
     add("--ngrads_schedule", type=COUNT, nargs="+", metavar="NGRADS", help=text)
     text = "images a gradient; default: 32, or as many as the training images allow"
     add("--npergrad", type=COUNT, help=text)
     add("--damp", type=POSITIVE, help="damping of the Fisher matrix; default: 1e-5")
     text = "steps before which the inverse Fisher is computed anew, of the weights then: step 0, "
-    text += "and by default all. The others prune from the weights of the last such step"
+    text += "and by default all; the others prune from the weights of the last such step, so that "
+    text += "--recomps 0 computes it once"
     add("--recomps", type=STEP, nargs="*", metavar="STEP", help=text)
     text = "do each such step in this many parts, the fraction of weights that stay falling by "
     text += "the same factor in each, with the inverse Fisher anew before each; default: 1"
@@ -121,37 +146,54 @@ def build_parser() -> Parser:
     add("--update", choices=("joint", "independent", "none"), help=text)
     text = "keep blocks of this size on the diagonal of F only; default: -1, all of F"
     add("--blocksize", type=BLOCK, help=text)
-    add("--perbatch", type=COUNT, help="with --blocksize: blocks worked on at once")
-    add("--pages", type=COUNT, help="without --blocksize: work on gradients in this many pages")
+    text = "with --blocksize: blocks worked on at once; default: as many as suit the device"
+    add("--perbatch", type=COUNT, help=text)
+    text = "without --blocksize: work on gradients in this many pages; default: 1"
+    add("--pages", type=COUNT, help=text)
 
     group = parser.add_argument_group("fine-tuning (step K comes before epoch K x EVERY)")
     add, rates = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--nepochs", type=STEP, help="epochs in all; default: 0, one-shot pruning")
     add("--prun_every", type=COUNT, metavar="EVERY", help="epochs from step to step; default: 1")
     add("--optim", choices=("sgd", "mfac"), help="begun anew after each step; default: sgd")
+    text = "of the learning rate after each step: that of the flags below (default), or falling to "
+    text += "zero by a cosine until the next step"
+    add("--schedule", choices=("step", "cosine"), help=text)
     rates("--lr", type=POSITIVE, help="learning rate; default: 0.01 for sgd, 0.001 for mfac")
-    text = "instead: those of the epochs after a step; the last one goes on"
+    text = f"instead: those of the epochs after a step; the last one goes on{off}"
     rates("--prun_lrs", type=POSITIVE, nargs="+", metavar="LR", help=text)
     add("--momentum", type=FRACTION, help="default: 0.9")
     add("--weightdecay", type=NOT_NEGATIVE, help="L2 decay; default: 5e-4")
     text = "epochs after which the learning rate drops; default: none"
     add("--drop_at", type=COUNT, nargs="+", metavar="EPOCH", help=text)
     add("--drop_by", type=FACTOR, help="the factor of a drop; default: 0.1")
+    text = f"learn from the dense model, too: this part of the loss, {DISTILL} if left out, is its "
+    text += f"divergence from the outputs of that model{off}"
+    add("--distill", type=FACTOR, nargs="?", const=DISTILL, metavar="WEIGHT", help=text)
 
     add = parser.add_argument_group("machine").add_argument
     add("--batchsize", type=COUNT, help="images in training and testing; default: 128")
     add("--seed", type=SEED, help="of the choice and the order of the images; default: 0")
     add("--device", help="default: cuda if there is one, otherwise cpu")
+    text = "processes that read images, if these are not held in memory; default: one a core, at "
+    text += "most 8"
+    add("--workers", type=WORKERS, help=text)
+    text = "forward in bfloat16 where that is safe, for gradients, fine-tuning and tests"
+    add("--amp", **on, help=text + off)
+    text = f"the same call, or --resume, gives the same bits on CUDA, too, at some cost{off}"
+    add("--deterministic", **on, help=text)
 
     group = parser.add_argument_group("output")
     text = "how all files begin; default: runs/MODEL-DATASET-pruned-PRUNER"
     group.add_argument("--out", type=Path, metavar="STEM", help=text)
-    text = "go on with the run of --out, if there is one, after the last line that it saved"
+    text = f"go on with the run of --out, if there is one, after the last line that it saved{off}"
     add = group.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help=text)
-    add("--overwrite", action="store_true", help="begin anew, whatever is at --out")
+    add("--overwrite", action="store_true", help=f"begin anew, whatever is at --out{off}")
     add_figure_flags(group)
-    group.add_argument("--verbose", action="store_true", help="print the sparsity of each layer")
+    group.add_argument(
+        "--verbose", action="store_true", help=f"print the sparsity of each layer{off}"
+    )
     return parser
 
 
@@ -165,18 +207,22 @@ def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = {**COMMON, "device": device, **given}
     mfac, gradual = settings["pruner"] == "mfac", settings["nepochs"] > 0
+    cosine = settings.get("schedule") == "cosine"
     optim = settings.get("optim", "sgd") if gradual else None
     full, scheduled = settings.get("blocksize", -1) == -1, "ngrads_schedule" in given
     pruner_flags = ("ngrads_schedule", "npergrad", "nrecomps", "rounds", "update", "blocksize")
     epoch_flags = ("optim", "prun_every", "lr", "prun_lrs", "momentum", "weightdecay", "drop_at")
+    epoch_flags += ("schedule", "distill")
     conditions = [
         ("--pruner mfac", mfac, pruner_flags),
         ("--pruner mfac or --optim mfac", mfac or optim == "mfac", ("ngrads", "damp")),
         ("--optim mfac beside --ngrads_schedule", not scheduled or optim == "mfac", ("ngrads",)),
         ("--pruner mfac with --nepochs 0", mfac and not gradual, ("recomps",)),
+        ("a run without --reestimate_bn", not settings["reestimate_bn"], ("recomps",)),
         ("--pruner mfac with --blocksize", mfac and not full, ("perbatch",)),
         ("--pruner mfac without --blocksize", mfac and full, ("pages",)),
         ("--nepochs above 0", gradual, epoch_flags),
+        ("--schedule step", not cosine, ("drop_at", "prun_lrs")),
         ("--drop_at", "drop_at" in given, ("drop_by",)),
     ]
     for condition, met, names in conditions:
@@ -251,10 +297,13 @@ def make_plan(settings: dict[str, Any], steps: int) -> list[tuple[str, int]]:
     return plan
 
 
-def find_checkpoint(settings: dict[str, Any], data: str) -> Path:
-    """The checkpoint of `settings`, or the one that comes along. Raises UserError."""
+def find_checkpoint(settings: dict[str, Any], data: str) -> Path | None:
+    """The checkpoint of `settings`, or the one that comes along; a model of one's own needs none.
+    Raises UserError."""
     if "checkpoint" in settings:
         return Path(settings["checkpoint"])
+    if ":" in settings["model"]:
+        return None
     path = Path(__file__).with_name("checkpoints") / f"{settings['model']}_{data}.pth"
     if not path.exists():
         raise UserError(

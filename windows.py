@@ -24,15 +24,19 @@ BLOCK = 2**12  # columns that share a scale, or among which the largest entries 
 CHUNK = 2**11  # columns, at most, summed in float32; float64 sums the chunks
 TILE = 13 * 2**18  # numbers converted at a time: twelve rows of ResNet-20, which cache holds
 ALIGN = 128  # bytes: rows start at multiples of it, so that they can be read 16 bytes at a time
-SCALED = {torch.float16: 2.0**15, torch.float8_e4m3fn: 2.0**8}  # types, and the largest they store
+SCALED = {
+    torch.float16: 15,
+    torch.float8_e4m3fn: 8,
+}  # types that store at most 2 to the power of it
 
 
 class Entry(NamedTuple):
     """A gradient g as a window keeps it."""
 
-    values: Tensor  # ĝ (d,), the numbers that its row stands for
+    vectors: (
+        Tensor  # ĝ (1, d), the numbers that its row stands for; with g − ĝ (2, d) if compressed
+    )
     row: dict[str, Tensor]  # what is stored, by the names of `state`
-    rest: Tensor | None = None  # g − ĝ (d,) where a compressed window leaves something out
 
 
 class DenseWindow:
@@ -71,17 +75,19 @@ class DenseWindow:
     def entry(self, g: Tensor) -> Entry:
         """g (d,) rounded to the type of the window."""
         if self.scales is None:
-            rounded = g.to(self.G.dtype)
-            return Entry(
-                rounded.to(torch.promote_types(self.G.dtype, torch.float32)), {"G": rounded}
-            )
+            row = g.to(self.G.dtype)
+            return Entry(row.to(torch.promote_types(row.dtype, torch.float32))[None], {"G": row})
+        if kernels := cuda_kernels(self.device):
+            row, scales, values = kernels.hinv_round(g.float(), self.G)
+            return Entry(values[None], {"G": row, "scales": scales})
         blocks = pad(g.float(), (0, -self.dim % BLOCK)).view(-1, BLOCK)
-        largest = blocks.abs().amax(1) / SCALED[self.G.dtype]
-        scales = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent.clamp(-120, 120))
+        largest = blocks.abs().amax(1)
+        exponent = largest.frexp().exponent - SCALED[self.G.dtype]
+        scales = torch.ldexp(torch.ones_like(largest), exponent.clamp(-120, 120))
         scales += 0 * largest  # NaN where g is not finite, since 8 bits have no Inf
         rounded = (blocks / scales[:, None]).to(self.G.dtype)
         values = (rounded.float() * scales[:, None]).flatten()[: self.dim]
-        return Entry(values, {"G": rounded.flatten()[: self.dim], "scales": scales})
+        return Entry(values[None], {"G": rounded.flatten()[: self.dim], "scales": scales})
 
     def write(self, entry: Entry, count: Tensor, accepted: Tensor | None = None) -> None:
         """Makes the entry row j = count mod m where it is accepted."""
@@ -91,9 +97,10 @@ class DenseWindow:
     def products(self, entry: Entry, count: Tensor, exact: bool) -> Tensor:
         """Gĝ (1, m) in float64 with ĝᵀĝ as entry j = count mod m, where row j is still the old one.
         From float32 products (1, m + 1): by how much they miss entry j − 1 mod m comes last."""
+        g = entry.vectors[0]
         if kernels := cuda_kernels(self.device):
-            return kernels.hinv_times(self.G, entry.values, count, self.scales)[None]
-        g, exactly, n = entry.values, entry.values.double(), int(count)
+            return kernels.hinv_times(self.G, g, count, self.scales)[None]
+        exactly, n = g.double(), int(count)
         i, j = (n - 1) % len(self.G), n % len(self.G)
         k, rounding = self.times(g, exact, _rows_in_use(self.G, count)), []
         if self._dtype(exact) == torch.float32:
@@ -116,17 +123,14 @@ class DenseWindow:
         return x
 
     def replace_and_transposed_times(
-        self, entry: Entry, count: Tensor, accepted: Tensor, y: Tensor, exact: bool
+        self, entry: Entry, count: Tensor, accepted: Tensor, y: Tensor, damp: float, exact: bool
     ) -> Tensor:
         """`write`, then `transposed_times`: in one sweep where there are kernels."""
         if not (kernels := cuda_kernels(self.device)):
             self.write(entry, count, accepted)
             return self.transposed_times(y[: _rows_in_use(self.G, count)], exact)
-        if self.scales is not None:
-            _replace(self.scales, entry.row["scales"], count, accepted)
-        return kernels.hinv_transposed_times(
-            self.G, y, self.scales, 1.0, entry.values, count, accepted
-        )
+        row, scales = entry.row["G"], entry.row.get("scales")
+        return kernels.hinv_transposed_times(self.G, y, self.scales, row, scales, count, accepted)
 
     def times(self, x: Tensor, exact: bool = True, rows: int | None = None) -> Tensor:
         """Gx (m,) in float64 for x (d,); 0 beyond the first `rows`, if given."""
@@ -196,7 +200,7 @@ class CompressedWindow:
     Example:
         >>> window = CompressedWindow(2, 4, torch.device("cpu"), torch.float32, compress=0.5)
         >>> entry = window.entry(torch.tensor([1.0, -4.0, 3.0, 2.0]))
-        >>> entry.values
+        >>> entry.vectors[0]
         tensor([ 0., -4.,  3.,  0.])
         >>> window.write(entry, torch.tensor(0))
         >>> window.error
@@ -231,12 +235,16 @@ class CompressedWindow:
     def entry(self, g: Tensor) -> Entry:
         """The largest entries of g (d,) + error."""
         g = g.to(self.error.dtype)
+        if kernels := cuda_kernels(self.device):
+            most = kept(min(self.dim, BLOCK), self.compress)
+            columns, row, error, X = kernels.hinv_largest(self.error, g, self.values, most)
+            return Entry(X, {"error": error, "columns": columns, "values": row})
         a = self.error + g
         columns = _largest(a, self.compress)
-        rounded = a.index_select(0, columns).to(self.values.dtype)
-        values = torch.zeros_like(a).index_copy_(0, columns, rounded.to(a.dtype))
-        row = {"error": a - values, "columns": columns.int(), "values": rounded}
-        return Entry(values, row, rest=g - values)
+        row = a.index_select(0, columns).to(self.values.dtype)
+        largest = torch.zeros_like(a).index_copy_(0, columns, row.to(a.dtype))
+        parts = {"error": a - largest, "columns": columns.int(), "values": row}
+        return Entry(torch.stack([largest, g - largest]), parts)
 
     def write(self, entry: Entry, count: Tensor, accepted: Tensor | None = None) -> None:
         """Makes the entry row j = count mod m, and the rest the error, where it is accepted."""
@@ -246,15 +254,12 @@ class CompressedWindow:
 
     def products(self, entry: Entry, count: Tensor, exact: bool) -> Tensor:
         """G [ĝ, g − ĝ] (2, m) in float64, for G with ĝ as row j = count mod m."""
-        assert entry.rest is not None
-        X = torch.stack([entry.values, entry.rest])
+        X, row = entry.vectors, entry.row
         if kernels := cuda_kernels(self.device):
-            Y = kernels.hinv_sparse_times(self.columns, self.values, X, count)
-        else:
-            rows = _rows_in_use(self.values, count)
-            Y = torch.stack([self.times(x, rows=rows) for x in X])
-        new = X.double() @ entry.values.double()
-        return Y.index_copy_(1, count.view(1) % Y.shape[1], new[:, None])
+            new = row["columns"], row["values"]
+            return kernels.hinv_sparse_times(self.columns, self.values, X, count, *new)
+        Y = torch.stack([self.times(x, rows=_rows_in_use(self.values, count)) for x in X])
+        return Y.index_copy_(1, count.view(1) % Y.shape[1], (X.double() @ X[0].double())[:, None])
 
     def times(self, x: Tensor, exact: bool = True, rows: int | None = None) -> Tensor:
         """Gx (m,) in float64 for x (d,); 0 beyond the first `rows`, if given."""
@@ -276,11 +281,15 @@ class CompressedWindow:
         return x
 
     def replace_and_transposed_times(
-        self, entry: Entry, count: Tensor, accepted: Tensor, y: Tensor, exact: bool
+        self, entry: Entry, count: Tensor, accepted: Tensor, y: Tensor, damp: float, exact: bool
     ) -> Tensor:
-        """`write`, then `transposed_times`."""
+        """`write`, then Gᵀy + (g − ĝ)/λ; 0 where the entry is not accepted."""
+        (_, rest), row = entry.vectors, entry.row
+        if kernels := cuda_kernels(self.device):
+            new = row["columns"], row["values"], row["error"], rest, 1 / damp, count, accepted
+            return kernels.hinv_sparse_replace(self.columns, self.values, y, self.error, *new)
         self.write(entry, count, accepted)
-        return self.transposed_times(y)
+        return self.transposed_times(y).add_(rest, alpha=1 / damp).where(accepted != 0, 0)
 
     def tiles(self) -> Iterator[Tensor]:
         """G in float64, a few columns (m, ·) at a time."""
@@ -364,12 +373,6 @@ class Window:
         """g (d,) as it will be kept."""
         return [block.entry(part) for block, part in self._split(g)]
 
-    def rest(self, entry: list[Entry]) -> Tensor | None:
-        """g − ĝ (d,) of a compressed window, else None."""
-        if self.compress is None:
-            return None
-        return self._joined([part.rest for part in entry if part.rest is not None])
-
     def products(self, entry: list[Entry], count: Tensor, exact: bool) -> Tensor:
         """Gĝ, and G(g − ĝ) if compressed, (1 or 2, m), for G with ĝ as row j = count mod m."""
         return self._sum(
@@ -380,14 +383,21 @@ class Window:
         )
 
     def replace_and_transposed_times(
-        self, entry: list[Entry], count: Tensor, accepted: Tensor, y: Tensor, exact: bool
+        self,
+        entry: list[Entry],
+        count: Tensor,
+        accepted: Tensor,
+        y: Tensor,
+        damp: float,
+        exact: bool,
     ) -> Tensor:
-        """Makes ĝ row j = count mod m where it is accepted; returns Gᵀy (d,) of that G."""
+        """Makes ĝ row j = count mod m where it is accepted; returns Gᵀy (d,) of that G, of a
+        compressed window with (g − ĝ)/λ."""
         parts = zip(self.blocks, entry, strict=True)
         return self._joined(
             [
                 block.replace_and_transposed_times(
-                    part, *(x.to(block.device) for x in (count, accepted, y)), exact
+                    part, *(x.to(block.device) for x in (count, accepted, y)), damp, exact
                 )
                 for block, part in parts
             ]

@@ -1,10 +1,11 @@
-"""Time of a step on a GPU: MFAC on the parameters of ResNet-20, and `update_matvec` for large d.
+"""Time on a GPU: steps of MFAC, `update_matvec` for large d, the static inverse with its diagonal.
 
     python benchmarks/gpu_rows.py [--large] [--json FILE]
 
-Each row: median milliseconds of a step with fresh random gradients, eagerly and replayed as a CUDA
-graph, and two reads of the window at the bandwidth of a copy. The window is full. Before, results
-are compared with float64, and 3m replays of a captured step with as many eager ones.
+Rows of steps are for the parameters of ResNet-20: median milliseconds with fresh random gradients,
+eagerly and replayed as a CUDA graph, and two reads of the window at the bandwidth of a copy. The
+window is full. Before, results are compared with float64, and 3m replays of a captured step with as
+many eager ones. Rows of the static inverse are for random gradients on the GPU or in main memory.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import nn
 import kernels
 import models
 from optim import MFAC, DynamicInverseFisher
+from prun import BlockedInverseFisher, PagedInverseFisher
 
 DTYPES = torch.float32, torch.bfloat16, torch.float8_e4m3fn
 LARGE = [
@@ -50,7 +52,7 @@ def milliseconds(run: Callable[[], object], rounds: int = 9, repeats: int = 20) 
 
 def bandwidth() -> float:
     """Bytes a second of a copy, read and written."""
-    source = torch.randn(2**29, device="cuda")
+    source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
     return 2 * 4 * source.numel() / milliseconds(lambda: target.copy_(source), 5, 10) * 1e3
 
@@ -175,10 +177,47 @@ def large_row(m: int, d: int, dtype: torch.dtype, rate: float) -> dict[str, floa
     return {"update_matvec": found, "two reads": reads, "ratio": found / reads}
 
 
+def static_row(
+    build: Callable[[torch.Tensor], Any], G: torch.Tensor, drop: torch.Tensor
+) -> dict[str, float]:
+    """Times of F⁻¹ of gradients G (m, d) with its diagonal, and of a joint update."""
+    inverse, w = build(G), torch.randn(G.shape[1], device="cuda")
+    return {
+        "with diagonal": milliseconds(lambda: build(G).diagonal(), 3, 1),
+        "joint update": milliseconds(lambda: inverse.joint_update(drop, w), 3, 1),
+    }
+
+
+def static_rows(m: int = 1024, d: int = 270_896) -> Iterator[tuple[str, dict[str, float]]]:
+    """A name and times for each way to have m gradients, and half of d weights to remove."""
+    there = torch.randn(m, d, device="cuda") * torch.randn(d, device="cuda").exp() / 100
+    drop, y = torch.randperm(d, device="cuda")[: d // 2], torch.randn(m, m, device="cuda")
+    least = milliseconds(lambda: (there @ there.T, y @ there), 5, 3)
+    yield "static, two bare float32 products", {"with diagonal": least}
+    for place, G in (("on the GPU", there), ("in main memory", there.cpu())):
+        for name, build in {
+            "1 page": lambda G: PagedInverseFisher(G, device="cuda"),
+            "4 pages": lambda G: PagedInverseFisher(G, pages=4, device="cuda"),
+            "blocks of 128": lambda G: BlockedInverseFisher(G, 128, device="cuda"),
+        }.items():
+            yield f"static, {name}, gradients {place}", static_row(build, G, drop)
+
+
+def measured(rate: float, large: bool) -> Iterator[tuple[str, dict[str, float]]]:
+    """All rows, by their names."""
+    cases = [(m, dtype, {}) for dtype in DTYPES for m in (512, 1024)]
+    for m, dtype, options in (*cases, (1024, torch.float32, {"compress": 0.01})):
+        yield f"m = {m}, {dtype} {options or ''}", row(m, dtype, rate, **options)
+    yield from static_rows()
+    for m, d, dtype in LARGE if large else []:
+        torch.cuda.empty_cache()
+        yield f"m = {m}, d = {d:,}, {dtype}", large_row(m, d, dtype, rate)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--large", action="store_true", help="windows of up to 52 GB, too")
-    parser.add_argument("--json", metavar="FILE", help="write the rows")
+    parser.add_argument("--json", type=Path, help="write the rows")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA device")
@@ -190,18 +229,11 @@ def main() -> None:
         ends = trained(False, 16, **options), trained(True, 16, **options)
         same = all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
         print(f"  48 replays give the bits of eager steps, {options}: {same}")
-    cases = [(m, dtype, {}) for dtype in DTYPES for m in (512, 1024)]
-    for m, dtype, options in (*cases, (1024, torch.float32, {"compress": 0.01})):
-        name = f"m = {m}, {dtype} {options or ''}"
-        rows[name] = row(m, dtype, rate, **options)
-        print(name, {key: round(value, 3) for key, value in rows[name].items()}, flush=True)
-    for m, d, dtype in LARGE if args.large else []:
-        torch.cuda.empty_cache()
-        name = f"m = {m}, d = {d:,}, {dtype}"
-        rows[name] = large_row(m, d, dtype, rate)
-        print(name, {key: round(value, 3) for key, value in rows[name].items()}, flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1))
+    for name, found in measured(rate, args.large):
+        rows[name] = found
+        print(name, {key: round(value, 3) for key, value in found.items()}, flush=True)
+        if args.json:  # after each row: whatever becomes of the next
+            args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

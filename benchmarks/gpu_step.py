@@ -1,6 +1,6 @@
 """Time of each kernel of a step on a GPU, in both ways in, after a check of what it computes.
 
-    python benchmarks/gpu_step.py [--rounds 21]
+    python benchmarks/gpu_step.py [--large] [--rounds 21] [--json FILE]
 
 Medians of milliseconds with random windows that are full, the time of a bare read of the window at
 the bandwidth of a copy, and the ratio of both. benchmarks/gpu_rows.py has whole steps.
@@ -10,6 +10,7 @@ import argparse
 import importlib
 import importlib.util
 import itertools
+import json
 import statistics
 import sys
 import time
@@ -190,8 +191,9 @@ class Exchange:
     bytes = 0
 
 
-def table_of_kernels(rounds: int) -> None:
-    """Checks each kernel in both ways in, then prints a row for each kernel and size."""
+def table_of_kernels(rounds: int, large: bool, file: Path | None) -> None:
+    """Checks each kernel in both ways in, then prints a row for each kernel and size, which `file`
+    gets too."""
     import kernels
 
     start = time.perf_counter()
@@ -205,18 +207,19 @@ def table_of_kernels(rounds: int) -> None:
         Exchange(96, dtype == torch.float32).check(interface)
         print(f"{way}: {dtype} is right")
 
-    source, target = torch.zeros(2, 2**28, device="cuda")
+    source, target = torch.randn(2, 2**28, device="cuda")
     bandwidth = 8 * len(source) / milliseconds(lambda: target.copy_(source), rounds)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; ", end="")
     print(f"copy bandwidth {bandwidth / 1e6:.0f} GB/s\n")
     small = [(m, RESNET20, dtype) for m in (512, 1024) for dtype in DTYPES]
-    cases: list[tuple[Any, tuple]] = [(Case, sizes) for sizes in small + LARGE]
+    cases: list[tuple[Any, tuple]] = [(Case, sizes) for sizes in small + large * LARGE]
     cases += [(Compressed, (1024, RESNET20, dtype)) for dtype in DTYPES]
     cases += [(Exchange, (m, parallel)) for m in (512, 1024, 4096) for parallel in (False, True)]
     print(
         "| kernel | sizes | bare read, ms | " + " | ".join(f"{w}, ms (ratio)" for w in ways) + " |"
     )
     print("|---|---|---|" + "---|" * len(ways))
+    rows = []
     for kind, sizes in cases:
         case = kind(*sizes)
         case.check(ways["NVRTC"])
@@ -232,6 +235,10 @@ def table_of_kernels(rounds: int) -> None:
             ]
             label = ", ".join(str(size).removeprefix("torch.") for size in sizes)
             print(f"| {name} | {label} | {floor:.3f} | {' | '.join(cells)} |", flush=True)
+            row = {"kernel": name, "sizes": label, "bare read": floor}
+            rows.append(row | {way: t[name] for way, t in zip(ways, times, strict=True)})
+            if file:
+                file.write_text(json.dumps(rows, indent=1))
         del case
         torch.cuda.empty_cache()
 
@@ -239,10 +246,12 @@ def table_of_kernels(rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=21, help="timed runs for each figure")
+    parser.add_argument("--large", action="store_true", help="windows of up to 52 GB, too")
+    parser.add_argument("--json", type=Path, help="write the milliseconds")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA device")
-    table_of_kernels(args.rounds)
+    table_of_kernels(args.rounds, args.large, args.json)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """What windows of four kinds cost: tables from the formulas of costs.py, and measurements.
 
     python benchmarks/scaling.py --table
-    python benchmarks/scaling.py [--rounds 11] [--busy] [--json FILE] [--plot FILE]
+    python benchmarks/scaling.py [--rounds 11] [--busy] [--json FILE]
 
 The first prints the tables of docs/cost.md. The second measures one exchange with one gradient
-(`update_matvec`) with full windows: its time, in rounds in which the kinds take turns, as
-median and as median of the ratios to float32; and the memory by which a process of its own grows
-(Linux), of which the window is foretold by `window_bytes`; then both of each of several processes
-that share a window (gloo). On a machine with other work to do, `--busy` takes the processor time of
-one thread, from which waiting is left out.
+(`update_matvec`) with full windows: its time, in rounds in which the kinds and two bare reads of
+the float32 window take turns, as median and as median of the ratios to float32; and the memory by
+which a process of its own grows (Linux), beside the size of the window by `window_bytes`. Then it
+measures both for each of several processes that share a window (gloo). On a machine with other work
+to do, `--busy` takes the processor time of one thread, which leaves waiting out. figures.py draws
+the JSON file.
 """
 
 import argparse
@@ -106,13 +107,15 @@ def filled(m: int, d: int, options: dict) -> DynamicInverseFisher:
 
 
 def seconds(m: int, d: int, rounds: int, busy: bool) -> dict[str, list[float]]:
-    """Of each kind in every round."""
+    """Of each kind in every round, and of two reads of the window in float32."""
     fishers = {kind: filled(m, d, options) for kind, options in KINDS.items()}
     gradients = iter(torch.randn(len(KINDS) * (rounds + 1), d))
     contestants = {
         kind: lambda fisher=fisher: fisher.update_matvec(next(gradients))
         for kind, fisher in fishers.items()
     }
+    G, x, z = fishers["float32"].window.blocks[0].state["G"], torch.randn(d), torch.randn(m)
+    contestants["two reads"] = lambda: (G @ x, z @ G)
     return timed(contestants, rounds, time.process_time if busy else time.perf_counter)
 
 
@@ -166,8 +169,9 @@ def measure_shares() -> dict[str, dict]:
 
 
 def measure(m: int, d: int, rounds: int, busy: bool) -> dict[str, dict]:
-    """All figures of all kinds."""
-    times, figures = seconds(m, d, rounds, busy), {}
+    """All figures of all kinds, and the time of two reads."""
+    times = seconds(m, d, rounds, busy)
+    figures = {"two reads": {"seconds": times["two reads"]}}
     for kind, options in KINDS.items():
         command = [sys.executable, __file__, "--peak", str(m), str(d), kind]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -180,57 +184,12 @@ def measure(m: int, d: int, rounds: int, busy: bool) -> dict[str, dict]:
     return figures
 
 
-def draw(result: dict, path: Path) -> None:
-    """Time and memory against m and against d."""
-    from matplotlib.figure import Figure
-
-    styles = dict(zip(KINDS, ("o-", "s--", "D-.", "^:"), strict=True))
-    colors = dict(zip(KINDS, ("#0072B2", "#D55E00", "#CC79A7", "#009E73"), strict=True))
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    axes = figure.subplots(2, 3)
-    sweeps = [
-        ("m", [p for p in POINTS if p[1] == 272_474]),
-        ("d", [p for p in POINTS if p[0] == 256]),
-    ]
-    for column, (letter, points) in enumerate(sweeps):
-        points = sorted(points)
-        x = [m if letter == "m" else d for m, d in points]
-        for kind in KINDS:
-            figures = [result[f"m = {m}, d = {d}"][kind] for m, d in points]
-            times = [1e3 * statistics.median(f["seconds"]) for f in figures]
-            for row, y in enumerate((times, [f["peak"] / 1e6 for f in figures])):
-                style = {"color": colors[kind], "markersize": 4, "label": kind}
-                axes[row, column].loglog(x, y, styles[kind], **style)
-                axes[row, column].set_xticks(x, [f"{value:,}" for value in x], fontsize=8)
-                axes[row, column].minorticks_off()
-        other = "d = 272,474" if letter == "m" else "m = 256"
-        clock = "Processor time, one thread" if result["busy"] else "Time of a step"
-        for row, label in enumerate((f"{clock} (ms)", "Peak memory (MB)")):
-            axes[row, column].set(xlabel=f"{letter}, at {other}", ylabel=label)
-            axes[row, column].grid(alpha=0.3)
-    for kind in KINDS:
-        figures = [result["shares"][kind][n] for n in SHARES]
-        style = {"color": colors[kind], "markersize": 4, "label": kind}
-        for row, (name, unit) in enumerate((("seconds", 1e3), ("peak", 1e-6))):
-            y = [f[name] * unit for f in figures]
-            axes[row, 2].loglog(SHARES, y, styles[kind], **style)
-    for row, label in enumerate(("Processor time of each (ms)", "Peak memory of each (MB)")):
-        axes[row, 2].set(xlabel="Processes, at m = 1,024, d = 272,474", ylabel=label)
-        axes[row, 2].set_xticks(SHARES, [str(n) for n in SHARES])
-        axes[row, 2].minorticks_off()
-        axes[row, 2].grid(alpha=0.3)
-    axes[0, 0].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="print the tables, measure nothing")
     parser.add_argument("--rounds", type=int, default=11, help="timed runs of each kind")
     parser.add_argument("--busy", action="store_true", help="measure processor time, one thread")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--plot", type=Path, help="draw them into this PNG file")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # of a process of its own
     parser.add_argument("--share", nargs=3, help=argparse.SUPPRESS)  # of one of several
     args = parser.parse_args()
@@ -254,7 +213,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for m, d in dict.fromkeys(POINTS):
         figures = result[f"m = {m}, d = {d}"] = measure(m, d, args.rounds, args.busy)
-        for kind, f in figures.items():
+        for kind in KINDS:
+            f = figures[kind]
             time = 1e3 * statistics.median(f["seconds"])
             part = f["peak"] / figures["float32"]["peak"]
             print(
@@ -273,8 +233,6 @@ def main() -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    if args.plot:
-        draw(result, args.plot)
 
 
 if __name__ == "__main__":

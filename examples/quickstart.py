@@ -2,12 +2,13 @@
 
     python -m examples.quickstart
 
-The cells (`# %%`) can also be stepped through in an editor that knows them, from the root of the
-repository. All of it takes seconds on one core, and no network.
+examples/quickstart.ipynb has the same cells as a notebook. tests/make_notebook.py writes it from
+this file. All of it takes seconds on one core, and no network.
 """
 
 # %% [markdown]
-# The data: 1,797 images of 8 x 8 pixels, which come with scikit-learn, and a network of two layers.
+# The data are 1,797 images of 8 x 8 pixels, which come with scikit-learn. The network has two
+# layers.
 
 # %%
 import torch
@@ -15,8 +16,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from optim import MFAC, DynamicInverseFisher
-from prun import MagnitudePruner, MFACPruner
+from mfac import MFAC, DynamicInverseFisher, MagnitudePruner, MFACPruner
 
 torch.manual_seed(0)
 images, labels = map(torch.from_numpy, load_digits(return_X_y=True))
@@ -27,15 +27,16 @@ model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
 
 def accuracy() -> float:
-    """Of the model on the test images, in %."""
+    """Share of the test images that the model classifies correctly, in %."""
     with torch.no_grad():
         return 100 * float((model(images[test]).argmax(1) == labels[test]).float().mean())
 
 
 # %% [markdown]
-# 1. The inverse. With m gradients gᵢ of the d weights, F = λI + (1/m) Σ gᵢgᵢᵀ stands in for the
-# Hessian. M-FAC multiplies by F⁻¹ without forming F. For a model as small as this one, F can be
-# formed and inverted to compare with: the results agree to the digits of float32.
+# ## The inverse
+# With m gradients gᵢ of the d weights, F = λI + (1/m) Σ gᵢgᵢᵀ stands in for the Hessian. M-FAC
+# multiplies by F⁻¹ without forming F. This model is small enough to form and invert F for
+# comparison. The results agree to the precision of float32.
 
 # %%
 m, damp = 32, 1e-3
@@ -56,8 +57,9 @@ inverse_error = float((fisher.matvec(g) - expected).norm() / expected.norm())
 print(f"F is {d} x {d}, the window {m} x {d}; F⁻¹g is off by {inverse_error:.0e}")
 
 # %% [markdown]
-# 2. The optimizer. `MFAC` keeps the last m gradients of training in such a window, and steps along
-# F⁻¹g. It goes where SGD or Adam would.
+# ## The optimizer
+# `MFAC` keeps the last m gradients of training in such a window, and steps along F⁻¹g. It takes the
+# place of SGD or Adam.
 
 # %%
 optimizer = MFAC(model.parameters(), lr=0.01, momentum=0.9, ngrads=64, damp=1e-3)
@@ -72,8 +74,9 @@ for epoch in range(10):
 trained = accuracy()
 
 # %% [markdown]
-# 3. The pruner. A weight can go if that changes the loss little: wᵢ² / 2[F⁻¹]ᵢᵢ says how little.
-# The others make up for it, as F⁻¹ says. Removing the smallest weights is what it has to beat.
+# ## The pruner
+# Removing weight i raises the loss by about wᵢ² / 2[F⁻¹]ᵢᵢ, so the weights with the lowest values
+# go first. F⁻¹ also tells how to adjust the others. The baseline removes the smallest weights.
 
 # %%
 dense = {name: value.clone() for name, value in model.state_dict().items()}

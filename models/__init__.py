@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from models.mobilenet import MobileNet
+from models.own import build_own
 from models.resnet import ResNet
 from models.wideresnet import WideResNet
 
@@ -44,11 +45,14 @@ SAFE = [(SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"
 SAFE += [np.dtype, *(type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64))]
 
 
-def build(name: str, num_classes: int) -> nn.Module:
+def build(name: str, num_classes: int, shape: tuple[int, int, int] = (3, 32, 32)) -> nn.Module:
     """A new model `name` with `num_classes` outputs; its weights follow torch's global generator.
 
-    Raises ValueError for a name that is not in `MODELS`.
+    The name is in `MODELS`, or one of `module:function`, see `build_own`, for images of `shape`.
+    Raises ValueError for any other.
     """
+    if ":" in name:
+        return build_own(name, num_classes, shape)
     if name not in MODELS:
         raise ValueError(f"Unknown model {name!r}: choose one of {', '.join(sorted(MODELS))}.")
     return MODELS[name](num_classes)

@@ -16,25 +16,28 @@ import torch.distributed as dist
 
 
 def pytest_collection_modifyitems(items):
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
-        if item.get_closest_marker("cuda"):  # one after the other on the GPU and its memory
+        if marker := item.get_closest_marker("cuda"):  # one after the other on the GPUs
             item.add_marker(pytest.mark.xdist_group("cuda"))
-            if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            needed = marker.kwargs.get("gpus", 1)
+            if found < needed:
+                reason = "needs a CUDA device" if needed == 1 else f"needs {needed} CUDA devices"
+                item.add_marker(pytest.mark.skip(reason=f"{reason}, there are {found}"))
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Path:
     """Class folders with 80 training and 40 test images of four digits."""
-    from PIL import Image
-    from sklearn.datasets import load_digits
+    Image = pytest.importorskip("PIL.Image")
+    digits = pytest.importorskip("sklearn.datasets").load_digits(n_class=4)
 
     folder = tmp_path_factory.mktemp("data") / "four"
-    images, labels = load_digits(n_class=4, return_X_y=True)
+    images, labels = digits.images, digits.target
     for index, (image, label) in enumerate(zip(images[:120], labels[:120], strict=True)):
         path = folder / ("train" if index < 80 else "test") / f"digit{label}" / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((image.reshape(8, 8) * 15).astype("uint8")).convert("RGB").save(path)
+        Image.fromarray((image * 15).astype("uint8")).convert("RGB").save(path)
     return folder
 
 
@@ -52,6 +55,17 @@ def gloo() -> None:
 
 
 @pytest.fixture
+def blank_pictures(request, monkeypatch) -> None:
+    """To draw takes as long as a small run: only what uses the fixture `figures` does so."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    if "figures" not in request.fixturenames:
+        blank = Image.new("L", (1, 1))
+        monkeypatch.setattr(Figure, "savefig", lambda self, file, **how: blank.save(file, "png"))
+
+
+@pytest.fixture
 def figures(monkeypatch) -> list:
     """Every figure that is saved, of matplotlib's Figure."""
     from matplotlib.figure import Figure
@@ -64,3 +78,13 @@ def figures(monkeypatch) -> list:
 
     monkeypatch.setattr(Figure, "savefig", spy)
     return saved
+
+
+@pytest.fixture
+def deterministic():
+    """Puts back what --deterministic sets in the process."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        context.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+        yield
+        torch.use_deterministic_algorithms(False)

@@ -1,9 +1,10 @@
 """What each process of tests/test_distributed.py does.
 
-    WORLD_SIZE=4 python distributed_worker.py CHECK... FOLDER
+    python distributed_worker.py 3:CHECK,CHECK 2:CHECK FOLDER
 
-or with torchrun. A check is a function of this module. Every process judges its results against a
-run of its own, in one process on the whole batches, or against dense matrices in float64.
+First three processes, then two. A check is a function of this module. Every process judges its
+results against a run of its own, in one process on the whole batches, or against dense matrices in
+float64.
 """
 
 import copy
@@ -35,6 +36,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_map
 
 import main_common
+import main_optim
+import main_prun
 import ranks
 from fallback import mfac_groups
 from models.sync import BatchNorm
@@ -84,7 +87,7 @@ def groups(model):
 def batches(number, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(16, 7, generator=generator), torch.randint(3, (16,), generator=generator))
+        (torch.randn(12, 7, generator=generator), torch.randint(3, (12,), generator=generator))
         for _ in range(number)
     ]
 
@@ -322,11 +325,11 @@ def absent(folder):
 def lost(folder):
     """What torch.save writes of a shared window is one process's part, and no other loads it."""
     options = {**OPTIONS, "process_group": dist.group.WORLD}
-    p = nn.Parameter(torch.ones(4, 8))
+    p = nn.Parameter(torch.ones(6, 8))
     optimizer = MFAC([p], **options)
     torch.manual_seed(0)
     for _ in range(3):
-        p.grad = torch.randn(4, 8)
+        p.grad = torch.randn(6, 8)
         optimizer.step()
     state = optimizer.state_dict()
     torch.save(state, folder / f"{dist.get_rank()}.pt")
@@ -558,6 +561,16 @@ def one_fails(folder):
     dist.barrier()
 
 
+def training(folder):
+    """main_optim.py, whose flags lie in a file."""
+    main_optim.main((folder / "training").read_text().split("\n"))
+
+
+def pruning_script(folder):
+    """main_prun.py, in the same way."""
+    main_prun.main((folder / "pruning").read_text().split("\n"))
+
+
 # --- the inverse Fishers ------------------------------------------------------------------------
 
 
@@ -617,14 +630,26 @@ def disagreement(folder):
     raises("damp", lambda: pruner.prune(0.5))
 
 
-def forked(processes, folder):
-    """Goes on in so many processes, which need not import torch again; returns how they meet."""
-    how = {"world_size": processes, "init_method": f"file://{folder}/meeting-of-{os.getpid()}"}
+def forked(processes, folder, checks):
+    """Calls each of the checks in so many processes, which need not import torch again."""
+    how = {"world_size": processes, "init_method": f"file://{folder}/meeting-of-{processes}"}
     children = set()
     for rank in range(processes):
         child = os.fork()
         if child == 0:
-            return {**how, "rank": rank}
+            found = {"RANK": rank, "LOCAL_RANK": rank}
+            found |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            os.environ |= {name: str(number) for name, number in found.items()}
+            try:
+                dist.init_process_group("gloo", rank=rank, **how)
+                for check in checks:
+                    check(Path(folder))
+                dist.barrier()
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+                os._exit(1)
+            sys.stdout.flush()
+            os._exit(0)  # threads of torch's functional collectives can abort a process at its end
         children.add(child)
     while children:
         child, status = os.wait()
@@ -633,16 +658,11 @@ def forked(processes, folder):
             for other in children:
                 os.kill(other, signal.SIGKILL)
             sys.exit(1)
-    sys.exit(0)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    *checks, folder = sys.argv[1:]
-    by_torchrun = "RANK" in os.environ
-    how = {} if by_torchrun else forked(int(os.environ["WORLD_SIZE"]), folder)
-    dist.init_process_group("gloo", **how)
-    for check in checks:
-        globals()[check](Path(folder))
-    dist.barrier()
-    os._exit(0)  # threads of torch's functional collectives can abort a process at its end
+    *plan, folder = sys.argv[1:]
+    for part in plan:
+        processes, checks = part.split(":")
+        forked(int(processes), folder, [globals()[check] for check in checks.split(",")])

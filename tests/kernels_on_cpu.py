@@ -121,31 +121,61 @@ class OnCpu:
         return k
 
     def transposed_times(
-        self, dtype, G, d, z, scales=None, factor=1.0, x=None, count=None, accepted=None
+        self, dtype, G, d, z, scales=None, row=None, row_scales=None, count=None, accepted=None
     ):
-        """Row count % m of G in place."""
+        """Row count % m of G, and of the scales, in place."""
         m, stride = G.shape
         u = np.full(d, np.nan, real(dtype))
         sizes = m, ctypes.c_longlong(d), ctypes.c_longlong(stride)
         count, accepted = (None if a is None else np.array(a, np.int64) for a in (count, accepted))
-        arguments = G, z, scales, ctypes.c_double(factor), x, count, accepted, *sizes, u
+        arguments = G, z, scales, row, row_scales, count, accepted, *sizes, u
         self._call("hinv_transposed_times", FORMATS[dtype], *arguments)
         return u
 
-    def sparse_times(self, dtype, columns, values, X, count):
+    def round(self, dtype, g):
+        row, values = np.empty(len(g), CODES[dtype]), np.full(len(g), np.nan, np.float32)
+        scales = np.full(-(-len(g) // BLOCK), np.nan, np.float32)
+        arguments = g, ctypes.c_longlong(len(g)), row, scales, values
+        self._call("hinv_round", FORMATS[dtype], *arguments)
+        return row, scales, values
+
+    def largest(self, dtype, error, g, k, kept):
+        d, kind = len(g), real(dtype)
+        columns, row = np.full(k, -1, np.int32), np.empty(k, CODES[dtype])
+        new_error, X = np.full(d, np.nan, kind), np.full((2, d), np.nan, kind)
+        sizes = kept, ctypes.c_longlong(k), ctypes.c_longlong(d)
+        arguments = error, g, *sizes, columns, row, new_error, X
+        self._call("hinv_largest", FORMATS[dtype], *arguments)
+        return columns, row, new_error, X
+
+    def sparse_times(self, dtype, columns, values, X, count, row_columns, row):
         (m, k), (n, d) = columns.shape, X.shape
         y, scratch = np.full((n, m), np.nan), np.full(128 * n * m, np.nan)
         sizes = n, m, ctypes.c_longlong(k), ctypes.c_longlong(d)
-        count = np.array(count, np.int64)
-        arguments = columns, values, X, count, *sizes, scratch, y
-        self._call("hinv_sparse_times", FORMATS[dtype], *arguments)
+        new = row_columns, row, np.array(count, np.int64)
+        self._call(
+            "hinv_sparse_times", FORMATS[dtype], columns, values, X, *new, *sizes, scratch, y
+        )
         return y
 
     def sparse_transposed_times(self, dtype, columns, values, y, d):
+        new = *[None] * 5, ctypes.c_double(0), None, None
+        return self._sparse_transposed_times(dtype, columns, values, y, d, new)
+
+    def sparse_replace(
+        self, dtype, columns, values, y, error, row_columns, row, new_error, rest, factor, *when
+    ):
+        """Row count % m of columns and values, and error, in place; `when` is count, accepted."""
+        numbers = (np.array(n, np.int64) for n in when)
+        new = row_columns, row, error, new_error, rest, ctypes.c_double(factor), *numbers
+        return self._sparse_transposed_times(dtype, columns, values, y, len(error), new)
+
+    def _sparse_transposed_times(self, dtype, columns, values, y, d, new):
         m, k = columns.shape
         u = np.full(d, np.nan, real(dtype))
         sizes = m, ctypes.c_longlong(k), ctypes.c_longlong(d)
-        self._call("hinv_sparse_transposed_times", FORMATS[dtype], columns, values, y, *sizes, u)
+        arguments = columns, values, y, *new, *sizes, u
+        self._call("hinv_sparse_transposed_times", FORMATS[dtype], *arguments)
         return u
 
 
@@ -175,20 +205,31 @@ class KernelsOnCpu:
         return _tensor(result)
 
     def hinv_transposed_times(
-        self, G, z, scales=None, factor=1.0, x=None, count=None, accepted=None
+        self, G, z, scales=None, row=None, row_scales=None, count=None, accepted=None
     ):
         self.calls += 1
         dtype, codes, d = _codes(G)
         count, accepted = (None if n is None else int(n) for n in (count, accepted))
-        vectors = z.numpy(), _vector(scales), factor, _vector(x)
+        row = None if row is None else _codes(row[None])[1][0]
+        vectors = z.numpy(), _vector(scales), row, _vector(row_scales)
         return _tensor(self.on_cpu.transposed_times(dtype, codes, d, *vectors, count, accepted))
 
-    def hinv_sparse_times(self, columns, values, X, count):
+    def hinv_round(self, g, G):
+        self.calls += 1
+        row, scales, values = self.on_cpu.round(_name(G), _vector(g))
+        return _tensor(row, G.dtype), _tensor(scales), _tensor(values)
+
+    def hinv_largest(self, error, g, values, kept):
+        self.calls += 1
+        vectors = error.numpy(), _vector(g)
+        columns, row, *dense = self.on_cpu.largest(_name(values), *vectors, values.shape[1], kept)
+        return _tensor(columns), _tensor(row, values.dtype), *map(_tensor, dense)
+
+    def hinv_sparse_times(self, columns, values, X, count, row_columns, row):
         self.calls += 1
         dtype, codes, _ = _codes(values)
-        return _tensor(
-            self.on_cpu.sparse_times(dtype, columns.numpy(), codes, X.numpy(), int(count))
-        )
+        new = int(count), row_columns.numpy(), _codes(row[None])[1][0]
+        return _tensor(self.on_cpu.sparse_times(dtype, columns.numpy(), codes, X.numpy(), *new))
 
     def hinv_sparse_transposed_times(self, columns, values, y, d):
         self.calls += 1
@@ -196,25 +237,39 @@ class KernelsOnCpu:
         arrays = columns.numpy(), codes, y.numpy()
         return _tensor(self.on_cpu.sparse_transposed_times(dtype, *arrays, d))
 
+    def hinv_sparse_replace(
+        self, columns, values, y, error, row_columns, row, new_error, rest, factor, count, accepted
+    ):
+        self.calls += 1
+        dtype, codes, _ = _codes(values)
+        arrays = columns.numpy(), codes, y.numpy(), error.numpy(), row_columns.numpy()
+        new = _codes(row[None])[1][0], new_error.numpy(), _vector(rest), factor
+        return _tensor(self.on_cpu.sparse_replace(dtype, *arrays, *new, int(count), int(accepted)))
+
 
 def _codes(G):
     """Type, codes (m, stride) in the tensor's memory, and d of a window on the CPU."""
     import torch
 
     (m, d), stride = G.shape, G.stride(0)
-    dtype = str(G.dtype).removeprefix("torch.")
     assert G.device.type == "cpu"
     assert G.stride(1) == 1
     whole = torch.as_strided(G, (m, stride), (stride, 1))
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[G.element_size()]
-    return dtype, whole.view(integer).numpy().view(CODES[dtype]), d
+    return _name(G), whole.view(integer).numpy().view(CODES[_name(G)]), d
+
+
+def _name(x):
+    return str(x.dtype).removeprefix("torch.")
 
 
 def _vector(x):
     return None if x is None else x.contiguous().numpy()
 
 
-def _tensor(array):
+def _tensor(array, dtype=None):
     import torch
 
-    return torch.from_numpy(array)
+    if dtype is None:
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(f"int{8 * array.itemsize}")).view(dtype)

@@ -318,7 +318,7 @@ class Originals:
         torch.save({"epoch": 3, "state_dict": public, "best": np.float64(5)}, "public.pth.tar")
         main_prun.main(
             f"{PRUNE} --pruner magnitude --sparsities 0.4 0.8 --dataset {self.images} "
-            "--checkpoint plain.pth".split()
+            "--checkpoint plain.pth --device cpu".split()
         )
         Path("net.csv").rename("figures.csv")
         for path in Path().glob("net*"):

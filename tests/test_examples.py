@@ -5,6 +5,7 @@ Every run is a process of its own, as a user's would be, and none can reach a ne
 """
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from make_notebook import cells
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
@@ -93,7 +95,7 @@ def resumed(name, folder, checkpoint):
 
 def test_every_example_is_tested_and_named_in_the_docs():
     training = ["accelerate_loop", "huggingface_trainer", "lightning_module", "plain_loop"]
-    assert EXAMPLES == [*training, "prune_any_model", "quickstart"]
+    assert EXAMPLES == sorted([*training, "influence", "prune_any_model", "quickstart"])
     pages = (ROOT / "docs" / "integration.md").read_text()
     for name in EXAMPLES:
         assert command(name)[1] == f"examples.{name}"
@@ -106,6 +108,86 @@ def test_quickstart(tmp_path):
     assert result["before"] < 30 and result["trained"] > 93
     # At 90 % over three seeds and two learning rates, M-FAC was 2 to 26 points ahead.
     assert result["pruned"] > result["by_magnitude"] and result["tuned"] > 88
+
+
+def test_the_notebook_has_the_cells_of_the_script_and_their_output():
+    found = json.loads((ROOT / "examples/quickstart.ipynb").read_text("utf-8"))["cells"]
+    code = [cell for cell in found if cell["cell_type"] == "code"]
+    shown = "".join(line for cell in code for out in cell["outputs"] for line in out["text"])
+    source = "\n".join("".join(cell["source"]) for cell in code)
+    result = subprocess.run(  # where Jupyter would run it, without the clone on the path
+        [sys.executable, "-c", source],
+        cwd=ROOT / "examples",
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    words = [re.sub(r"\d[\d.e-]*", "0", text) for text in (result.stdout, shown)]
+    assert words[0] == words[1]
+    for cell in code:
+        cell["outputs"] = []
+    assert found == cells((ROOT / "examples/quickstart.py").read_text("utf-8"))
+
+
+@needs("scipy")
+def test_influence(tmp_path):
+    small = ["--splits", "1", "--images", "200", "--removed", "25"]
+    result = run([*command("influence"), *small], tmp_path)
+    # Over 100 test images, ranks by chance have a mean correlation of 0 and that of F = λI is 0.2.
+    assert result["Fisher"][0] > 0.95
+    assert 0.5 < result["empirical Fisher"][0] and result["F = λI"][0] < 0.4
+    assert (tmp_path / "runs/influence.png").stat().st_size > 0
+
+
+def test_influences_are_those_of_newton_steps_and_of_retraining():
+    """Against dense matrices of the softmax's own formulas, and minima by Newton's method."""
+    from examples.influence import DECAY, predict, retrain, train
+
+    torch.manual_seed(0)
+    n, classes = 40, 3
+    eye = torch.eye(classes * 6, dtype=torch.float64)
+    x, y = torch.rand(n, 5, dtype=torch.float64), torch.randint(classes, (n,))
+    test = torch.rand(6, 5, dtype=torch.float64), torch.randint(classes, (6,))
+    model = torch.nn.Linear(5, classes).double()
+    train(model, x, y, n)
+
+    def extended(x):
+        return torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1)  # with the bias
+
+    def by_image(w, x, y):
+        """Gradients (n, d) and Hessians (n, d, d) of the losses, w (classes, features)."""
+        x, p = extended(x), (extended(x) @ w.T).softmax(1)
+        g = torch.einsum("nc,nf->ncf", p - torch.nn.functional.one_hot(y, classes), x).flatten(1)
+        curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+        H = torch.einsum("nab,nf,nh->nafbh", curvature, x, x)
+        return g, H.reshape(len(x), g.shape[1], g.shape[1])
+
+    def minimum(kept):
+        w = torch.zeros(classes, 6, dtype=torch.float64)
+        for _ in range(30):
+            g, H = by_image(w, x[kept], y[kept])
+            gradient = g.sum(0) / n + DECAY * w.flatten()
+            w = w - torch.linalg.solve(H.sum(0) / n + DECAY * eye, gradient).view_as(w)
+        return w
+
+    def losses(w):
+        return torch.nn.functional.cross_entropy(extended(test[0]) @ w.T, test[1], reduction="none")
+
+    w = minimum(torch.arange(n))
+    (g, H), (g_test, _) = by_image(w, x, y), by_image(w, *test)
+    predicted = predict(model, (x, y), test)
+    for name, F in (
+        ("F = λI", DECAY * eye),
+        ("empirical Fisher", DECAY * eye + g.T @ g / n),
+        ("Fisher", DECAY * eye + H.mean(0)),
+    ):
+        expected = g_test @ torch.linalg.solve(F, g.T) / n
+        torch.testing.assert_close(predicted[name], expected, rtol=1e-4, atol=1e-6)
+    removed = torch.tensor([3, 17, 31])
+    changes = [losses(minimum(torch.arange(n) != i)) - losses(w) for i in removed]
+    found = retrain(model, (x, y), test, removed)
+    torch.testing.assert_close(found, torch.stack(changes, dim=1), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [[], ["--dtype", "float16", "--compile"]])

@@ -36,6 +36,8 @@ PRECISION = {np.float32: 2e-6, np.float64: 1e-14}
 needs_gxx = pytest.mark.skipif(
     sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ on Linux"
 )
+# In one process, so that each library is built once.
+in_one_process = pytest.mark.xdist_group("kernels")
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 
 
@@ -84,31 +86,65 @@ class OnGpu:
         )
 
     def transposed_times(
-        self, dtype, G, d, z, scales=None, factor=1.0, x=None, count=None, accepted=None
+        self, dtype, G, d, z, scales=None, row=None, row_scales=None, count=None, accepted=None
     ):
         window = self._window(dtype, G)
-        z, scales, x = self._tensors(z, scales, x)
+        row = None if row is None else self._window(dtype, row)
+        z, on_device, row_scales = self._tensors(z, scales, row_scales)
         count, accepted = (
             None if n is None else self._tensors(np.int64(n))[0] for n in (count, accepted)
         )
         u = self.interface.hinv_transposed_times(
-            window[:, :d], z, scales, factor, x, count, accepted
+            window[:, :d], z, on_device, row, row_scales, count, accepted
         )
-        integer = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}[G.itemsize]
-        import torch
-
-        G[:] = window.view(getattr(torch, integer)).cpu().numpy().view(G.dtype)
+        G[:] = self._codes(window, G.dtype)
+        if scales is not None:
+            scales[:] = on_device.cpu().numpy()
         return u.cpu().numpy()
 
-    def sparse_times(self, dtype, columns, values, X, count):
-        columns, X, count = self._tensors(columns, X, np.int64(count))
-        values = self._window(dtype, values)
-        return self.interface.hinv_sparse_times(columns, values, X, count).cpu().numpy()
+    def _codes(self, x, dtype):
+        import torch
+
+        integer = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}[x.element_size()]
+        return x.view(getattr(torch, integer)).cpu().numpy().view(dtype)
+
+    def round(self, dtype, g):
+        window = self._window(dtype, np.zeros((1, 1), CODES[dtype]))
+        row, *rest = self.interface.hinv_round(*self._tensors(g), window)
+        return self._codes(row, CODES[dtype]), *(x.cpu().numpy() for x in rest)
+
+    def largest(self, dtype, error, g, k, kept):
+        values = self._window(dtype, np.zeros((1, k), CODES[dtype]))
+        arguments = *self._tensors(error, g), values, kept
+        columns, row, *dense = self.interface.hinv_largest(*arguments)
+        return *(columns.cpu().numpy(), self._codes(row, CODES[dtype])), *(
+            x.cpu().numpy() for x in dense
+        )
+
+    def sparse_times(self, dtype, columns, values, X, count, row_columns, row):
+        columns, X, count, row_columns = self._tensors(columns, X, np.int64(count), row_columns)
+        values, row = self._window(dtype, values), self._window(dtype, row)
+        y = self.interface.hinv_sparse_times(columns, values, X, count, row_columns, row)
+        return y.cpu().numpy()
 
     def sparse_transposed_times(self, dtype, columns, values, y, d):
         columns, y = self._tensors(columns, y)
         values = self._window(dtype, values)
         return self.interface.hinv_sparse_transposed_times(columns, values, y, d).cpu().numpy()
+
+    def sparse_replace(
+        self, dtype, columns, values, y, error, row_columns, row, new_error, rest, factor, *when
+    ):
+        given = columns, error
+        columns, error, y, row_columns = self._tensors(columns, error, y, row_columns)
+        codes, row = self._window(dtype, values), self._window(dtype, row)
+        vectors = *self._tensors(new_error, rest), factor, *self._tensors(*map(np.int64, when))
+        new = row_columns, row, *vectors
+        u = self.interface.hinv_sparse_replace(columns, codes, y, error, *new)
+        for before, after in zip(given, (columns, error), strict=True):
+            before[:] = after.cpu().numpy()
+        values[:] = self._codes(codes, values.dtype)
+        return u.cpu().numpy()
 
 
 def on_a_gpu(way, index=0):
@@ -118,11 +154,13 @@ def on_a_gpu(way, index=0):
         pytest.skip("needs a CUDA device")
     import setup_cuda
 
-    return (
-        setup_cuda.load()
-        if way == "extension"
-        else importlib.import_module("kernels").Compiled(index)
-    )
+    if way == "nvrtc":
+        pytest.importorskip("cuda.bindings.nvrtc")
+        return importlib.import_module("kernels").Compiled(torch.device("cuda", index))
+    try:
+        return setup_cuda.load()
+    except setup_cuda.CannotBuildError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +170,7 @@ def gpu():
 
 def ways(*gpu):
     on_gpus = [pytest.param(way, marks=pytest.mark.cuda) for way in gpu]
-    return [pytest.param("cpu", marks=needs_gxx), *on_gpus]
+    return [pytest.param("cpu", marks=[needs_gxx, in_one_process]), *on_gpus]
 
 
 def runner(way):
@@ -356,7 +394,7 @@ def test_exchanges_in_a_row_stay_as_good_as_a_fresh_inverse(kernels, kind, m):
     G = gradients(rng, m, kind)
     K = G @ G.T
     P = inverse(damped(K, kind))
-    for count, g in enumerate(gradients(rng, 5 * m, kind)[:, : G.shape[1]]):
+    for count, g in enumerate(gradients(rng, 3 * m, kind)[:, : G.shape[1]]):
         j = count % m
         G[j] = g
         P, K, z, error, _ = updated(kernels, P, K, G @ g, count, DAMP[kind])
@@ -395,7 +433,7 @@ def test_update_changes_nothing_without_a_positive_schur_complement(kernels, bad
 
 # --- windows --------------------------------------------------------------------------------------
 
-SHAPES = [(1, 1), (3, 7), (9, 4099), (33, 130), (17, 9001)]
+SHAPES = [(5, 0), (1, 1), (3, 7), (9, 4099), (33, 130), (17, 9001)]
 SCALED = ("float16", "float8_e4m3fn")
 ROUNDING = 2e-15  # of float64 sums, relative to the sum of absolute values
 
@@ -438,16 +476,20 @@ class Window:
         self.scales = None
         if dtype in SCALED:
             self.scales = np.exp2(rng.integers(-9, 9, size=(m, -(-d // BLOCK)))).astype(np.float32)
-        self.new_codes = encode(dtype, rng, d)
-        self.x = self.of_row(self.j, decode(dtype, self.new_codes)).astype(real(dtype))
+        self.row, self.row_scales = encode(dtype, rng, d), None
+        if self.scales is not None:
+            self.row_scales = np.exp2(rng.integers(-9, 9, -(-d // BLOCK))).astype(np.float32)
+        self.x = self.of_row(decode(dtype, self.row), self.row_scales).astype(real(dtype))
+        self.new = self.row, self.row_scales, count
 
-    def of_row(self, i, numbers):
-        return numbers if self.scales is None else numbers * self.scales[i].repeat(BLOCK)[: self.d]
+    def of_row(self, numbers, scales):
+        return numbers if scales is None else numbers * scales.repeat(BLOCK)[: self.d]
 
     def numbers(self):
         """The rows in use (rows, d)."""
         codes = decode(self.dtype, self.codes[: self.rows, : self.d])
-        return np.stack([self.of_row(i, row) for i, row in enumerate(codes)])
+        scales = self.scales if self.scales is not None else [None] * self.m
+        return np.stack([self.of_row(row, scales[i]) for i, row in enumerate(codes)])
 
 
 def assert_sums(actual, terms, rounding=0.0):
@@ -481,16 +523,16 @@ def test_transposed_times(kernels, m, d, dtype):
             w = Window(m, d, dtype, count)
             z = w.rng.normal(size=m)
             z[w.rows :] = np.nan  # not to be read
-            before = w.codes.copy()
-            x = None if accepted is None else w.x
-            arguments = z, w.scales, 3.0, x, count, accepted
-            u = kernels.transposed_times(dtype, w.codes, d, *arguments)
+            expected = w.numbers()
             if accepted:
-                assert (w.codes[w.j, :d] == w.new_codes).all()
-                before[w.j] = w.codes[w.j]
-            assert (w.codes == before).all()
+                expected[w.j] = w.x
+            padding = w.codes[:, d:].copy()
+            new = (None, None, count, None) if accepted is None else (*w.new, accepted)
+            u = kernels.transposed_times(dtype, w.codes, d, z, w.scales, *new)
+            assert (w.codes[:, d:][np.arange(m) != w.j] == padding[np.arange(m) != w.j]).all()
+            assert (w.numbers() == expected).all()
             rounding = 0 if dtype == "float64" else 2.0**-24
-            assert_sums(u, w.numbers() * z[: w.rows, None] * 3.0, rounding)
+            assert_sums(u, expected * z[: w.rows, None], rounding)
 
 
 def test_without_a_count_all_rows_are_in_use(kernels):
@@ -509,7 +551,7 @@ def test_what_is_not_finite_in_the_window_shows(kernels, dtype):
     k = kernels.times(dtype, w.codes, d, w.x, w.count, w.scales)
     assert (np.isnan(k) == (np.arange(m) == i)).all()
     u = kernels.transposed_times(
-        dtype, w.codes, d, w.rng.normal(size=m), w.scales, 1.0, None, w.count
+        dtype, w.codes, d, w.rng.normal(size=m), w.scales, None, None, w.count
     )
     assert (np.isnan(u) == (np.arange(d) == c)).all()
 
@@ -522,20 +564,37 @@ def test_a_gradient_that_is_not_finite_makes_its_product_so(kernels, dtype, bad)
     assert not np.isfinite(kernels.times(dtype, w.codes, w.d, w.x, w.count, w.scales)[w.j])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
-def test_what_enters_is_rounded_as_torch_does(kernels, dtype):
+@pytest.mark.parametrize("dtype", SCALED)
+@pytest.mark.parametrize("d", [1, 4096, 9001])
+def test_a_row_with_scales_is_rounded_as_torch_does(kernels, d, dtype):
+    """To the row and scales that windows make without kernels, subnormal numbers and ties among
+    them."""
     torch = pytest.importorskip("torch")
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=9000) * np.exp2(rng.integers(-30, 8, size=9000))
-    x[:1000] = decode(dtype, encode(dtype, rng, 1000)) * (1 + 2.0**-8)
-    if dtype == "float8_e4m3fn":
-        x[1000:2000] = rng.integers(-240, 240, size=1000) * 2.0**-10  # ties
-    x = np.clip(x, -400, 400).astype(np.float32)
-    codes = np.zeros((1, 9008), CODES[dtype])
-    kernels.transposed_times(dtype, codes, 9000, np.ones(1), None, 1.0, x, 0, 1)
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[codes.itemsize]
-    expected = torch.from_numpy(x).to(getattr(torch, dtype)).view(integer).numpy()
-    assert (codes[0, :9000] == expected.view(codes.dtype)).all()
+    import windows
+
+    rng = np.random.default_rng(d)
+    for size in (1.0, 1e-30, 1e30, 1e-44, 0.0):
+        g = rng.normal(size=d) * np.exp2(rng.integers(-30, 8, size=d))
+        g[::3] = rng.integers(-240, 240, size=len(g[::3])) * 2.0**-10  # ties
+        g = (size * g).astype(np.float32)
+        window = windows.DenseWindow(1, d, torch.device("cpu"), getattr(torch, dtype))
+        entry = window.entry(torch.from_numpy(g))
+        row, scales, values = kernels.round(dtype, g)
+        assert (scales == entry.row["scales"].numpy()).all()
+        assert (values == entry.vectors[0].numpy()).all()
+        assert (decode(dtype, row) * scales.repeat(BLOCK)[:d] == values).all()
+        assert np.abs(values - g).max() <= np.abs(g).max() / 8 + 1e-38
+
+
+@pytest.mark.parametrize("dtype", SCALED)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_row_of_what_is_not_finite_is_not_finite(kernels, bad, dtype):
+    g = np.ones(9000, np.float32)
+    g[5000] = bad
+    _, scales, values = kernels.round(dtype, g)
+    assert np.isnan(scales[1])
+    assert np.isnan(values[BLOCK : 2 * BLOCK]).all()
+    assert (values[:BLOCK] == 1).all()
 
 
 class Compressed:
@@ -543,26 +602,34 @@ class Compressed:
 
     def __init__(self, m, d, dtype, part, count, seed=0):
         self.rng = rng = np.random.default_rng([m, d, count, seed])
-        self.rows, self.d = min(count + 1, m), d
+        self.rows, self.d, self.count = min(count + 1, m), d, count
         blocks = [
             (start, min(BLOCK, d - start), max(1, round(part * min(BLOCK, d - start))))
             for start in range(0, d, BLOCK)
         ]
-        self.columns = np.array(
-            [
-                np.concatenate(
-                    [s + np.sort(rng.choice(size, kept, False)) for s, size, kept in blocks]
-                )
-                for _ in range(m)
-            ],
-            np.int32,
-        )
+        self.columns = np.empty((m, sum(kept for *_, kept in blocks)), np.int32)
+        for row in self.columns:
+            some = [s + np.sort(rng.choice(size, kept, False)) for s, size, kept in blocks]
+            row[:] = np.concatenate([[], *some])
         self.values = encode(dtype, rng, self.columns.shape)
-        self.dense = np.zeros((m, d))
-        np.put_along_axis(self.dense, self.columns, decode(dtype, self.values), 1)
+        self.kept, self.m, self.j, self.dtype = blocks[0][2], m, count % m, dtype
+        # The new row is another one, with columns as increasing as those of the last.
+        self.row_columns = self.columns[rng.integers(m)].copy()
+        self.row = encode(dtype, rng, len(self.row_columns))
+        self.new = self.row_columns, self.row
+
+    def numbers(self, with_new=False):
+        """G (m, d)."""
+        dense = np.zeros((self.m, self.d))
+        np.put_along_axis(dense, self.columns, decode(self.dtype, self.values), 1)
+        if with_new:
+            dense[self.j] = 0
+            dense[self.j, self.row_columns] = decode(self.dtype, self.row)
+        return dense
 
 
-COMPRESSED = [(1, 1, 1), (3, 10, 0.3), (40, 4096, 0.01), (130, 9000, 0.02), (300, 13000, 0.1)]
+COMPRESSED = [(5, 0, 1), (1, 1, 1), (3, 10, 0.3), (40, 4096, 0.01), (130, 9000, 0.02)]
+COMPRESSED += [(300, 13000, 0.1)]
 
 
 @pytest.mark.parametrize("dtype", CODES)
@@ -571,9 +638,9 @@ def test_sparse_times(kernels, m, d, part, dtype):
     for count, n in [(0, 2), (m // 2, 1), (m, 2)]:
         w = Compressed(m, d, dtype, part, count)
         X = w.rng.normal(size=(n, d)).astype(real(dtype))
-        y = kernels.sparse_times(dtype, w.columns, w.values, X, count)
+        y = kernels.sparse_times(dtype, w.columns, w.values, X, count, *w.new)
         for x, row in zip(X.astype(float), y, strict=True):
-            assert_sums(row[: w.rows], (w.dense[: w.rows] * x).T)
+            assert_sums(row[: w.rows], (w.numbers(True)[: w.rows] * x).T)
         assert (y[:, w.rows :] == 0).all()
 
 
@@ -581,9 +648,67 @@ def test_sparse_times(kernels, m, d, part, dtype):
 @pytest.mark.parametrize(("m", "d", "part"), COMPRESSED)
 def test_sparse_transposed_times(kernels, m, d, part, dtype):
     w = Compressed(m, d, dtype, part, m)
-    y = w.rng.normal(size=m)
+    y, rounding = w.rng.normal(size=m), 0 if dtype == "float64" else 2.0**-24
     u = kernels.sparse_transposed_times(dtype, w.columns, w.values, y, d)
-    assert_sums(u, w.dense * y[:, None], 0 if dtype == "float64" else 2.0**-24)
+    assert_sums(u, w.numbers() * y[:, None], rounding)
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize(("m", "d", "part"), COMPRESSED)
+def test_sparse_replace(kernels, m, d, part, dtype):
+    for count, accepted in [(0, 1), (2 * m - 1, 1), (m + m // 2, 0)]:
+        w = Compressed(m, d, dtype, part, count)
+        y, rounding = w.rng.normal(size=m), 0 if dtype == "float64" else 2.0**-24
+        error, new_error, rest = w.rng.normal(size=(3, d)).astype(real(dtype))
+        expected, before = w.numbers(bool(accepted)), error.copy()
+        if not accepted:
+            y[:] = np.nan  # as all is then
+        new = *w.new, new_error, rest, 3.0, count, accepted
+        u = kernels.sparse_replace(dtype, w.columns, w.values, y, error, *new)
+        assert (w.numbers() == expected).all()
+        assert (np.diff(w.columns[w.j]) > 0).all()
+        assert (error == (new_error if accepted else before)).all()
+        if accepted:
+            terms = np.vstack([expected * y[:, None], 3 * rest.astype(float)])
+            assert_sums(u, terms, rounding)
+        else:
+            assert (u == 0).all()
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize(("m", "d", "part"), COMPRESSED)
+def test_largest(kernels, m, d, part, dtype):
+    w = Compressed(m, d, dtype, part, 0)
+    k, kind = len(w.row), real(dtype)
+    for digits in (20, 1):  # the second has many that are equal
+        error, g = np.round(w.rng.normal(size=(2, d)), digits).astype(kind)
+        a = error + g
+        columns, row, new_error, X = kernels.largest(dtype, error, g, k, w.kept)
+        values = decode(dtype, row)
+        assert (np.diff(columns) > 0).all()
+        for start, first in zip(range(0, d, BLOCK), range(0, k, w.kept), strict=True):
+            size, count = np.abs(a[start : start + BLOCK]), len(row[first : first + w.kept])
+            expected = np.sort(np.lexsort((np.arange(len(size)), -size))[:count])
+            assert (columns[first : first + count] - start == expected).all()
+        dense = np.zeros(d, kind)
+        dense[columns] = values
+        assert (X[0] == dense).all()
+        assert (X[1] == g - dense).all()
+        assert (new_error == a - dense).all()
+        if dtype in ("float32", "float64"):
+            assert (values == a[columns]).all()
+        else:
+            fits = np.abs(a[columns]) < 400
+            assert (np.abs(values - a[columns]) <= np.abs(a[columns]) / 8)[fits].all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_entries_that_are_not_finite_are_the_largest(kernels, bad):
+    error, g = np.zeros(5000, np.float32), np.ones(5000, np.float32)
+    g[4500] = bad
+    columns, _, _, X = kernels.largest("float32", error, g, 50, 41)
+    assert 4500 in columns
+    assert np.isnan(X[0, 4500])
 
 
 def everything(kernels, m, dtypes=tuple(PRECISION), windows=tuple(CODES)):
@@ -597,10 +722,10 @@ def everything(kernels, m, dtypes=tuple(PRECISION), windows=tuple(CODES)):
     yield from step_kernels(kernels, m, windows)
 
 
-def step_kernels(kernels, m, windows=tuple(CODES)):
+def step_kernels(kernels, m, windows=tuple(CODES), kinds=tuple(DAMP)):
     """The same of what a step uses."""
     rng = np.random.default_rng(m)
-    for kind in DAMP:  # with refinement and without
+    for kind in kinds:  # with refinement and without
         K, P, k, j = window(rng, m, kind)
         results = updated(kernels, P, K, k, j, DAMP[kind])
         yield [np.asarray(result).tobytes() for result in results]
@@ -608,12 +733,18 @@ def step_kernels(kernels, m, windows=tuple(CODES)):
         w = Window(m, 9000, dtype, m // 2)
         z = rng.normal(size=m)
         yield kernels.times(dtype, w.codes, w.d, w.x, w.count, w.scales).tobytes()
-        new = w.x, w.count, 1
-        yield kernels.transposed_times(dtype, w.codes, w.d, z, w.scales, 1.0, *new).tobytes()
+        yield kernels.transposed_times(dtype, w.codes, w.d, z, w.scales, *w.new, 1).tobytes()
+        yield w.codes[:, : w.d].tobytes()
         w = Compressed(m, 5000, dtype, 0.05, m)
         X = rng.normal(size=(2, w.d)).astype(real(dtype))
-        yield kernels.sparse_times(dtype, w.columns, w.values, X, m).tobytes()
+        if dtype in SCALED:
+            yield [x.tobytes() for x in kernels.round(dtype, X[0].astype(np.float32))]
+        yield [x.tobytes() for x in kernels.largest(dtype, *X, len(w.row), w.kept)]
+        yield kernels.sparse_times(dtype, w.columns, w.values, X, m, *w.new).tobytes()
         yield kernels.sparse_transposed_times(dtype, w.columns, w.values, z, w.d).tobytes()
+        new = *w.new, X[1].copy(), X[1], 2.0, w.count, 1
+        yield kernels.sparse_replace(dtype, w.columns, w.values, z, X[0], *new).tobytes()
+        yield [x.tobytes() for x in (w.columns, w.values, X)]
 
 
 @pytest.mark.parametrize("m", [33, 300])
@@ -630,22 +761,23 @@ def test_same_input_same_bits_for_the_recursion(recursion_kernels):
 
 
 @needs_gxx
+@in_one_process
 @pytest.mark.parametrize("m", [33, 140])
 def test_neither_the_order_of_threads_nor_the_number_of_blocks_matters(m):
     first = list(everything(OnCpu(), m))
-    for seed, multiprocessors in [(2, 1), (3, 2), (4, 3), (5, 16), (6, 132)]:
+    for seed, multiprocessors in [(2, 1), (3, 3), (4, 132)]:
         assert list(everything(OnCpu(None, multiprocessors, seed), m)) == first
 
 
 @needs_gxx
+@in_one_process
 @pytest.mark.parametrize(("m", "doublings"), [(1, 0), (32, 0), (33, 1), (96, 2), (1024, 5)])
 def test_launches(m, doublings):
     kernels = OnCpu()
     count = kernels.library.cpucuda_launches
-    G, columns = (
-        np.zeros((m, 8), np.uint32),
-        np.arange(8, dtype=np.int32) * np.ones((m, 1), np.int32),
-    )
+    G, x = np.zeros((m, 8), np.uint32), np.ones(8, np.float32)
+    columns = np.arange(8, dtype=np.int32) * np.ones((m, 1), np.int32)
+    new = columns[0].copy(), G[0].copy()
     for call, launches in [
         (lambda: kernels.setup(np.zeros((m, m)), np.eye(m)), 1 + 2 * doublings),
         (lambda: kernels.mul(m, np.eye(m), np.ones((3, m))), 1),
@@ -653,10 +785,15 @@ def test_launches(m, doublings):
             (step, 1)
             for step in [
                 lambda: kernels.update(np.eye(m), np.eye(m), np.ones(m), 0, 1e-3, 1.0),
-                lambda: kernels.times("float32", G, 8, np.ones(8, np.float32), 0),
+                lambda: kernels.times("float32", G, 8, x, 0),
                 lambda: kernels.transposed_times("float32", G, 8, np.ones(m)),
-                lambda: kernels.sparse_times("float32", columns, G, np.ones((2, 8), np.float32), 0),
+                lambda: kernels.round("float16", x),
+                lambda: kernels.largest("float32", x, x, 3, 3),
+                lambda: kernels.sparse_times("float32", columns, G, np.stack([x, x]), 0, *new),
                 lambda: kernels.sparse_transposed_times("float32", columns, G, np.ones(m), 8),
+                lambda: kernels.sparse_replace(
+                    "float32", columns, G, np.ones(m), x, *new, x, x, 1.0, 0, 1
+                ),
             ]
         ),
     ]:
@@ -666,7 +803,8 @@ def test_launches(m, doublings):
 
 
 @needs_gxx
-@pytest.mark.parametrize(("m", "multiprocessors"), [(1, 1), (33, 4), (130, 1), (130, 4), (300, 2)])
+@in_one_process
+@pytest.mark.parametrize(("m", "multiprocessors"), [(1, 1), (33, 4), (300, 2)])
 def test_no_races(m, multiprocessors):
     kernels = OnCpu(library("race"), multiprocessors)
     before = kernels.library.cpucuda_races()
@@ -683,7 +821,13 @@ def barriers():
     return [i for i, count in enumerate(found, first + 1) if count]
 
 
+def line_of(title):
+    """Where a section of the kernels begins."""
+    return 1 + next(i for i, line in enumerate(SOURCE.read_text().splitlines()) if title in line)
+
+
 @needs_gxx
+@in_one_process
 @pytest.mark.parametrize("line", barriers())
 def test_every_barrier_is_needed(line):
     """Without the barrier there is a race: so the detector sees it, and no barrier is too many.
@@ -691,16 +835,17 @@ def test_every_barrier_is_needed(line):
     Threads of a warp that then go different ways end the process, so there is one for each."""
     kernels = OnCpu(library("race"))
     before = kernels.library.cpucuda_races()
+    # 130: two tiles in a sum of hinv_setup, two panels in hinv_mul
+    cases = everything(kernels, 130, [np.float32], ["float32"])
+    if line > line_of("--- hinv_update"):
+        kinds = [] if line > line_of("--- hinv_times") else DAMP
+        cases = step_kernels(kernels, 130, ["float32"], kinds)
     process = os.fork()
     if process == 0:
         seen = None
         try:
             kernels.library.cpucuda_skip(line)
-            # 130: two tiles in a sum of hinv_setup, two panels in hinv_mul
-            seen = any(
-                kernels.library.cpucuda_races() > before
-                for _ in everything(kernels, 130, [np.float32], ["float32"])
-            )
+            seen = any(kernels.library.cpucuda_races() > before for _ in cases)
         finally:
             os._exit({True: 1, False: 0, None: 2}[seen])
     status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
@@ -727,6 +872,7 @@ def sanitized(*command):
 
 
 @needs_gxx
+@in_one_process
 def test_a_barrier_that_only_some_threads_reach_aborts(tmp_path):
     source = """
 #include <cuda_runtime.h>
@@ -748,9 +894,10 @@ int main() {
 
 
 @needs_gxx
+@in_one_process
 def test_no_access_out_of_bounds():
-    small = "times and (3-7 or 33-130 or 3-10 or 40-4096)"
-    cases = f"cpu and not 1024 and not 25 and (setup or mul or test_update or ({small}))"
+    square = "(setup or mul or test_update) and (cpu-1- or cpu-33- or cpu-96-) and not float64"
+    cases = f"{square} or times and cpu and (5-0 or 3-7 or 33-130 or 3-10 or 40-4096)"
     done = sanitized(
         "-m",
         "pytest",
@@ -768,6 +915,7 @@ def test_no_access_out_of_bounds():
 
 
 @needs_gxx
+@in_one_process
 def test_an_access_out_of_bounds_would_be_seen():
     program = """
 import os, sys, numpy
@@ -798,6 +946,7 @@ def module(caplog):
 EXTENSION = {f"hinv_{name}": None for name in ("setup", "mul", "update", "times")}
 EXTENSION |= {"hinv_transposed_times": None}
 EXTENSION |= {"hinv_sparse_times": None, "hinv_sparse_transposed_times": None, "__file__": "there"}
+EXTENSION |= {"hinv_round": None, "hinv_largest": None, "hinv_sparse_replace": None}
 OTHERS = types.SimpleNamespace(hinv_setup=None, hinv_mul=None, __file__="elsewhere")
 
 
@@ -832,6 +981,7 @@ def test_which_kernels_are_taken_is_logged_once(
 
 
 @needs_gxx
+@in_one_process
 @pytest.mark.parametrize("kind", DAMP)
 @pytest.mark.parametrize("compress", [None, 0.3])
 @pytest.mark.parametrize("dtype", CODES)
@@ -866,6 +1016,48 @@ def test_the_optimizer_takes_the_kernels(monkeypatch, dtype, compress, kind):
     assert on_cpu.calls >= 3 * 3 * m
 
 
+@needs_gxx
+@pytest.mark.parametrize("compress", [None, 0.01])
+@pytest.mark.parametrize("dtype", CODES)
+def test_a_step_is_few_launches_however_many_parameters_there_are(monkeypatch, dtype, compress):
+    """Operations that make a view or memory, or ask for a type, launch nothing."""
+    torch = pytest.importorskip("torch")
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    import optim
+
+    if compress and dtype in SCALED:
+        pytest.skip("compressed windows have no scales")
+    quiet = "view", "slice", "select", "unbind", "as_strided", "detach", "alias", "squeeze"
+    quiet += "record_function", "lift_fresh", "empty", "promote_types", "local_scalar"
+    quiet += ("fill_",)  # in the stand-in
+    found = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+            if not any(word in operation.name() for word in quiet):
+                found.append(operation.name())
+            return operation(*arguments, **(keywords or {}))
+
+    on_cpu, launches = KernelsOnCpu(), {}
+    for module in ("windows", "coefficients"):
+        monkeypatch.setattr(f"{module}.cuda_kernels", lambda _: on_cpu)
+    for count in (1, 30):
+        params = [torch.nn.Parameter(torch.randn(3000 // count)) for _ in range(count)]
+        optimizer = optim.MFAC(
+            params, momentum=0.9, ngrads=4, damp=1.0, window_dtype=dtype, compress=compress
+        )
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        found.clear()
+        before = on_cpu.calls
+        with Count():
+            optimizer.step()
+        launches[count] = len(found) + on_cpu.calls - before
+    assert launches[1] == launches[30] <= (19 if compress else 12), found
+
+
 @pytest.fixture
 def nvrtc():
     pytest.importorskip("torch")
@@ -877,11 +1069,11 @@ def nvrtc():
     return bindings
 
 
-@pytest.mark.parametrize("architecture", [80, 90, 120])
-def test_nvrtc_compiles_without_a_gpu_and_once(module, nvrtc, monkeypatch, tmp_path, architecture):
+def test_nvrtc_compiles_without_a_gpu_and_once(module, nvrtc, monkeypatch, tmp_path):
+    architecture = 120  # below, nvcc compiles for others
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     symbols, binary = module.compiled(architecture)
-    assert len(symbols) == 1 + 4 * len(CODES)
+    assert len(symbols) == 1 + 5 * len(CODES) + len(SCALED)
     assert binary[:4] == b"\x7fELF"
     assert all(symbol.encode() in binary for symbol in symbols.values())
     assert len(list((tmp_path / "mfac").iterdir())) == 1
@@ -928,6 +1120,7 @@ class Driver:
 
 
 @needs_gxx
+@in_one_process
 @pytest.mark.parametrize("dtype", CODES)
 def test_launches_through_the_driver_have_the_arguments_of_the_kernels(module, monkeypatch, dtype):
     """Those of the launchers in C, so these are what runs: the same bits as through them."""
@@ -938,10 +1131,11 @@ def test_launches_through_the_driver_have_the_arguments_of_the_kernels(module, m
     kernels.driver, kernels.device = Driver(on_cpu.library), torch.device("cpu")
     kernels.functions, kernels.resident = {"exchange": ("update", None)}, {"exchange": 4}
     for name, kind in module.FORMATS.items():
-        for product in module.PRODUCTS:
-            key = f"{product}<{kind}>"
-            code = str(name).removeprefix("torch."), product.removeprefix("window_")
-            kernels.functions[key], kernels.resident[key] = code[::-1], 4
+        for kernel in [*module.KERNELS, "round_row"]:
+            key, launcher = f"{kernel}<{kind}>", kernel.removeprefix("window_")
+            launcher = {"round_row": "round", "largest_entries": "largest"}.get(kernel, launcher)
+            kernels.functions[key] = launcher, str(name).removeprefix("torch.")
+            kernels.resident[key] = 4
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     stream = types.SimpleNamespace(cuda_stream=0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
@@ -1036,42 +1230,14 @@ print("all is well")
     assert "all is well" in in_project(project, "-c", program)
 
 
-def test_the_gpu_benchmark_says_what_is_missing():
-    torch = pytest.importorskip("torch")
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    command = [sys.executable, ROOT / "benchmarks" / "gpu_step.py"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.endswith("gpu_step.py: error: torch sees no CUDA device\n")
-
-
-def test_gpu_check_says_what_is_missing():
-    torch = pytest.importorskip("torch")
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    done = subprocess.run(
-        ["bash", ROOT / "benchmarks" / "gpu_check.sh"],
-        env={**os.environ, "PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert done.stderr == (
-        "gpu_check.sh: torch sees no CUDA device; run this on a machine with a GPU\n"
-    )
-
-
 # --- on a GPU only --------------------------------------------------------------------------------
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda(gpus=2)
 @pytest.mark.parametrize("way", ["extension", "nvrtc"])
 def test_another_device(way):
     import torch
 
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
     results = [list(step_kernels(OnGpu(on_a_gpu(way, i), f"cuda:{i}"), 300)) for i in (0, 1)]
     assert torch.cuda.current_device() == 0
     assert results[0] == results[1]

@@ -4,6 +4,7 @@ Most run on a folder of 8x8 images of handwritten digits, so that an epoch takes
 """
 
 import contextlib
+import copy
 import csv
 import functools
 import inspect
@@ -41,6 +42,7 @@ COLUMNS = [
     *("optimizer_seconds", "test_loss", "test_accuracy"),
 ]
 TIMES = {"seconds", "images_per_second", "optimizer_seconds"}
+RESNET20 = models.MODELS["resnet20"]
 
 
 @pytest.fixture(autouse=True)
@@ -52,11 +54,19 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def tiny(num_classes: int) -> nn.Module:
+    """A model of some 800 weights."""
+    layers = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+    ends = nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, num_classes)
+    return nn.Sequential(*layers, *ends)
+
+
 @pytest.fixture
-def run(dataset, tmp_path, monkeypatch):
+def run(dataset, tmp_path, monkeypatch, blank_pictures):
     """A function that runs the script in an empty folder, and returns the status it ends with: on
-    the CPU, as bits are compared."""
+    the CPU, as bits are compared. Its resnet20 is `tiny`."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(models.MODELS, "resnet20", tiny)
 
     def call(*flags) -> int:
         command = [str(flag) for flag in flags]
@@ -70,6 +80,12 @@ def run(dataset, tmp_path, monkeypatch):
         return 0
 
     return call
+
+
+@pytest.fixture
+def resnet20(run, monkeypatch):
+    """Has `run` train what it says."""
+    monkeypatch.setitem(models.MODELS, "resnet20", RESNET20)
 
 
 def small(optim: str, save: str = "net.pth") -> list[str]:
@@ -189,7 +205,7 @@ def test_embedded_digits_by_default(run, capsys):
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adam", "mfac"])
-def test_files_and_lines(run, dataset, optim, capsys):
+def test_files_and_lines(run, dataset, optim, capsys, figures):
     assert run(*small(optim), "--schedule", "linear", "--lr", 0.01) == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
@@ -333,16 +349,6 @@ def test_the_seed_decides(run):
     assert rows("a.csv", TIMES) != rows("c.csv", TIMES)
 
 
-@pytest.fixture
-def deterministic():
-    """Puts back what --deterministic sets in the process."""
-    with pytest.MonkeyPatch.context() as context:
-        context.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        context.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-        yield
-        torch.use_deterministic_algorithms(False)
-
-
 def test_operations_that_can_not_be_deterministic(run, deterministic, monkeypatch, capsys):
     class Putting(nn.Module):
         def __init__(self, num_classes):
@@ -456,7 +462,7 @@ def test_states_and_models_every_few_epochs(run, monkeypatch, capsys):
     assert_shown("tb/parts", rows("parts.csv"))
 
 
-def test_a_state_without_the_window(run, monkeypatch, capsys):
+def test_a_state_without_the_window(run, monkeypatch, capsys, resnet20):
     flags = [*small("mfac", "light.pth"), "--ngrads", 64]
     with monkeypatch.context() as context:
         interrupt_after(context, 1)
@@ -535,7 +541,7 @@ def test_ctrl_c_before_anything_is_saved(run, monkeypatch, capsys):
     assert not list(Path().iterdir())
 
 
-def test_killed_at_any_moment(run, dataset, tmp_path):
+def test_killed_at_any_moment(run, dataset, tmp_path, resnet20):
     """SIGKILL, twice, and --resume from the first call on, as in a batch queue."""
     flags = [*small("mfac", "killed.pth"), "--epochs", "8", "--dataset", dataset, "--resume"]
     chance = random.Random(time.time_ns())
@@ -614,7 +620,7 @@ def largest_file(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(run, monkeypatch, capsys):
+def test_a_full_disk_keeps_the_last_checkpoint(run, monkeypatch, capsys, resnet20):
     assert run(*small("sgd", "whole.pth")) == 0
     with monkeypatch.context() as context:
         interrupt_after(context, 1)
@@ -780,7 +786,7 @@ def test_a_folder_in_the_way(run, capsys):
 
 
 @pytest.mark.parametrize("free", [2**20, 10**7, 123_456_789])
-def test_a_window_that_can_not_fit(run, monkeypatch, free, capsys):
+def test_a_window_that_can_not_fit(run, monkeypatch, free, capsys, resnet20):
     monkeypatch.setattr(main_optim, "available_memory", lambda device: free)
     assert run("--optim", "mfac", "--ngrads", 1000) == 2
     error = capsys.readouterr().err
@@ -800,7 +806,9 @@ def test_a_window_that_can_not_fit(run, monkeypatch, free, capsys):
         (["--compress", "0.01"], 0.01, "use at most --ngrads"),
     ],
 )
-def test_smaller_windows_are_advised_where_they_fit(run, monkeypatch, flags, free, advice, capsys):
+def test_smaller_windows_are_advised_where_they_fit(
+    run, monkeypatch, flags, free, advice, capsys, resnet20
+):
     monkeypatch.setattr(
         main_optim, "available_memory", lambda device: int(free * 1000 * 4 * 272_084)
     )
@@ -919,7 +927,7 @@ def test_more_epochs(run, optim, capsys):
 
 
 @pytest.mark.parametrize("schedule", ["step", "cosine"])
-def test_another_learning_rate(run, monkeypatch, schedule, capsys):
+def test_another_learning_rate(run, monkeypatch, schedule, capsys, resnet20):
     """It takes the place of the first one in the schedule, and is kept."""
     flags = [*small("sgd"), "--schedule", schedule, "--lr", 0.01]
     with monkeypatch.context() as context:
@@ -1140,7 +1148,7 @@ def test_a_state_that_does_not_fit_is_refused(run, capsys):
 
 
 @pytest.fixture
-def on_gpu(run, deterministic):
+def on_gpu(run, deterministic, resnet20):
     """Runs the script on the GPU, or skips the test."""
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
@@ -1216,15 +1224,24 @@ def test_a_gpu_is_not_waited_for_at_each_batch(on_gpu, monkeypatch, graph):
 
 @pytest.mark.cuda
 def test_a_model_that_can_not_be_a_graph(on_gpu, monkeypatch, capsys):
-    """It asks the device for a number at each batch."""
+    """It asks the device for a number at each batch. The steps after the failed capture drop what
+    they do in a run without one, and the process can draw and capture again."""
 
     class Asking(nn.Sequential):
         def forward(self, x):
             return super().forward(x) * float(x.mean() < 1e9)
 
-    monkeypatch.setitem(
-        models.MODELS, "asking", lambda n: Asking(nn.Flatten(), nn.Linear(3 * 64, n))
-    )
-    assert on_gpu(*small("sgd"), "--model", "asking", "--batchsize", 12) == 0
+    layers = nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * 64, 4)
+    monkeypatch.setitem(models.MODELS, "asking", lambda n: Asking(*copy.deepcopy(layers)))
+    for graph in ("yes", "no"):
+        flags = ["--model", "asking", "--batchsize", 12, "--graph", graph, "--deterministic"]
+        assert on_gpu(*small("sgd", f"{graph}.pth"), *flags) == 0
     assert capsys.readouterr().err.count("no CUDA graph for this model") == 1
-    assert all(float(row["optimizer_seconds"]) > 0 for row in rows("net.csv"))
+    tried, eager = rows("yes.csv"), rows("no.csv")
+    assert all(float(row["optimizer_seconds"]) > 0 for row in tried)
+    for name in ("train_loss", "test_loss"):
+        values = [[float(row[name]) for row in table] for table in (tried, eager)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4)
+    assert torch.rand(5, device="cuda").unique().numel() == 5
+    assert on_gpu(*small("sgd", "resnet.pth"), "--batchsize", 12) == 0
+    assert "no CUDA graph" not in capsys.readouterr().err

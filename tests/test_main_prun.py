@@ -15,12 +15,14 @@ import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_main_optim import assert_shown
+from test_main_optim import assert_shown, deterministic  # noqa: F401
 
 import datautils
+import finetune
 import main_common
 import main_optim
 import main_prun
@@ -52,13 +54,15 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(dataset, checkpoint, tmp_path, monkeypatch):
-    """A function that runs the script in an empty folder, and returns the status it ends with."""
+def run(dataset, checkpoint, tmp_path, monkeypatch, blank_pictures):
+    """A function that runs the script in an empty folder, and returns the status it ends with: on
+    the CPU, as bits are compared."""
     monkeypatch.chdir(tmp_path)
+    defaults = {"--dataset": dataset, "--checkpoint": checkpoint, "--device": "cpu"}
 
     def call(*flags) -> int:
         command = [str(flag) for flag in flags]
-        for flag, value in (("--dataset", dataset), ("--checkpoint", checkpoint)):
+        for flag, value in defaults.items():
             if flag not in command:
                 command += [flag, str(value)]
         try:
@@ -78,6 +82,9 @@ RUNS = {  # flags of a run of each kind; --batchsize 32 makes three batches an e
     "blocked": "--sparsities 0.5 0.9 --rounds 2 --blocksize 6 --ngrads 8 --npergrad 4",
     "gradual sgd": "--sparsities 0.5 0.9 --nepochs 4 --prun_every 2 --batchsize 32 --ngrads 8 "
     "--npergrad 4",
+    "batch norm": "--sparsities 0.3 0.9 --reestimate_bn --reset_bn --ngrads 8 --npergrad 4",
+    "distilled": "--sparsities 0.5 0.9 --nepochs 3 --prun_every 2 --schedule cosine --distill 0.7 "
+    "--reestimate_bn --amp --batchsize 32 --ngrads 8 --npergrad 4",
     "gradual mfac": "--cubic 0.5 0.9 2 --nepochs 3 --optim mfac --batchsize 32 --ngrads 8 "
     "--npergrad 4",
 }
@@ -86,7 +93,7 @@ RUNS = {  # flags of a run of each kind; --batchsize 32 makes three batches an e
 def start(*flags, **options) -> subprocess.Popen:
     """The script in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), *map(str, flags)]
+    command = [sys.executable, str(SCRIPT), *map(str, flags), "--device", "cpu"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, **pipes | options)
 
@@ -173,7 +180,7 @@ def test_the_published_command(tmp_path):
     assert len(figures) == 1 + 9
     for step, line in enumerate(figures[1:]):
         assert line.startswith(f"step {step}  sparsity 0.{step + 1}000  of all 0.{step}9")
-        for part in (" test ", "gradients ", "inverse ", "evaluation "):
+        for part in (" test ", "top-5 ", "gradients ", "inverse ", "evaluation "):
             assert part in line
     assert len(lines) - 1 - len(figures) == (1 + 9) * 22  # layers
     assert "GiB on cpu" in errors and errors.count("\n") == 1
@@ -187,7 +194,7 @@ def test_the_published_command(tmp_path):
 
 
 @pytest.mark.parametrize("pruner", ["magnitude", "gmp", "GMP", "mfac"])
-def test_models_figures_and_lines(run, dataset, pruner, capsys):
+def test_models_figures_and_lines(run, dataset, pruner, capsys, figures):
     flags = FEW if pruner == "mfac" else []
     levels = [0.123, 0.5, 0.87654]
     assert run("--pruner", pruner, *flags, "--sparsities", *levels, "--out", "net") == 0
@@ -277,6 +284,60 @@ def test_the_seed_decides(run):
         assert run(*FEW, "--sparsities", 0.5, "--seed", seed, "--out", out) == 0
     assert_same_run("a", "b")
     assert not same_weights("a-step0.pth", "c-step0.pth")
+
+
+def test_deterministic_runs(run, deterministic):  # noqa: F811
+    flags = [*RUNS["gradual sgd"].split(), "--deterministic"]
+    for out in ("one", "other"):
+        assert run(*flags, "--out", out) == 0
+        assert torch.are_deterministic_algorithms_enabled()
+    assert_same_run("one", "other")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", RUNS)
+def test_deterministic_runs_on_a_gpu(run, deterministic, monkeypatch, kind):  # noqa: F811
+    """They have the same bits again, and resumed."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    flags = [*RUNS[kind].split(), "--deterministic", "--device", "cuda"]
+    for out in ("one", "other"):
+        assert run(*flags, "--out", out) == 0
+    assert_same_run("one", "other")
+    with monkeypatch.context() as context:
+        interrupt_after(context, 2)
+        assert run(*flags, "--out", "parts") == 130
+    assert run("--out", "parts", "--resume") == 0
+    assert_same_run("one", "parts")
+
+
+def test_workers_read_the_images(run, monkeypatch):
+    """All loaders are told; these images are in memory, so that none starts."""
+    asked, loader = [], datautils.Data.loader
+
+    def recorded(self, *args, **options):
+        asked.append(options["workers"])
+        return loader(self, *args, **options)
+
+    monkeypatch.setattr(datautils.Data, "loader", recorded)
+    flags = [*FEW, "--sparsities", 0.5, "--workers", 3, "--reset_bn", "--out", "net"]
+    assert run(*flags) == 0
+    assert asked == [3] * 4  # tests, training, gradients, batch norm
+    assert run("--out", "net", "--resume", "--workers", 1) == 0
+    assert asked[4:] == [1] * 3
+
+
+def test_top_five():
+    """Against numpy."""
+    torch.manual_seed(time.time_ns() % 2**32)
+    model = models.build("resnet20", 10)
+    loader = datautils.load("digits").loader("test", 64)
+    found = main_common.evaluate(model, loader, device=torch.device("cpu"), tops=(1, 5))
+    with torch.no_grad():
+        pairs = [(model.eval()(images).numpy(), labels.numpy()) for images, labels in loader]
+    outputs, labels = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    place = (outputs > outputs[range(len(labels)), labels][:, None]).sum(1)
+    assert found[1:] == pytest.approx([100 * (place < k).mean() for k in (1, 5)])
 
 
 def test_pages_and_updates(run):
@@ -369,6 +430,146 @@ def test_batch_norm_anew(run, checkpoint, dataset):
     assert torch.equal(after["fc.weight"][kept], before["fc.weight"][kept])
 
 
+def test_batch_norm_after_pruning(run, dataset):
+    """Against the means of those of each batch, by numpy, of the first layer as it was pruned."""
+    flags = ["--pruner", "magnitude", "--sparsities", 0.4, 0.8, "--batchsize", 40]
+    assert run(*flags, "--reestimate_bn", "--out", "net") == 0
+    assert run(*flags, "--out", "other") == 0
+    loader = datautils.load(dataset).loader("train", 40, seed=0)
+    for step in range(2):
+        after, other = (
+            torch.load(f"{name}-step{step}.pth", weights_only=True)["state_dict"]
+            for name in ("net", "other")
+        )
+        assert torch.equal(after["conv1.weight"], other["conv1.weight"])
+        weight = after["conv1.weight"].double()
+        outputs = [
+            torch.nn.functional.conv2d(images.double(), weight, padding=1).numpy()
+            for images, _ in loader
+        ]
+        for name, statistic in (("mean", np.mean), ("var", lambda *a: np.var(*a, ddof=1))):
+            expected = np.mean([statistic(output, (0, 2, 3)) for output in outputs], 0)
+            assert after[f"bn1.running_{name}"].numpy() == pytest.approx(expected, 1e-4, 1e-5)
+            assert other[f"bn1.running_{name}"].numpy() != pytest.approx(expected, 1e-2, 1e-2)
+
+
+# --- a model of one's own -------------------------------------------------------------------
+
+OWN = """
+import torch
+from torch import nn
+
+SEEN = set()  # whether autocast was on, and who asked
+
+class Net(nn.Module):
+    def __init__(self, classes, outputs=None):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, outputs or classes)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x):
+        SEEN.add((torch.is_autocast_enabled(x.device.type), self.training, torch.is_grad_enabled()))
+        return self.fc(self.dropout(self.conv(x).relu().mean((2, 3))))
+
+def net(classes):
+    return Net(classes)
+
+def too_many(classes):
+    return Net(classes, classes + 1)
+
+def pair(classes):
+    return nn.Flatten(), nn.Identity()
+
+def fails(classes):
+    raise RuntimeError("no such file")
+
+def grey(classes):
+    return nn.Conv2d(1, classes, 3)
+
+without = 3
+"""
+
+
+@pytest.fixture
+def run_own(dataset, tmp_path, monkeypatch):
+    """A function that runs the script without a checkpoint, in a folder with modules."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_nets.py").write_text(OWN)
+    (tmp_path / "broken_nets.py").write_text("def net(:\n")
+    (tmp_path / "needing_nets.py").write_text("import not_installed_anywhere\n")
+    for name in ("own_nets", "broken_nets", "needing_nets"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def call(*flags) -> int:
+        try:
+            main_prun.main(["--dataset", str(dataset), *map(str, flags)])
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    return call
+
+
+def test_a_model_of_ones_own(run_own, monkeypatch):
+    flags = ["--model", "own_nets:net", "--sparsities", 0.4, 0.8, "--nepochs", 2, *FEW]
+    flags += ["--batchsize", 32, "--distill"]
+    assert run_own(*flags) == 0
+    stem = "runs/own_nets-net-four-pruned-mfac"
+    for step, level in enumerate((0.4, 0.8)):
+        count, n = zeros(f"{stem}-step{step}.pth")
+        assert (count, n) == (round(level * 248), 3 * 8 * 9 + 8 * 4)
+    with monkeypatch.context() as context:
+        interrupt_after(context, 3)
+        assert run_own(*flags, "--out", "parts") == 130
+    assert run_own("--resume", "--out", "parts") == 0
+    for step in range(2):
+        assert same_weights(f"{stem}-step{step}.pth", f"parts-step{step}.pth")
+    # With weights in a checkpoint: here the pruned ones, whose zeros stay.
+    flags = ["--model", "own_nets:net", "--checkpoint", f"{stem}-step0.pth", "--sparsities", 0.9]
+    assert run_own(*flags, *FEW, "--out", "again") == 0
+    first, second = pruned(f"{stem}-step0.pth"), pruned("again-step0.pth")
+    assert not any(bool((second[name][w == 0] != 0).any()) for name, w in first.items())
+
+
+BAD_MODELS = [
+    ("nowhere:net", "There is no module 'nowhere' in "),
+    ("own_nets.sub:net", "There is no module 'own_nets.sub' in "),
+    ("own_nets:other", "has no function 'other'"),
+    ("own_nets:without", "has no function 'without'"),
+    ("own_nets:pair", "own_nets:pair(4) returned tuple, not a torch.nn.Module"),
+    ("own_nets:fails", "own_nets:fails(4) failed: RuntimeError: no such file (own_nets.py, line"),
+    ("own_nets:too_many", "makes (2, 5) of images (2, 3, 8, 8); it must make (2, 4)"),
+    ("own_nets:grey", "own_nets:grey failed on images (2, 3, 8, 8): RuntimeError: "),
+    ("broken_nets:net", "Importing broken_nets failed: SyntaxError: "),
+    (
+        "needing_nets:net",
+        "Importing needing_nets failed: ModuleNotFoundError: No module named 'not_",
+    ),
+    ("own_nets:", "own_nets: is none of resnet20"),
+    (":net", ":net is none of resnet20"),
+    ("own_nets.py:net()", "is none of resnet20"),
+]
+
+
+@pytest.mark.parametrize(("name", "sentence"), BAD_MODELS)
+def test_models_that_can_not_be_had(run_own, name, sentence, capsys):
+    assert run_own("--model", name, *FEW, "--out", "net") == 2
+    printed = capsys.readouterr()
+    assert sentence in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+    assert not Path("net.state").exists()
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_autocast_is_in_force_wherever_the_model_runs(run_own, amp):
+    flags = ["--model", "own_nets:net", "--sparsities", 0.5, "--nepochs", 1, *FEW, "--distill"]
+    assert run_own(*flags, "--batchsize", 32, "--out", "net", *["--amp"][:amp]) == 0
+    seen = sys.modules["own_nets"].SEEN
+    # Of gradients, of training, and of tests and the teacher; the check of the outputs is without.
+    expected = {(amp, False, True), (amp, True, True), (amp, False, False), (False, False, False)}
+    assert seen == expected
+
+
 # --- gradual --------------------------------------------------------------------------------
 
 
@@ -399,6 +600,62 @@ def test_fine_tuning_keeps_the_masks(run, optim):
     assert [accuracy for _, accuracy in main_prun.curve(history)] == [
         float(table[i]["test_accuracy"]) for i in (0, 3, 7)
     ]
+
+
+def test_distillation_is_its_formula():
+    """By numpy, in float64."""
+    z, t = np.random.default_rng().normal(size=(2, 7, 5)) * 3
+    y, w, T = np.arange(7) % 5, 0.3, finetune.TEMPERATURE
+    softmax = [np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (z, z / T, t / T)]
+    labelled = -np.log(softmax[0][range(7), y]).sum()
+    divergence = (softmax[2] * np.log(softmax[2] / softmax[1])).sum()
+    tensors = (torch.from_numpy(x) for x in (z, t, y))
+    found = finetune.distillation_loss(*tensors, w)
+    assert float(found) == pytest.approx((1 - w) * labelled + w * T**2 * divergence, rel=1e-12)
+
+
+def test_the_teacher_is_the_dense_model(run, checkpoint, monkeypatch):
+    """As it was measured, in evaluation, also once the run goes on; its weight is that of the
+    flag."""
+    calls = []
+
+    def recorded(outputs, taught, labels, weight):
+        calls.append((taught.clone(), labels, weight))
+        return distillation_loss(outputs, taught, labels, weight)
+
+    distillation_loss = finetune.distillation_loss
+    monkeypatch.setattr(finetune, "distillation_loss", recorded)
+    flags = ["--pruner", "magnitude", "--sparsities", 0.5, 0.9, "--nepochs", 2, "--distill", 0.25]
+    with monkeypatch.context() as context:
+        interrupt_after(context, 2)
+        assert run(*flags, "--batchsize", 40, "--out", "net") == 130
+    assert run("--out", "net", "--resume") == 0
+    dense = models.build("resnet20", 4).eval()
+    models.load_checkpoint(dense, checkpoint)
+    state = main_common.load_saved(Path("net.state"))["teacher"]
+    assert all(torch.equal(value, state[name]) for name, value in dense.state_dict().items())
+    assert len(calls) == 6 and {weight for *_, weight in calls} == {0.25}
+
+
+def test_the_cosine_begins_anew_after_each_step(run, monkeypatch):
+    rates, step = [], torch.optim.SGD.step
+
+    def recorded(self, *args):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", recorded)
+    flags = ["--pruner", "magnitude", "--sparsities", 0.5, 0.9, "--nepochs", 5, "--prun_every", 2]
+    flags += ["--schedule", "cosine", "--lr", 0.04, "--batchsize", 40, "--out", "net"]
+    with monkeypatch.context() as context:
+        interrupt_after(context, 6)  # within the second part
+        assert run(*flags) == 130
+    del rates[-2:]  # of the epoch that was interrupted
+    assert run("--out", "net", "--resume") == 0
+    cosine = [0.02 * (1 + np.cos(np.pi * np.arange(n) / n)) for n in (4, 6)]  # 2 batches an epoch
+    assert rates == pytest.approx(np.concatenate(cosine).tolist())
+    shown = [float(row["lr"]) for row in rows("net.csv") if row["lr"]]
+    assert shown == pytest.approx(np.concatenate([part[::2] for part in cosine]).tolist())
 
 
 def test_magnitude_with_mfac_for_fine_tuning(run):
@@ -648,6 +905,17 @@ BAD_FLAGS = [
         (f"--{flag}", "is for --nepochs above 0 only")
         for flag in ("lr 1", "optim sgd", "momentum 0", "weightdecay 0", "prun_every 2")
     ),
+    *(
+        (f"--{flag}", "is for --nepochs above 0 only")
+        for flag in ("schedule cosine", "schedule step", "distill", "distill 0.5")
+    ),
+    ("--nepochs 9 --schedule linear", "linear"),
+    ("--nepochs 9 --schedule cosine --drop_at 3", "--drop_at is for --schedule step only"),
+    ("--nepochs 9 --schedule cosine --prun_lrs 0.1", "--prun_lrs is for --schedule step only"),
+    *((f"--nepochs 9 --distill {value}", "--distill: ") for value in ("0", "1.1", "nan", "x")),
+    ("--reestimate_bn --recomps 0", "--recomps is for a run without --reestimate_bn only"),
+    ("--reestimate_bn --batchsize 79", "batch of one"),
+    *((f"--workers {value}", "--workers: ") for value in ("-1", "1.5", "2000", "x")),
     ("--drop_by 0.5", "is for --drop_at only"),
     ("--nepochs 9 --recomps 0", "with --nepochs 0 only"),
     ("--nepochs 9 --lr 0.1 --prun_lrs 0.1", "not allowed with"),
@@ -688,7 +956,8 @@ BAD_FLAGS = [
     ("--cubic 0 0.9 1e9", "2 to 10,000 STEPS"),
     (f"--ngrads {10**6} --npergrad 1", "more than the 80"),
     *((f"--{flag} yes", "yes") for flag in ("resume", "overwrite", "verbose")),
-    *((f"--{flag} yes", "yes") for flag in ("adjust_sparsities", "reset_bn")),
+    *((f"--{flag} yes", "yes") for flag in ("adjust_sparsities", "reset_bn", "reestimate_bn")),
+    *((f"--{flag} yes", "yes") for flag in ("amp", "deterministic")),
     ("--damp 1e-320 --ngrads 8", "1e-320"),
     ("--nepochs 9 --optim mfac --batchsize 32 --ngrads 1000000", "more than the 80"),
     (
@@ -705,6 +974,19 @@ def test_bad_flags(run, flags, sentence, capsys):
     assert sentence in printed.err
     assert printed.err.count("\n") == 1 and printed.out == ""
     assert not list(Path().iterdir())
+
+
+def test_processes_do_not_share_a_gpu(run, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert run("--device", "cuda", "--out", "net") == 2
+    error = capsys.readouterr().err
+    assert "2 processes and 1 GPUs: " in error and error.count("\n") == 1
+
+
+def test_every_flag_says_what_it_is_by_default():
+    for action in main_prun.build_parser()._actions:
+        assert "help" in action.dest or "default" in action.help, action.dest
 
 
 @pytest.mark.parametrize(
@@ -798,13 +1080,13 @@ def test_on_a_gpu_pages_are_advised(run, monkeypatch, dataset, checkpoint):
 def test_fine_tuning_has_the_memory_of_the_inverse(run, monkeypatch):
     """And none is needed for the window and the inverse at once."""
     pruners, tuned = spy(monkeypatch, "recompute", lambda pruner: pruner), []
-    train_epoch = main_prun.train_epoch
+    train_epoch = finetune.train_epoch
 
     def watched(*args, **options):
         tuned.append(pruners[-1]._inverse)
         return train_epoch(*args, **options)
 
-    monkeypatch.setattr(main_prun, "train_epoch", watched)
+    monkeypatch.setattr(finetune, "train_epoch", watched)
     assert run(*RUNS["gradual mfac"].split(), "--out", "net") == 0
     assert tuned == [None] * 3
 
@@ -872,8 +1154,8 @@ def test_state_that_does_not_fit(run, change, capsys):
 
 
 def test_a_state_that_does_not_fit_is_refused(run, capsys):
-    """Other classes, figures, steps, models, masks, optimizers and schedules."""
-    flags = [*RUNS["gradual sgd"].replace("--nepochs 4", "--nepochs 3").split(), "--out", "net"]
+    """Other classes, figures, steps, models, masks, optimizers and teachers."""
+    flags = [*RUNS["distilled"].split(), "--out", "net"]
     assert run(*flags, "--verbose") == 0
     assert "sparsity 0.9" in capsys.readouterr().out  # of each layer
     state = torch.load("net.state", weights_only=True)
@@ -887,7 +1169,7 @@ def test_a_state_that_does_not_fit_is_refused(run, capsys):
         "masks of others": {"pruner": {**pruner, "masks": {}}},
         "masks of other weights": {"pruner": {**pruner, "masks": masks}},
         "optimizer": {"optimizer": None},
-        "schedule": {"scheduler": {}},
+        "teacher": {"teacher": None},
     }
     for name, damage in damages.items():
         torch.save({**state, **damage}, "net.state")

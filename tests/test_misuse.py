@@ -250,12 +250,12 @@ PRUNING = {
     "target inf": (lambda: MagnitudePruner(network()).prune(math.inf), "Invalid sparsity: inf"),
     "target complex": (lambda: MagnitudePruner(network()).prune(1j), "Invalid sparsity: 1j"),
     "target dict": (
-        lambda: MagnitudePruner(network(), scope="layer").prune({"0.weight": 0.5, "2.weight": 0}),
-        "Invalid sparsity: {.* one for each of",
+        lambda: MagnitudePruner(network()).prune({"0.weight": 0.5, "2.weight": None}),
+        "Invalid sparsity: {.* or a dict from names to numbers",
     ),
     "target set": (
         lambda: MagnitudePruner(network(), scope="layer").prune({0.1, 0.2}),
-        "Invalid sparsity: {.* one for each of",
+        "Invalid sparsity: {.* one for each layer",
     ),
     "attach": (lambda: MagnitudePruner(network()).attach(network()), "Expected an optimizer of"),
     "loss": (lambda: pruner(loss=None), "Invalid loss: None; it must be a function"),

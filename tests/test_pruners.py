@@ -1,8 +1,11 @@
 """The pruners, against counts, orders and updates worked out from the definitions."""
 
+import contextlib
 import copy
+import doctest
 import io
 import itertools
+import re
 import time
 import weakref
 from inspect import signature
@@ -15,6 +18,9 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 from torch.utils.data import DataLoader, TensorDataset
 
+import levels
+import masks
+import memory
 from main_prun import COMMON, MFAC_PRUNER
 from optim import MFAC, DynamicInverseFisher
 from prun import (
@@ -23,6 +29,7 @@ from prun import (
     MFACPruner,
     PagedInverseFisher,
     cross_entropy,
+    inverse_bytes,
 )
 
 
@@ -79,6 +86,12 @@ def zeros(pruner):
 
 def flat(tensors):
     return torch.cat([t.detach().flatten() for t in tensors])
+
+
+@pytest.mark.parametrize("module", [levels, masks], ids=["levels", "masks"])
+def test_examples(module):
+    failed, attempted = doctest.testmod(module)
+    assert attempted > 0 and failed == 0
 
 
 # --- counts and order -----------------------------------------------------------------------------
@@ -190,6 +203,69 @@ def test_scope_layer_gives_each_layer_its_own_sparsity(make):
 
 
 # --- patterns -------------------------------------------------------------------------------------
+
+
+def lowest_by_numpy(values, count):
+    """Which of these are zero once the `count` smallest of all are gone."""
+    order = np.argsort(np.concatenate([v.ravel() for v in values]), kind="stable")
+    gone = np.zeros(len(order), bool)
+    gone[order[:count]] = True
+    return np.split(gone, np.cumsum([v.size for v in values])[:-1])
+
+
+LEVELS = {  # keys, and the layers that compete for each, by scope
+    "globs": ({"[04].*": 0.3, "6.weight": 0.7}, [[0, 1], [2]]),
+    "compiled": ({re.compile(r"[46]\.weight"): 0.4}, [[1, 2]]),
+    "uncompiled": ({r"\d+\.weight": 0.25}, [[0, 1, 2]]),
+}
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("keys", LEVELS)
+def test_levels_by_layer(keys, scope):
+    pruner = MagnitudePruner(network(), scope=scope)
+    sizes = [np.abs(p.detach().numpy()) for p in pruner.params.values()]
+    target, groups = LEVELS[keys]
+    expected = [np.zeros(size.size, bool) for size in sizes]
+    for level, group in zip(target.values(), groups, strict=True):
+        for part in [group] if scope == "global" else [[i] for i in group]:
+            count = round(level * sum(sizes[i].size for i in part))
+            gone = lowest_by_numpy([sizes[i] for i in part], count)
+            for i, those in zip(part, gone, strict=True):
+                expected[i] = those
+    masks = pruner.prune(target).values()
+    for mask, zeros in zip(masks, expected, strict=True):
+        assert np.array_equal(~mask.numpy().ravel(), zeros)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_layers_without_a_level_stay_as_they_are(rounds):
+    """Also where a later level starts from the same inverse, in which their weights are alive."""
+    pruner = mfac(network(), rounds=rounds)
+    pruner.prune({"0.weight": 0.5})
+    assert [int((p == 0).sum()) for p in pruner.params.values()] == [144, 0, 0]
+    pruner.prune({"4.*": 0.25})
+    assert [int((p == 0).sum()) for p in pruner.params.values()] == [144, 72, 0]
+    assert pruner.recomputations == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ({"fc": 0.5}, "The model has no parameter 'fc'; .* sparsity"),
+        ({"1.weight": 0.5}, "The model has no parameter '1.weight'; it has .*'0.weight'"),
+        ({re.compile("x"): 0.5}, "The model has no parameter 'x'"),
+        ({"0.*": 0.5, "*.weight": 0.6}, r"both '0\.\*' and '\*\.weight' match 0.weight"),
+        ({"0.*": 1.5}, "Invalid sparsity: 1.5"),
+        ({3: 0.5}, "no parameter 3"),
+        ({"0.*": True}, "Invalid sparsity: {'0.*': True}; it must be"),
+    ],
+)
+def test_levels_for_no_layer_or_twice_for_one_are_refused(target, message):
+    pruner = MagnitudePruner(network())
+    with pytest.raises(ValueError, match=message):
+        pruner.prune(target)
+    assert zeros(pruner) == 0
 
 
 def along_input(weight):
@@ -391,6 +467,95 @@ def test_levels_start_from_the_last_recomputation():
         pruner.prune(target)
     assert pruner.recomputations == 3
     assert not torch.equal(flat(once.parameters()), flat(anew.parameters()))
+
+
+def in_portions_by_hand(model, data, portions, target, **options):
+    """A pruner for each portion, one after the other; which masks they leave."""
+    masks = {}
+    for names in portions:
+        masks |= mfac(model, data, params=names, **options).prune(target)
+    return masks
+
+
+@pytest.mark.parametrize("options", [{}, {"blocksize": 16, "rounds": 2}, {"scope": "layer"}])
+@pytest.mark.parametrize(
+    ("portions", "names"),
+    [
+        (["0.weight", ["4.*", re.compile("6.*")]], [["0.weight"], ["4.weight", "6.weight"]]),
+        (["6.*", "4.weight", "0.*"], [["6.weight"], ["4.weight"], ["0.weight"]]),
+        (2, [["0.weight", "4.weight"], ["6.weight"]]),  # 576 and 320 weights
+    ],
+)
+def test_portions_are_pruners_one_after_the_other(portions, names, options):
+    model, batches = network(), [batch for batch in loader()]
+    by_hand = copy.deepcopy(model)
+    expected = in_portions_by_hand(by_hand, batches, names, 0.6, **options)
+    pruner = mfac(model, batches, portions=portions, **options)
+    masks = pruner.prune(0.6)
+    assert all(torch.equal(masks[name], expected[name]) for name in expected)
+    assert torch.equal(flat(model.parameters()), flat(by_hand.parameters()))
+    assert pruner.recomputations == 1
+    pruner.prune(0.8)  # from the level before, with other samples
+    for name, p in pruner.params.items():
+        assert torch.equal(pruner.masks[name], p != 0) and not (p != 0)[~expected[name]].any()
+    assert pruner.recomputations == 2
+
+
+def test_portions_hold_one_inverse_at_a_time(monkeypatch):
+    pruner, inverses, seen = mfac(network(), portions=3), [], []
+    invert = MFACPruner._invert
+
+    def inverting(self, start, *args):
+        alive = sum(inverse() is not None for inverse in inverses)
+        seen.append((sum(weight.numel() for weight in start.values()), alive))
+        invert(self, start, *args)
+        inverses.append(weakref.ref(self._inverse))
+
+    monkeypatch.setattr(MFACPruner, "_invert", inverting)
+    pruner.prune(0.5)
+    assert seen == [(288, 0), (288, 0), (320, 0)]
+    with pytest.raises(ValueError, match=r"portions every level .* leave recompute"):
+        pruner.recompute()
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_portion_that_fails_leaves_the_level_before(registered, monkeypatch):
+    model = network()
+    pruner = mfac(model, portions=["4.*", "[06].*"])
+    pruner.prune(0.3)
+    before, masks = copy.deepcopy(model.state_dict()), dict(pruner.masks)
+    if registered:
+        pruner.register()
+    update, calls = PagedInverseFisher.joint_update, []
+
+    def failing(self, *args):
+        calls.append(self.shape)
+        if len(calls) == 2:
+            raise ValueError("too little damping")
+        return update(self, *args)
+
+    monkeypatch.setattr(PagedInverseFisher, "joint_update", failing)
+    with pytest.raises(ValueError, match="too little damping"):
+        pruner.prune(0.5)
+    pruner.remove()
+    assert all(torch.equal(pruner.masks[name], mask) for name, mask in masks.items())
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    monkeypatch.undo()
+    pruner.prune(0.5)
+    assert zeros(pruner) == 144 + 304
+
+
+def test_resumed_portions_are_the_uninterrupted_ones():
+    model, data = network(), [batch for batch in loader()]
+    pruner = mfac(model, data, portions=2)
+    pruner.prune(0.3)
+    resumed = copy.deepcopy(model)
+    state = through_a_file(pruner.state_dict())
+    pruner.prune(0.6)
+    again = mfac(resumed, data, portions=2)
+    again.load_state_dict(state)
+    again.prune(0.6)
+    assert torch.equal(flat(model.parameters()), flat(resumed.parameters()))
 
 
 def test_a_level_that_fails_leaves_the_one_before(monkeypatch):
@@ -1037,6 +1202,11 @@ def test_masks_of_tied_weights_are_shown_in_every_layer():
         ({"blocksize": -1}, "Invalid blocksize: -1"),
         ({"perbatch": 0}, "Invalid perbatch: 0"),
         ({"pages": 0}, "Invalid pages: 0"),
+        ({"portions": 0}, "Invalid portions: 0; it must be an integer of at least 1"),
+        ({"portions": "0.*"}, r"Invalid portions: '0\.\*'"),
+        ({"portions": ["0.*", "*"]}, "Invalid portions: both '0.*' and '.' match 0.weight"),
+        ({"portions": ["0.*", "4.*"]}, "Invalid portions: no entry matches 6.weight"),
+        ({"portions": ["fc"]}, "The model has no parameter 'fc'; .* see portions"),
     ],
 )
 def test_options_out_of_range_are_refused_at_once(options, message):
@@ -1092,6 +1262,71 @@ def test_targets_of_any_kind(kind):
     assert [int((p == 0).sum()) for p in pruner.params.values()] == [72, 144, 240]
     pruner.prune(np.float64(0.75))
     assert zeros(pruner) == 672
+
+
+def test_memory_is_asked_for_before_any_gradient(monkeypatch):
+    """Portions fit where the whole does not."""
+    cpu, batches = torch.device("cpu"), []
+    needed = inverse_bytes(20, 896)[cpu]
+    monkeypatch.setattr("memory.available_memory", lambda device: needed - 1)
+    pruner = mfac(network(), loss=recording(batches))
+    with pytest.raises(ValueError, match=r"takes .* but free are .* a blocksize, portions"):
+        pruner.prune(0.5)
+    assert not batches and zeros(pruner) == 0
+    pruner = mfac(network(), portions=3, loss=recording(batches))
+    pruner.prune(0.5)
+    assert len(batches) == 60 and zeros(pruner) == 448
+    # Processes have their share, twice while gradients are exchanged.
+    share = 2 * inverse_bytes(20, 299)[cpu]
+    for free, fits in ((share - 1, False), (share, True)):
+        monkeypatch.setattr("memory.available_memory", lambda device, free=free: free)
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="but free are"):
+            memory.place_for_gradients(20, 896, device=cpu, processes=3)
+
+
+def test_a_logger_is_told_what_is_done(caplog, capsys):
+    with caplog.at_level("INFO", "prun"):
+        mfac(network(), rounds=2).prune(0.5)
+        assert caplog.messages == [
+            "gradients of 20",
+            "inverse Fisher of 896 weights",
+            "choice and update, 1 of 2",
+            "choice and update, 2 of 2",
+            "pruned 448 of 896 weights, sparsity 0.5000",
+        ]
+        caplog.clear()
+        mfac(network(), portions=["0.*", "[46].*"]).prune(0.25)
+        assert caplog.messages[0] == "portion 1 of 2: gradients of 20"
+        assert caplog.messages[3] == "portion 2 of 2: gradients of 20"
+        caplog.clear()
+        MagnitudePruner(network()).prune(0.25)
+        assert caplog.messages == ["pruned 224 of 896 weights, sparsity 0.2500"]
+    assert capsys.readouterr() == ("", "")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("level", ["NOTSET", "ERROR"])
+def test_a_terminal_has_a_line_that_goes_away(level, monkeypatch, caplog, capsys):
+    caplog.set_level(level, "prun")
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+
+    def slow(net, batch):
+        time.sleep(0.02)
+        return cross_entropy(net, batch)
+
+    mfac(network(), loss=slow).prune(0.5)
+    lines = terminal.getvalue().split("\r\x1b[2K")
+    assert capsys.readouterr().out == "" and not caplog.messages
+    if level == "ERROR":
+        assert lines == [""]
+    else:
+        assert lines[0] == lines[-1] == "" and "inverse Fisher of 896 weights" in lines
+        assert any(re.fullmatch(r"gradients \d+ of 20, \d+ s left", line) for line in lines)
+        assert all(len(line) < 80 and "\n" not in line for line in lines)
 
 
 def test_the_time_spent_is_known():

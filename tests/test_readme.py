@@ -82,6 +82,10 @@ def test_script_calls(command, call, dataset):
 
 @pytest.mark.parametrize("block", PYTHON_BLOCKS)
 def test_python_blocks(block, tmp_path):
+    for package in re.findall(r"^(?:import|from) (\w+)", block, re.MULTILINE):
+        pytest.importorskip(package)
+    if block.startswith("# On a GPU") and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
     run(["-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{block}"], tmp_path)
 
 
@@ -125,5 +129,8 @@ def test_what_make_demo_runs(call):
     assert len(commands) == 3
     for command in commands:
         call(command)
-    for name in ("demo", "demo-magnitude", "demo-mfac"):
-        assert Path("runs", f"{name}.png").stat().st_size > 0
+    last = shown.splitlines()[-1]
+    pictures, pages = re.findall(r"runs/\S+\.png", last), re.findall(r"examples/\w+\.ipynb", last)
+    assert last.startswith("echo ") and len(pictures) == 2 and len(pages) == 1
+    assert all(Path(picture).stat().st_size > 0 for picture in pictures)
+    assert all((ROOT / page).is_file() for page in pages)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import main_optim
 import main_prun
 import models
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 HERE = Path(__file__).resolve().parent
 SCRIPTS = {"optim": (main_optim, test_main_optim), "prun": (main_prun, test_main_prun)}
 
@@ -73,6 +75,31 @@ def test_the_same_bits_again(name, threads, dataset, tmp_path, monkeypatch):
     finally:
         torch.set_num_threads(before)
     tests.assert_same_run("a", "b")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_killed_on_a_gpu_it_goes_on_to_the_same_bits(name, dataset, tmp_path, monkeypatch):
+    """In processes of their own, with --deterministic."""
+    torch.save(models.build("resnet20", 4).state_dict(), tmp_path / "trained.pth")
+    flags = f"--checkpoint trained.pth --device cuda --deterministic --dataset {dataset} "
+    flags += {
+        "optim": "--optim mfac --epochs 6 --ngrads 5 --momentum 0.5 --save",
+        "prun": "--sparsities 0.3 0.5 0.7 0.9 --nepochs 2 --ngrads 8 --npergrad 4 --out",
+    }[name]
+    suffix = ".pth" if name == "optim" else ""
+    command = [sys.executable, HERE.parent / f"main_{name}.py", *flags.split()]
+    killed = subprocess.Popen([*command, f"killed{suffix}"], cwd=tmp_path)
+    state = tmp_path / "killed.state"
+    while not state.exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    for call in ([f"killed{suffix}", "--resume"], [f"whole{suffix}"]):
+        subprocess.run([*command, *call], cwd=tmp_path, check=True, timeout=120)
+    monkeypatch.chdir(tmp_path)
+    SCRIPTS[name][1].assert_same_run("whole", "killed")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

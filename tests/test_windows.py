@@ -1,5 +1,6 @@
 """Windows of all types and compressed ones, alone and in `MFAC`, against dense oracles."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -101,18 +102,19 @@ def test_products_are_those_with_what_is_stored(kind, m, d, exact, small_blocks)
         entry, count, y = window.entry(torch.randn(d)), torch.tensor(t), torch.randn(m).double()
         y[t + 1 :] = 0  # as for rows not in use
         products = window.products(entry, count, exact)
-        sums = window.replace_and_transposed_times(entry, count, torch.tensor(1), y, exact)
+        sums = window.replace_and_transposed_times(entry, count, torch.tensor(1), y, 2.0, exact)
         G = torch.cat(list(window.tiles()), 1)
         assert G.shape == (m, d) and G.dtype == products.dtype == torch.float64
-        assert torch.equal(G[t % m], entry.values.double())
+        assert torch.equal(G[t % m], entry.vectors[0].double())
         k = G @ G[t % m]
         torch.testing.assert_close(products[0, :m], k, **close)
         if products.shape[1] > m > 1:  # by how much the entry before misses, in float32
             i = (t - 1) % m
             torch.testing.assert_close(products[0, m], products[0, i] - k[i], rtol=0, atol=1e-12)
-        torch.testing.assert_close(sums.double(), G.T @ y, **close)
-        if entry.rest is not None:
-            torch.testing.assert_close(products[1, :m], G @ entry.rest.double(), **close)
+        rest = entry.vectors[1] if len(entry.vectors) == 2 else torch.zeros(d)
+        torch.testing.assert_close(sums.double(), G.T @ y + rest / 2.0, **close)
+        if len(entry.vectors) == 2:
+            torch.testing.assert_close(products[1, :m], G @ entry.vectors[1].double(), **close)
     window.write(window.entry(torch.randn(d)), count, torch.tensor(0))  # which is not accepted
     assert torch.equal(torch.cat(list(window.tiles()), 1), G)
     x = torch.randn(d).double()
@@ -130,12 +132,12 @@ def test_nothing_is_lost_and_the_largest_go_first(d, compress, dtype):
         g = torch.randn(d)
         a, entry = window.error + g, window.entry(g)
         window.write(entry, torch.tensor(t))
-        kept = entry.values != 0
-        assert torch.equal(entry.values[kept], a[kept]) and not window.error[kept].any()
+        kept = entry.vectors[0] != 0
+        assert torch.equal(entry.vectors[0][kept], a[kept]) and not window.error[kept].any()
         for part, of in zip(a.abs().split(windows.BLOCK), kept.split(windows.BLOCK), strict=True):
             assert int(of.sum()) == max(1, round(compress * len(part)))
             assert of.all() or part[of].min() >= part[~of].max()
-        total += g.double() - entry.values.double()
+        total += g.double() - entry.vectors[0].double()
     torch.testing.assert_close(window.error.double(), total, rtol=1e-5, atol=1e-5)
 
 
@@ -442,44 +444,62 @@ def test_a_window_of_another_model_is_refused(kind):
         other.load_state_dict(optimizer.state_dict())
 
 
-def test_compressed_windows_of_weights_kept_at_zero_are_resumed():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("kind", [{}, {"compress": 0.5}, {"window_dtype": "float8_e4m3fn"}])
+def test_windows_of_weights_kept_at_zero_are_resumed(kind, device):
     """Some of a matrix, and all of one that comes later, whose window has no columns."""
-    a, b = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.zeros(2, 3))
+    a = nn.Parameter(torch.randn(4, 5, device=device))
+    b = nn.Parameter(torch.zeros(2, 3, device=device))
     with torch.no_grad():
-        a *= torch.rand(4, 5) < 0.5
+        a *= torch.rand(4, 5, device=device) < 0.5
 
     def made():
-        optimizer = MFAC([a], ngrads=4, compress=0.5, sparse=True)
+        optimizer = MFAC([a], ngrads=4, sparse=True, **kind)
         optimizer.add_param_group({"params": [b]})
         return optimizer
 
     optimizer, other = made(), made()
     for _ in range(6):
-        a.grad, b.grad = torch.randn(4, 5), torch.randn(2, 3)
+        a.grad, b.grad = torch.randn_like(a), torch.randn_like(b)
         optimizer.step()
     assert not b.any()
     other.load_state_dict(optimizer.state_dict())
     assert_same(other.state_dict(), optimizer.state_dict())
-    g = torch.randn(optimizer.fisher.shape[0])
+    g = torch.randn(optimizer.fisher.shape[0], device=device)
     assert torch.equal(other.fisher.update_matvec(g), optimizer.fisher.update_matvec(g))
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("optdev", ["cpu", "cuda"])
+ONE, TWO = pytest.mark.cuda, pytest.mark.cuda(gpus=2)
+PAIR = {"gpus": ["cuda:0", "cuda:1"]}
+
+
+@pytest.mark.parametrize(
+    ("devices", "where", "streams"),
+    [
+        pytest.param(["cpu", "cuda", "cuda", "cpu"], {"optdev": "cpu"}, [], marks=ONE),
+        pytest.param(["cpu", "cuda", "cuda", "cpu"], {"optdev": "cuda"}, [], marks=ONE),
+        pytest.param(["cuda:0", "cuda:1", "cuda:1", "cpu"], PAIR, [], marks=TWO),
+        pytest.param(["cuda:0", "cuda:1", "cuda:0", "cuda:1"], PAIR, PAIR["gpus"], marks=TWO),
+    ],
+    ids=["window on the CPU", "window on a GPU", "two GPUs", "two GPUs, streams"],
+)
 @for_all_kinds
-def test_parameters_on_several_devices_share_a_window_on_one(kind, optdev):
-    values = [torch.randn(40) for _ in range(4)]
-    devices = "cpu", "cuda", "cuda", "cpu"
+def test_parameters_on_several_devices_share_a_window(kind, devices, where, streams):
+    values = [torch.randn(40) for _ in devices]
     parameters = [nn.Parameter(x.to(device)) for x, device in zip(values, devices, strict=True)]
     plain = [nn.Parameter(x.clone()) for x in values]
     options = {"lr": 1.0, "ngrads": 3, "damp": 1.0, **optimizers_kind(kind)}
-    optimizer, reference = MFAC(parameters, optdev=optdev, **options), MFAC(plain, **options)
-    for _ in range(8):
+    optimizer = MFAC(parameters, **where, **options)
+    reference = MFAC(plain, gpus=["cpu"] * len(where.get("gpus", [])), **options)
+    with contextlib.ExitStack() as stack:
+        for device in streams:
+            torch.cuda.synchronize(device)
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
+        for _ in range(8):
+            for p, q in zip(parameters, plain, strict=True):
+                q.grad = torch.randn(40)
+                p.grad = q.grad.to(p.device)
+            optimizer.step()
+            reference.step()
         for p, q in zip(parameters, plain, strict=True):
-            q.grad = torch.randn(40)
-            p.grad = q.grad.to(p.device)
-        optimizer.step()
-        reference.step()
-    for p, q in zip(parameters, plain, strict=True):
-        torch.testing.assert_close(p.detach().cpu(), q.detach(), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(p.detach().cpu(), q.detach(), rtol=1e-4, atol=1e-4)

@@ -1,19 +1,22 @@
 """What each process of the tests of training libraries with DistributedDataParallel does.
 
-    torchrun trainers_worker.py LIBRARY FOLDER
+    python trainers_worker.py FOLDER
 
-It trains, and goes on from the checkpoint that the library saved halfway, in which the optimizer is
-that of the first process: weights, momentum and window are those of the uninterrupted run, to the
-bit, and of all processes.
+With each library, two processes train, and go on from the checkpoint that it saved halfway,
+in which the optimizer is that of the first process: weights, momentum and window are those of the
+uninterrupted run, to the bit, and of all processes.
 """
 
 import copy
+import functools
+import importlib
 import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from distributed_worker import forked
 from test_optim import assert_same_state
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -97,11 +100,12 @@ def lightning(folder, resume):
         def configure_optimizers(self):
             return MFAC(self.parameters(), **SETTINGS)
 
+    os.environ["TORCHELASTIC_RUN_ID"] = "here"  # the processes are there: it must not start any
     module = Module()
     trainer = lightning.Trainer(
         max_epochs=2,
         accelerator="cpu",
-        devices=int(os.environ["WORLD_SIZE"]),
+        devices=dist.get_world_size(),
         strategy="ddp",
         callbacks=[ModelCheckpoint(folder, "{epoch}", save_top_k=-1)],
         logger=False,
@@ -113,9 +117,9 @@ def lightning(folder, resume):
     return module, module.optimizers().optimizer
 
 
-def main(library, folder):
+def check(library, folder):
     def run(resume):
-        model, optimizer = globals()[library](folder, resume)
+        model, optimizer = library(folder, resume)
         weights = {name: w.detach().clone() for name, w in model.state_dict().items()}
         return {"weights": weights, **copy.deepcopy(optimizer.state_dict())}
 
@@ -130,6 +134,8 @@ def main(library, folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], Path(sys.argv[2]))
-    dist.barrier()
-    os._exit(0)  # threads of gloo can abort a process at its end
+    for library in (accelerate, transformers, lightning):
+        importlib.import_module(library.__name__)  # here rather than in each process
+        folder = Path(sys.argv[1], library.__name__)
+        folder.mkdir()
+        forked(2, folder, [functools.partial(check, library)])

@@ -2,7 +2,7 @@
 // and this file without, and link without -fsanitize=thread: the calls that the compiler put at
 // each access then arrive here, not in its own runtime, which knows nothing of fibers.
 //
-// Two accesses to one cell of 4 bytes by different CUDA threads of one launch, one of them a write,
+// Two accesses to one cell of 2 bytes by different CUDA threads of one launch, one of them a write,
 // are a race unless a barrier lies between them: __syncwarp within a warp, __syncthreads within a
 // block, grid.sync() between blocks. So is a read of __shared__ memory that the block never wrote.
 #include <map>
@@ -64,8 +64,8 @@ void check(const void* address, unsigned size, bool write, void* pc) {
   const bool shared = c >= cpucuda::self.shared_begin && c < cpucuda::self.shared_end;
   const Access access{now.launch,        now.block,          now.thread, now.grid_barriers,
                       now.block_barriers, now.warp_barriers, pc};
-  const uintptr_t first = reinterpret_cast<uintptr_t>(address) >> 2;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(address) + size - 1) >> 2;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(address) >> 1;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(address) + size - 1) >> 1;
   for (uintptr_t key = first; key <= last; key++) {
     Cell& cell = (*cells)[key];
     if (shared && (cell.write.block != now.block || cell.write.launch != now.launch))

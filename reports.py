@@ -1,0 +1,62 @@
+"""What a pruner says while it works: in a line on a terminal, by the logger "prun" otherwise."""
+
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+LOGGER = logging.getLogger("prun")
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Says what goes on: on a terminal in a line of stderr that changes, otherwise at level INFO of
+    the logger "prun". `LOGGER.setLevel("ERROR")` silences both.
+
+    Args:
+        speaks: whether it says anything, as in the first of several processes.
+        prefix: before each message.
+    """
+
+    speaks: bool = True
+    prefix: str = ""
+
+    def within(self, part: str) -> "Reporter":
+        """For a part of the work."""
+        return replace(self, prefix=f"{self.prefix}{part}: ")
+
+    def say(self, text: str) -> None:
+        """What begins, or what was found."""
+        if not self.speaks:
+            return
+        if self._on_terminal():
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\x1b[2K{(self.prefix + text)[:width]}", end="", file=sys.stderr, flush=True)
+        else:
+            LOGGER.info("%s%s", self.prefix, text)
+
+    def counted(self, things: Iterable[Any], title: str, total: int | None) -> Iterator[Any]:
+        """The things, while a terminal shows how many of them have come, of a total if known."""
+        self.say(title if total is None else f"{title} of {total:,}")
+        began = shown = time.perf_counter()
+        for number, thing in enumerate(things):
+            now = time.perf_counter()
+            if now - shown > 0.1 and self._on_terminal():
+                text, shown = f"{title}, batch {number + 1:,}", now
+                if total is not None:
+                    left = (now - began) * (total - number) / max(1, number)
+                    text = f"{title} {number:,} of {total:,}, {left:.0f} s left"
+                self.say(text)
+            yield thing
+
+    def clear(self) -> None:
+        """Takes the line away."""
+        if self.speaks and self._on_terminal():
+            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+
+    def _on_terminal(self) -> bool:
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        return terminal and LOGGER.isEnabledFor(logging.WARNING)
