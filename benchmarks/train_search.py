@@ -8,7 +8,7 @@ Python sources, those of the standard library; with --dataset, ResNet-20 on the 
 
 Rounds: "broad" runs the grid below at the middle length with seed 0; "best" and "second" run the
 settings of each optimizer that came out first and second at every length with three seeds;
-"without" runs the first of M-FAC with one thing left out at a time, at the short length. In every
+"without" runs the first of M-FAC with one thing left out at a time, but not long. In every
 run the learning rate rises during 5 % of the steps, then falls linearly to zero. What a grid leaves
 out is the optimizer's default.
 
@@ -46,6 +46,7 @@ from torch import Tensor, nn
 import datautils
 import models
 from mfac import MFAC, mfac_groups
+from muon import Muon
 
 Settings = dict[str, Any]
 Batch = tuple[Tensor, Tensor]
@@ -168,34 +169,19 @@ def images(dataset: str) -> Problem:
 # --- optimizers -----------------------------------------------------------------------------------
 
 
-class Muon(torch.optim.Muon):
-    """Muon with a convolution as a matrix with a filter a row, as in its authors' code."""
-
-    def __init__(self, params: list[nn.Parameter], lr: float):
-        self.whole = params
-        super().__init__([p.data.flatten(1) for p in params], lr=lr)
-
-    def step(self) -> None:
-        for p, matrix in zip(self.whole, self.param_groups[0]["params"], strict=True):
-            matrix.grad = p.grad.flatten(1)
-        super().step()
-
-
-def build(name: str, model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
-    """The optimizer; after Muon, AdamW for what it leaves."""
+def build(name: str, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     settings = dict(settings)
     if name == "sgd":
-        return [torch.optim.SGD(model.parameters(), **settings)]
+        return torch.optim.SGD(model.parameters(), **settings)
     if name == "adamw":
         beta2 = settings.pop("beta2", 0.999)
-        return [torch.optim.AdamW(model.parameters(), betas=(0.9, beta2), **settings)]
+        return torch.optim.AdamW(model.parameters(), betas=(0.9, beta2), **settings)
     lr_adamw = settings.pop("lr_adamw", None)
+    if name == "muon":  # with torch's default of weight decay
+        return Muon(model, weight_decay=0.1, fallback={"lr": lr_adamw}, **settings)
     groups = [*model.parameters()] if lr_adamw is None else mfac_groups(model, lr=lr_adamw)
-    if name == "mfac":
-        settings |= {"ngrads": int(settings["ngrads"]), "warmup": "warmup" in settings}
-        return [MFAC(groups, **settings)]
-    matrices, rest = (group["params"] for group in groups)
-    return [Muon(matrices, **settings), torch.optim.AdamW(rest, lr=lr_adamw)]
+    settings |= {"ngrads": int(settings["ngrads"]), "warmup": "warmup" in settings}
+    return MFAC(groups, **settings)
 
 
 def product(**values: list[float]) -> list[Settings]:
@@ -259,8 +245,8 @@ def train(problem: Problem, name: str, settings: Settings, length: str, seed: in
     """One run, as a row of the CSV; loss inf if it diverged."""
     torch.manual_seed(seed)
     model, steps = problem.model(), problem.lengths[length]
-    optimizers = build(name, model, settings)
-    rates = [(group, group["lr"]) for o in optimizers for group in o.param_groups]
+    optimizer = build(name, model, settings)
+    rates = [(group, group["lr"]) for group in optimizer.param_groups]
     marks = {round(steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
     warmup, clock = max(1, round(WARMUP * steps)), 0.0
     curve: list[tuple[int, float, float, float]] = []
@@ -271,8 +257,7 @@ def train(problem: Problem, name: str, settings: Settings, length: str, seed: in
         model.zero_grad()
         loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
         if step in marks or not loss.isfinite():
             clock += time.process_time() - start
             curve.append((step, *evaluate(model, problem.validation), clock))
@@ -346,7 +331,7 @@ def plan(round: str, record: Record, problem: str, optimizer: str) -> list[tuple
         return [(as_text(s), "middle", 0) for s in GRIDS[problem][optimizer]]
     if round == "without":
         less = without(record, problem) if optimizer == "mfac" else []
-        return list(itertools.product(less, ["short"], SEEDS))
+        return list(itertools.product(less, LENGTHS[:2], SEEDS))
     rank = ("best", "second").index(round)
     best = record.best(problem, optimizer, 2)[rank:][:1]
     return list(itertools.product(best, LENGTHS, SEEDS))
@@ -386,10 +371,10 @@ def print_tables(record: Record) -> None:
                 print(f"| {problem}, {length} | {' | '.join(cells)} |")
     for names, settings in chosen.items():
         print(f"\n{', '.join(names)}: {'; '.join(settings)}")
-    for problem in GRIDS:
+    for problem, length in itertools.product(GRIDS, LENGTHS[:2]):
         for settings in record.best(problem, "mfac", 1) + without(record, problem):
-            if rows := record.seeds(problem, "mfac", settings, "short"):
-                print(f"\n{problem}, short, {settings}: {mean_and_deviation(rows, 'loss', 3)}")
+            if rows := record.seeds(problem, "mfac", settings, length):
+                print(f"\n{problem}, {length}, {settings}: {mean_and_deviation(rows, 'loss', 3)}")
 
 
 def mean_and_deviation(rows: list[dict[str, str]], column: str, digits: int) -> str:
@@ -399,39 +384,42 @@ def mean_and_deviation(rows: list[dict[str, str]], column: str, digits: int) -> 
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def complete(record: Record, problem: str, length: str) -> bool:
-    return all(record.final(problem, optimizer, length) for optimizer in OPTIMIZERS)
+def complete(record: Record, problem: str) -> bool:
+    """Whether each optimizer has a length with all seeds."""
+    return all(any(record.final(problem, o, length) for length in LENGTHS) for o in OPTIMIZERS)
 
 
 def draw(record: Record, path: Path) -> None:
-    """Loss against steps and against seconds: the longest runs, mean and standard deviation over
-    the seeds, and where the shorter ones end."""
+    """Loss against steps and against seconds: the longest runs of each optimizer, mean and standard
+    deviation over the seeds, and where the shorter ones end."""
     from matplotlib.figure import Figure
 
     styles = dict(zip(OPTIMIZERS, ("-", "--", "-.", ":"), strict=True))
     colors = dict(zip(OPTIMIZERS, ("#0072B2", "#D55E00", "#CC79A7", "#009E73"), strict=True))
     markers = dict(zip(OPTIMIZERS, "osD^", strict=True))
-    problems = {p: length for p in GRIDS for length in LENGTHS if complete(record, p, length)}
+    problems = [p for p in GRIDS if complete(record, p)]
     figure = Figure(figsize=(10, 4 * len(problems)), layout="constrained")
     grid = figure.subplots(len(problems), 2, sharey="row", squeeze=False)
-    for axes, (problem, longest) in zip(grid, problems.items(), strict=True):
+    for axes, problem in zip(grid, problems, strict=True):
         for axis, column, label in zip(axes, ("steps", "clock"), ("Steps", "Seconds"), strict=True):
-            axis.set(xscale="log", yscale="log", xlabel=label, title=problem)
+            axis.set(yscale="log", xlabel=label, title=problem)
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
+            axis.tick_params(which="both", labelsize=8)
+            axis.grid(alpha=0.3)
             for name, shown in OPTIMIZERS.items():
                 style = {"color": colors[name], "linestyle": styles[name]}
-                for length in LENGTHS:
-                    if not (rows := record.final(problem, name, length)):
-                        continue
+                runs = [record.final(problem, name, length) for length in LENGTHS]
+                for rows in filter(None, runs):
                     x, losses = (
                         torch.tensor([[float(v) for v in row[c].split()] for row in rows])
                         for c in (column, "losses")
                     )
                     x, mean, deviation = x.mean(0), losses.mean(0), losses.std(0)
                     axis.plot(x[-1], mean[-1], marker=markers[name], color=colors[name])
-                    if length == longest:
-                        axis.plot(x, mean, label=shown, **style)
-                        band = (mean - deviation, mean + deviation)
-                        axis.fill_between(x, *band, color=colors[name], alpha=0.2, linewidth=0)
+                axis.plot(x, mean, label=shown, **style)
+                band = (mean - deviation, mean + deviation)
+                axis.fill_between(x, *band, color=colors[name], alpha=0.2, linewidth=0)
         axes[0].set_ylabel("Validation loss")
         axes[0].legend()
     figure.savefig(path, dpi=150)
@@ -479,7 +467,7 @@ def main() -> None:
     if args.table:
         print_tables(record)
     if args.plot:
-        if not any(complete(record, p, length) for p in GRIDS for length in LENGTHS):
+        if not any(complete(record, problem) for problem in GRIDS):
             parser.error("--plot needs runs with all seeds: add --rounds broad best")
         draw(record, args.plot)
 
