@@ -5,13 +5,15 @@ ones go by Woodbury's identity.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fisher import as_matrix
+from samples import OuterProducts
 
 Layout = list[tuple[slice, int]]  # columns of some blocks each, with the block size
 
@@ -19,6 +21,19 @@ STRIP = 256  # rows of a triangle that are computed at once
 PARTIAL_ROWS = 128  # gradients, at most, that blocks sum in float32 before float64 takes over
 BATCH = 128  # gradients that are added to blocks at once, as each time goes through all blocks
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
+
+
+def usual_perbatch(b: int, m: int | None, device: torch.device) -> int:
+    """How many blocks of b columns suit a device; of m gradients that are stored, or of sums, to
+    which gradients are added in several passes."""
+    share = 32 if m is None and device.type == "cpu" else 4
+    return max(1, tile_size(device) // share // (b * (b if m is None else min(b, m))))
+
+
+def layout(d: int, b: int, perbatch: int) -> Layout:
+    """The columns of each batch of blocks; a smaller last block is a batch of its own."""
+    starts = sorted({*range(0, d - d % b, perbatch * b), d - d % b, d})
+    return [(slice(i, j), min(b, j - i)) for i, j in pairwise(starts)]
 
 
 def tile_size(device: torch.device) -> int:
@@ -130,13 +145,14 @@ class DenseBlocks:
         right = (self.sums / self.m) @ (w * dropped)[:, :, None] * ~dropped[:, :, None]
         return torch.cholesky_solve(right, L)[:, :, 0]
 
-    def for_removal(self, damp: float) -> "RemovableDenseBlocks":
+    def for_removal(self, damp: float, once: bool) -> "RemovableDenseBlocks":
         inverse_L = self.resolved_factor(damp)
-        return RemovableDenseBlocks(inverse_L.mT @ inverse_L)
+        place = self.sums if once else torch.empty_like(self.sums)
+        return RemovableDenseBlocks(torch.bmm(inverse_L.mT, inverse_L, out=place))
 
 
 class RemovableDenseBlocks:
-    """V = H⁻¹ (k, b, b) of the weights that are left of k blocks, 0 where they are gone."""
+    """V = H⁻¹ (k, b, b) of the weights that are left of k blocks; about 0 where they are gone."""
 
     def __init__(self, V: Tensor):
         self.V = V
@@ -147,22 +163,23 @@ class RemovableDenseBlocks:
     def remove_(self, damp: float, dropped: Tensor, w: Tensor) -> Tensor:
         """(5), and δ = −V_{:Q} V_QQ⁻¹ w_Q, on the rows of Q alone: as many as the block has that
         loses most, with zeros for the others."""
+        k, b = dropped.shape
         most = int(dropped.sum(1).max())
         Q = dropped.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # (k, most)
         valid = dropped.gather(1, Q)
-        rows = self.V.gather(1, Q[:, :, None].expand(-1, -1, self.V.shape[2]))
+        index = Q + torch.arange(0, k * b, b, device=Q.device)[:, None]
+        rows = self.V.flatten(0, 1).index_select(0, index.flatten()).view(k, most, b)
         rows *= valid[:, :, None]
         V_QQ = rows.gather(2, Q[:, None, :].expand(-1, most, -1)) * valid[:, None, :]
         V_QQ.diagonal(dim1=1, dim2=2).add_(~valid)
         L, failed = torch.linalg.cholesky_ex(V_QQ)
         if bool(failed.any()):
             raise ValueError(f"damp = {damp:g} is too small for rounds; use more, or one round")
-        X = torch.linalg.solve_triangular(L, rows, upper=False)  # XᵀX = V_{:Q} V_QQ⁻¹ V_{Q:}
         removed = (w.gather(1, Q) * valid)[:, :, None]
-        delta = -(X.mT @ torch.linalg.solve_triangular(L, removed, upper=False))[:, :, 0]
+        solved = torch.linalg.solve_triangular(L, torch.cat([rows, removed], dim=2), upper=False)
+        X, y = solved[:, :, :b], solved[:, :, b:]  # XᵀX = V_{:Q} V_QQ⁻¹ V_{Q:}
         self.V.baddbmm_(X.mT, X, alpha=-1)
-        self.V.masked_fill_(dropped[:, :, None] | dropped[:, None, :], 0)
-        return delta
+        return -(X.mT @ y)[:, :, 0]
 
 
 class LowRankBlocks:
@@ -213,7 +230,7 @@ class LowRankBlocks:
         b = G @ (w * dropped)[:, :, None]
         return (G_R.mT @ (inverse_L.mT @ (inverse_L @ b)))[:, :, 0]
 
-    def for_removal(self, damp: float) -> "LowRankBlocks":
+    def for_removal(self, damp: float, once: bool) -> "LowRankBlocks":
         return copy.copy(self)
 
     def remove_(self, damp: float, dropped: Tensor, w: Tensor) -> Tensor:
@@ -223,23 +240,31 @@ class LowRankBlocks:
 
 
 def sum_gradients(
-    gradients: Iterable[Tensor], layout: Callable[[int], Layout], device: torch.device
+    gradients: Iterable[Tensor | OuterProducts],
+    b: int,
+    perbatch: int,
+    device: torch.device,
 ) -> tuple[int, list[tuple[slice, int, DenseBlocks]]]:
-    """d and, for all columns of a layout and their block size, F⁻¹ from gradients that are iterated
-    over: (d,) or some of them (n, d), in memory that may be used again for the next ones."""
+    """d and, for the columns of each batch of blocks and their size, F⁻¹ from gradients that are
+    iterated over: (d,) or some of them (n, d), in memory that may be used again for the next."""
     sums: list[tuple[slice, int, Tensor]] = []
     m = d = 0
     for rows in gradients:
-        rows = as_matrix(rows[None] if getattr(rows, "ndim", 2) == 1 else rows)
+        if not isinstance(rows, OuterProducts):
+            rows = as_matrix(rows[None] if getattr(rows, "ndim", 2) == 1 else rows).to(device)
         if m == 0:
             d = rows.shape[1]
-            for columns, b in layout(d):
-                shape = (columns.stop - columns.start) // b, b, b
-                H = torch.zeros(shape, dtype=torch.float64, device=device)
-                sums.append((columns, b, H))
+            parts = layout(d, b, perbatch)
+            sizes = [size * (columns.stop - columns.start) for columns, size in parts]
+            # At once, as many small tensors would fragment the memory.
+            all_sums = torch.zeros(sum(sizes), dtype=torch.float64, device=device).split(sizes)
+            sums = [
+                (*part, H.view(-1, part[1], part[1]))
+                for part, H in zip(parts, all_sums, strict=True)
+            ]
         if rows.shape[1] != d:
             raise ValueError(f"Expected gradients of {d} weights, got {rows.shape[1]}")
-        m, rows = m + len(rows), rows.to(device)
+        m += rows.shape[0]
         for columns, _, H in sums:
             add_block_sums_(H, rows[:, columns])
     if m == 0:

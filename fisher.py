@@ -102,8 +102,8 @@ class SharedInverseFisher:
         own = self._own(dropped).nonzero()[:, 0]
         return self._whole(self.part.joint_update(own, self._own(w)))
 
-    def for_removal(self) -> "SharedInverseFisher":
-        return SharedInverseFisher(self.part.for_removal(), self.ranks, self.d)
+    def for_removal(self, once: bool = False) -> "SharedInverseFisher":
+        return SharedInverseFisher(self.part.for_removal(once), self.ranks, self.d)
 
     def remove_(self, dropped: Tensor, w: Tensor) -> Tensor:
         return self._whole(self.part.remove_(self._own(dropped), self._own(w)))

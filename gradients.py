@@ -7,7 +7,7 @@ gradient a batch and keeps the entries of the weights alive, on one device, with
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,11 @@ from torch.utils.data import SequentialSampler
 
 from checks import check_integer, is_real, kind
 from ranks import Ranks
+from samples import Factors, OuterProducts, SampleGradients, add_squares_, batch_size
 
 __all__ = ["Batches", "cross_entropy"]
 
-CHECK_EVERY = 32  # gradients after which a GPU is waited for, to see whether they are finite
+CHECK_EVERY = 32  # batches after which a GPU is waited for, to see whether they are finite
 QUIET = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
 
 
@@ -135,20 +136,6 @@ class Batches:
                 yield batch
 
 
-def batch_size(batch: Any) -> int:
-    """The length of the first tensor or list of strings in a batch, which may consist of nested
-    lists, tuples and dicts; else 0."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 0
-    if isinstance(batch, Mapping):
-        batch = tuple(batch.values())
-    if not isinstance(batch, (list, tuple)):
-        return 0
-    if batch and all(isinstance(part, str) for part in batch):
-        return len(batch)
-    return next(filter(None, map(batch_size, batch)), 0)
-
-
 # --- the model ------------------------------------------------------------------------------------
 
 
@@ -213,8 +200,10 @@ class GradientCollector:
         model, loss: a gradient is that of loss(model, batch).
         params: the parameters, by name.
         alive: indices (d,) of the weights alive among all of `params`, flattened one after another.
+        count: m, the number of gradients.
         like: an empty tensor of the type and on the device of the gradients.
         ranks: the processes that share the work.
+        per_sample: each sample of a batch makes a gradient; see `samples`.
 
     After `rows`, `squares` (d,) are the sums of the squared gradients of all ranks, in float64.
     """
@@ -225,41 +214,71 @@ class GradientCollector:
         loss: Callable[[nn.Module, Any], Tensor],
         params: Mapping[str, nn.Parameter],
         alive: Tensor,
+        count: int,
         like: Tensor,
         ranks: Ranks,
+        per_sample: bool = False,
     ):
         self.model, self.loss, self.params = model, loss, list(params.values())
-        self.alive, self.ranks, self.checked = alive, ranks, False
-        # One buffer for all weights, with a view of the shape of each parameter.
-        self.flat = like.new_empty(sum(p.numel() for p in self.params))
-        parts = self.flat.split([p.numel() for p in self.params])
-        self.views = [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
+        self.alive, self.count, self.like, self.ranks = alive, count, like, ranks
+        self.checked = False
+        self.samples = SampleGradients(model, loss, params, self._loss) if per_sample else None
         self.squares = torch.zeros(len(alive), dtype=torch.float64, device=like.device)
+        self.sums: list[tuple[int, Tensor]] = []  # of the numbers of a batch, until it is checked
 
-    def rows(
-        self, batches: Iterable[Any], count: int, buffer: Tensor, chunk: int
+    def rows(self, batches: Iterable[Any], buffer: Tensor, chunk: int) -> Iterator[Tensor]:
+        """The gradients (·, d), as many at a time as `buffer` (n, d) holds in each rank; of each
+        this rank's `chunk` of the weights. The buffer is used again for the next ones."""
+        return self._rows(enumerate(batches), self.count, buffer, chunk)
+
+    def rows_to_sum(
+        self, batches: Iterable[Any], buffer: Tensor, chunk: int
+    ) -> Iterator[Tensor | OuterProducts]:
+        """The same for `sum_gradients`, in factors if they are of samples and linear layers."""
+        source: Iterator[tuple[int, Any]] = enumerate(batches)
+        found: list[list[Factors]] = []
+        count, waiting = self.count, 0
+        for number, batch in source if self.samples and self.ranks.size == 1 else ():
+            factors = self._factors(batch, count)
+            if factors is None:
+                source = chain([(number, batch)], source)
+                break
+            found.append(factors)
+            self.sums.append((number, torch.stack([f.sum() for pair in factors for f in pair])))
+            self._check()
+            count, waiting = count - len(factors[0][0]), waiting + len(factors[0][0])
+            if count == 0 or waiting >= len(buffer):
+                yield OuterProducts(found, self.alive, self.like, self.squares)
+                found, waiting = [], 0
+            if count == 0:
+                break
+        if found:
+            yield OuterProducts(found, self.alive, self.like, self.squares)
+        yield from self._rows(source, count, buffer, chunk)
+
+    def _rows(
+        self, source: Iterator[tuple[int, Any]], count: int, buffer: Tensor, chunk: int
     ) -> Iterator[Tensor]:
-        """`count` gradients (·, d), as many at a time as `buffer` (n, d) holds in each rank; of
-        each this rank's `chunk` of the weights. The buffer is used again for the next ones."""
-        ranks, source, done = self.ranks, enumerate(batches), 0
-        while done < count:
-            number = min(count - done, ranks.size * len(buffer))
+        ranks = self.ranks
+        shares = [len(range(rank, count, ranks.size)) for rank in range(ranks.size)]
+        own = self._own(source, shares[ranks.rank])
+        for start in range(0, max(shares), len(buffer)):
+            counts = [min(max(share - start, 0), len(buffer)) for share in shares]
             with ranks.agreed():
-                filled = self._fill(islice(source, number), buffer)
-                done += number
-                if filled < len(range(ranks.rank, number, ranks.size)):
+                rows = buffer[: counts[ranks.rank]]
+                if self._fill(own, rows) < len(rows):
                     raise ValueError(
-                        f"Wanted {count} gradients, but the loader has fewer batches; ask for "
-                        "fewer gradients or smaller batches, or give more data"
+                        f"Wanted {self.count} gradients, but the loader has fewer "
+                        f"{'samples' if self.samples else 'batches'}; ask for fewer gradients or "
+                        "smaller batches, or give more data"
                     )
-            counts = [len(range(rank, number, ranks.size)) for rank in range(ranks.size)]
-            yield ranks.exchange(buffer[:filled], counts, chunk)
+            yield ranks.exchange(rows, counts, chunk)
         self.squares = ranks.sum(self.squares)
 
-    def mean_square(self, masks: Mapping[str, Tensor], count: int) -> float:
-        """Of `count` gradients. Warns of parameters, with these masks, that have none, and raises
+    def mean_square(self, masks: Mapping[str, Tensor]) -> float:
+        """Of all gradients. Warns of parameters, with these masks, that have none, and raises
         ValueError if all are zero."""
-        mean_square = float(self.squares.mean()) / count
+        mean_square = float(self.squares.mean()) / self.count
         if mean_square == 0.0:
             raise ValueError(
                 "All gradients are zero; the loss does not depend on the weights, as cross entropy "
@@ -277,53 +296,79 @@ class GradientCollector:
             )
         return mean_square
 
-    def _fill(self, batches: Iterable[tuple[int, Any]], buffer: Tensor) -> int:
-        """Writes this rank's gradients of numbered batches into rows, and returns how many."""
-        own: list[int] = []  # numbers of the batches
-        largest = self.squares.new_zeros(len(buffer))
-        for number, batch in batches:
+    def _fill(self, gradients: Iterator[Tensor], buffer: Tensor) -> int:
+        """Writes gradients into rows, and returns how many there were."""
+        filled = 0
+        for gradient in islice(gradients, len(buffer)):
+            buffer[filled].copy_(gradient, non_blocking=True)
+            filled += 1
+        self._check()
+        return filled
+
+    def _own(self, source: Iterator[tuple[int, Any]], count: int) -> Iterator[Tensor]:
+        """`count` gradients of this rank's batches, or as many as there are."""
+        while count and (numbered := next(source, None)):
+            number, batch = numbered
             if number % self.ranks.size != self.ranks.rank:
                 continue
-            row = self._gradient(batch)
-            buffer[len(own)].copy_(row, non_blocking=True)
-            largest[len(own)] = torch.linalg.vector_norm(row, torch.inf)
-            self.squares += row.double().square()
-            own.append(number)
-            if row.device.type == "cpu" or number == 0 or len(own) % CHECK_EVERY == 0:
-                self._check(largest, own)
-        self._check(largest, own)
-        return len(own)
+            rows = self._gradients(batch)[:count]
+            count -= len(rows)
+            add_squares_(self.squares, rows)
+            self.sums.append((number, self.squares.sum()))
+            if rows.device.type == "cpu" or number == 0 or len(self.sums) == CHECK_EVERY:
+                self._check()
+            yield from rows
 
-    def _check(self, largest: Tensor, numbers: list[int]) -> None:
-        """Raises ValueError if the largest number of a gradient is not finite. Waits for the GPU,
+    def _check(self) -> None:
+        """Raises ValueError if gradients of the last batches are not finite. Waits for the GPU,
         after which rows in main memory have arrived."""
-        bad = (~largest[: len(numbers)].isfinite()).nonzero()[:, 0].tolist()
-        if bad:
+        totals = [total.sum() for _, total in self.sums]
+        finite = torch.stack(totals).isfinite().tolist() if totals else []
+        if not all(finite):
             raise ValueError(
-                f"The gradients of batch {numbers[bad[0]]} (the first is 0) have NaN or Inf; check "
-                "the loss of that batch, and in float16 the size of the loss"
+                f"The gradients of batch {self.sums[finite.index(False)][0]} (the first is 0) have "
+                "NaN or Inf; check the loss of that batch, and in float16 the size of the loss"
             )
+        self.sums.clear()
 
-    def _gradient(self, batch: Any) -> Tensor:
-        """The gradient (d,) of the loss of a batch."""
+    def _gradients(self, batch: Any) -> Tensor:
+        """The gradients (n, d) of a batch, or of the samples in it."""
         torch.clear_autocast_cache()  # casts of other weights, or without a graph
+        if self.samples is None:
+            with torch.enable_grad():
+                loss = self._loss(batch)
+                grads = torch.autograd.grad(loss, self.params, materialize_grads=True)
+            parts = [
+                grad.to_dense().reshape(1, -1) for grad in grads
+            ]  # sparse ones of an Embedding
+        else:
+            with torch.enable_grad():
+                parts = self.samples(batch)
+        rows = torch.cat([part.to(self.like) for part in parts], dim=1)
+        return rows if rows.shape[1] == len(self.alive) else rows.index_select(1, self.alive)
+
+    def _factors(self, batch: Any, most: int) -> list[Factors] | None:
+        """The gradients of at most so many samples in a batch, if linear layers give them."""
+        torch.clear_autocast_cache()
         with torch.enable_grad():
-            loss = self.loss(self.model, batch)
-            if not (is_real(loss) and loss.numel() == 1 and loss.requires_grad):
-                raise ValueError(
-                    "Expected loss(model, batch) to return a tensor of one number, with a "
-                    f"graph, got {kind(loss)}; return the mean over the batch, not its item()"
-                )
-            if not self.checked and has_reentrant_checkpoint(loss):
-                raise ValueError(
-                    "The model uses reentrant checkpointing, which gives no gradients of single "
-                    "parameters; use torch.utils.checkpoint with use_reentrant=False"
-                )
-            self.checked = True
-            grads = torch.autograd.grad(loss, self.params, materialize_grads=True)
-        for view, grad in zip(self.views, grads, strict=True):
-            view.copy_(grad.to_dense())  # those of an Embedding may be sparse
-        return self.flat.index_select(0, self.alive)
+            factors = self.samples.factors(batch) if self.samples else None
+        return factors and [(left[:most], right[:most]) for left, right in factors]
+
+    def _loss(self, batch: Any) -> Tensor:
+        """The loss of a batch, with a graph."""
+        loss = self.loss(self.model, batch)
+        if not (is_real(loss) and loss.numel() == 1 and loss.requires_grad):
+            raise ValueError(
+                "Expected loss(model, batch) to return a tensor of one number, with a "
+                f"graph, got {kind(loss)}; return the mean over the batch, not its item()"
+            )
+        if not self.checked and has_reentrant_checkpoint(loss):
+            raise ValueError(
+                "The model uses reentrant checkpointing, which gives no gradients of single "
+                "parameters; use torch.utils.checkpoint with use_reentrant=False"
+            )
+        self.checked = True
+        return loss
 
 
 def has_reentrant_checkpoint(loss: Tensor) -> bool:

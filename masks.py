@@ -275,6 +275,8 @@ class MagnitudePruner:
         tensor([[ 0.,  0.,  3., -4.]])
     """
 
+    _once = False  # whether one level only is pruned with what is computed
+
     def __init__(
         self,
         model: nn.Module,
@@ -428,7 +430,7 @@ class MagnitudePruner:
                 part = copy.copy(self)
                 part.input_dimensions = {name: self.input_dimensions[name] for name in names}
                 part.masks = {name: self.masks[name] for name in names}
-                part.portions = [names]
+                part.portions, part._once = [names], True
                 part._report = self._report.within(f"portion {number} of {len(self.portions)}")
                 part.release()
                 own = [(group, zeros) for group, zeros in wanted if group[0] in part.masks]

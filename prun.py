@@ -36,10 +36,8 @@ Information", NeurIPS 2021, arXiv 2107.03356, sections 3.1 (static algorithm) an
 """
 
 import copy
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,15 +49,15 @@ from blocks import (
     EPS,
     RESOLVABLE,
     STRIP,
-    Layout,
     condition,
     fast_type,
     inverse_factor,
+    layout,
     leverage,
     stored_blocks,
     sum_gradients,
-    tile_size,
     too_small,
+    usual_perbatch,
 )
 from checks import check_choice, check_device, check_integer, checked_dtype, damp_parts
 from fisher import SharedInverseFisher, StaticInverseFisher, as_matrix, check_vector, in_type_of
@@ -69,7 +67,7 @@ from masks import MagnitudePruner, WeightsAlive, check_model
 from memory import check_sizes, gradient_buffer, inverse_bytes
 from pages import Pages
 from ranks import Ranks, find_process_group, or_default
-from reports import Reporter
+from reports import Reporter, timed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -143,7 +141,7 @@ class PagedInverseFisher(StaticInverseFisher):
     def matvec(self, x: Tensor) -> Tensor:
         """F⁻¹x (d,) for x (d,), by (1), in float64: it cancels where x resembles the gradients."""
         x64 = check_vector("x", x, self.shape[0], self.device) * self.kept
-        left = x64 - self._transposed_times(self._solve(self._times(x64)))
+        left = x64 - self._transposed_solve(self._times(x64))
         # The refinement squares the error of the solution, but not beyond what float64 allows.
         finest = self._roundings * EPS[torch.float64] / EPS[self.dtype]
         error = max((4 * self._roundings) ** 2, finest)
@@ -152,22 +150,23 @@ class PagedInverseFisher(StaticInverseFisher):
             return self.matvec(x)
         return in_type_of(x, left / self.damp)
 
-    def for_removal(self) -> "PagedInverseFisher":
+    def for_removal(self, once: bool = False) -> "PagedInverseFisher":
         """F⁻¹ to remove weights from, on the same gradients."""
         return copy.copy(self)
 
     def remove_(self, dropped: Tensor, w: Tensor) -> Tensor:
         """Goes on with the weights that are left when those `dropped` (d,) go. Returns δ (d,), of
         which the part at all that are gone does not matter."""
-        b = self._times(torch.where(dropped, w, 0))
-        kept = self.kept & ~dropped
-        if self.ranks.sum(dropped.sum() - kept.sum()) < 0:  # the Gram matrix of fewer columns
-            self._K, self._subtracted = self._K - self._gram(dropped), True
+        removed, kept = torch.where(dropped, w, 0), self.kept & ~dropped
+        if self.ranks.sum(dropped.sum() - kept.sum()) <= 0:  # the Gram matrix of fewer columns
+            K, b = self._gram(dropped, removed)
+            self._K, self._subtracted = self._K - K, True
         else:
+            b = self._times(removed)
             self._set_gram(kept)
         self.kept, self._diagonal = kept, None
         self._factorise()
-        return self._transposed_times(self._solve(b))
+        return self._transposed_solve(b)
 
     def _adjustment(self, dropped: Tensor, weights: Tensor) -> Tensor:
         return self.for_removal().remove_(dropped, weights)
@@ -209,16 +208,8 @@ class PagedInverseFisher(StaticInverseFisher):
 
     def _set_gram(self, kept: Tensor) -> None:
         """Sets K of the columns kept, and the size of the numbers that it is computed from."""
-        self._K, self._subtracted = self._gram(kept), False
+        self._K, self._subtracted = self._gram(kept)[0], False
         self._scale = self._K.diagonal().clone()
-
-    def _solve(self, b: Tensor) -> Tensor:
-        """y (m,) of Ay = b, with a step of refinement by G itself."""
-        y = self._inverse_L.T @ (self._inverse_L @ b)
-        tiles = self._pages.tiles(torch.float64)
-        products = (tile @ ((y @ tile) * self.kept[columns]) for columns, tile in tiles)
-        residual = b - self._shift * y - self.ranks.sum(reduce(torch.add, products))
-        return y + self._inverse_L.T @ (self._inverse_L @ residual)
 
     @property
     def _shift(self) -> float:
@@ -227,29 +218,44 @@ class PagedInverseFisher(StaticInverseFisher):
 
     # --- passes over G
 
-    def _gram(self, columns: Tensor) -> Tensor:
-        """The lower triangle of GGᵀ (m, m) in float64, products of these columns in `dtype`."""
+    def _gram(self, kept: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """GGᵀ (m, m) of these columns, the lower triangle by products in `dtype`, and Gx (m,)."""
         m = len(self.G)
         K = torch.zeros(m, m, dtype=torch.float64, device=self.device)
-        index = None if bool(columns.all()) else columns.nonzero()[:, 0]
+        Gx = K.new_zeros(m)
+        index = None if bool(kept.all()) else kept.nonzero()[:, 0]
+        x_kept = x if index is None or x is None else x[index]
         with torch.autocast(self.device.type, enabled=False):
-            for _, tile in self._pages.tiles(self.dtype, index):
+            for columns, tile in self._pages.tiles(self.dtype, index):
                 for i in range(0, m, STRIP):
                     stop = i + STRIP
                     K[i:stop, :stop] += tile[i:stop] @ tile[:stop].T
-        return self.ranks.sum(K)
+                if x_kept is not None:
+                    Gx += tile.double() @ x_kept[columns]
+        return self.ranks.sum(K), self.ranks.sum(Gx)
 
     def _times(self, x: Tensor) -> Tensor:
-        """Gx (m,) in float64, from the columns where x (d,) is not 0."""
-        index = x.nonzero()[:, 0]
-        tiles = self._pages.tiles(torch.float64, index)
-        products = (tile @ x[index[columns]] for columns, tile in tiles)
-        return self.ranks.sum(reduce(torch.add, products, x.new_zeros(len(self.G))))
-
-    def _transposed_times(self, y: Tensor) -> Tensor:
-        """G_Rᵀy (d,) in float64, 0 beside R."""
+        """Gx (m,) in float64."""
         tiles = self._pages.tiles(torch.float64)
-        return self._assemble((columns, y @ tile) for columns, tile in tiles) * self.kept
+        return self.ranks.sum(reduce(torch.add, (tile @ x[columns] for columns, tile in tiles)))
+
+    def _transposed_solve(self, b: Tensor) -> Tensor:
+        """G_RᵀA⁻¹b (d,) in float64, 0 beside R, with a step of refinement by G itself. In `dtype`
+        is what that adds, as it is smaller by far."""
+        y = self._inverse_L.T @ (self._inverse_L @ b)
+        x = torch.empty(self.shape[0], dtype=torch.float64, device=self.device)
+        Gx = torch.zeros_like(b)
+        for columns, tile in self._pages.tiles(torch.float64):
+            x[columns] = (y @ tile) * self.kept[columns]
+            Gx += tile @ x[columns]
+        residual = b - self._shift * y - self.ranks.sum(Gx)
+        correction = self._inverse_L.T @ (self._inverse_L @ residual)
+        scale = correction.abs().max().clamp(min=1e-300)  # float32 does not hold all numbers
+        scaled = (correction / scale).to(self.dtype)
+        with torch.autocast(self.device.type, enabled=False):
+            for columns, tile in self._pages.tiles(self.dtype):
+                x[columns] += (scaled @ tile).double() * scale * self.kept[columns]
+        return x
 
 
 # --- blocks ---------------------------------------------------------------------------------------
@@ -297,20 +303,17 @@ class BlockedInverseFisher(StaticInverseFisher):
         stored = isinstance(grads, (Tensor, np.ndarray)) or not isinstance(grads, Iterable)
         grads = as_matrix(grads) if stored else grads
         self.device = check_device(device or getattr(grads, "device", "cpu"))
-        if perbatch is None:
-            numbers = b * min(b, len(grads)) if stored else b**2  # of a block
-            small = not stored and self.device.type == "cpu"  # each time goes through all blocks
-            perbatch = max(1, tile_size(self.device) // (32 if small else 4) // numbers)
-        self.perbatch = check_integer("perbatch", perbatch)
+        usual = usual_perbatch(b, len(grads) if stored else None, self.device)
+        self.perbatch = check_integer("perbatch", usual if perbatch is None else perbatch)
         self._parts: list[tuple[slice, int, Any]]
         if stored:
             d = grads.shape[1]
             self._parts = [
                 (columns, size, stored_blocks(grads[:, columns], size, damp, self.device))
-                for columns, size in self._layout(d)
+                for columns, size in layout(d, b, self.perbatch)
             ]
         else:
-            d, self._parts = sum_gradients(grads, self._layout, self.device)
+            d, self._parts = sum_gradients(grads, b, self.perbatch, self.device)
         self.shape = (d, d)
 
     def matvec(self, x: Tensor) -> Tensor:
@@ -318,11 +321,11 @@ class BlockedInverseFisher(StaticInverseFisher):
         x64 = check_vector("x", x, self.shape[0], self.device)
         return in_type_of(x, self._each("matvec", x64))
 
-    def for_removal(self) -> "BlockedInverseFisher":
-        """F⁻¹ to remove weights from: for formed blocks another 8·d·b bytes."""
-        removable = copy.copy(self)
+    def for_removal(self, once: bool = False) -> "BlockedInverseFisher":
+        """F⁻¹ to remove weights from: another 8·d·b bytes, or instead of this one if but `once`."""
+        removable, how = copy.copy(self), (self.damp, once)
         removable._diagonal = None
-        removable._parts = [(*where, part.for_removal(self.damp)) for *where, part in self._parts]
+        removable._parts = [(*where, part.for_removal(*how)) for *where, part in self._parts]
         return removable
 
     def remove_(self, dropped: Tensor, w: Tensor) -> Tensor:
@@ -345,12 +348,6 @@ class BlockedInverseFisher(StaticInverseFisher):
 
         return self._assemble((part[0], result(*part)) for part in self._parts)
 
-    def _layout(self, d: int) -> Layout:
-        """The columns of each batch of blocks; a smaller last block is a batch of its own."""
-        b = self.blocksize
-        starts = sorted({*range(0, d - d % b, self.perbatch * b), d - d % b, d})
-        return [(slice(i, j), min(b, j - i)) for i, j in pairwise(starts)]
-
 
 # --- pruning --------------------------------------------------------------------------------------
 
@@ -361,17 +358,18 @@ class MFACPruner(MagnitudePruner):
     F⁻¹ is of the weights alive, at the last recomputation: done before the first pruning, by
     `recompute`, and whenever the parameters in `masks`, others are not watched, have changed since
     the pruner last wrote them. Until the next one, every level is pruned from the weights of that
-    recomputation, not from the level before. Memory: see `inverse_bytes`; F⁻¹ is kept between
-    levels, until `release`.
+    recomputation, not from the level before. F⁻¹ is kept until `release`, see `inverse_bytes`.
 
     Args:
         model, params, ignore, scope, pattern, masks, keep_zeros: as for `MagnitudePruner`.
-        portions: likewise; each has its own F⁻¹, one in memory at a time, of the model that those
-            before have left, and every level starts from the level before.
+        portions: likewise; each has an F⁻¹ of its own, of the model that those before have left,
+            one in memory at a time; and every level starts from the level before.
         loader: yields batches, each of which makes one gradient; see `gradients.Batches`.
         loss: the mean loss of a batch, loss(model, batch), by default the cross entropy of
             (inputs, targets).
         ngrads: m, the number of gradients.
+        per_sample: each sample of a batch makes one, not the batch as a whole; samples are along
+            dimension 0, and the loss is a mean over them. See `samples`.
         damp: λ > 0; or "relative", a tenth of the mean squared gradient, or "relative:0.03", that
             fraction of it. It may be changed between levels.
         blocksize: of a block-diagonal F; None for the full one.
@@ -418,6 +416,7 @@ class MFACPruner(MagnitudePruner):
         portions: int | Sequence[str | Sequence[str]] | None = None,
         loss: Callable[[nn.Module, Any], Tensor] = cross_entropy,
         ngrads: int = 1024,
+        per_sample: bool = False,
         damp: float | str = 1e-5,
         blocksize: int | None = None,
         perbatch: int | None = None,
@@ -442,12 +441,11 @@ class MFACPruner(MagnitudePruner):
             raise ValueError(f"Invalid loss: {loss!r}; it must be a function of (model, batch)")
         self.batches, self.loss = Batches(loader, seed, drop_smaller), loss
         check_sizes(ngrads, blocksize, perbatch, pages, rounds)
-        self.ngrads, self.rounds, self.pages = ngrads, rounds, pages
+        self.ngrads, self.rounds, self.pages, self.per_sample = ngrads, rounds, pages, per_sample
         self.blocksize, self.perbatch = blocksize, perbatch
         if rounds > 1 and update != "joint":
             raise ValueError(f"rounds = {rounds} goes with update='joint' only, not {update!r}")
-        wide = any(p.dtype == torch.float64 for p in params_now)
-        suitable = torch.float64 if wide else torch.float32
+        suitable = reduce(torch.promote_types, (p.dtype for p in params_now), torch.float32)
         self.grads_dtype = checked_dtype("grads_dtype", grads_dtype or suitable)
         self.device = check_device(device or params_now[0].device)
         self.recomputations = 0
@@ -485,11 +483,9 @@ class MFACPruner(MagnitudePruner):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model's own state, saved at the same time. F⁻¹ is
         computed again from it, at the weights of the last recomputation if they still count."""
-        state = {**super().state_dict(), "recomputations": self.recomputations}
         counts = self._is_unchanged()
-        state["start_weights"] = dict(self._start_weights) if counts else {}
-        state["start_masks"] = dict(self._start_masks) if counts else {}
-        return state
+        start = {part: dict(getattr(self, f"_{part}")) if counts else {} for part in self.START}
+        return {**super().state_dict(), "recomputations": self.recomputations, **start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state; load the model's own state before."""
@@ -509,7 +505,7 @@ class MFACPruner(MagnitudePruner):
         start, weights = self._start_masks, self._weights_alive
         masks, w = start, weights.gather(self._start_weights).double()
         alive = torch.ones_like(w, dtype=torch.bool)
-        inverse = self._inverse if self.rounds == 1 else self._inverse.for_removal()
+        inverse = self._inverse if self.rounds == 1 else self._inverse.for_removal(self._once)
         for part in range(1, self.rounds + 1):
             self._report.say(f"choice and update, {part} of {self.rounds}")
             saliency = torch.where(alive, w.square() / (2 * inverse.diagonal()), 0)
@@ -519,10 +515,9 @@ class MFACPruner(MagnitudePruner):
             alive = alive & ~dropped
             if self.rounds > 1:
                 w = w + inverse.remove_(dropped, w)
-            elif self.update == "joint":
-                w = w + inverse.joint_update(dropped.nonzero()[:, 0], w)
-            elif self.update == "independent":
-                w = w + inverse.independent_update(dropped.nonzero()[:, 0], w)
+            elif self.update != "none":
+                update = getattr(inverse, f"{self.update}_update")
+                w = w + update(dropped.nonzero()[:, 0], w)
             w = torch.where(alive, w, 0)
         return masks, weights.scatter(w)
 
@@ -556,28 +551,31 @@ class MFACPruner(MagnitudePruner):
         chunk = ranks.chunk(d) if whole else b * ranks.chunk(-(-d // b))  # of columns for a rank
         kept = whole or b > m  # G; else blocks are formed from some gradients at a time
         options: dict[str, Any] = {"device": self.device, "perbatch": self.perbatch}
-        sizes = {"blocksize": self.blocksize, "pages": self.pages, "rounds": self.rounds, **options}
-        rows = ranks.chunk(m) if kept else min(BATCH, ranks.chunk(m))
+        rounds = 1 if self._once else self.rounds
+        sizes = {"blocksize": self.blocksize, "pages": self.pages, "rounds": rounds, **options}
+        n = ranks.chunk(m) if kept else min(BATCH, ranks.chunk(m))
         with ranks.agreed():
-            buffer = gradient_buffer(rows, m, d, self.grads_dtype, processes=ranks.size, **sizes)
-        began = time.perf_counter()
+            buffer = gradient_buffer(n, m, d, self.grads_dtype, processes=ranks.size, **sizes)
         with (
+            timed(self.seconds, "gradients"),
             self._unregistered() as params,  # weights that are pruned now may be alive in here
             ready_for_gradients(self.model, params, start, self.mode, self.batches.generators),
         ):
             like = buffer.new_empty(0, device=self.device)
-            collector = GradientCollector(self.model, self.loss, params, alive.index, like, ranks)
-            batches = self._report.counted(self.batches.draw(number, ranks), "gradients", m)
-            grads: Any = collector.rows(batches, m, buffer, chunk)
+            collector = GradientCollector(
+                self.model, self.loss, params, alive.index, m, like, ranks, self.per_sample
+            )
+            drawn, total = self.batches.draw(number, ranks), None if self.per_sample else m
+            rows = collector.rows if kept else collector.rows_to_sum
+            grads: Any = rows(self._report.counted(drawn, "gradients", total), buffer, chunk)
             if kept:
                 (grads,) = grads
             else:
                 inverse: Any = BlockedInverseFisher(grads, b, **options)
-        self._mean_square = collector.mean_square(masks, m)
-        self.seconds["gradients"] += time.perf_counter() - began
-        began, damp = time.perf_counter(), self._absolute_damp()
+        self._mean_square = collector.mean_square(masks)
+        damp = self._absolute_damp()
         self._report.say(f"inverse Fisher of {d:,} weights")
-        with ranks.agreed():
+        with timed(self.seconds, "inverse"), ranks.agreed():
             if whole:
                 how: dict[str, Any] = {"pages": min(self.pages, chunk), "device": self.device}
                 inverse = PagedInverseFisher(grads, damp, process_group=ranks.group, **how)
@@ -587,7 +585,6 @@ class MFACPruner(MagnitudePruner):
                 inverse.damp = damp
             inverse.diagonal()
         self._inverse = inverse if ranks.size == 1 else SharedInverseFisher(inverse, ranks, d)
-        self.seconds["inverse"] += time.perf_counter() - began
 
     def _absolute_damp(self) -> float:
         """λ"""

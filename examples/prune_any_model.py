@@ -55,18 +55,20 @@ def prune(
     sparsity: float,
     *,
     pattern: str = "unstructured",
-    layers: int = 2,
+    portions: int | None = None,
     **options: Any,
 ) -> None:
-    """Encoder layers in turn, some at a time: memory is that of the inverse of so many."""
-    weights = [name for name, p in model.named_parameters() if "layer." in name and p.ndim == 2]
-    each = len(weights) // model.config.num_hidden_layers
-    for start in range(0, len(weights), layers * each):
-        names = weights[start : start + layers * each]
-        if pruner == "magnitude":
-            MagnitudePruner(model, names, pattern=pattern).prune(sparsity)
-        else:
-            MFACPruner(model, loader, names, pattern=pattern, loss=loss, **options).prune(sparsity)
+    """Encoder layers in turn, unless `portions` says otherwise: memory is that of the inverse of
+    one, and its gradients are of the model that those before have left."""
+    layers = model.config.num_hidden_layers
+    names = [name for name, p in model.named_parameters() if "layer." in name and p.ndim == 2]
+    if pruner == "magnitude":
+        for i in range(layers):
+            ours = [name for name in names if f"layer.{i}." in name]
+            MagnitudePruner(model, ours, pattern=pattern).prune(sparsity)
+    else:
+        options |= {"portions": portions or layers, "loss": loss, "pattern": pattern}
+        MFACPruner(model, loader, names, **options).prune(sparsity)
 
 
 # --- real sentences, and what becomes of their similarities ---------------------------------------
@@ -103,6 +105,31 @@ def agreement(dense: Tensor, pruned: Tensor) -> dict[str, float]:
     }
 
 
+class Setting:
+    """The dense model, sentences to prune with, and others to measure the pruned one on."""
+
+    def __init__(self, path: Path | None = None, sentences_to_compare: int = 544):
+        path = path or get_model_path()
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.model = AutoModel.from_pretrained(path, add_pooling_layer=False).eval()
+        test = sorted(sentences(topics.values())[::2][:sentences_to_compare], key=len)
+        training = sorted(set(sentences(docstrings())) - set(test))
+        self.loader = DataLoader(training, batch_size=8, shuffle=True, collate_fn=self.tokens)
+        self.test = [self.tokens(test[i : i + 32]) for i in range(0, len(test), 32)]
+        self.dense = self.embeddings()
+
+    def tokens(self, batch: list[str]) -> dict[str, Tensor]:
+        return dict(self.tokenizer(batch, padding=True, truncation=True, return_tensors="pt"))
+
+    @torch.no_grad()
+    def embeddings(self) -> Tensor:
+        return torch.cat([embed(self.model, batch) for batch in self.test])
+
+    def agreement(self) -> dict[str, float]:
+        """What is left of the dense model's similarities, in [-1, 1] and [0, 1]."""
+        return agreement(self.dense, self.embeddings())
+
+
 def main() -> dict[str, float]:
     """What is left of the dense model's similarities, in [-1, 1] and [0, 1]."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -110,37 +137,23 @@ def main() -> dict[str, float]:
     parser.add_argument("--pruner", choices=["mfac", "magnitude"], default="mfac")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--pattern", default="unstructured", help="such as 2:4")
-    parser.add_argument("--layers", type=int, default=2, help="pruned at a time")
-    parser.add_argument("--ngrads", type=int, default=128)
-    parser.add_argument("--damp", type=float, default=1e-8)
-    parser.add_argument("--blocksize", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=1, help="parts in which weights are chosen")
+    parser.add_argument("--portions", type=int, help="pruned in turn; by default the layers")
+    parser.add_argument("--ngrads", type=int, default=512)
+    parser.add_argument("--per_sample", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--damp", default="relative:0.1")
+    parser.add_argument("--blocksize", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=8, help="parts in which weights are chosen")
     parser.add_argument("--sentences", type=int, default=544, help="to compare the models on")
     parser.add_argument("--output", type=Path, metavar="FOLDER")
     arguments = vars(parser.parse_args())
     path, output, count = (arguments.pop(name) for name in ("model", "output", "sentences"))
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModel.from_pretrained(path, add_pooling_layer=False).eval()
-
-    def tokens(batch: list[str]) -> dict[str, Tensor]:
-        return dict(tokenizer(batch, padding=True, truncation=True, return_tensors="pt"))
-
-    test = sorted(sentences(topics.values())[::2][:count], key=len)
-    training = sorted(set(sentences(docstrings())) - set(test))
-    batches = [tokens(test[i : i + 32]) for i in range(0, len(test), 32)]
-
-    def embeddings() -> Tensor:
-        with torch.no_grad():
-            return torch.cat([embed(model, batch) for batch in batches])
-
-    dense = embeddings()
-    loader = DataLoader(training, batch_size=8, shuffle=True, collate_fn=tokens)
-    prune(model, loader, **arguments)
+    setting = Setting(path, count)
+    prune(setting.model, setting.loader, **arguments)
     if output is not None:
-        model.save_pretrained(output)
-        tokenizer.save_pretrained(output)
-    return agreement(dense, embeddings())
+        setting.model.save_pretrained(output)
+        setting.tokenizer.save_pretrained(output)
+    return setting.agreement()
 
 
 if __name__ == "__main__":

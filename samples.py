@@ -1,0 +1,322 @@
+"""Gradients of single samples, from the mean loss of a batch of them.
+
+The gradient of a sample is n times the part of a batch's gradient that goes through it, with n
+samples in the batch. For a linear layer with inputs aₜ and gradients δₜ of its outputs at the
+positions t (words) of the sample, it is
+
+    ∂ℓ/∂W = n Σₜ δₜ aₜᵀ ,  ∂ℓ/∂b = n Σₜ δₜ                                                  (S)
+
+so one backward pass, to the outputs of the layers alone, does for a batch. Parameters of other
+layers need a batch of one a sample: all at once by torch.func where the model allows it, else
+one after the other. Numbers are the same where the loss is a mean over samples.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from checks import kind
+
+TILE = 2**21  # numbers that are formed at once
+AGREE = 0.01  # relative error that the sum over samples of the first batch may have; half precision
+
+
+def batch_size(batch: Any) -> int:
+    """The length of the first tensor or list of strings in a batch, which may consist of nested
+    lists, tuples and dicts; else 0."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.ndim else 0
+    if isinstance(batch, Mapping):
+        batch = tuple(batch.values())
+    if not isinstance(batch, (list, tuple)):
+        return 0
+    if batch and all(isinstance(part, str) for part in batch):
+        return len(batch)
+    return next(filter(None, map(batch_size, batch)), 0)
+
+
+def map_samples(batch: Any, n: int, change: Callable[[Any], Any]) -> Any:
+    """A batch in which tensors and lists of strings with n samples are changed."""
+    if isinstance(batch, Tensor):
+        return change(batch) if batch.ndim and len(batch) == n else batch
+    if isinstance(batch, Mapping):
+        parts = {key: map_samples(part, n, change) for key, part in batch.items()}
+        return type(batch)(parts)  # type: ignore[call-arg]
+    if not isinstance(batch, (list, tuple)):
+        return batch
+    if len(batch) == n and all(isinstance(part, str) for part in batch):
+        return change(batch)
+    changed = [map_samples(part, n, change) for part in batch]
+    return type(batch)(*changed) if hasattr(batch, "_fields") else type(batch)(changed)
+
+
+class NotPossible(Exception):
+    """The model does not allow this way of computing gradients."""
+
+
+Factors = tuple[Tensor, Tensor]  # (n, T, p) and (n, T, q): gradients Σₜ leftₜ rightₜᵀ (n, p·q)
+
+
+class Call(NamedTuple):
+    """What a linear layer was called with, and where the gradient of its output comes from."""
+
+    layer: nn.Module
+    inputs: Tensor  # (n, ..., features)
+    version: int
+    output: GradientEdge
+
+    def factors(self, delta: Tensor, n: int) -> Iterator[tuple[nn.Parameter, Factors]]:
+        """Those of (S) for each parameter of the layer, from the gradient of its output."""
+        if self.inputs.ndim < 2 or len(self.inputs) != n:
+            raise NotPossible
+        if self.inputs._version != self.version:
+            raise ValueError(
+                f"The input of a {type(self.layer).__name__} is changed in place after it; "
+                "per_sample needs it as it was"
+            )
+        a = self.inputs.reshape(n, -1, self.inputs.shape[-1]).to(delta.dtype)
+        delta = n * delta.reshape(n, -1, delta.shape[-1])
+        for p in self.layer.parameters(recurse=False):
+            if p.ndim == 1:
+                yield p, (delta, delta.new_ones(n, delta.shape[1], 1))
+            else:
+                yield p, ((a, delta) if is_transposed(self.layer) else (delta, a))
+
+
+def joined_factors(parts: Sequence[Factors], p: nn.Parameter, n: int) -> Factors:
+    """Of all calls of a layer, after each other."""
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return p.new_zeros(n, 0, p.shape[0]), p.new_zeros(n, 0, p[0].numel())
+    left, right = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+    return left, right
+
+
+class OuterProducts:
+    """Gradients G (n, d) of samples for the weights alive, in factors, of which columns are formed
+    when they are read, in order.
+
+    Args:
+        batches: the factors of the parameters for each batch.
+        alive: indices (d,) of the weights alive among all parameters.
+        like: an empty tensor of the type and on the device of the gradients.
+        squares: (d,), to which those of columns are added when they are formed.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[Sequence[Factors]],
+        alive: Tensor,
+        like: Tensor,
+        squares: Tensor,
+    ):
+        self.batches, self.alive, self.like, self.squares = batches, alive, like, squares
+        self.sizes = [len(factors[0][0]) for factors in batches]
+        self.shape = sum(self.sizes), len(alive)
+        # Tiles are some rows of a parameter each: (parameter, rows, first weight among all).
+        self.tiles: list[tuple[int, slice, int]] = []
+        total = 0
+        for i, (left, right) in enumerate(batches[0]):
+            p, q = left.shape[2], right.shape[2]
+            height = max(1, TILE // (self.shape[0] * q))
+            for start in range(0, p, height):
+                self.tiles.append((i, slice(start, min(start + height, p)), total + start * q))
+            total += p * q
+        firsts = torch.tensor([first for *_, first in self.tiles], device=alive.device)
+        self.starts = [*torch.searchsorted(alive, firsts).tolist(), len(alive)]
+        self.complete = total == len(alive)
+        self.at, self.tile = -1, like  # the tile that has been formed last
+
+    def __getitem__(self, index: tuple[slice, slice]) -> Tensor:
+        """G[:, columns]"""
+        at, stop = index[1].start, index[1].stop
+        pieces = []
+        while at < stop:
+            i = bisect_right(self.starts, at) - 1
+            if i != self.at:
+                self.at, self.tile = i, self._formed(i)
+            pieces.append(self.tile[:, at - self.starts[i] : stop - self.starts[i]])
+            at += pieces[-1].shape[1]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+    def _formed(self, i: int) -> Tensor:
+        param, rows, first = self.tiles[i]
+        width = (rows.stop - rows.start) * self.batches[0][param][1].shape[2]
+        tile = self.like.new_empty(self.shape[0], width)
+        for part, factors in zip(tile.split(self.sizes), self.batches, strict=True):
+            left, right = factors[param]
+            part.copy_(torch.bmm(left[:, :, rows].mT, right).flatten(1))
+        columns = slice(self.starts[i], self.starts[i + 1])
+        if not self.complete:
+            tile = tile.index_select(1, self.alive[columns] - first)
+        add_squares_(self.squares[columns], tile)
+        return tile
+
+
+def add_squares_(squares: Tensor, rows: Tensor) -> None:
+    """Adds those of gradients (n, d) to squares (d,) in float64."""
+    width = max(1, TILE // (32 if rows.device.type == "cpu" else 1) // len(rows))
+    for part, those in zip(rows.split(width, 1), squares.split(width), strict=True):
+        those += part.double().square_().sum(0)
+
+
+class SampleGradients:
+    """Gradients of the samples in a batch, (n, numel) for each of some parameters.
+
+    Args:
+        model, loss: loss(model, batch) is the mean loss of a batch.
+        params: the parameters, by name.
+        checked_loss: the loss of a batch, or a ValueError.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[nn.Module, Any], Tensor],
+        params: Mapping[str, nn.Parameter],
+        checked_loss: Callable[[Any], Tensor],
+    ):
+        self.model, self.loss, self.params = model, loss, dict(params)
+        self.checked_loss = checked_loss
+        self.layers = linear_layers(model, params)
+        known = {id(p) for layer in self.layers for p in layer.parameters(recurse=False)}
+        self.compared = False  # (S) with the gradient of a batch
+        self.ways = [self._one_by_one, self._by_vmap]  # the last that is possible is taken
+        if all(id(p) in known for p in params.values()):
+            self.ways.append(self._by_layers)
+
+    def __call__(self, batch: Any) -> list[Tensor]:
+        n = self._size(batch)
+        while True:
+            try:
+                return self.ways[-1](batch, n)
+            except NotPossible:
+                self.ways.pop()
+
+    def factors(self, batch: Any) -> list[Factors] | None:
+        """The gradients of a batch by (S), for each parameter; None if that is not possible. It is
+        compared with the gradient of the first batch: weights may be used by others than their
+        layers, or samples not be along dimension 0."""
+        if self.ways[-1] != self._by_layers:
+            return None
+        try:
+            return self._factors(batch, self._size(batch))
+        except NotPossible:
+            self.ways.pop()
+            return None
+
+    def _size(self, batch: Any) -> int:
+        n = batch_size(batch)
+        if n == 0:
+            raise ValueError(
+                f"per_sample needs batches of tensors with samples along dimension 0, got "
+                f"{kind(batch)}; without per_sample each batch is one gradient"
+            )
+        return n
+
+    def _by_layers(self, batch: Any, n: int) -> list[Tensor]:
+        return [torch.bmm(left.mT, right).flatten(1) for left, right in self._factors(batch, n)]
+
+    def _factors(self, batch: Any, n: int) -> list[Factors]:
+        with recorded(self.layers) as calls:
+            loss = self.checked_loss(batch)
+        targets: list[Any] = [call.output for call in calls]
+        if not self.compared:
+            targets += self.params.values()
+        found = torch.autograd.grad(loss, targets, allow_unused=True)
+        parts: dict[int, list[Factors]] = {id(p): [] for p in self.params.values()}
+        for call, delta in zip(calls, found, strict=False):
+            if delta is not None:  # else the loss does not depend on this output
+                for p, factors in call.factors(delta, n):
+                    parts.setdefault(id(p), []).append(factors)
+        joined = [joined_factors(parts[id(p)], p, n) for p in self.params.values()]
+        for (left, right), expected in zip(joined, found[len(calls) :], strict=False):
+            mean = (left.flatten(0, 1).mT @ right.flatten(0, 1)).flatten().double() / n
+            expected = torch.zeros_like(mean) if expected is None else expected.flatten().double()
+            if not (mean - expected).norm() <= AGREE * expected.norm():
+                raise NotPossible
+        self.compared = True
+        return joined
+
+    def _by_vmap(self, batch: Any, n: int) -> list[Tensor]:
+        """Batches of one, all at once."""
+        tensors: list[Tensor] = []
+        map_samples(batch, n, tensors.append)
+        wrapped = Wrapped(self.model, self.loss)
+
+        def loss(params: dict[str, Tensor], *samples: Tensor) -> Tensor:
+            parts = iter(samples)
+            one = map_samples(batch, n, lambda _: next(parts))
+            return torch.func.functional_call(wrapped, params, (one,))
+
+        params = {f"model.{name}": p.detach() for name, p in self.params.items()}
+        places = (None, *(0 for _ in tensors))
+        vmapped = torch.func.vmap(torch.func.grad(loss), places, randomness="different")
+        try:
+            grads = vmapped(params, *(tensor[:, None] for tensor in tensors))
+        except Exception as error:  # of any kind; if it is not due to vmap, it comes again
+            raise NotPossible from error
+        return [grad.flatten(1) for grad in grads.values()]
+
+    def _one_by_one(self, batch: Any, n: int) -> list[Tensor]:
+        """Batches of one, each with a backward pass."""
+        rows = []
+        for i in range(n):
+            loss = self.checked_loss(map_samples(batch, n, itemgetter(slice(i, i + 1))))
+            grads = torch.autograd.grad(loss, list(self.params.values()), materialize_grads=True)
+            rows.append([grad.to_dense().flatten() for grad in grads])
+        return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+
+
+class Wrapped(nn.Module):
+    """A model with its loss, for torch.func."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor]):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.loss(self.model, batch)
+
+
+def linear_layers(model: nn.Module, params: Mapping[str, nn.Parameter]) -> list[nn.Module]:
+    """The linear layers that have some of the parameters; Conv1D is that of transformers' GPT-2."""
+    wanted = set(map(id, params.values()))
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear) or is_transposed(module)
+        if any(id(p) in wanted for p in module.parameters(recurse=False))
+    ]
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether it is a linear layer with weights (inputs, outputs)."""
+    return any(base.__name__ == "Conv1D" for base in type(layer).__mro__)
+
+
+@contextmanager
+def recorded(layers: Sequence[nn.Module]) -> Iterator[list[Call]]:
+    """The calls of the layers in here that have gradients."""
+    calls: list[Call] = []
+
+    def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        output = output.clone()  # of a view the edge would be lost if it were changed in place
+        if output.requires_grad and inputs:
+            a = inputs[0].detach()
+            calls.append(Call(layer, a, a._version, get_gradient_edge(output)))
+        return output
+
+    handles = [layer.register_forward_hook(record) for layer in layers]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,305 @@
+"""Gradients of single samples: those of a backward pass each, for layers of all kinds, and pruning
+by them as by the dense Fisher matrix."""
+
+import pytest
+import torch
+from reference import dense_fisher, joint_removal
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+from transformers import BatchEncoding
+from transformers.pytorch_utils import Conv1D
+
+from prun import MFACPruner
+from samples import OuterProducts, SampleGradients
+
+N = 5
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    """Fresh but reproducible random numbers: each test has its own."""
+    torch.manual_seed(sum(map(ord, request.node.name)))
+
+
+class Shared(nn.Module):
+    """A layer that is called twice, on sequences, with what follows in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice = nn.Linear(4, 6), nn.Linear(6, 6, bias=False)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.twice(self.relu(self.twice(self.relu(self.first(x)))))
+
+
+class Tied(nn.Module):
+    """A weight that is used outside of its layer, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x).tanh() @ self.layer.weight
+
+
+class Branching(nn.Module):
+    """Its flow depends on the data, which torch.func does not allow."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 1)
+
+    def forward(self, x):
+        y = self.conv(x.mT)
+        return y.mT * 2 if float(y.detach().sum()) > 0 else -y.mT
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attend(x, x, x, need_weights=False)[0]
+
+
+class Unused(nn.Module):
+    """Of two layers one has no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        self.unused(x)
+        return self.used(x)
+
+
+# The model, and the way that its gradients are computed.
+MODELS = {
+    "sequences": (lambda: nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3)), "_by_layers"),
+    "shared": (Shared, "_by_layers"),
+    "Conv1D": (lambda: nn.Sequential(Conv1D(6, 4), nn.Tanh(), Conv1D(3, 6)), "_by_layers"),
+    "unused": (Unused, "_by_layers"),
+    "flattened": (
+        lambda: nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 2), nn.Unflatten(0, (-1, 3))),
+        "_by_vmap",
+    ),
+    "tied": (Tied, "_by_vmap"),
+    "convolution": (
+        lambda: nn.Sequential(nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(2, 2)),
+        "_by_vmap",
+    ),
+    "attention": (Attention, "_by_vmap"),
+    "branching": (Branching, "_one_by_one"),
+}
+
+
+def squared_error(model, batch):
+    x, y = batch["inputs"], batch["targets"]
+    outputs = model(x)
+    return (outputs - y[:, : outputs.shape[1], : outputs.shape[2]]).square().mean()
+
+
+def samples(n=N):
+    return BatchEncoding({"inputs": torch.randn(n, 3, 4), "targets": torch.randn(n, 6, 6)})
+
+
+def rows_of(model, loss, batches):
+    """A backward pass for each sample, (m, d) in float64."""
+    rows = []
+    for batch in batches:
+        for i in range(len(batch["inputs"])):
+            one = {name: tensor[i : i + 1] for name, tensor in batch.items()}
+            grads = torch.autograd.grad(
+                loss(model, one), list(model.parameters()), materialize_grads=True
+            )
+            rows.append(torch.cat([grad.flatten() for grad in grads]).double())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_samples_are_those_of_a_backward_pass_each(name):
+    make, way = MODELS[name]
+    model = make().eval()
+    params = dict(model.named_parameters())
+    gradients = SampleGradients(
+        model, squared_error, params, lambda batch: squared_error(model, batch)
+    )
+    for batch in (samples(), samples(2)):
+        found = torch.cat(gradients(batch), dim=1)
+        expected = rows_of(model, squared_error, [batch])
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+    assert gradients.ways[-1].__name__ == way
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("blocksize", [7, 16, None])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_pruning_is_that_by_the_dense_fisher_of_all_samples(blocksize, rounds):
+    """Of batches that m cuts through, the last of them smaller."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 6))
+    batches, m, damp = [*(samples() for _ in range(4)), samples(3)], 18, 1e-2
+    G = rows_of(model, squared_error, batches)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    w = torch.cat([before["0.weight"].flatten(), before["2.weight"].flatten()]).double()
+    G = G.split([p.numel() for p in before.values()], dim=1)
+    G = torch.cat([G[0], G[2]], dim=1)
+
+    drawn = Drawn(batches)
+    pruner = MFACPruner(
+        model,
+        drawn,
+        loss=squared_error,
+        ngrads=m,
+        per_sample=True,
+        damp=damp,
+        blocksize=blocksize,
+        rounds=rounds,
+    )
+    pruner.prune(0.5)
+    F = dense_fisher(G[:m].float().double(), damp)
+    if blocksize is not None:
+        block = torch.arange(len(w)) // blocksize
+        F = F * (block[:, None] == block)
+    alive = torch.ones(len(w), dtype=torch.bool)
+    for part in range(1, rounds + 1):
+        R = alive.nonzero()[:, 0]
+        F_R = F[R][:, R]
+        saliency = w[R].square() / torch.linalg.inv(F_R).diagonal()
+        stay = round(len(w) * 0.5 ** (part / rounds))
+        drop = saliency.argsort(stable=True)[: len(R) - stay]
+        w[R] += joint_removal(F_R, drop, w[R])
+        alive[R[drop]] = False
+        w = w * alive
+    result = torch.cat([p.flatten() for p in pruner.params.values()]).double()
+    assert torch.equal(result == 0, w == 0)
+    assert (result - w).norm() < 1e-5 * w.norm()
+
+
+class Drawn:
+    """A loader that yields its batches in their order."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def test_relative_damping_is_of_the_gradients_of_samples():
+    model = nn.Linear(4, 6)
+    batches = [samples() for _ in range(3)]
+    mean_square = rows_of(model, squared_error, batches)[:, :24].square().mean()
+    pruner = MFACPruner(
+        model,
+        batches,
+        loss=squared_error,
+        ngrads=15,
+        per_sample=True,
+        blocksize=8,
+        damp="relative:0.5",
+    )
+    pruner.prune(0.5)
+    assert pruner._inverse.damp == pytest.approx(0.5 * float(mean_square), rel=1e-5)
+
+
+def words(model: nn.Module, batch: list[str]) -> Tensor:
+    lengths = torch.tensor([[float(len(word)), 1.0] for word in batch])
+    return model(lengths).square().mean()
+
+
+def test_strings_are_samples_too():
+    batch = ["a", "abc", "ab"]
+    for layer in (nn.Linear(2, 3), nn.Sequential(nn.Unflatten(1, (2, 1)), nn.Conv1d(2, 3, 1))):
+        params = dict(layer.named_parameters())
+        gradients = SampleGradients(layer, words, params, lambda b, layer=layer: words(layer, b))
+        found = torch.cat(gradients(batch), dim=1)
+        for row, word in zip(found, batch, strict=True):
+            expected = torch.autograd.grad(words(layer, [word]), list(params.values()))
+            torch.testing.assert_close(row, torch.cat([grad.flatten() for grad in expected]))
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([torch.tensor(1.0)], "samples along dimension 0"),
+        ([torch.randn(4, 3), torch.randn(3, 3)], "Wanted 8 gradients, but .* fewer samples"),
+        ([torch.randn(4, 3), torch.full((4, 3), torch.nan)], "batch 1 .* NaN or Inf"),
+    ],
+)
+def test_what_gives_no_gradients_of_samples_is_refused(batches, message):
+    model = nn.Linear(3, 2)
+    start = model.weight.detach().clone()
+    pruner = MFACPruner(
+        model,
+        Drawn(batches),
+        loss=lambda model, x: model(x.expand(1, 3) if x.ndim == 0 else x).square().mean(),
+        ngrads=8,
+        per_sample=True,
+        blocksize=2,
+    )
+    with pytest.raises(ValueError, match=message):
+        pruner.prune(0.5)
+    assert torch.equal(model.weight, start)
+
+
+def test_an_input_that_is_changed_in_place_is_refused():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            y = self.layer(x)
+            x += 1
+            return y
+
+    gradients = SampleGradients(
+        model := InPlace(), mse_loss, dict(model.named_parameters()), lambda x: model(x).mean()
+    )
+    gradients.compared = True  # else autograd itself refuses the first batch
+    with pytest.raises(ValueError, match="changed in place"):
+        gradients(torch.randn(4, 3))
+
+
+def test_half_precision_and_autocast():
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3))
+    batch = torch.randn(6, 4), torch.randint(3, (6,))
+    params = dict(model.named_parameters())
+    exact = SampleGradients(model, mse_loss, params, lambda b: cross_entropy(model(b[0]), b[1]))(
+        batch
+    )
+
+    def in_autocast(batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return cross_entropy(model(batch[0]), batch[1])
+
+    rounded = SampleGradients(model, mse_loss, params, in_autocast)
+    for found, expected in zip(rounded(batch), exact, strict=True):
+        assert (found - expected).norm() < 0.02 * expected.norm()
+    assert rounded.ways[-1].__name__ == "_by_layers"
+
+
+@pytest.mark.parametrize("rows", [3, 7, 100])
+@pytest.mark.parametrize("share", [1.0, 0.6])
+def test_columns_that_are_formed_from_factors_are_those_of_the_gradients(rows, share, monkeypatch):
+    """Some weights alive, any tiles, batches of several sizes and lengths."""
+    monkeypatch.setattr("samples.TILE", 100 * rows)
+    model = MODELS["shared"][0]()
+    params = dict(model.named_parameters())
+    batches = [torch.randn(n, words, 4) for n, words in ((5, 3), (2, 6), (4, 1))]
+    gradients = SampleGradients(model, mse_loss, params, lambda x: model(x).square().mean())
+    G = torch.cat([torch.cat(gradients(batch), dim=1) for batch in batches])
+    factors = [gradients.factors(batch) for batch in batches]
+    alive = (torch.rand(G.shape[1]) < share).nonzero()[:, 0]
+    squares = torch.zeros(len(alive), dtype=torch.float64)
+    products = OuterProducts(factors, alive, torch.empty(0), squares)
+    assert products.shape == (11, len(alive))
+    for start in range(0, len(alive), rows):
+        columns = slice(start, min(start + rows, len(alive)))
+        torch.testing.assert_close(products[:, columns], G[:, alive[columns]])
+    torch.testing.assert_close(squares, G[:, alive].double().square().sum(0))
