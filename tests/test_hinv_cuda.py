@@ -612,7 +612,8 @@ class Compressed:
             some = [s + np.sort(rng.choice(size, kept, False)) for s, size, kept in blocks]
             row[:] = np.concatenate([[], *some])
         self.values = encode(dtype, rng, self.columns.shape)
-        self.kept, self.m, self.j, self.dtype = blocks[0][2], m, count % m, dtype
+        self.kept = blocks[0][2] if blocks else 1
+        self.m, self.j, self.dtype = m, count % m, dtype
         # The new row is another one, with columns as increasing as those of the last.
         self.row_columns = self.columns[rng.integers(m)].copy()
         self.row = encode(dtype, rng, len(self.row_columns))

@@ -305,7 +305,7 @@ def test_deterministic_runs_on_a_gpu(run, deterministic, monkeypatch, kind):
     with monkeypatch.context() as context:
         interrupt_after(context, 2)
         assert run(*flags, "--out", "parts") == 130
-    assert run("--out", "parts", "--resume") == 0
+    assert run("--out", "parts", "--resume", "--device", "cuda") == 0
     assert_same_run("one", "parts")
 
 
