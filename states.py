@@ -69,14 +69,16 @@ def into_fisher(
     Raises:
         ValueError: it is not such a state, or it has another number of weights.
     """
-    _check_shared(state)
-    m, dtype, compress = len(state["K"]), getattr(torch, state["dtype"]), state["compress"] or None
-    dims = [_checked_block(block, m, dtype, compress) for block in state["window"]]
-    if sum(dims) != fisher.shape[0]:
-        raise ValueError(
-            f"The state dict has {sum(dims)} weights, but this inverse Fisher {fisher.shape[0]}; "
-            "build it with the same weights"
-        )
+    with fisher.ranks.agreed():  # each may have loaded what another one saved
+        _check_shared(state)
+        m, dtype = len(state["K"]), getattr(torch, state["dtype"])
+        compress = state["compress"] or None
+        dims = [_checked_block(block, m, dtype, compress) for block in state["window"]]
+        if sum(dims) != fisher.shape[0]:
+            raise ValueError(
+                f"The state dict has {sum(dims)} weights, but this inverse Fisher "
+                f"{fisher.shape[0]}; build it with the same weights"
+            )
     plain = compress is None and dtype not in SCALED
     like = (m, dtype, compress) == (fisher.num_grads, fisher.dtype, fisher.compress)
     side, precision = fisher.coefficients, fisher.precision
