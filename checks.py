@@ -1,4 +1,4 @@
-"""Checks of arguments that several modules share: what was given, and what is allowed."""
+"""Checks of arguments, shared by several modules. Errors say what was given and what is allowed."""
 
 import numbers
 import re
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-WIDE = 1e-300, 1e300  # the range of λ where results are in float64
+WIDE = 1e-300, 1e300  # the range of λ if results are in float64
 IN_FLOATS = "as a dense tensor in a floating point of 16 to 64 bits"
 
 
@@ -20,7 +20,7 @@ def is_real(x: Any) -> bool:
 
 
 def kind(x: Any) -> str:
-    """What x is, for messages."""
+    """The type and shape of x, for messages."""
     shape = f" of {x.dtype} {tuple(x.shape)}" if hasattr(x, "dtype") else ""
     return type(x).__name__ + shape
 
@@ -34,7 +34,8 @@ def checked_vector(x: Any, d: int) -> Tensor:
 
 
 def fitting(x: Tensor, dtype: torch.dtype, everywhere: Callable[[Tensor], bool]) -> Tensor:
-    """x in `dtype`, or a ValueError where it does not fit, `everywhere` in all processes."""
+    """x in `dtype`. Raises ValueError in all processes if it does not fit in one; `everywhere`
+    tells whether a condition holds in all of them."""
     fitted = x.to(dtype)
     if not everywhere(fitted.isfinite()):
         raise ValueError(
@@ -48,15 +49,15 @@ def check_damp(damp: Any, least: float = 1e-30, largest: float = 1e30) -> float:
     number = isinstance(damp, numbers.Real) and not isinstance(damp, bool)
     if not (number and least <= damp <= largest):
         raise ValueError(
-            f"Invalid damp: {damp!r}; it must be a number between {least:g} and {largest:g}, such "
-            "as 1e-5"
+            f"Invalid damp: {damp!r}; it must be a number from {least:g} to {largest:g}, such as "
+            "1e-5"
         )
     return float(damp)
 
 
 def damp_parts(damp: Any) -> tuple[float, float]:
-    """(λ, fraction of the mean squared gradient): one of them is 0. "relative:0.03" has the
-    fraction 0.03, "relative" has 0.1."""
+    """(λ, fraction of the mean squared gradient); one of them is 0. "relative:0.03" stands for the
+    fraction 0.03, "relative" for 0.1."""
     number = r"\d*\.?\d+(?:[eE][-+]?\d+)?"
     relative = isinstance(damp, str) and re.fullmatch(f"relative(?::({number}))?", damp)
     return (
@@ -79,7 +80,7 @@ def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> Any:
 
 
 def checked_dtype(name: str, dtype: Any, compress: float | None = None) -> torch.dtype:
-    """The type of a window, from the type or its name; with `compress`, of a compressed one."""
+    """The type of a window, given as a type or by name. `compress` restricts the choice."""
     found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     allowed = [torch.float64, torch.float32, torch.bfloat16]
     if checked_compress(compress) is None:
@@ -96,8 +97,8 @@ def checked_compress(compress: float | None) -> float | None:
     number = isinstance(compress, numbers.Real) and not isinstance(compress, bool)
     if not (number and 0.0 < compress <= 1.0):
         raise ValueError(
-            f"Invalid compress: {compress!r}; it must be above 0 and at most 1, the part of each "
-            "gradient that is kept, or None for all of it"
+            f"Invalid compress: {compress!r}; it must be the fraction of each gradient to keep, "
+            "above 0 and at most 1, or None for all of it"
         )
     return float(compress)
 
@@ -106,7 +107,7 @@ def check_device(device: Any, name: str = "device", present: bool = True) -> tor
     try:
         found = torch.device(device)
         if found.type == "mps":
-            raise ValueError("MPS has no float64, so take the CPU, for MFAC with optdev='cpu'")
+            raise ValueError("MPS has no float64; use the CPU, with optdev='cpu' for MFAC")
         return torch.empty(0, device=found).device if present else found
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -123,7 +124,7 @@ def check_devices(name: str, devices: Any) -> list[torch.device]:
 
 
 def check_group(group: dict[str, Any], shared: dict[str, Any]) -> None:
-    """The settings and parameters of a group; it may repeat what is `shared`, as in wrappers."""
+    """Checks a group's settings and parameters. It may repeat `shared` settings, as wrappers do."""
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     if not 0.0 <= group["lr"]:
@@ -152,15 +153,15 @@ def check_group(group: dict[str, Any], shared: dict[str, Any]) -> None:
 def checked_masks(
     params: list[Tensor], sparse: bool | Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """One mask a parameter, True where it is trained, or None for all of it."""
+    """One mask for each parameter: True where it is trained, or None to train all of it."""
     if isinstance(sparse, bool):
         return [p.detach() != 0 if sparse and p.dim() >= 2 else None for p in params]
     if not isinstance(sparse, (list, tuple)):
         raise ValueError(f"Invalid sparse: {sparse!r}; it must be True, False or a list of masks")
     if len(sparse) != len(params):
         raise ValueError(
-            f"Invalid sparse: {len(sparse)} masks for {len(params)} parameters; give one mask (or "
-            "None) a parameter, for each group its own list"
+            f"Invalid sparse: {len(sparse)} masks for {len(params)} parameters; give each group a "
+            "list with one mask (or None) for each of its parameters"
         )
     for p, mask in zip(params, sparse, strict=True):
         if mask is None:

@@ -1,8 +1,8 @@
-"""The (m, m) side of the dynamic algorithm: A⁻¹ for A = mλI + K, as rows of the window come and go.
+"""The (m, m) side of the dynamic algorithm: A⁻¹ for A = mλI + K, while rows of the window change.
 
 With the last m gradients as the rows of G (m, d), K = GGᵀ is their Gram matrix and λ the damping
-`damp`. Nothing here sees the window: when row j is replaced by g, k = Gg comes in and z = A⁻¹e_j
-goes out. All in float64. On CUDA a kernel does it, which waits for nothing.
+`damp`. This module does not access the window. When g replaces row j, it takes k = Gg and returns
+z = A⁻¹e_j. Everything is in float64. On CUDA one kernel does it and waits for nothing.
 """
 
 import math
@@ -16,11 +16,11 @@ __all__ = ["Coefficients", "factor"]
 
 TOLERANCE = 2e-5  # relative error of F⁻¹g, at most
 SINGLE, DOUBLE = 2.0**-23, 2.0**-52  # relative errors of products, at most
-ROUNDING = 1e-13  # of A'u, relative: what refinement would not make smaller
+ROUNDING = 1e-13  # relative error of A'u that refinement does not reduce
 
 
 def factor(A: Tensor) -> Tensor:
-    """L (m, m) of A = LLᵀ, all NaN if A is not positive definite.
+    """L (m, m) with A = LLᵀ. All NaN if A is not positive definite.
 
     Example:
         >>> factor(torch.tensor([[4.0, 0.0], [0.0, 9.0]]))
@@ -48,8 +48,8 @@ class Coefficients:
         self.P = torch.eye(m, dtype=torch.float64, device=device) / (m * damp)
 
     def invert(self, damp: float) -> bool:
-        """Computes P from K for damping λ = `damp`, O(m³). False, and nothing changes, if A is not
-        positive definite."""
+        """Computes P from K for damping λ = `damp`, O(m³). If A is not positive definite, returns
+        False and changes nothing."""
         A = self.K.clone()
         A.diagonal().add_(len(A) * damp)
         P = torch.cholesky_inverse(factor(A)).contiguous()  # kernels take rows
@@ -63,12 +63,12 @@ class Coefficients:
     ) -> tuple[Tensor, Tensor, Tensor | tuple[float, float]]:
         """Makes k (m,) row and column j = count mod m of K: O(m²).
 
-        Returns z = A⁻¹e_j (m,); whether it is accepted, 1 or 0; and the relative error of F⁻¹g, by
-        (5) for products in float64 (`exact`) or float32 with this `rounding`: (1,) on the device of
-        kernels, else with that for float32. Where it exceeds `TOLERANCE`, or k_j is not finite,
-        nothing changes and z is zero.
+        Returns z = A⁻¹e_j (m,), accepted (1 or 0), and the relative error of F⁻¹g by (5), for
+        products in float64 (`exact`) or in float32 with this `rounding`. Kernels return this error
+        as a tensor (1,) on their device. Elsewhere it is a pair with the error for float32. If the
+        error exceeds `TOLERANCE` or k_j is not finite, nothing changes and z is zero.
 
-        With ' for "without row and column j", and p = P[:, j] before the exchange,
+        Let ' mean "without row and column j", and p = P[:, j] before the exchange. Then
 
             P' = P − ppᵀ/p_j,   u = P'k' = A'⁻¹k',   s = A_jj − k'ᵀu,   ũ = u with ũ_j = −1
             P ← P' + ũũᵀ/s,     z = −ũ/s
@@ -99,8 +99,8 @@ class Coefficients:
         A_diagonal = K_diagonal + shift
         u = solve_without_j(others)
         image = self.K @ u
-        # One step of refinement, but where it would find rounding only: P'k' cancels for nearly
-        # parallel gradients, and P would keep that.
+        # One step of refinement, unless only rounding is left: P'k' cancels for nearly parallel
+        # gradients, and P would keep the error.
         r = residual()
         if not float((r.square() / A_diagonal).max()) < ROUNDING**2 * (k_j + shift):
             u += solve_without_j(r)
@@ -108,33 +108,34 @@ class Coefficients:
             r = residual()
         projected = float(others @ u)
         s = k_j + shift - projected  # Schur complement, s ≥ mλ
-        off = float((r.square() / A_diagonal).sum())  # ‖D⁻¹(e_j − Az)‖², as all below times s²
+        # All squares from here on are s² times those of the formulas, as u = −sz.
+        off = float((r.square() / A_diagonal).sum())  # ‖D⁻¹(e_j − Az)‖²
         image -= k
         image[j] = projected - k_j  # Kũ, with the new row of K
         u[j] = -1
         P_diagonal = self.P.diagonal() - p.square() / p[j] + u.square() / s
         P_diagonal[j] = 1 / s if s else 0
         trace, terms = float(P_diagonal @ A_diagonal), float(u.square() @ K_diagonal)
-        # zᵀKz may cancel to its own rounding error. Then nothing is known.
+        # zᵀKz may cancel down to its own rounding error. Then the error is unknown, and infinite.
         left = float(u @ image) - m * DOUBLE / 2 * terms
 
         errors = math.inf, math.inf
-        if k_j == 0:  # so that F⁻¹g is 0
+        if k_j == 0:  # then F⁻¹g is 0
             errors = 0.0, 0.0
         elif not math.isfinite(k_j):
             errors = math.nan, math.nan
         elif s > 0 and 0 < trace < math.inf and 0 < left < math.inf and off < math.inf:  # (5)
             float64 = (off * trace) ** 0.5 + terms**0.5 * DOUBLE * trace**0.5
             float32 = (off * trace) ** 0.5 + terms**0.5 * (
-                rounding * trace**0.5 + SINGLE / 8 * m**0.5
+                rounding * trace**0.5 + SINGLE / 2 * (1 + m / 16) ** 0.5
             )
             errors = (float64 if exact else float32) / left**0.5, float32 / left**0.5
         if not errors[0] <= TOLERANCE:
             return torch.zeros_like(k), torch.zeros_like(count), errors
 
         z = u / -s
-        # Equal factors on both sides keep P symmetric. Rounding leaves its row j as far off as p_j,
-        # which may be far larger than z.
+        # The same factors on both sides keep P symmetric. The error of its row j is a rounding of
+        # p_j, which may be far larger than z, so z overwrites this row.
         factors = torch.stack([p / p[j].sqrt(), u / s**0.5])
         self.P.addmm_(torch.stack([-factors[0], factors[1]], 1), factors)
         self.P[j] = self.P[:, j] = z

@@ -1,4 +1,4 @@
-"""What a window costs, before it is paid: memory, and bytes that a step moves."""
+"""The cost of a window, known in advance: its memory, and the bytes that a step moves."""
 
 import os
 import sys
@@ -22,8 +22,9 @@ def window_bytes(
 ) -> int:
     """Bytes on each of `world_size` devices for a window of `ngrads` gradients of `dim` weights.
 
-    m·d numbers of `dtype`, or, with `compress`, that part of them with 4 bytes each for its column,
-    and d for the error; 4 bytes for each scale of 8 and 16 bit floats; and 16m² for K and P.
+    A dense window has m·d numbers of `dtype`. A compressed one has the fraction `compress` of them,
+    each with 4 bytes for its column, and d numbers for the error. float16 and float8 have 4 bytes
+    for each scale. K and P take 16m² bytes.
 
     Example:
         >>> window_bytes(1024, 272_474)  # ResNet-20: 1.13 GB
@@ -44,12 +45,12 @@ def step_traffic(
     world_size: int = 1,
     sharded: bool = False,
 ) -> tuple[int, int]:
-    """Bytes that a step moves on each device: those read of the window, twice its part, and those
-    sent over the network. A CPU reads a compressed window three times.
+    """Bytes that a step moves on each device: (read from the window, sent over the network).
 
-    A ring of devices adds up m + 1 float64 numbers of each, 2m + 2 if compressed: products, and who
-    is present. The CPU adds a measured rounding. The ring also gathers the d float32 numbers of the
-    update, unless parameters are `sharded` like the window.
+    A step reads the device's part of the window twice. (A CPU reads a compressed one three times,
+    which is not counted.) A ring of devices adds up m + 1 float64 numbers, or 2m + 2 if compressed:
+    the products, and who is present. A CPU adds a measured rounding. The ring also gathers the d
+    float32 numbers of the update, unless parameters are `sharded` like the window.
 
     Example:
         >>> step_traffic(1024, 272_474)
@@ -62,7 +63,8 @@ def step_traffic(
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that this process can still allocate on `device`: of main memory, its share.
+    """Bytes that this process can still allocate on `device`. Main memory is divided by the number
+    of processes on this machine.
 
     Example:
         >>> available_memory(torch.device("cpu")) > 0
@@ -72,7 +74,7 @@ def available_memory(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     try:
-        import psutil  # which the scripts need, but M-FAC alone does not
+        import psutil  # the scripts require it, M-FAC alone does not
     except ImportError:
         return sys.maxsize
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -113,7 +115,7 @@ def _checked_sizes(
 
 
 def _row_bytes(d: int, dtype: torch.dtype, compress: float | None) -> int:
-    """Bytes of a gradient of d weights in the window."""
+    """Bytes that a gradient of d weights takes in the window."""
     if compress is None:
         return d * dtype.itemsize + (4 * -(-d // BLOCK) if dtype in SCALED else 0)
     blocks, rest = divmod(d, BLOCK)

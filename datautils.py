@@ -1,21 +1,21 @@
 """Data sets and loaders for image classification.
 
-`load(dataset)` takes the word "digits", for the handwritten digits that come with scikit-learn and
-need no network, or a path, and what lies there decides the kind:
+`load(dataset)` takes the word "digits" or a path. The handwritten digits come with scikit-learn and
+need no network. At a path there may be one of these:
 
-- `train/` and `test/` (or `val/`) with a folder of images a class, in any format that PIL reads;
-- the original files of CIFAR-10, CIFAR-100 or MNIST; with a path such as `data/cifar10` that does
-  not exist or is empty, they are downloaded to it.
+- `train/` and `test/` (or `val/`) with a folder of images for each class, in any format of PIL;
+- the original files of CIFAR-10, CIFAR-100 or MNIST. If a path such as `data/cifar10` does not
+  exist or is empty, they are downloaded to it.
 
-Sets whose images all have one size of at most 64x64 are decoded once to a uint8 tensor and
-augmented a batch at a time, on the device that the batches are for: random crops of the image
-padded with black, and mirroring where the mirror image is of the same class. What was decoded from
-many files is kept in the user's cache folder (`XDG_CACHE_HOME`, by default `~/.cache`), for as long
-as their names, sizes and times stay. Larger images are cropped to 224x224 as usual for ImageNet, in
-worker processes that decode and augment.
+If all images have one size of at most 64x64, they are decoded once to a uint8 tensor and augmented
+a batch at a time, on the device of the batches: random crops of the image padded with black, and
+mirroring if that keeps the class. If they come from many files, the decoded images stay in the
+user's cache folder (`XDG_CACHE_HOME`, by default `~/.cache`) until a file's name, size or time
+changes. Larger images are cropped to 224x224 as usual for ImageNet. Worker processes decode and
+augment them.
 
-Order and augmentation are a function of (seed, epoch) alone: they neither read nor change any
-global generator, so a resumed run gets the batches of an uninterrupted one without saved state.
+Order and augmentation depend only on the seed and the epoch. They neither read nor change a global
+generator, so a resumed run gets the batches of an uninterrupted one without saved state.
 """
 
 import contextlib
@@ -39,12 +39,12 @@ from torch.utils.data import DataLoader
 
 __all__ = ["Data", "DataError", "Loader", "load"]
 
-SMALL = 64  # pixels: sets with images up to this side are held in memory
+SMALL = 64  # pixels: images up to this side are held in memory
 PADDING = 4  # pixels: black margin from which small images are cropped
-CROP = 224  # pixels: side of what is cut from larger images
-SAMPLE = 1000  # training images read for the statistics of a set of larger ones
-CACHED = 10_000  # images: sets of at least so many small ones are kept decoded
-SHARED_MEMORY = "/dev/shm"  # through which worker processes hand over their batches
+CROP = 224  # pixels: side of the crops of larger images
+SAMPLE = 1000  # larger training images from which mean and standard deviation are computed
+CACHED = 10_000  # images: from this number on, decoded small images are cached
+SHARED_MEMORY = "/dev/shm"  # worker processes pass their batches through it
 
 # Published mean and standard deviation of each channel, for pixels from 0 to 1.
 CONSTANTS = {
@@ -70,7 +70,7 @@ Channels = tuple[float, ...]  # one figure a channel
 
 
 class DataError(ValueError):
-    """A data set that can't be used; the message is one sentence for the user."""
+    """The data set is unusable. The message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Pixels:
 @dataclass(frozen=True)
 class Files:
     """Images on disk: `paths` (N), `labels` int64 (N,), and two transforms from a PIL image to
-    uint8 (3, 224, 224), of which `random_view` draws from torch's global generator."""
+    uint8 (3, 224, 224). `random_view` draws from torch's global generator."""
 
     paths: list[str]
     labels: torch.Tensor
@@ -106,7 +106,7 @@ class Files:
             views = [self.central_view(image) for image in images]
         else:
             views = []
-            with torch.random.fork_rng(devices=[]):  # puts the global generator back at the end
+            with torch.random.fork_rng(devices=[]):  # restores the global generator
                 for image, seed in zip(images, draws[:, 0].tolist(), strict=True):
                     torch.default_generator.manual_seed(seed)
                     views.append(self.random_view(image))
@@ -118,8 +118,8 @@ class Files:
 class Data:
     """A data set for classification, as `load` returns it.
 
-    `shape` is (C, H, W) of the images that the loaders yield, always with three channels; `mean`
-    and `std` are those of each channel, for pixels from 0 to 1.
+    `shape` is (C, H, W) of the images that the loaders yield; C is always 3. `mean` and `std` are
+    the mean and standard deviation of each channel, for pixels from 0 to 1.
     """
 
     name: str
@@ -148,10 +148,10 @@ class Data:
         """Batches of the split "train" or "test", on `device`.
 
         `augment` and `shuffle` default to True for "train" and to False for "test". `workers`
-        processes read images that are not held in memory (default: one a core, at most 8). With
-        `part` = (i, n), batches are the i-th of n parts of each, which may be empty.
-        Raises ValueError for another split, or if `batch_size` is below 1, and DataError if there
-        is too little shared memory for as many workers.
+        processes read images that are not held in memory (default: one for each core, at most 8).
+        With `part` = (i, n), each batch is split into n parts and the loader yields the i-th, which
+        may be empty. Raises ValueError for another split or if `batch_size` is below 1, and
+        DataError if there is too little shared memory for this number of workers.
         """
         if split not in self.splits:
             raise ValueError(f"Unknown split {split!r}: choose 'train' or 'test'.")
@@ -159,7 +159,7 @@ class Data:
             raise ValueError(f"Invalid batch size {batch_size}: it must be at least 1.")
         training, source, device = split == "train", self.splits[split], torch.device(device)
         if isinstance(source, Pixels):
-            workers = 0  # a batch takes about a millisecond: a process would only add to that
+            workers = 0  # a batch takes about a millisecond; a process would only add to it
             images, labels = source.images.to(device), source.labels.to(device)
             source = replace(source, images=images, labels=labels)
         else:
@@ -179,13 +179,13 @@ class Data:
 
 
 def _find_workers(workers: int | None, batch_size: int) -> int:
-    """The number of worker processes, which need shared memory for two batches each. With too
-    little for `workers`, raises DataError; the default adapts, with a warning."""
+    """The number of worker processes. Each needs shared memory for two batches. If there is too
+    little, a given number raises DataError, and the default shrinks with a warning."""
     wanted = min(8, os.cpu_count() or 1) if workers is None else workers
     if wanted == 0 or not os.path.isdir(SHARED_MEMORY):
         return wanted
     free, size = shutil.disk_usage(SHARED_MEMORY).free, batch_size * 3 * CROP * CROP
-    most = max(0, (free // size - 1) // 2)  # one more is on its way to the device
+    most = max(0, (free // size - 1) // 2)  # one more batch is on its way to the device
     if most >= wanted:
         return wanted
     message = (
@@ -202,8 +202,8 @@ def _find_workers(workers: int | None, batch_size: int) -> int:
 class Loader:
     """Iterates over batches (images float32 (n, C, H, W) normalised, labels int64 (n,)).
 
-    Each iteration runs over all samples once; the last batch may be smaller. Until `set_epoch` is
-    called with another epoch, every iteration yields the same batches.
+    Each iteration runs over all samples once. The last batch may be smaller. Every iteration yields
+    the same batches until `set_epoch` sets another epoch.
     """
 
     def __init__(
@@ -235,7 +235,7 @@ class Loader:
         )
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order and the augmentation of the iterations that start from now on."""
+        """Sets the epoch, which determines order and augmentation of the following iterations."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -248,8 +248,8 @@ class Loader:
         return map(self._finished, self._by_workers(epoch))
 
     def _draw(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The order of the samples, and if augmented three random integers for each of them, where
-        the images are."""
+        """The order of the samples, and three random integers for each if they are augmented, on
+        the device of the images."""
         seed = np.random.SeedSequence([self.seed % 2**64, self.epoch]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(seed[0]))
         n, place = self.num_samples, self.source.labels.device
@@ -263,7 +263,7 @@ class Loader:
             epoch,
             batch_size=None,
             num_workers=self.workers,
-            generator=torch.Generator(),  # its own: otherwise it draws a seed from the global one
+            generator=torch.Generator(),  # otherwise it draws a seed from the global generator
             pin_memory=self.device.type == "cuda",
         )
         try:
@@ -277,9 +277,9 @@ class Loader:
             ) from error
 
     def _finished(self, batch: "Batch | DataError") -> Batch:
-        """The batch on the device, normalised; raises the error that came in its place."""
+        """The batch on the device, normalised. If it is an error, raises it."""
         if isinstance(batch, DataError):
-            raise DataError(str(batch))  # a new one: raising it would keep the workers alive
+            raise DataError(str(batch))  # a copy: raising `batch` would keep the workers alive
         images, labels = (x.to(self.device, non_blocking=True) for x in batch)
         return images.float().sub_(self.mean).div_(self.std), labels
 
@@ -310,14 +310,14 @@ class _Epoch:
         draws = None if self.draws is None else self.draws[batch]
         try:
             return self.source.batch(self.order[batch], draws)
-        except DataError as error:  # returned, because a worker would add its traceback to it
+        except DataError as error:  # returned, because a worker would append a traceback
             return error
 
 
 def load(dataset: str | Path = "digits") -> Data:
-    """The data set at the path `dataset`, or the embedded one for the word "digits".
+    """The data set at the path `dataset`, or the digits of scikit-learn for the word "digits".
 
-    Raises DataError if there is none that can be used.
+    Raises DataError if there is no usable data set.
     """
     if str(dataset) == "digits":
         return _load_digits()
@@ -334,8 +334,8 @@ def _load_path(path: Path) -> Data:
     originals = _find_originals(path)
     if len(originals) > 1:
         raise DataError(
-            f"The folder {path} holds the files of {' and of '.join(originals)}: give one of "
-            f"{', '.join(str(path / ORIGINALS[kind][1]) for kind in originals)}."
+            f"The folder {path} holds the files of {' and of '.join(originals)}: choose one, "
+            f"{' or '.join(str(path / ORIGINALS[kind][1]) for kind in originals)}."
         )
     if originals:
         return _load_original(*originals.popitem())
@@ -344,15 +344,15 @@ def _load_path(path: Path) -> Data:
     if not path.exists():
         raise DataError(f"There is no data set at {path}: check the path.")
     if not path.is_dir():
-        raise DataError(f"The data set {path} is a file: give a folder, unpacked if need be.")
+        raise DataError(f"The data set {path} is a file: give a folder; unpack an archive first.")
     raise DataError(
-        f"The folder {path} holds no data set: it needs train/ and test/ (or val/) with a folder "
-        f"of images a class, or the original files of CIFAR-10, CIFAR-100 or MNIST."
+        f"The folder {path} holds no data set: it needs train/ and test/ (or val/), each with a "
+        f"folder of images for each class, or the original files of CIFAR-10, CIFAR-100 or MNIST."
     )
 
 
 def _find_originals(path: Path) -> dict[str, Path]:
-    """The root of each set whose original files lie in `path` or in the folder below it."""
+    """The root of each set with its original files in `path` or in the folder below it."""
     return {
         kind: root
         for kind, (_, folder) in ORIGINALS.items()
@@ -362,12 +362,12 @@ def _find_originals(path: Path) -> dict[str, Path]:
 
 
 def _plain(name: str) -> str:
-    """Lower-case letters and digits of a name: "CIFAR-10" and "cifar10" are the same."""
+    """The letters and digits of a name in lower case: "CIFAR-10" becomes "cifar10"."""
     return re.sub("[^a-z0-9]", "", name.lower())
 
 
 def _awaits_download(path: Path) -> bool:
-    """True for a folder that is absent, empty, or holds the archives of a broken download only."""
+    """True for a folder that is absent, empty, or holds only archives of a broken download."""
     return not path.exists() or (path.is_dir() and all(p.suffix == ".gz" for p in path.iterdir()))
 
 
@@ -403,13 +403,13 @@ def _load_original(kind: str, root: Path) -> Data:
                 original = dataset(str(root), train=split == "train", download=True)
         except Exception as error:  # URLError, RuntimeError, PermissionError, EOFError, …
             raise DataError(
-                f"The files of {kind} can be neither read from nor downloaded to {root} "
+                f"The files of {kind} can't be read from {root} or downloaded to it "
                 f"({_one_line(error)}): copy them there, or check the network and the path."
             ) from error
         images = torch.as_tensor(original.data)
         if images.ndim == 4:
             images = images.permute(0, 3, 1, 2).contiguous()
-        else:  # MNIST's one channel serves as three, without taking three times the memory
+        else:  # MNIST's single channel serves as three without further memory
             images = images[:, None].expand(-1, 3, -1, -1)
         splits[split] = images, torch.as_tensor(original.targets)
     return _in_memory(kind, list(original.classes), splits)
@@ -421,7 +421,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _load_folders(path: Path) -> Data:
-    """A set in class folders, held in memory if its images are small."""
+    """A data set of class folders, held in memory if its images are small."""
     train = path / "train"
     classes = _class_names(train)
     if not classes:
@@ -431,15 +431,15 @@ def _load_folders(path: Path) -> Data:
     test = next((d for d in folders if {*_class_names(d)} & {*classes}), None)
     if test is None:
         raise DataError(
-            f"The data set {path} has no test/ or val/ with a folder of images for each class of "
-            f"train/, of the same name: sort the images that are there into such folders."
+            f"The data set {path} has no test/ or val/ with the class folders of train/: sort its "
+            f"test images into folders with these names."
         )
     for one, other in ((train, test), (test, train)):
         extra = sorted(set(_class_names(one)) - set(_class_names(other)))
         if extra:
             raise DataError(
-                f"The classes differ: {one} has {_some(extra)}, which {other} lacks; "
-                f"both need the same class folders."
+                f"The classes differ: {one} has {_some(extra)}, but {other} does not; "
+                f"give both the same class folders."
             )
     files = {"train": _list_images(train, classes), "test": _list_images(test, classes)}
     firsts = [paths[0] for by_class in files.values() for paths in by_class]
@@ -465,13 +465,13 @@ def _class_names(folder: Path) -> list[str]:
 
 
 def _some(names: list[str]) -> str:
-    """The first three names, and how many more there are."""
+    """The first three names, and the number of further ones."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(map(repr, names[:3])) + more
 
 
 def _list_images(folder: Path, classes: list[str]) -> list[list[str]]:
-    """The image files of each class, sorted, also from folders inside the class folder."""
+    """The image files of each class, sorted, including those in nested folders."""
     extensions = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files = []
     for name in classes:
@@ -490,13 +490,13 @@ def _list_images(folder: Path, classes: list[str]) -> list[list[str]]:
 
 
 def _read_image(path: str, header_only: bool = False) -> Image.Image:
-    """The image in a file, as RGB; with `header_only` its pixels are not decoded."""
+    """The image in a file, as RGB. With `header_only`, its pixels are not decoded."""
     try:
         with Image.open(path) as image:
             if not header_only and image.mode.startswith(("I", "F")):
                 raise DataError(
-                    f"The image {path} has pixels of more than 8 bits (mode {image.mode}), which "
-                    f"would be cut off: convert it to 8 bits."
+                    f"The image {path} has pixels of more than 8 bits (mode {image.mode}), but "
+                    f"only 8 bits are read: convert it to 8 bits."
                 )
             return image if header_only else image.convert("RGB")
     except DataError:
@@ -509,7 +509,7 @@ def _read_image(path: str, header_only: bool = False) -> Image.Image:
 
 @functools.cache
 def _jpeg_decoder() -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """That of torchvision, which announces its removal; None where it is gone."""
+    """torchvision's decoder, or None. torchvision has announced that it will remove it."""
     try:
         from torchvision.io import decode_jpeg  # here, because its import takes a second
     except ImportError:
@@ -520,7 +520,7 @@ def _jpeg_decoder() -> Callable[[torch.Tensor], torch.Tensor] | None:
 def _read_pixels(path: str) -> torch.Tensor:
     """The image in a file, as uint8 (3, H, W)."""
     if path.lower().endswith((".jpg", ".jpeg")) and (decode_jpeg := _jpeg_decoder()):
-        # The same pixels as PIL in a third of the time. Files that it can't decode go to PIL.
+        # It gives the pixels of PIL in a third of the time. PIL decodes the files that it can't.
         with contextlib.suppress(OSError, RuntimeError):
             pixels = decode_jpeg(torch.from_numpy(np.fromfile(path, dtype=np.uint8)))
             if len(pixels) in (1, 3):
@@ -536,9 +536,8 @@ def _decode(paths: list[str], size: tuple[int, int]) -> torch.Tensor:
         pixels = _read_pixels(path)
         if pixels.shape != image.shape:
             raise DataError(
-                f"The image {path} is {pixels.shape[2]}x{pixels.shape[1]} where others are "
-                f"{width}x{height}: images up to {SMALL}x{SMALL} must all have one size, so "
-                f"resize it."
+                f"The image {path} is {pixels.shape[2]}x{pixels.shape[1]}, but others are "
+                f"{width}x{height}; images up to {SMALL}x{SMALL} must all have one size: resize it."
             )
         image.copy_(pixels)
     return images
@@ -547,7 +546,7 @@ def _decode(paths: list[str], size: tuple[int, int]) -> torch.Tensor:
 def _decoded(
     path: Path, files: dict[str, list[str]], size: tuple[int, int]
 ) -> dict[str, torch.Tensor]:
-    """The images of each split, from the cache if no file has changed, else decoded."""
+    """The images of each split: from the cache if no file has changed, otherwise decoded."""
     if sum(map(len, files.values())) < CACHED:
         return {split: _decode(paths, size) for split, paths in files.items()}
     key = hashlib.sha256()
@@ -556,9 +555,9 @@ def _decoded(
             status = os.stat(file)
             key.update(f"{split} {file} {status.st_size} {status.st_mtime_ns}\n".encode())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mfac")
-    place = hashlib.sha256(str(path).encode()).hexdigest()[:16]  # one file a set, old or new
+    place = hashlib.sha256(str(path).encode()).hexdigest()[:16]  # one cache file for each data set
     cache = folder / f"{path.name}-{place}.npz"
-    # A cache that can't be read is replaced; a folder that can't be written to is left alone.
+    # An unreadable cache file is replaced. A folder that is not writable is left alone.
     unreadable = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
     with contextlib.suppress(*unreadable), np.load(cache) as saved:
         if saved["key"] == key.hexdigest():
@@ -614,14 +613,14 @@ def _on_disk(
 
 
 def _mirrors(name: str) -> bool:
-    """Whether a mirrored image keeps its class: not for digits, where a 2 would look like a 5."""
+    """Whether a mirrored image keeps its class. It does not for digits: a 2 looks like a 5."""
     return not any(word in _plain(name) for word in ("digit", "mnist", "svhn"))
 
 
 def _published(
     name: str, classes: list[str], shape: tuple[int, ...]
 ) -> tuple[Channels, Channels] | None:
-    """The published mean and standard deviation, if the name or the classes tell the set."""
+    """The published mean and standard deviation, if name or classes identify the data set."""
     name = _plain(name)
     if shape[1:] == (CROP, CROP):
         imagenet = all(re.fullmatch(r"n\d{8}", wordnet_id) for wordnet_id in classes)
@@ -640,7 +639,7 @@ def _published(
 def _statistics(images: torch.Tensor) -> tuple[Channels, Channels]:
     """Mean and standard deviation of each channel of uint8 images (N, 3, H, W), in units of 255.
 
-    They come from the histogram, which is exact and takes little memory.
+    They are computed from the histogram, which is exact and takes little memory.
     """
     values = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
@@ -650,15 +649,16 @@ def _statistics(images: torch.Tensor) -> tuple[Channels, Channels]:
         mean = share @ values
         variance = share @ (values - mean) ** 2
         means.append(mean.item())
-        stds.append(max(variance.sqrt().item(), 1 / 255))  # a constant channel divides by no zero
+        stds.append(max(variance.sqrt().item(), 1 / 255))  # not 0 for a constant channel
     return tuple(means), tuple(stds)
 
 
 def _crop_and_flip(images: torch.Tensor, draws: torch.Tensor, flip: bool) -> torch.Tensor:
-    """A random HxW window of each image (n, C, H, W) padded with black, mirrored or not if `flip`.
+    """A random HxW window of each image (n, C, H, W) padded with black. With `flip`, half of them
+    are mirrored.
 
-    One gather moves each pixel to its place: `draws`, random integers (n, 3), give the window's top
-    and left and whether to mirror.
+    The random integers `draws` (n, 3) give the top and left of the window and whether to mirror.
+    One gather moves each pixel to its place.
     """
     n, channels, height, width = images.shape
     top, left = (draws[:, :2] % (2 * PADDING + 1)).T

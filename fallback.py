@@ -98,38 +98,36 @@ class Fallback:
         for group in groups:
             if group["algorithm"] != "mfac":
                 params = [p for p in group["params"] if p.grad is not None]
-                self.parts.append(
-                    (group, params, [_laid_out(local(p.grad), local(p)) for p in params])
-                )
-        self.found: Tensor | None = None  # 1 if a gradient has NaN or Inf, else 0
-        grads = [g for _, _, grads in self.parts for g in grads if g.numel()]
-        if grads:
-            largest = torch._foreach_norm(grads, torch.inf)
-            norms = torch.stack([x.to(device, torch.float32) for x in largest])
-            self.found = (~norms.isfinite().all()).float()
+                grads = [_laid_out(local(p.grad), local(p)) for p in params]
+                if params:
+                    self.parts.append((group, params, grads))
+        self.finite: float | Tensor = 1.0  # 0 if a gradient has NaN or Inf
+        every = [g for _, _, grads in self.parts for g in grads if g.numel()]
+        if every:
+            largest = torch.stack([x.to(device) for x in torch._foreach_norm(every, torch.inf)])
+            self.finite = largest.isfinite().all().float()
 
     def guard_(self, g: Tensor) -> Tensor:
         """g (d,), whose first number becomes NaN if a gradient here has NaN or Inf, so that the
         window refuses the step, too."""
-        if self.found is not None:
-            g[:1] += (0 / (1 - self.found)).to(g)
+        if self.parts:
+            g[:1] += 0 / self.finite
         return g
 
     def step(self, taken: float | Tensor = 1) -> None:
-        """The step itself; none where `taken`, or 1 if no gradient here has NaN or Inf, is 0."""
+        """The step itself; none where `taken` is 0, or a gradient here has NaN or Inf."""
         for group, params, grads in self.parts:
-            if not params:
-                continue
-            assert self.found is not None
             weights, fused = [local(p) for p in params], params[0].is_cuda
-            if not fused and bool(self.found):
+            if not fused and not bool(taken * self.finite):
                 continue
             entries = [prepare(group, p, self.state) for p in params]
             buffers = [[local(x[name]) for x in entries] for name in _names(group)]
             how: dict[str, Any] = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
             how |= {"maximize": group["maximize"], "foreach": False, "fused": fused}
             if fused:  # which leaves everything as it is where found_inf is 1
-                how["found_inf"] = 1 - (1 - self.found) * taken
+                how["found_inf"] = 1 - torch.as_tensor(
+                    taken * self.finite, dtype=torch.float32, device=params[0].device
+                )
             if group["algorithm"] == "adamw":
                 steps, means, squares = buffers
                 beta1, beta2 = group["betas"]

@@ -342,7 +342,9 @@ class GradientCollector:
             with torch.enable_grad():
                 loss = self._loss(batch)
                 grads = torch.autograd.grad(loss, self.params, materialize_grads=True)
-            parts = [grad.to_dense().view(1, -1) for grad in grads]  # sparse ones of an Embedding
+            parts = [
+                grad.to_dense().reshape(1, -1) for grad in grads
+            ]  # sparse ones of an Embedding
         else:
             with torch.enable_grad():
                 parts = self.samples(batch)

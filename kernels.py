@@ -1,12 +1,13 @@
-"""The CUDA kernels of hinv_cuda_kernel.cu for a device: one source, two ways in.
+"""Loads the CUDA kernels of hinv_cuda_kernel.cu for a device, in one of two ways.
 
-Where the extension hinv_cuda is installed, it is taken. Elsewhere the same file is compiled at
-first use by NVRTC, which torch's CUDA builds bring along with `cuda.bindings`; that takes ten
-seconds, and the result is kept on disk. Where neither works, torch operations do the same. One
-debug line of the logger `optim` says which.
+If the extension hinv_cuda is installed, it is used. Otherwise NVRTC compiles the same file at first
+use, which takes ten seconds, and the result stays on disk. NVRTC and `cuda.bindings` come with
+torch's CUDA builds. If neither works, torch operations do the same. A debug line of the logger
+`optim` says which of the three is in use.
 
-hinv_cuda.cpp says what the functions do. They work on the current stream and never wait for it; a
-CUDA graph can capture them. What changes with each step (`count`, `accepted`) is on the device.
+hinv_cuda.cpp documents the functions. They run on the current stream and never wait for it, so a
+CUDA graph can capture them. Numbers that change with each step (`count`, `accepted`) are on the
+device.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ logger = logging.getLogger("optim")
 SOURCE = Path(__file__).with_name("hinv_cuda_kernel.cu")
 KERNELS = ["window_times", "window_transposed_times", "sparse_times", "sparse_transposed_times"]
 KERNELS += ["largest_entries"]
-# As in the source: the types of windows, threads of a block, what a block has of G, scratch memory.
+# As in the source: types of windows, threads of a block, a block's share of G, scratch memory.
 FORMATS = {
     torch.float32: "Float32",
     torch.bfloat16: "BFloat16",
@@ -44,12 +45,11 @@ FORMATS = {
 WITH_SCALES = "Float16", "Float8"
 THREADS, BYTES, SPARSE_COLUMNS, BLOCK = 256, 512, 512, 4096
 SCRATCH, SPARSE_PARTS = 2**16, 128
-TOGETHER = "exchange", "window_times", "sparse_times"  # their blocks meet in grid.sync()
+TOGETHER = "exchange", "window_times", "sparse_times"  # these call grid.sync()
 
 
 def cuda_kernels(device: torch.device) -> Any:
-    """The kernels for a CUDA device, as an object with the functions of `Compiled`; None where
-    there are none.
+    """An object with the functions of `Compiled` for a CUDA device. None if there are no kernels.
 
     Example:
         >>> cuda_kernels(torch.device("cpu")) is None
@@ -62,13 +62,13 @@ def cuda_kernels(device: torch.device) -> Any:
 def _kernels(device: torch.device) -> Any:
     try:
         extension = setup_cuda.installed()
-        logger.debug("CUDA kernels: those of %s", extension.__file__)
+        logger.debug("CUDA kernels: from %s", extension.__file__)
         return extension
-    except ImportError as error:  # also one from elsewhere, or built for another torch
+    except ImportError as error:  # not installed, another module, or built for another torch
         why = error
     try:
         kernels = Compiled(device)
-    except Exception as error:  # whatever it is, torch operations do the same
+    except Exception as error:  # torch operations do the same, whatever is wrong
         logger.debug("CUDA kernels: none (%s; NVRTC: %r), torch operations instead", why, error)
         return None
     logger.debug("CUDA kernels: compiled by NVRTC (%s)", why)
@@ -85,9 +85,9 @@ class Compiled:
         symbols, binary = compiled(10 * properties.major + properties.minor)
         self.driver, self.device = driver, device
         self.functions: dict[str, Any] = {}
-        self.resident: dict[str, int] = {}  # how many blocks the device holds at once
+        self.resident: dict[str, int] = {}  # number of blocks that the device holds at once
         with torch.cuda.device(device):
-            torch.cuda.synchronize()  # makes the context that modules are loaded into
+            torch.cuda.synchronize()  # creates the context, into which modules are loaded
             module = _checked(driver.cuModuleLoadData(binary))
             for name, symbol in symbols.items():
                 function = _checked(driver.cuModuleGetFunction(module, symbol.encode()))
@@ -191,7 +191,7 @@ class Compiled:
         return u
 
     def _launch(self, name: str, blocks: int, *arguments: Tensor | float | None) -> None:
-        """Parameters of kernels are pointers, integers and doubles."""
+        """Launches a kernel. Its parameters are pointers, integers and doubles."""
         values = tuple(
             a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments
         )
@@ -213,8 +213,8 @@ def _real(window: Tensor) -> torch.dtype:
 
 
 def compiled(architecture: int) -> tuple[dict[str, str], bytes]:
-    """The kernels for a compute capability times 10, from the cache if they are there: the symbol
-    of each in the binary, and the binary."""
+    """The kernels for 10 times a compute capability, from the cache if possible: the symbol of each
+    kernel in the binary, and the binary."""
     nvrtc = importlib.import_module("cuda.bindings.nvrtc")
     source = SOURCE.read_bytes()
     key = repr((source, architecture, _checked(nvrtc.nvrtcVersion())))
@@ -224,7 +224,7 @@ def compiled(architecture: int) -> tuple[dict[str, str], bytes]:
         header, binary = kept.read_bytes().split(b"\n", 1)
         return json.loads(header), binary
     symbols, binary = _compile(nvrtc, source, f"--gpu-architecture=sm_{architecture}")
-    with contextlib.suppress(OSError):  # a cache that cannot be written is none
+    with contextlib.suppress(OSError):  # without a writable folder there is no cache
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             file.write(json.dumps(symbols).encode() + b"\n" + binary)
@@ -251,7 +251,8 @@ def _compile(nvrtc: Any, source: bytes, *options: str) -> tuple[dict[str, str], 
 
 
 def _checked(result: tuple) -> Any:
-    """What a function of cuda.bindings returns beside its status, which must be 0."""
+    """The values that a function of cuda.bindings returns after its status. Raises RuntimeError if
+    the status is not 0."""
     status, *values = result
     if status:
         raise RuntimeError(str(status))

@@ -68,7 +68,9 @@ def split_into_portions(
     """
     if portions is None:
         return [list(sizes)]
-    if isinstance(portions, Iterable) and not isinstance(portions, (str, Mapping)):
+    if isinstance(portions, (str, Mapping)):
+        raise ValueError(f"Invalid portions: {portions!r}; it must be a number, or a list of names")
+    if isinstance(portions, Iterable):
         found = matching_once(sizes, "portions", portions)
         if left_out := sizes.keys() - {name for names in found for name in names}:
             raise ValueError(f"Invalid portions: no entry matches {min(left_out)}; all must be in")

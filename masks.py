@@ -275,6 +275,8 @@ class MagnitudePruner:
         tensor([[ 0.,  0.,  3., -4.]])
     """
 
+    _once = False  # whether one level only is pruned with what is computed
+
     def __init__(
         self,
         model: nn.Module,
@@ -531,7 +533,6 @@ class MagnitudePruner:
             if {name: getattr(value, "shape", None) for name, value in saved.items()} != shapes:
                 raise ValueError(f"The saved {part} belong to other parameters than this pruner's")
 
-    _once = False  # whether this is a portion, which is pruned once
     START: tuple[str, ...] = ()  # parts of a state that may be empty or have an entry a parameter
 
     def _write(

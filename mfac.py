@@ -2,8 +2,9 @@
 
     from mfac import MFAC, MFACPruner
 
-In a clone this file lies beside the others. `pip install .` makes it the package that they are in:
-`optim` becomes `mfac.optim`. The names below are those of `mfac` in both.
+In a clone, this file lies beside the other modules. `pip install .` turns all of them into one
+package: `optim` becomes `mfac.optim`, and this file is the package itself. `mfac` has the names
+below in both.
 
 Example:
     >>> import torch, mfac

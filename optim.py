@@ -44,7 +44,8 @@ from coefficients import DOUBLE, SINGLE, TOLERANCE, Coefficients, factor
 from control import Control, squared_norms
 from costs import check_memory, step_traffic, window_bytes
 from fallback import Fallback
-from flat import Flat, FlatOptimizer, is_trained, mask_of
+from flat import Flat, is_trained, mask_of
+from parameter_groups import GroupedOptimizer
 from precision import DampTooSmallError, NonFiniteGradientError, Precision
 from ranks import Ranks, find_process_group
 from recovery import Recovery
@@ -279,7 +280,7 @@ def _gram(window: Window, ranks: Ranks) -> Tensor:
     return ranks.sum(gram(window.tiles()))
 
 
-class MFAC(FlatOptimizer):
+class MFAC(GroupedOptimizer):
     """Preconditions the gradient with the inverse empirical Fisher of the last `ngrads` gradients.
 
     For each parameter w with gradient g, group by group,
@@ -413,8 +414,8 @@ class MFAC(FlatOptimizer):
             u = self.flat.spread(u)
             taken: Any = self.fisher.accepted.to(u.dtype) if u.is_cuda else 1  # 0: nothing moves
             for segment, group in segments:
-                self._control.scale_(u[segment.span], self.fisher, group["lr"])
                 step, lr = u[segment.span], group["lr"]
+                self._control.scale_(step, self.fisher, lr)
                 decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0
                 if group["momentum"] != 0 or decay != 0:
                     lr = lr * taken

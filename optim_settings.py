@@ -94,7 +94,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("optimizer").add_argument
     text = "muon is for comparison, and has AdamW for what is no matrix; default: mfac"
     add("--optim", choices=OPTIMIZERS, help=text)
-    compressed = f"with --compress {COMPRESSED['lr']:g}"  # and so is --damp
+    compressed = f"mfac with --compress {COMPRESSED['lr']:g}"  # and so is --damp
     add("--lr", type=POSITIVE, help=f"learning rate at the start; {default('lr')}, {compressed}")
     text = f"of sgd; of mfac and muon, as an exponential moving average; {default('momentum')}"
     add("--momentum", type=FRACTION, help=text)

@@ -1,16 +1,17 @@
-"""How far off F⁻¹g is, and what follows: go on, fall back to float64, or refuse the gradient.
+"""Estimates the error of F⁻¹g, then goes on, falls back to float64, or refuses the gradient.
 
-K (m, m) is summed from rounded products, so that its entries are off by up to r‖gᵢ‖‖gₗ‖. With
-A = mλI + K, P = A⁻¹, D = diag(A)^½, the error of u = mGᵀz, A z = e_j, is δu = −m GᵀP δK z. Since
-‖GᵀP^½‖ ≤ 1, and ‖P^½D‖² ≤ Σᵢ PᵢᵢAᵢᵢ, for independent roundings
+K (m, m) is a sum of rounded products, so its entries have errors of up to r‖gᵢ‖‖gₗ‖. With
+A = mλI + K, P = A⁻¹ and D = diag(A)^½, the error of u = mGᵀz, A z = e_j, is δu = −m GᵀP δK z.
+‖GᵀP^½‖ ≤ 1 and ‖P^½D‖² ≤ Σᵢ PᵢᵢAᵢᵢ, so for independent roundings
 
     ‖δu‖/‖u‖ ≲ (r (Σᵢ PᵢᵢAᵢᵢ)^½ + q) (Σᵢ zᵢ²Kᵢᵢ / zᵀKz)^½                             (5)
 
-where the root of the trace says how nearly parallel gradients are, and the last factor how much
-cancels in Gᵀz, which is itself off by q. The residual e_j − Az of the solve enters in the place of
-δK z. In float64, r = 2⁻⁵², and q is nothing beside it. In float32, q = 2⁻²⁶m^½ for sums of m terms,
-and r is measured: short sums err by 0.02 to 1 unit roundoff, depending on the gradients, so one
-entry of each k is computed both ways, and r is twice the root mean square of the difference.
+The root of the trace measures how nearly parallel the gradients are. The last factor measures the
+cancellation in Gᵀz, and q is the relative error of this product. The residual e_j − Az of the solve
+takes the place of δK z. In float64, r = 2⁻⁵² and q is negligible. In float32, q = 2⁻²⁴(1 + m/16)^½,
+for z as it is rounded and sums of m terms, and r is measured, because the error of short sums
+depends on the gradients: it is 0.02 to 1 unit roundoff. One entry of each k is computed in both
+types. r is twice the root mean square of the difference.
 """
 
 import math
@@ -25,11 +26,11 @@ from coefficients import SINGLE, TOLERANCE, Coefficients
 
 __all__ = ["DampTooSmallError", "NonFiniteGradientError", "Precision"]
 
-UNREAD = 4  # exchanges on CUDA, at most, that the host is ahead
+UNREAD = 4  # exchanges on CUDA with unread results, at most, unless the host waits
 
 
 class NonFiniteGradientError(ValueError):
-    """A gradient with NaN or Inf was refused; the window is as it was.
+    """A gradient with NaN or Inf was refused. The window has not changed.
 
     Example:
         >>> from optim import DynamicInverseFisher
@@ -43,7 +44,7 @@ class NonFiniteGradientError(ValueError):
 
 
 class DampTooSmallError(ValueError):
-    """λ is too small for these gradients, even in float64; the window is as it was.
+    """λ is too small for these gradients, even in float64. The window has not changed.
 
     Example:
         >>> from optim import DynamicInverseFisher
@@ -58,16 +59,16 @@ class DampTooSmallError(ValueError):
 
 
 class Precision:
-    """Sees to it that results are within `TOLERANCE`, in the fastest arithmetic that does.
+    """Keeps the error of results within `TOLERANCE`, with the fastest arithmetic that suffices.
 
-    On the CPU products start in float32. Where (5) is too large, they fall back to float64 for at
-    least the rest of a round of m gradients. On CUDA all is float64, and what an exchange found out
-    is read by one of the next calls, so that nobody waits for the device.
+    On the CPU, products start in float32. If (5) is too large, they fall back to float64 for at
+    least the rest of a round of m gradients. On CUDA everything is float64. One of the next calls
+    reads the error of an exchange, so nothing waits for the device.
 
     Args:
         side: K and P.
-        gram: computes K in float64, anew from the window, O(dm²).
-        always_exact: float64 from the start.
+        gram: recomputes K in float64 from the window, O(dm²).
+        always_exact: use float64 from the start.
     """
 
     def __init__(self, side: Coefficients, gram: Callable[[], Tensor], always_exact: bool):
@@ -75,21 +76,21 @@ class Precision:
         self.always_exact = self.exact = always_exact
         self.interrupted = False  # while K and the window may disagree, as after an exception
         self._mean_square, self._measured = (SINGLE / 4) ** 2, 0  # of roundings in float32
-        self._largest = 0.0  # error in this round, as it is or would be in float32
-        self.nonfinite = 0  # gradients in a row that were not finite
-        self._fresh = True  # whether P has been computed from K as it is
+        self._largest = 0.0  # largest error of this round, as estimated for float32
+        self.nonfinite = 0  # consecutive gradients that were not finite
+        self._fresh = True  # whether P was computed from the present K
         self._unread: deque[tuple[Tensor, torch.cuda.Event, bool | None]] = deque()
 
     def exchange(
         self, products: Callable[[bool], Tensor], count: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """z, whether it is accepted, and the second row of products, if they have two.
+        """Returns z, whether it is accepted, and the second row of products, if there are two.
 
-        `products` computes them, from exact products or not.
+        `products(exact)` computes the products, in float64 if `exact`.
 
         Raises:
-            NonFiniteGradientError, DampTooSmallError: nothing has changed. On CUDA z is zero, and
-                a later `settle` raises.
+            NonFiniteGradientError, DampTooSmallError: nothing has changed. On CUDA, z is zero
+                instead, and a later `settle` raises.
         """
         m = len(self.side.K)
         if not self.always_exact and int(count) % m == 0:
@@ -112,23 +113,23 @@ class Precision:
 
     @property
     def rounding(self) -> float:
-        """r in float32"""
+        """r of products in float32."""
         return 2 * self._mean_square**0.5
 
     def _measure(self, difference: float, squares: float) -> None:
-        """Takes the error of an entry of K, relative to the norms of its gradients, of which
-        `squares` is the product of squares, into the mean over about max(m, 32) of them."""
+        """Adds a measured error of an entry of K to the mean over about max(m, 32) of them. It is
+        relative to the norms of the two gradients; `squares` is the product of their squares."""
         if 0 < squares < math.inf and math.isfinite(difference):
             self._measured = min(self._measured + 1, max(32, len(self.side.K)))
             mean = self._mean_square
             self._mean_square += (difference**2 / squares - mean) / (self._measured + 1)
 
     def settle(self, wait: bool = True) -> None:
-        """Reads what exchanges on CUDA found out, and repairs what was interrupted. Unless it is to
-        `wait`, the last few exchanges may be left unread.
+        """Reads the errors of exchanges on CUDA, and repairs K after an interruption. Without
+        `wait`, the last few exchanges may stay unread.
 
         Raises:
-            NonFiniteGradientError, DampTooSmallError: of such an exchange.
+            NonFiniteGradientError, DampTooSmallError: from such an exchange.
         """
         if self.interrupted:
             self.rebuild()
@@ -144,20 +145,20 @@ class Precision:
                 self.recover()
 
     def state_dict(self) -> dict[str, float]:
-        """What the choice between float32 and float64 goes by."""
+        """The measurements that decide between float32 and float64."""
         names = ("_mean_square", "_measured", "_largest")
         return {name: float(getattr(self, name)) for name in names}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Takes what `state_dict` gave."""
+        """Loads the result of `state_dict`."""
         vars(self).update({name: state.get(name, 0.0) for name in self.state_dict()})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_unread": deque()}  # events can't be copied
 
     def set_damp(self, damp: float) -> None:
-        """Makes `damp` λ, or raises DampTooSmallError and keeps the one that is."""
-        # Verdicts about the λ that goes count no more, but those about gradients do.
+        """Sets λ to `damp`. Raises DampTooSmallError and keeps the present λ if it is too small."""
+        # Unread errors of the old λ no longer matter, but gradients with NaN or Inf still count.
         self._unread = deque((errors, arrived, None) for errors, arrived, _ in self._unread)
         self._invert(damp)
 
@@ -166,7 +167,7 @@ class Precision:
         self._invert(self.side.damp, anew=True)
 
     def forget(self) -> None:
-        """Drops what has been found out about exchanges, as their window is replaced."""
+        """Drops the unread errors, because another window replaces this one."""
         self._unread.clear()
         self.interrupted, self._fresh, self._largest = False, False, 0.0
 
@@ -175,7 +176,7 @@ class Precision:
         raise DampTooSmallError(self._advice(self.side.damp))
 
     def recover(self) -> None:
-        """After a result that is too far off: computes K anew in float64, or else P anew from K."""
+        """Reduces an error that is too large: recomputes K in float64, or else P from K."""
         if self.exact and self._fresh:
             self.refuse()
         self._invert(self.side.damp, anew=not self.exact)
@@ -199,12 +200,12 @@ class Precision:
         )
 
     def _new_round(self) -> None:
-        """Goes back to float32 if that would have done for the last m gradients."""
+        """Returns to float32 if that would have sufficed for the last m gradients."""
         self.exact &= not self._largest < 0.75 * TOLERANCE
         self._largest = 0.0
 
     def _accepts(self, errors: Tensor | tuple[float, float]) -> bool:
-        """Whether the exchange stands. On CUDA that is left to `settle`, and True."""
+        """Whether the exchange is good. On CUDA this is True, and `settle` decides later."""
         if isinstance(errors, tuple):
             return self._judge(*errors)
         if not errors.is_cuda:

@@ -36,7 +36,6 @@ Information", NeurIPS 2021, arXiv 2107.03356, sections 3.1 (static algorithm) an
 """
 
 import copy
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any
@@ -68,7 +67,7 @@ from masks import MagnitudePruner, WeightsAlive, check_model
 from memory import check_sizes, gradient_buffer, inverse_bytes
 from pages import Pages
 from ranks import Ranks, find_process_group, or_default
-from reports import Reporter
+from reports import Reporter, timed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -359,13 +358,12 @@ class MFACPruner(MagnitudePruner):
     F⁻¹ is of the weights alive, at the last recomputation: done before the first pruning, by
     `recompute`, and whenever the parameters in `masks`, others are not watched, have changed since
     the pruner last wrote them. Until the next one, every level is pruned from the weights of that
-    recomputation, not from the level before. Memory: see `inverse_bytes`; F⁻¹ is kept between
-    levels, until `release`.
+    recomputation, not from the level before. F⁻¹ is kept until `release`, see `inverse_bytes`.
 
     Args:
         model, params, ignore, scope, pattern, masks, keep_zeros: as for `MagnitudePruner`.
-        portions: likewise; each has its own F⁻¹, one in memory at a time, of the model that those
-            before have left, and every level starts from the level before.
+        portions: likewise; each has an F⁻¹ of its own, of the model that those before have left,
+            one in memory at a time; and every level starts from the level before.
         loader: yields batches, each of which makes one gradient; see `gradients.Batches`.
         loss: the mean loss of a batch, loss(model, batch), by default the cross entropy of
             (inputs, targets).
@@ -447,8 +445,7 @@ class MFACPruner(MagnitudePruner):
         self.blocksize, self.perbatch = blocksize, perbatch
         if rounds > 1 and update != "joint":
             raise ValueError(f"rounds = {rounds} goes with update='joint' only, not {update!r}")
-        wide = any(p.dtype == torch.float64 for p in params_now)
-        suitable = torch.float64 if wide else torch.float32
+        suitable = reduce(torch.promote_types, (p.dtype for p in params_now), torch.float32)
         self.grads_dtype = checked_dtype("grads_dtype", grads_dtype or suitable)
         self.device = check_device(device or params_now[0].device)
         self.recomputations = 0
@@ -486,11 +483,9 @@ class MFACPruner(MagnitudePruner):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model's own state, saved at the same time. F⁻¹ is
         computed again from it, at the weights of the last recomputation if they still count."""
-        state = {**super().state_dict(), "recomputations": self.recomputations}
         counts = self._is_unchanged()
-        state["start_weights"] = dict(self._start_weights) if counts else {}
-        state["start_masks"] = dict(self._start_masks) if counts else {}
-        return state
+        start = {part: dict(getattr(self, f"_{part}")) if counts else {} for part in self.START}
+        return {**super().state_dict(), "recomputations": self.recomputations, **start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state; load the model's own state before."""
@@ -520,10 +515,9 @@ class MFACPruner(MagnitudePruner):
             alive = alive & ~dropped
             if self.rounds > 1:
                 w = w + inverse.remove_(dropped, w)
-            elif self.update == "joint":
-                w = w + inverse.joint_update(dropped.nonzero()[:, 0], w)
-            elif self.update == "independent":
-                w = w + inverse.independent_update(dropped.nonzero()[:, 0], w)
+            elif self.update != "none":
+                update = getattr(inverse, f"{self.update}_update")
+                w = w + update(dropped.nonzero()[:, 0], w)
             w = torch.where(alive, w, 0)
         return masks, weights.scatter(w)
 
@@ -562,8 +556,8 @@ class MFACPruner(MagnitudePruner):
         n = ranks.chunk(m) if kept else min(BATCH, ranks.chunk(m))
         with ranks.agreed():
             buffer = gradient_buffer(n, m, d, self.grads_dtype, processes=ranks.size, **sizes)
-        began = time.perf_counter()
         with (
+            timed(self.seconds, "gradients"),
             self._unregistered() as params,  # weights that are pruned now may be alive in here
             ready_for_gradients(self.model, params, start, self.mode, self.batches.generators),
         ):
@@ -571,18 +565,17 @@ class MFACPruner(MagnitudePruner):
             collector = GradientCollector(
                 self.model, self.loss, params, alive.index, m, like, ranks, self.per_sample
             )
-            drawn, expected = self.batches.draw(number, ranks), None if self.per_sample else m
-            batches = self._report.counted(drawn, "gradients", expected)
-            grads: Any = (collector.rows if kept else collector.rows_to_sum)(batches, buffer, chunk)
+            drawn, total = self.batches.draw(number, ranks), None if self.per_sample else m
+            rows = collector.rows if kept else collector.rows_to_sum
+            grads: Any = rows(self._report.counted(drawn, "gradients", total), buffer, chunk)
             if kept:
                 (grads,) = grads
             else:
                 inverse: Any = BlockedInverseFisher(grads, b, **options)
         self._mean_square = collector.mean_square(masks)
-        self.seconds["gradients"] += time.perf_counter() - began
-        began, damp = time.perf_counter(), self._absolute_damp()
+        damp = self._absolute_damp()
         self._report.say(f"inverse Fisher of {d:,} weights")
-        with ranks.agreed():
+        with timed(self.seconds, "inverse"), ranks.agreed():
             if whole:
                 how: dict[str, Any] = {"pages": min(self.pages, chunk), "device": self.device}
                 inverse = PagedInverseFisher(grads, damp, process_group=ranks.group, **how)
@@ -592,7 +585,6 @@ class MFACPruner(MagnitudePruner):
                 inverse.damp = damp
             inverse.diagonal()
         self._inverse = inverse if ranks.size == 1 else SharedInverseFisher(inverse, ranks, d)
-        self.seconds["inverse"] += time.perf_counter() - began
 
     def _absolute_damp(self) -> float:
         """λ"""

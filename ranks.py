@@ -1,7 +1,7 @@
 """Processes that share a window, and DTensors.
 
-Parameters are replicated, the same in all processes, or sharded: DTensors, each process with a
-part. Without a process group there is one process, which has everything.
+Parameters are replicated or sharded. Replicated ones are the same in all processes. Sharded ones
+are DTensors, and each process has a part. Without a process group, the only process has everything.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-if TYPE_CHECKING:  # torch may be built without, and to import DTensor takes a second
+if TYPE_CHECKING:  # torch may lack torch.distributed, and importing DTensor takes a second
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
@@ -23,8 +23,8 @@ __all__ = ["Ranks", "find_process_group", "or_default"]
 
 
 class Ranks:
-    """The processes of a group, each of which keeps some columns of the window. Without a group
-    this one alone.
+    """The processes of a group. Each keeps some columns of the window. Without a group, there is
+    only this process.
 
     Example:
         >>> Ranks().part(torch.arange(3))  # all of it, as there are no others
@@ -36,14 +36,15 @@ class Ranks:
         self.rank, self.size = (group.rank(), group.size()) if group is not None else (0, 1)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of the x of all ranks, on each of them, to the same bits. May change x."""
+        """The sum of x over all ranks, with the same bits on each of them. May change x."""
         if self.size > 1:
             dist.all_reduce(x, group=self.group)
         return x
 
     def sum_of_present(self, x: Tensor, present: bool = True) -> Tensor:
-        """`sum` of x (n, m), in one message with who is present, that is, has something to add. On
-        CUDA nobody waits for that: the sum is NaN, and those that are absent raise.
+        """`sum` of x (n, m). The same message tells which ranks are present, that is, have
+        something to add. On CUDA, present ranks do not wait for it: if some are absent, their sum
+        is NaN, and the absent ranks raise.
 
         Raises:
             ValueError: some ranks are present and some are not.
@@ -55,13 +56,13 @@ class Ranks:
         if not (present and x.is_cuda) and 0 < int(absent[0]) < self.size:
             raise ValueError(
                 f"{int(absent[0])} of {self.size} processes that share a window have no gradients "
-                "at all; let each compute a loss of its own batch, or none of them"
+                "at all; compute the loss of a batch in all of them, or in none"
             )
         return total[:, :-1].where(absent == 0, torch.nan)
 
     def check_same(self, params: Sequence[Tensor], device: torch.device) -> None:
-        """Raises ValueError if ranks differ in the shapes of the parameters, or in the numbers of
-        those that all have. `device` is that of the message."""
+        """Raises ValueError if ranks differ in the shapes of the parameters, or in the values of
+        replicated ones. `device` is the device of the message."""
         if self.size == 1:
             return
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -75,19 +76,19 @@ class Ranks:
         if not bool((found == own).all()):
             raise ValueError(
                 "The processes that share a window have parameters of different shapes or values; "
-                "give all of them the same ones, as DDP does, or leave process_group out"
+                "make them the same in all processes, as DDP does, or leave out process_group"
             )
 
     def all(self, holds: Tensor) -> bool:
-        """Whether it holds for all entries, in all ranks."""
+        """Whether all entries of `holds` are True in all ranks."""
         return not bool(self.sum((~holds).sum()))
 
     def norm(self, x: Tensor) -> Tensor:
-        """The norm, in float64, of the vector of which each rank has the part x (n,)."""
+        """The norm, in float64, of the vector whose parts are the x (n,) of all ranks."""
         return self.sum(x.square().sum(dtype=torch.float64)).sqrt()
 
     def gather(self, x: Tensor) -> Tensor:
-        """The x (n,) of all ranks, on each of them: (size, n)."""
+        """The x (n,) of all ranks as (size, n), on each of them."""
         if self.size == 1:
             return x[None]
         gathered = x.new_empty(self.size, len(x))
@@ -95,8 +96,8 @@ class Ranks:
         return gathered
 
     def exchange(self, rows: Tensor, counts: Sequence[int], chunk: int) -> Tensor:
-        """This rank's `chunk` of the columns of the rows that all ranks have, from the rows (n, d)
-        of each, of which there are as many as `counts` says; columns beyond d are zero."""
+        """Transposes the distribution: each rank gives rows (n, d) and gets its `chunk` of the
+        columns of all rows. `counts` has each rank's number of rows. Columns beyond d are zero."""
         if self.size == 1:
             return rows
         n, d = rows.shape
@@ -113,7 +114,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def agreed(self) -> Iterator[None]:
-        """A ValueError inside, in any rank, is one in all of them."""
+        """A ValueError inside, in any rank, is raised in all of them."""
         if self.size == 1:
             yield
             return
@@ -128,23 +129,23 @@ class Ranks:
             raise ValueError(error)
 
     def part(self, x: Tensor, dim: int = 0) -> Tensor:
-        """This rank's part of x: `chunk` entries along `dim`, the last ranks what is left."""
+        """This rank's part of x: `chunk` entries along `dim`, and in the last ranks the rest."""
         chunk, length = self.chunk(x.shape[dim]), x.shape[dim]
         start = min(self.rank * chunk, length)
         return x.narrow(dim, start, min(chunk, length - start))
 
     def chunk(self, length: int) -> int:
-        """How many of `length` entries a rank has, at most."""
+        """The largest number of `length` entries that a rank has."""
         return -(-length // self.size)
 
     def as_saved(self, x: Tensor, dim: int, length: int | None = None) -> Tensor:
-        """x, or, if other ranks have more of it, the DTensor of which it is a part along `dim`, all
-        ranks having `length` together. None: each part is filled up to the longest, with zeros."""
+        """x, or, with several ranks, the DTensor whose parts along `dim` are the x of all ranks.
+        `length` is the total along `dim`. With None, zeros pad all parts to the longest one."""
         if self.size == 1:
             return x
         from torch.distributed.tensor import DeviceMesh, Shard
 
-        if length is None:  # DTensors have parts of one length
+        if length is None:  # the parts of a DTensor have equal lengths
             lengths = self.gather(torch.tensor([x.shape[-1]], device=x.device))
             x = padded(x, int(lengths.max()))
             length = self.size * x.shape[-1]
@@ -154,7 +155,7 @@ class Ranks:
         return as_dtensor(x, shape, mesh, [Shard(dim)])
 
     def own(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's part of what was saved, in parts along `dim` or complete."""
+        """This rank's part of a saved tensor, which is a DTensor along `dim` or complete."""
         return local(x) if is_dtensor(x) else self.part(x, dim)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
@@ -178,12 +179,12 @@ def or_default(given: "ProcessGroup | bool | None") -> "ProcessGroup | bool | No
 def find_process_group(
     params: list[Tensor], given: "ProcessGroup | bool | None"
 ) -> "ProcessGroup | None":
-    """The group that shares a window of these parameters: the `given` one, or that of DTensors;
-    None if there is none, or it is one process.
+    """The group that shares a window of these parameters: the `given` one, or the group of
+    DTensors. None if there is no group, or if it has one process.
 
     Raises:
-        ValueError: for a DTensor that is sharded in another way, or over another group, and for
-            flat parameters of FSDP1.
+        ValueError: a DTensor is sharded along several dimensions or over another group, or
+            parameters are flat ones of FSDP1.
 
     Example:
         >>> find_process_group([torch.zeros(3)], None) is None  # there is no other process here
@@ -194,20 +195,20 @@ def find_process_group(
     if not (given is None or given is False or isinstance(given, dist.ProcessGroup)):
         raise ValueError(
             f"Invalid process_group: {given!r}; it must be a process group, such as "
-            "torch.distributed.group.WORLD, or None for a window of each process's own"
+            "torch.distributed.group.WORLD, or None to give each process a window of its own"
         )
     if any(getattr(p, "_fsdp_flattened", False) for p in params):
         raise ValueError(
             "These parameters are flat shards of FullyShardedDataParallel (FSDP1), which hide "
-            "their shapes; MFAC takes those of torch.distributed.fsdp.fully_shard (FSDP2)"
+            "their shapes; use torch.distributed.fsdp.fully_shard (FSDP2)"
         )
     groups = {}
     for p in filter(is_dtensor, params):
         shards = [i for i, x in enumerate(p.placements) if x.is_shard()]
         if len(shards) > 1 or any(x.is_partial() for x in p.placements):
             raise ValueError(
-                f"A parameter of shape {tuple(p.shape)} is placed as {p.placements}; MFAC takes "
-                "parameters that are sharded along one dimension of the device mesh"
+                f"A parameter of shape {tuple(p.shape)} has the placements {p.placements}; it "
+                "must be sharded along one dimension of the device mesh at most"
             )
         for i in shards:
             group = p.device_mesh.get_group(i)
@@ -217,35 +218,35 @@ def find_process_group(
         groups[tuple(dist.get_process_group_ranks(given))] = given
     if len(groups) > 1 or (groups and given is False):
         raise ValueError(
-            f"Parameters are sharded over the processes {list(groups)}, process_group being "
-            f"{given}; all must be of one group: leave process_group out"
+            f"Parameters are sharded over the processes {list(groups)}, and process_group is "
+            f"{given}; all must share one group: leave out process_group"
         )
     shared = next(iter(groups.values()), None)
     return shared if shared is not None and shared.size() > 1 else None
 
 
 def is_dtensor(x: Tensor) -> "TypeGuard[DTensor]":
-    return hasattr(x, "to_local")  # to import its class takes a second
+    return hasattr(x, "to_local")  # importing the class takes a second
 
 
 def local(x: Tensor) -> Tensor:
-    """What this process has of x."""
+    """The part of x in this process."""
     return x.to_local() if is_dtensor(x) else x
 
 
 def sharded_dim(p: Tensor) -> int | None:
-    """The dimension along which processes have a part of p each; None if they have all of it."""
+    """The dimension along which p is sharded; None if each process has all of it."""
     placements: Sequence[Any] = p.placements if is_dtensor(p) else ()
     return next((x.dim for x in placements if x.is_shard()), None)
 
 
 def as_dtensor(local: Tensor, shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> Any:
-    """The DTensor of this shape that has `local` here."""
+    """The DTensor of this shape whose part in this process is `local`."""
     from torch.distributed.tensor import DTensor
 
     stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     size = torch.Size(shape)
-    if local.storage_offset():  # which deep copies of DTensors do not know
+    if local.storage_offset():  # deep copies of DTensors ignore it
         local = torch.from_dlpack(local.detach())
     return DTensor.from_local(
         local, mesh, placements, run_check=False, shape=size, stride=tuple(stride)
@@ -253,7 +254,7 @@ def as_dtensor(local: Tensor, shape: Sequence[int], mesh: Any, placements: Seque
 
 
 def placed_as(p: Tensor, value: Tensor) -> Tensor:
-    """A copy of `value`, of the shape of p, where p is and sharded like it."""
+    """A copy of `value`, which has the shape of p, on the device of p and sharded like p."""
     if is_dtensor(p) and not is_dtensor(value):
         from torch.distributed.tensor import distribute_tensor
 
@@ -262,7 +263,7 @@ def placed_as(p: Tensor, value: Tensor) -> Tensor:
 
 
 def dtensor_like(p: Tensor, here: Tensor) -> Tensor:
-    """`here`, or, where p is a DTensor, the one placed like p that has it here, by reference.
+    """`here`, or, if p is a DTensor, a DTensor placed like p whose local part is `here` itself.
 
     Example:
         >>> dtensor_like(torch.zeros(2), torch.ones(2))

@@ -1,4 +1,4 @@
-"""What an optimizer does about gradients that its inverse Fisher refuses: skip them, or raise λ."""
+"""The optimizer's reaction to a gradient that the inverse Fisher refuses: it skips, or raises λ."""
 
 import contextlib
 import sys
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from checks import check_integer
+from checks import check_choice, check_integer
 from precision import DampTooSmallError, NonFiniteGradientError
 
 if TYPE_CHECKING:
@@ -15,30 +15,29 @@ if TYPE_CHECKING:
 
 __all__ = ["Recovery", "warn_user"]
 
-IN_A_ROW = 100  # steps skipped, at most
+IN_A_ROW = 100  # consecutive skipped steps, at most
 
 
 class Recovery:
-    """Goes on after a gradient that is refused, and keeps count.
+    """Continues after a refused gradient, and counts.
 
-    A gradient with NaN or Inf skips a step. Where λ is too small, the smallest sufficient one of
-    its multiples by 10, 100, ... is used, and once a round of m steps λ itself is tried again.
+    A gradient with NaN or Inf skips the step. If λ is too small, the step uses the smallest
+    sufficient multiple of it by 10, 100, ... Once in a round of m steps, it tries λ itself again.
 
     Args:
         on_nonfinite: "skip" or "raise".
     """
 
     def __init__(self, on_nonfinite: str):
-        if on_nonfinite not in ("skip", "raise"):
-            raise ValueError(f"Invalid on_nonfinite: {on_nonfinite!r}; it is 'skip' or 'raise'")
+        check_choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
         self.on_nonfinite = on_nonfinite
         self.skipped_steps = self.raised_steps = 0
         self._tried = 0  # raised steps when λ itself was last tried
-        self._sufficient: float | None = None  # the multiple that was used before that
+        self._sufficient: float | None = None  # the multiple in use before that
         self._late: NonFiniteGradientError | None = None
 
     def settle(self, fisher: "DynamicInverseFisher", wait: bool = True) -> None:
-        """Reads what steps on CUDA found out, and keeps what `raise_late` is to raise."""
+        """Reads the results of steps on CUDA, and keeps an error for `raise_late`."""
         while True:
             try:
                 fisher.settle(wait)
@@ -50,7 +49,7 @@ class Recovery:
                 self._late = error if self.on_nonfinite == "raise" else None
 
     def raise_late(self) -> None:
-        """Raises what has been found out since the last call."""
+        """Raises the error that `settle` has kept, once."""
         late, self._late = self._late, None
         if late is not None:
             raise late
@@ -79,7 +78,7 @@ class Recovery:
                 if self.raised_steps == 1:
                     warn_user(
                         f"damp = {damp:g} is too small for these gradients: {fisher.damp:g} is "
-                        "used, or more, for as long as needed, without another warning; "
+                        "used, or more, as long as needed and without another warning; "
                         "raised_steps counts the steps"
                     )
             return u
@@ -89,7 +88,7 @@ class Recovery:
         return {"skipped_steps": self.skipped_steps, "raised_steps": self.raised_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave, and other entries that it leaves alone."""
+        """Loads the result of `state_dict`, and ignores other entries."""
         counts = {name: check_integer(name, state.get(name), least=0) for name in self.state_dict()}
         vars(self).update(counts)
 
@@ -98,12 +97,12 @@ class Recovery:
         if fisher.precision.nonfinite >= IN_A_ROW:
             raise NonFiniteGradientError(
                 f"{IN_A_ROW} gradients in a row have NaN or Inf; look for NaN in the parameters, "
-                "go back to a checkpoint, and train with a lower lr"
+                "return to a checkpoint, and train with a lower lr"
             ) from error
         if self.skipped_steps == 1 and self.on_nonfinite == "skip":
             warn_user(
-                "A gradient with NaN or Inf: this step is skipped, and so are later ones, without "
-                "another warning; skipped_steps counts them"
+                "A gradient with NaN or Inf: this step is skipped. Later ones like it are skipped "
+                "without another warning; skipped_steps counts them"
             )
 
     def _raise_damp(self, fisher: "DynamicInverseFisher") -> None:
@@ -117,7 +116,7 @@ class Recovery:
 
 
 def warn_user(message: str) -> None:
-    """Warns at the line outside of torch and of this project's modules that led here."""
+    """Warns with the line of the caller outside torch and outside this project's modules."""
     level, frame = 1, sys._getframe()
     inside = ("torch", "optim", "flat", "recovery", "states", "mfac")
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in inside:

@@ -1,14 +1,26 @@
-"""What a pruner says while it works: in a line on a terminal, by the logger "prun" otherwise."""
+"""What a pruner says while it works, in a line on a terminal, by the logger "prun" otherwise; and
+how long it takes."""
 
 import logging
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 LOGGER = logging.getLogger("prun")
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the time in here to seconds[name]."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] += time.perf_counter() - began
 
 
 @dataclass(frozen=True)

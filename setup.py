@@ -1,12 +1,12 @@
-"""How the flat files of a clone become the package `mfac`; all else is in pyproject.toml.
+"""Makes the package `mfac` from the flat files of a clone. pyproject.toml has everything else.
 
 `pip install .` installs every `*.py` beside this file, and `models/`, inside one package:
 
     mfac.py -> mfac/__init__.py      optim.py -> mfac/optim.py      models/ -> mfac/models/
 
-In a clone the files import one another by their flat names; the installed copies say
+In a clone, the files import one another by their flat names. The installed copies say
 `from mfac.checks import …` instead of `from checks import …`. `pip install -e .` links to the clone
-as it is. With MFAC_CUDA=1 the CUDA extension is built, too.
+as it is. MFAC_CUDA=1 also builds the CUDA extension.
 """
 
 import os
@@ -24,7 +24,7 @@ EDITABLE = "editable_wheel" in sys.argv  # pip install -e
 
 
 def packaged(source: str) -> str:
-    """The text of a flat file with its imports, also those in docstrings, from the package."""
+    """The text of a flat file whose imports, also in docstrings, are from the package."""
     start, names = r"(?m)^( *(?:>>> )?)", "|".join(MODULES)
     source = re.sub(rf"{start}from ({names})\b(\S* import )", r"\1from mfac.\2\3", source)
     return re.sub(rf"{start}import ({names})\b", r"\1import mfac.\2 as \2", source)
@@ -71,6 +71,7 @@ if os.environ.get("MFAC_CUDA") == "1":
     except setup_cuda.CannotBuildError as error:
         sys.exit(f"MFAC_CUDA=1, but {error}")
 commands = {"build_py": BuildPackage, **extension.pop("cmdclass", {})}
-# Nothing that setup_cuda.py has built goes into the package, but compiled once is enough.
+# The package has its own build folder, so that it contains nothing from setup_cuda.py. Both share
+# the object files, so that sources are compiled once.
 folders = {"build": {"build_base": "build/mfac", "build_temp": "build/objects"}}
 setup(cmdclass=commands, options=folders, **layout, **extension)

@@ -1,4 +1,4 @@
-"""Builds the CUDA extension `hinv_cuda`. It is optional: without it torch operations do the same.
+"""Builds the CUDA extension `hinv_cuda`. It is optional: torch operations do the same without it.
 
     python setup_cuda.py build_ext --inplace         beside this file
     python setup_cuda.py install                     into this environment, for clones
@@ -6,9 +6,9 @@
     python -m mfac.setup_cuda build_ext --inplace    the same, once `mfac` is installed
     setup_cuda.load()                                from Python: builds on the first call
 
-Needs a CUDA build of torch, nvcc of the same major version as torch's CUDA, and a C++ compiler.
-Builds for TORCH_CUDA_ARCH_LIST where that is set, else for the GPUs that are present, and without a
-GPU for every generation in DEFAULT_ARCHITECTURES that nvcc knows.
+The build needs a CUDA build of torch, nvcc of the same major version as torch's CUDA, and a C++
+compiler. It compiles for the architectures in TORCH_CUDA_ARCH_LIST. If that is not set, it compiles
+for the GPUs that are present, and without a GPU for all of DEFAULT_ARCHITECTURES that nvcc knows.
 """
 
 import importlib
@@ -29,25 +29,25 @@ DEFAULT_ARCHITECTURES = [80, 86, 89, 90, 100, 120]  # compute capability times 1
 
 
 class CannotBuildError(RuntimeError):
-    """The build is not possible; the message says what is wrong, and what to do."""
+    """The build is not possible. The message says what is wrong and what to do."""
 
 
 def architecture_flags() -> list[str]:
-    """Checks that everything the build needs is there; returns the architectures, as nvcc's flags.
+    """Checks that the build has everything it needs. Returns the architectures as nvcc's flags.
 
     Raises:
-        CannotBuildError: what is missing or does not fit, in one sentence.
+        CannotBuildError: something is missing or does not fit; one sentence says what.
     """
     try:
         import torch
     except ImportError:
         raise CannotBuildError(
-            "torch is not installed; install a CUDA build of it first, and build without isolation"
+            "torch is not installed; first install a CUDA build of it, then build without isolation"
         ) from None
     if torch.version.cuda is None:
         remedy = "install a CUDA build of it, or go without the extension"
         if sys.platform == "darwin":
-            remedy = "there is none for macOS and its MPS devices; go without the extension"
+            remedy = "macOS and its MPS devices have no CUDA; go without the extension"
         raise CannotBuildError(f"torch {torch.__version__} is built without CUDA; {remedy}")
     nvcc = _nvcc(torch.version.cuda)
     _check_compiler(nvcc)
@@ -71,20 +71,20 @@ def _listed_flags(nvcc: Path, known: list[int]) -> list[str]:
     except ValueError:
         raise CannotBuildError(
             f"TORCH_CUDA_ARCH_LIST={os.environ['TORCH_CUDA_ARCH_LIST']!r} is not a list of "
-            "architectures that torch knows; write it like '8.0;9.0+PTX', or unset it"
+            "architectures that torch knows; set it to a list such as '8.0;9.0+PTX', or unset it"
         ) from None
     for number in map(int, re.findall(r"compute_(\d+)", " ".join(flags))):
         if number not in known:
             raise CannotBuildError(
                 f"TORCH_CUDA_ARCH_LIST has {_capability(number)}, but {nvcc} builds for "
-                f"{', '.join(map(_capability, known))}; take it off the list, or install a toolkit "
-                "that has it"
+                f"{', '.join(map(_capability, known))}; remove it from the list, or install a CUDA "
+                "toolkit that has it"
             )
     return flags
 
 
 def _present(nvcc: Path, known: list[int]) -> set[int]:
-    """The architectures of this machine's GPUs. Raises CannotBuildError if nvcc lacks one."""
+    """The architectures of this machine's GPUs. Raises CannotBuildError if nvcc lacks any."""
     import torch
 
     present = set()
@@ -95,9 +95,8 @@ def _present(nvcc: Path, known: list[int]) -> set[int]:
             older = [other for other in known if other < number]
             remedy = "use an older CUDA toolkit and torch"
             if older:
-                remedy = (
-                    f"install a newer one, or set TORCH_CUDA_ARCH_LIST={_capability(older[-1])}+PTX"
-                )
+                newest = _capability(older[-1])
+                remedy = f"install a newer toolkit, or set TORCH_CUDA_ARCH_LIST={newest}+PTX"
             raise CannotBuildError(
                 f"{torch.cuda.get_device_name(i)} has compute capability {major}.{minor}, but "
                 f"{nvcc} builds for {', '.join(map(_capability, known))}; {remedy}"
@@ -111,11 +110,11 @@ def _capability(number: int) -> str:
 
 
 def _nvcc(version: str) -> Path:
-    """nvcc in CUDA_HOME or CUDA_PATH, on the PATH, or where the toolkit's installer puts it.
+    """nvcc in CUDA_HOME or CUDA_PATH, on the PATH, or in the default folder of the toolkit.
 
-    Raises CannotBuildError if there is none that builds for torch's CUDA `version`.
+    Raises CannotBuildError if none of them builds for torch's CUDA `version`.
     """
-    remedy = f"install the CUDA toolkit {version}, or set CUDA_HOME to the folder it is in"
+    remedy = f"install the CUDA toolkit {version}, or set CUDA_HOME to its folder"
     variable = next((name for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)), None)
     if variable:
         nvcc = Path(os.environ[variable], "bin", "nvcc")
@@ -128,7 +127,7 @@ def _nvcc(version: str) -> Path:
     said = _run(nvcc, "--version").stdout
     release = re.search(r"release (\d+)\.(\d+)", said)
     if release is None:
-        raise CannotBuildError(f"{nvcc} is not nvcc, as --version gives {said[:80]!r}; {remedy}")
+        raise CannotBuildError(f"{nvcc} is not nvcc: --version prints {said[:80]!r}; {remedy}")
     if release[1] != version.split(".")[0]:
         raise CannotBuildError(
             f"{nvcc} is {release[0]}, but torch is built for CUDA {version}; install a toolkit of "
@@ -138,7 +137,7 @@ def _nvcc(version: str) -> Path:
 
 
 def _check_compiler(nvcc: Path) -> None:
-    """Raises CannotBuildError if there is no C++ compiler, or none that nvcc works with."""
+    """Raises CannotBuildError if there is no C++ compiler that works with nvcc."""
     compiler = os.environ.get("CXX", "c++").split(" ")[0]
     if shutil.which(compiler) is None:
         raise CannotBuildError(
@@ -152,12 +151,13 @@ def _check_compiler(nvcc: Path) -> None:
         reason = re.search(r"(?:error: #error -- |error: |fatal +: )([^!\n]*)", trial.stdout)
         raise CannotBuildError(
             f"{nvcc} does not work with the compiler {' '.join(host[1:]) or 'on the PATH'} "
-            f"({reason[1] if reason else trial.stdout[:80]}); set CC and CXX to one that it takes"
+            f"({reason[1] if reason else trial.stdout[:80]}); set CC and CXX to a compiler that "
+            "this nvcc supports"
         )
 
 
 def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    """A finished process, its standard error in its output. Raises CannotBuildError."""
+    """Runs the command. Its output contains standard error. Raises CannotBuildError."""
     try:
         return subprocess.run(
             command,
@@ -171,14 +171,15 @@ def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = getattr(error, "strerror", None) or "no answer in two minutes"
         raise CannotBuildError(
-            f"{command[0]} cannot be run ({reason}); set CUDA_HOME to a whole CUDA toolkit"
+            f"{command[0]} does not run ({reason}); set CUDA_HOME to a complete CUDA toolkit"
         ) from None
 
 
 def _cpp_extension() -> ModuleType:
-    """torch's module for extensions, told where the toolkit lies.
+    """torch's module for extensions, with the folder of the toolkit set.
 
-    It guesses from the place of nvcc, which is wrong where that is a wrapper; nvcc itself knows.
+    torch guesses that folder from the path of nvcc. The guess is wrong if nvcc is a wrapper, so ask
+    nvcc itself.
     """
     import torch
     from torch.utils import cpp_extension
@@ -191,9 +192,10 @@ def _cpp_extension() -> ModuleType:
 
 
 def extension(name: str = "hinv_cuda") -> dict[str, Any]:
-    """Arguments with which `setuptools.setup` builds the module `name`.
+    """Arguments for `setuptools.setup` to build the module `name`.
 
-    Raises as `architecture_flags`.
+    Raises:
+        CannotBuildError: as `architecture_flags`.
     """
     flags = {"cxx": [], "nvcc": architecture_flags()}
     torch_build = _cpp_extension()
@@ -202,10 +204,10 @@ def extension(name: str = "hinv_cuda") -> dict[str, Any]:
 
 
 def installed() -> ModuleType:
-    """hinv_cuda, from the environment or from beside this file.
+    """The module hinv_cuda, installed in the environment or beside this file.
 
     Raises:
-        ImportError: it is not installed, cannot be loaded, or is not the one of these sources.
+        ImportError: it is not installed, does not load, or was not built from these sources.
     """
     module = importlib.import_module(NAME)
     functions = re.findall(r'module\.def\(\s*"(\w+)"', (HERE / SOURCES[0]).read_text("utf-8"))
@@ -215,12 +217,13 @@ def installed() -> ModuleType:
 
 
 def load() -> ModuleType:
-    """hinv_cuda as installed, else built now (a minute, then kept in torch's cache of extensions).
+    """The module hinv_cuda as installed. If it is not, builds it.
 
-    `import hinv_cuda` finds the module afterwards.
+    The build takes a minute and stays in torch's cache of extensions. Afterwards `import hinv_cuda`
+    finds the module.
 
     Raises:
-        CannotBuildError: something that the build needs is missing, or what is installed is wrong.
+        CannotBuildError: the build lacks something, or another hinv_cuda is installed.
     """
     try:
         return installed()
@@ -228,7 +231,7 @@ def load() -> ModuleType:
         pass
     except ImportError as error:
         raise CannotBuildError(
-            f"{error}; remove it, or build anew with python setup_cuda.py build_ext --inplace"
+            f"{error}; remove it, or rebuild it with python setup_cuda.py build_ext --inplace"
         ) from None
     flags = architecture_flags()
     torch_build = _cpp_extension()
@@ -242,19 +245,19 @@ def load() -> ModuleType:
 
 
 def main() -> None:
-    """The command line: the commands of setuptools, for the extension alone."""
+    """The command line: setuptools' commands, for the extension only."""
     from setuptools import Distribution, setup
 
     class ExtensionAlone(Distribution):
         def parse_config_files(self, *_: Any, **__: Any) -> None:
-            """Reads none: pyproject.toml describes the project, not this extension."""
+            """Reads no file, because pyproject.toml describes the project, not the extension."""
 
     try:
         arguments = extension()
         folders = {"build_base": "build/hinv_cuda", "build_temp": "build/objects"}
         os.chdir(HERE)
         setup(name=NAME, distclass=ExtensionAlone, options={"build": folders}, **arguments)
-    except RuntimeError as error:  # of torch's build, too, after what the compilers print
+    except RuntimeError as error:  # also from torch, after the compiler has printed its errors
         print(f"setup_cuda.py: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
 

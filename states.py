@@ -1,7 +1,8 @@
-"""Saving and loading: what an inverse Fisher and an optimizer hold, and how it is fitted in again.
+"""Saves and loads the states of an inverse Fisher and of an optimizer.
 
-A state of the same window is copied, to the same bits. From one with another number of gradients,
-another type or compression, the newest gradients that fit enter the window one after the other.
+A state of the same window is copied, with the same bits. If it has another number of gradients,
+another type or another compression, its newest gradients enter the window one after the other, as
+many as fit.
 """
 
 import contextlib
@@ -14,13 +15,14 @@ from torch import Tensor
 
 from checks import check_damp, check_integer, checked_dtype, is_real, kind
 from fallback import SETTINGS, restore
+from flat import Flat
 from precision import DampTooSmallError
 from ranks import as_dtensor, is_dtensor, local, placed_as, sharded_dim
 from windows import BLOCK, SCALED
 
 if TYPE_CHECKING:
-    from flat import Flat, FlatOptimizer
     from optim import DynamicInverseFisher
+    from parameter_groups import GroupedOptimizer
 
 __all__ = [
     "into_fisher",
@@ -56,31 +58,31 @@ def into_fisher(
     update: Callable[[Tensor], Any] | None = None,
     complete: bool = True,
 ) -> None:
-    """Takes a copy of what `of_fisher` gave.
+    """Loads a copy of the result of `of_fisher`.
 
     Args:
-        fisher: what to load into.
-        state: what to load.
-        update: what takes gradients one by one where the window is another; by default that of
-            the inverse Fisher.
-        complete: whether K is of all columns; otherwise it is computed anew.
+        fisher: the inverse Fisher to load into.
+        state: the state to load.
+        update: called with each gradient if the window is another; by default `fisher.update`.
+        complete: whether K includes all columns; otherwise it is recomputed.
 
     Raises:
-        ValueError: it is no such state, or of another number of weights.
+        ValueError: it is not such a state, or it has another number of weights.
     """
     _check_shared(state)
     m, dtype, compress = len(state["K"]), getattr(torch, state["dtype"]), state["compress"] or None
     dims = [_checked_block(block, m, dtype, compress) for block in state["window"]]
     if sum(dims) != fisher.shape[0]:
         raise ValueError(
-            f"The state dict is of {sum(dims)} weights, this inverse Fisher of {fisher.shape[0]}"
+            f"The state dict has {sum(dims)} weights, but this inverse Fisher {fisher.shape[0]}; "
+            "build it with the same weights"
         )
     plain = compress is None and dtype not in SCALED
     like = (m, dtype, compress) == (fisher.num_grads, fisher.dtype, fisher.compress)
     side, precision = fisher.coefficients, fisher.precision
     precision.forget()
     if like and sum(state["dims"]) == sum(dims):
-        fisher.window.divide(state["dims"])  # as sums over blocks are rounded
+        fisher.window.divide(state["dims"])  # for the same rounding of sums over blocks
     if not (like and (plain or dims == fisher.window.dims)):
         for tensor in (side.K, fisher.counter, *_stored(fisher)):
             tensor.zero_()
@@ -117,7 +119,7 @@ def _stored(fisher: "DynamicInverseFisher") -> Iterator[Tensor]:
 
 
 def _newest(count: int, saved: int, wanted: int) -> list[int]:
-    """The rows of the newest gradients, oldest first, of a ring of `saved` rows."""
+    """The rows of the newest gradients in a ring of `saved` rows, oldest first."""
     return [j % saved for j in range(count - min(count, saved, wanted), count)]
 
 
@@ -144,7 +146,9 @@ def _check_shared(state: Any) -> None:
     K, P = state["K"], state["P"]
     square = is_real(K) and is_real(P) and K.ndim == 2 and K.shape == K.T.shape == P.shape
     if not (square and len(K) and bool(K.isfinite().all()) and isinstance(state["exact"], bool)):
-        raise ValueError("The state dict is damaged: K must be a finite square matrix, P like it")
+        raise ValueError(
+            "The state dict is damaged: K must be a finite square matrix, and P of the same shape"
+        )
     if not (isinstance(state["window"], list) and isinstance(state["dims"], list)):
         raise ValueError("The state dict is damaged: its window must be a list of blocks")
     for dim in state["dims"]:
@@ -186,9 +190,9 @@ def _checked_block(block: Any, m: int, dtype: torch.dtype, compress: float | Non
 
 
 def of_optimizer(
-    optimizer: "FlatOptimizer", state_dict: Callable[[], dict[str, Any]]
+    optimizer: "GroupedOptimizer", state_dict: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """What `state_dict` gives, with the window."""
+    """The result of `state_dict`, with the window added."""
 
     def add(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         flat, fisher = optimizer.flat, optimizer.fisher
@@ -215,7 +219,7 @@ def of_optimizer(
         shared |= counts | {"wanted_damp": optimizer.damp} | optimizer._recovery.state_dict()
         state["param_groups"][0]["fisher"] = shared
 
-    # As the first of the post-hooks, so that those of others see everything.
+    # This is the first post-hook, so that other hooks see everything.
     handle = optimizer.register_state_dict_post_hook(cast(Any, add), prepend=True)
     try:
         return state_dict()
@@ -224,9 +228,11 @@ def of_optimizer(
 
 
 def into_optimizer(
-    optimizer: "FlatOptimizer", state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]
+    optimizer: "GroupedOptimizer",
+    state_dict: dict[str, Any],
+    load: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Takes a copy of what `of_optimizer` gave, around what `load` does.
+    """Loads a copy of the result of `of_optimizer`, before and after `load`.
 
     Raises:
         ValueError: it belongs to other parameters, or to another optimizer.
@@ -234,31 +240,31 @@ def into_optimizer(
     if not isinstance(state_dict, dict):
         raise ValueError(f"Expected a state dict of MFAC, got {kind(state_dict)}")
     if not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError(f"This state dict is not one of MFAC: it has {list(state_dict)} only")
+        raise ValueError(f"This state dict is not one of MFAC: it has only {list(state_dict)}")
     params = [p for _, p in optimizer.numbered()]
     saved: list[dict[str, Any]] = []
     shared: dict[str, Any] = {}
     masks = [optimizer.state[p].get("mask") for p in params]
 
     def take(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Keeps from the base class what it would round to the types of the parameters."""
+        """Hides entries from the base class, which would round them to the parameters' types."""
         groups = state_dict["param_groups"]
         sizes = [len(group["params"]) for group in groups]
         if sizes != [len(group["params"]) for group in optimizer.param_groups]:
-            return state_dict  # which the base class refuses
+            return state_dict  # the base class refuses it
         first, *others = groups
         if not isinstance(first.get("fisher"), dict):
             raise ValueError("This state dict is not one of MFAC: its first group has no 'fisher'")
         for group, own in zip(groups, optimizer.param_groups, strict=True):
             if (was := group.get("algorithm", "mfac")) != own["algorithm"]:
                 raise ValueError(
-                    f"The state dict has a group of algorithm {was!r} where this optimizer has one "
-                    f"of {own['algorithm']!r}; build the optimizer with the groups that were saved"
+                    f"The state dict has a group of algorithm {was!r}, but this optimizer has "
+                    f"{own['algorithm']!r} there; build the optimizer with the saved groups"
                 )
         shared.update(first["fisher"])
         ids = [i for group in groups for i in group["params"]]
         saved.extend(state_dict["state"].get(i, {}) for i in ids)
-        # All that can be checked is, before anything changes.
+        # Check as much as possible before anything changes.
         _check_parameters(params, saved, shared)
         optimizer._recovery.load_state_dict(shared)
         rest = {key: v for key, v in state_dict["state"].items() if key not in ids}
@@ -266,7 +272,7 @@ def into_optimizer(
         return {**state_dict, "state": rest, "param_groups": [first, *others]}
 
     def put(_: torch.optim.Optimizer) -> None:
-        for group in optimizer.param_groups:  # of a state from before there were these settings
+        for group in optimizer.param_groups:  # older states lack these settings
             if group.setdefault("algorithm", "mfac") == "mfac":
                 for name in ("normalize", "decoupled_weight_decay"):
                     group.setdefault(name, optimizer.defaults[name])
@@ -288,7 +294,7 @@ def into_optimizer(
                 optimizer.velocity()
                 value = placed_as(p, of[id(p)]["momentum_buffer"])
                 if (mask := flat.mask(p)) is not None:
-                    value *= mask  # which the state may know nothing of
+                    value *= mask  # the state may be from before the mask
                 local(optimizer.state[p]["momentum_buffer"]).copy_(local(value))
         ranks, complete = flat.ranks, True
         if "window" in shared:
@@ -305,14 +311,14 @@ def into_optimizer(
         def update(g: Tensor) -> None:
             optimizer._recovery.update_matvec(fisher, g, optimizer.damp)
 
-        if shared.get("wanted_damp") == optimizer.damp:  # a multiple of it may be in use
+        if shared.get("wanted_damp") == optimizer.damp:  # the state may use a multiple of it
             fisher.coefficients.damp = shared["damp"]
-        with contextlib.suppress(DampTooSmallError):  # goes on with the λ of the state
+        with contextlib.suppress(DampTooSmallError):  # then the λ of the state stays
             into_fisher(fisher, {**shared, "window": blocks}, update, complete)
         if ranks.size > 1:
             _check_ranks(fisher)
 
-    # The last of the pre-hooks and the first of the post-hooks: those of others see everything.
+    # The last pre-hook and the first post-hook, so that other hooks see everything.
     handles = [
         optimizer.register_load_state_dict_pre_hook(take),
         optimizer.register_load_state_dict_post_hook(put, prepend=True),
@@ -324,7 +330,7 @@ def into_optimizer(
             handle.remove()
 
 
-def _to_save(flat: "Flat", p: Tensor, G: Tensor) -> Tensor:
+def _to_save(flat: Flat, p: Tensor, G: Tensor) -> Tensor:
     """The columns G (m, ·) of p as (m, trained weights), or (m, *shape) if p is sharded."""
     dim, mask, here = sharded_dim(p), flat.mask(p), local(p)
     if dim is None:
@@ -340,8 +346,8 @@ def _to_save(flat: "Flat", p: Tensor, G: Tensor) -> Tensor:
 
 
 def _own_blocks(fisher: "DynamicInverseFisher", shared: dict[str, Any]) -> list[dict[str, Tensor]]:
-    """The blocks of a window that is not saved by parameter: of one that ranks share, this rank's
-    part, without what makes all parts of one length."""
+    """The blocks of a window that was saved as a whole. If ranks share it, this rank's part without
+    the padding that makes all parts equally long."""
     ranks, window = fisher.ranks, shared["window"]
     blocks = [window[str(i)] for i in range(len(window))]
     if ranks.size == shared["ranks"] == 1:
@@ -350,9 +356,9 @@ def _own_blocks(fisher: "DynamicInverseFisher", shared: dict[str, Any]) -> list[
     own = of_fisher(fisher)
     if saved != (len(own["K"]), own["dtype"], own["compress"], ranks.size, len(own["window"])):
         raise ValueError(
-            "A window with scales (8 or 16 bits), or a compressed one, that processes share goes "
-            f"on in as many processes ({shared['ranks']} saved it), with the same ngrads, "
-            "window_dtype and compress, and the same layers trained; load it so, or start anew"
+            f"The state dict has a shared window of {shared['ranks']} processes that is compressed "
+            "or has scales (float16, float8); load it in as many processes, with the same ngrads, "
+            "window_dtype and compress and the same layers trained, or start a new window"
         )
     return [
         {name: ranks.own(block[name], x.ndim - 1)[..., : x.shape[-1]] for name, x in mine.items()}
@@ -361,10 +367,10 @@ def _own_blocks(fisher: "DynamicInverseFisher", shared: dict[str, Any]) -> list[
 
 
 def _from_saved(
-    flat: "Flat", p: Tensor, span: slice, entries: dict[str, Any], m: int, dtype: torch.dtype
+    flat: Flat, p: Tensor, span: slice, entries: dict[str, Any], m: int, dtype: torch.dtype
 ) -> Tensor:
-    """The columns (m, ·) of p here, from what `_to_save` gave here or in other processes; zeros if
-    they are missing."""
+    """The columns (m, ·) of p in this process, from the results of `_to_save` in all processes.
+    Zeros if they are missing."""
     if "grads" not in entries:
         return torch.zeros(m, span.stop - span.start, dtype=dtype)
     grads, dim, mask = entries["grads"], sharded_dim(p), flat.mask(p)
@@ -384,7 +390,7 @@ def _from_saved(
 def _check_parameters(
     params: list[Tensor], saved: list[dict[str, Any]], shared: dict[str, Any]
 ) -> None:
-    """Raises ValueError if the saved entries are not those of these parameters, or damaged."""
+    """Raises ValueError if the saved entries belong to other parameters or are damaged."""
     _check_shared({**shared, "window": []})
     m, dtype = len(shared["K"]), getattr(torch, shared["dtype"])
     for block in shared.get("window", {}).values():
@@ -402,17 +408,18 @@ def _check_parameters(
         columns = weights if grads is None else grads.shape[1:].numel()
         if any(shape != p.shape for shape in shapes) or columns not in (weights, p.numel()):
             raise ValueError(
-                f"The state dict belongs to another model: it has {columns} weights {shapes} where "
-                f"this one has a parameter of shape {tuple(p.shape)}"
+                f"The state dict belongs to another model: it has {columns} weights {shapes}, but "
+                f"this model a parameter of shape {tuple(p.shape)}; load it into its own model"
             )
 
 
 def _check_ranks(fisher: "DynamicInverseFisher") -> None:
-    """Raises ValueError if K is not of this window: each process may have loaded what one saved."""
+    """Raises ValueError if K does not belong to this window, for example because each process has
+    loaded the state of one of them."""
     squares = torch.stack([tile.square().sum(1) for tile in fisher.window.tiles()]).sum(0)
     found, expected = fisher.ranks.sum(squares), fisher.coefficients.K.diagonal()
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-30):
         raise ValueError(
-            "The window is not the one that belongs to the state dict; each process must load what "
-            "it saved itself, or a state that was made whole, as by full_state_dict=True"
+            "The window does not belong to the state dict; load in each process the state that it "
+            "saved itself, or a complete one, as from full_state_dict=True"
         )

@@ -1,12 +1,13 @@
-"""Where the gradients of a sliding window are kept, and the products with them.
+"""Stores the gradients of a sliding window, and multiplies with them.
 
-`DenseWindow` keeps G (m, d), the m gradients of d weights as rows, and `CompressedWindow` the
-largest entries of each row. Both round what enters to their type and compute everything from what
-they keep. A `Window` is such blocks of columns side by side, each on its device.
+`DenseWindow` stores G (m, d), the m gradients of d weights as rows. `CompressedWindow` stores the
+largest entries of each row. Both round a gradient to their type as it enters, and compute
+everything from the rounded numbers. A `Window` consists of such blocks of columns, each on its
+device.
 
 On CUDA, kernels multiply exactly, add in float64, read the window once and wait for nothing
-(module `kernels`). Elsewhere torch operations multiply in float32 and add short sums in float64, or
-all is float64.
+(module `kernels`). Elsewhere, torch operations multiply in float32 and add short sums in float64,
+or do everything in float64.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,30 +21,28 @@ from kernels import cuda_kernels
 
 __all__ = ["BLOCK", "CompressedWindow", "DenseWindow", "Window", "gram", "kept"]
 
-BLOCK = 2**12  # columns that share a scale, or among which the largest entries are found
-CHUNK = 2**11  # columns, at most, summed in float32; float64 sums the chunks
-TILE = 13 * 2**18  # numbers converted at a time: twelve rows of ResNet-20, which cache holds
-ALIGN = 128  # bytes: rows start at multiples of it, so that they can be read 16 bytes at a time
+BLOCK = 2**12  # columns that share a scale, or that compete for the largest entries
+CHUNK = 2**12  # columns, at most, of a sum in float32; the sum over chunks is in float64
+TILE = 13 * 2**18  # numbers converted at a time: twelve rows of ResNet-20, which fit in the cache
+ALIGN = 128  # bytes: rows start at multiples of it, so that kernels can read 16 bytes at a time
 SCALED = {
     torch.float16: 15,
     torch.float8_e4m3fn: 8,
-}  # types that store at most 2 to the power of it
+}  # types with scales, and the largest exponent of 2 that they store
 
 
 class Entry(NamedTuple):
-    """A gradient g as a window keeps it."""
+    """A gradient g as a window stores it."""
 
-    vectors: (
-        Tensor  # ĝ (1, d), the numbers that its row stands for; with g − ĝ (2, d) if compressed
-    )
-    row: dict[str, Tensor]  # what is stored, by the names of `state`
+    vectors: Tensor  # ĝ (1, d), the stored numbers; if compressed, ĝ and g − ĝ (2, d)
+    row: dict[str, Tensor]  # the tensors to store, by the names of `state`
 
 
 class DenseWindow:
     """G (m, d) on one device, in float64, float32, bfloat16, float16 or float8_e4m3fn.
 
-    The last two span few powers of two. Each of their rows has a scale, a power of two, for every
-    4,096 columns; a number of G is what is stored times its scale.
+    The range of the last two is small. Each of their rows has a scale, a power of two, for every
+    4,096 columns. A number of G is the stored number times its scale.
 
     Example:
         >>> window = DenseWindow(2, 3, torch.device("cpu"), torch.float8_e4m3fn)
@@ -95,8 +94,8 @@ class DenseWindow:
             _replace(rows, entry.row[name], count, accepted)
 
     def products(self, entry: Entry, count: Tensor, exact: bool) -> Tensor:
-        """Gĝ (1, m) in float64 with ĝᵀĝ as entry j = count mod m, where row j is still the old one.
-        From float32 products (1, m + 1): by how much they miss entry j − 1 mod m comes last."""
+        """Gĝ (1, m) in float64. Entry j = count mod m is ĝᵀĝ, as row j is still the old one. From
+        float32 products it is (1, m + 1): the last entry is their error in entry j − 1 mod m."""
         g = entry.vectors[0]
         if kernels := cuda_kernels(self.device):
             return kernels.hinv_times(self.G, g, count, self.scales)[None]
@@ -115,7 +114,7 @@ class DenseWindow:
             return kernels.hinv_transposed_times(self.G, y, self.scales)
         dtype = self._dtype(exact)
         if dtype == torch.float32 and bool(((y.abs() < 2**-100) & (y != 0)).any()):
-            dtype = torch.float64  # small numbers belong to large rows
+            dtype = torch.float64  # a tiny yᵢ may belong to a row of large numbers
         x, y = torch.zeros(self.dim, dtype=dtype, device=self.device), y.to(dtype)
         with torch.autocast(self.device.type, enabled=False):
             for rows, columns, tile in self._converted(len(y), dtype):
@@ -125,7 +124,7 @@ class DenseWindow:
     def replace_and_transposed_times(
         self, entry: Entry, count: Tensor, accepted: Tensor, y: Tensor, damp: float, exact: bool
     ) -> Tensor:
-        """`write`, then `transposed_times`: in one sweep where there are kernels."""
+        """`write`, then `transposed_times`. Kernels do both in one sweep."""
         if not (kernels := cuda_kernels(self.device)):
             self.write(entry, count, accepted)
             return self.transposed_times(y[: _rows_in_use(self.G, count)], exact)
@@ -150,20 +149,21 @@ class DenseWindow:
             yield self._tile(slice(0, m), columns, torch.float64)
 
     def _dtype(self, exact: bool) -> torch.dtype:
-        """The type of products: float32 only where the process does not let it be less. To set that
-        for the process would reach other threads."""
-        mkldnn: Any = torch.backends.mkldnn  # the annotations of torch lack its matmul
+        """The type of products: float32 only if the process has not allowed a lower precision.
+        Changing that setting here would also change it for other threads."""
+        mkldnn: Any = torch.backends.mkldnn  # torch's annotations lack `matmul`
         full = mkldnn.matmul.fp32_precision in ("ieee", "none")
         exact |= not full or self.device.type != "cpu" or self.G.dtype == torch.float64
         return torch.float64 if exact else torch.float32
 
     def _converted(self, rows: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
-        """The first rows in `dtype`: at once if they have it, else in tiles that cache holds."""
+        """The first rows in `dtype`: all at once if they are of this type, otherwise in tiles that
+        fit in the cache."""
         if self.G.dtype == dtype or rows * self.dim == 0:
             yield slice(0, rows), slice(0, self.dim), self.G[:rows].to(dtype)
             return
-        # Long pieces of rows are read fastest, and products take them by fours.
-        size = TILE if self.device.type == "cpu" else 8 * TILE  # which launches fewer kernels
+        # Long pieces of rows are read fastest, and products take four rows at a time.
+        size = TILE if self.device.type == "cpu" else 8 * TILE  # to launch fewer kernels
         width = min(self.dim, -(-size // 8 // BLOCK) * BLOCK)
         height = min(rows, max(4, size // width // 4 * 4))
         buffer = torch.empty(height * width, dtype=dtype, device=self.device)
@@ -176,7 +176,7 @@ class DenseWindow:
     def _tile(
         self, rows: slice, columns: slice, dtype: torch.dtype, buffer: Tensor | None = None
     ) -> Tensor:
-        """A part of G in `dtype`, whose columns start at a multiple of BLOCK."""
+        """A part of G in `dtype`. Its columns must start at a multiple of BLOCK."""
         G = self.G[rows, columns]
         if G.dtype == dtype:
             return G
@@ -191,11 +191,11 @@ class DenseWindow:
 
 
 class CompressedWindow:
-    """G (m, d) with the largest entries of each gradient alone, as many in each block of columns,
-    in float64, float32 or bfloat16.
+    """G (m, d) with only the largest entries of each gradient, the same number in each block of
+    columns, in float64, float32 or bfloat16.
 
-    What a gradient loses is carried over to the next one (error feedback; EFCP, arXiv 2306.06098):
-    of a = g + error, the row gets the entries ĝ that are largest, and the error becomes a − ĝ.
+    The entries that a gradient loses are added to the next one (error feedback; EFCP, arXiv
+    2306.06098). The largest entries of a = g + error become the row ĝ, and the error becomes a − ĝ.
 
     Example:
         >>> window = CompressedWindow(2, 4, torch.device("cpu"), torch.float32, compress=0.5)
@@ -210,7 +210,7 @@ class CompressedWindow:
     def __init__(self, m: int, d: int, device: torch.device, dtype: torch.dtype, compress: float):
         if d >= 2**31:
             raise ValueError(
-                f"A compressed window of {d:,} weights in one process: 2,147,483,647 at most; "
+                f"A compressed window of {d:,} weights in one process; the limit is 2,147,483,647: "
                 "share it among processes, or use window_dtype=torch.float8_e4m3fn"
             )
         self.compress = compress
@@ -247,7 +247,7 @@ class CompressedWindow:
         return Entry(torch.stack([largest, g - largest]), parts)
 
     def write(self, entry: Entry, count: Tensor, accepted: Tensor | None = None) -> None:
-        """Makes the entry row j = count mod m, and the rest the error, where it is accepted."""
+        """If accepted, makes the entry row j = count mod m, and sets the error to the rest."""
         for name in ("columns", "values"):
             _replace(self.state[name], entry.row[name], count, accepted)
         _replace(self.error[None], entry.row["error"], torch.zeros_like(count), accepted)
@@ -283,7 +283,7 @@ class CompressedWindow:
     def replace_and_transposed_times(
         self, entry: Entry, count: Tensor, accepted: Tensor, y: Tensor, damp: float, exact: bool
     ) -> Tensor:
-        """`write`, then Gᵀy + (g − ĝ)/λ; 0 where the entry is not accepted."""
+        """`write`, then Gᵀy + (g − ĝ)/λ. It is 0 if the entry is not accepted."""
         (_, rest), row = entry.vectors, entry.row
         if kernels := cuda_kernels(self.device):
             new = row["columns"], row["values"], row["error"], rest, 1 / damp, count, accepted
@@ -304,7 +304,8 @@ class CompressedWindow:
 
     def _few(self, rows: int) -> Iterator[slice]:
         """The first rows, a few at a time."""
-        size = TILE // 20 if self.device.type == "cpu" else TILE // 4  # for cache, or few kernels
+        # On a CPU they fit in the cache. Elsewhere fewer kernels are launched.
+        size = TILE // 20 if self.device.type == "cpu" else TILE // 4
         height = max(1, size // max(1, self.values.shape[1]))
         for row in range(0, rows, height):
             yield slice(row, min(row + height, rows))
@@ -316,9 +317,9 @@ class Window:
     Args:
         m: gradients.
         dims: columns of each block.
-        devices: where each block is.
-        device: where vectors come from and go to.
-        dtype, compress: of all blocks; `compress` None makes them dense.
+        devices: device of each block.
+        device: device of all vectors that come in and go out.
+        dtype, compress: of all blocks. They are dense if `compress` is None.
 
     Example:
         >>> cpu = torch.device("cpu")
@@ -343,7 +344,7 @@ class Window:
             self.append(dim, place)
 
     def append(self, dim: int, device: torch.device) -> None:
-        """Adds `dim` columns of zeros, without touching the others."""
+        """Appends `dim` columns of zeros. The others stay where they are."""
         if self.compress is None:
             self.blocks.append(DenseWindow(self.m, dim, device, self.dtype))
         else:
@@ -351,8 +352,8 @@ class Window:
             self.blocks.append(block)
 
     def divide(self, dims: Sequence[int]) -> None:
-        """Makes an empty window with blocks of these numbers of columns, if it has no more blocks.
-        Blocks beyond those that it has are on the last device."""
+        """Replaces the window by an empty one with blocks of these numbers of columns, unless it
+        has more blocks than that. Additional blocks are on the last device."""
         devices = [block.device for block in self.blocks]
         if len(devices) <= len(dims) and list(dims) != self.dims:
             self.blocks = []
@@ -361,8 +362,8 @@ class Window:
 
     @property
     def separable(self) -> bool:
-        """Whether columns can be saved with what they belong to: not where blocks of them have
-        scales, or the largest entries, in common."""
+        """Whether columns can be saved separately, with their parameters. They cannot if blocks of
+        them share scales or compete for the largest entries."""
         return self.compress is None and self.dtype not in SCALED
 
     @property
@@ -370,7 +371,7 @@ class Window:
         return [block.dim for block in self.blocks]
 
     def entry(self, g: Tensor) -> list[Entry]:
-        """g (d,) as it will be kept."""
+        """g (d,) as it will be stored."""
         return [block.entry(part) for block, part in self._split(g)]
 
     def products(self, entry: list[Entry], count: Tensor, exact: bool) -> Tensor:
@@ -391,8 +392,8 @@ class Window:
         damp: float,
         exact: bool,
     ) -> Tensor:
-        """Makes ĝ row j = count mod m where it is accepted; returns Gᵀy (d,) of that G, of a
-        compressed window with (g − ĝ)/λ."""
+        """If accepted, makes ĝ row j = count mod m. Returns Gᵀy (d,) with this G. A compressed
+        window adds (g − ĝ)/λ."""
         parts = zip(self.blocks, entry, strict=True)
         return self._joined(
             [
@@ -422,7 +423,7 @@ class Window:
         return (tile.to(self.device) for block in self.blocks for tile in block.tiles())
 
     def columns(self, start: int, stop: int) -> list[Tensor]:
-        """What is stored of columns start to stop of a dense window, as views, one a block."""
+        """Columns start to stop of a dense window, as views, one for each block that has some."""
         views = []
         for block in self.blocks:
             if max(start, 0) < min(stop, block.dim):
@@ -437,7 +438,7 @@ class Window:
         return [(block, part.to(block.device)) for block, part in parts]
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
-        """A vector from its parts, started on all devices before the first is collected."""
+        """A vector from its parts. The work has started on all devices before the first is read."""
         parts = [part.to(self.device) for part in parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -465,7 +466,7 @@ def gram(tiles: Iterable[Tensor]) -> Tensor:
 
 
 def kept(size: int, compress: float) -> int:
-    """How many entries of `size` columns a compressed window keeps.
+    """The number of entries that a compressed window stores of `size` columns.
 
     Example:
         >>> kept(4096, 0.01)
@@ -475,25 +476,26 @@ def kept(size: int, compress: float) -> int:
 
 
 def _short_sums(G: Tensor, x: Tensor) -> Tensor:
-    """Gx in float64, summed over products of a few columns each in the type of G."""
+    """Gx in float64, as a sum over products of a few columns each in the type of G."""
     if G.dtype == torch.float64:
         return G @ x
     chunk = _chunk(len(x))
     whole = len(x) - len(x) % chunk
-    # One batch of products x_c (1, chunk) times G_cᵀ (chunk, m) reads G no slower than G @ x does,
-    # which would leave all d columns to a single float32 sum.
+    # A batch of products x_c (1, chunk) times G_cᵀ (chunk, m) reads G as fast as G @ x, which
+    # would sum all d columns in float32.
     chunks = G[:, :whole].unflatten(1, (-1, chunk)).permute(1, 2, 0)
     products = torch.bmm(x[:whole].view(-1, 1, chunk), chunks)
     return products.sum((0, 1), dtype=torch.float64) + G[:, whole:] @ x[whole:]
 
 
 def _chunk(d: int) -> int:
-    """Columns of a short sum: 256 sums or more."""
-    return min(CHUNK, max(16, d // 256 // 16 * 16))
+    """The number of columns of a short sum. Pieces of rows below 16 kB are read more slowly, but
+    with few weights that hardly counts, and more sums are more precise."""
+    return CHUNK if d >= 64 * CHUNK else max(16, d // 256 // 16 * 16)
 
 
 def _largest(a: Tensor, compress: float) -> Tensor:
-    """Where the entries of a (d,) are that are largest in absolute value, in each block: (k,)."""
+    """The columns (k,) of the entries of a (d,) with the largest absolute values in each block."""
     whole = len(a) - len(a) % BLOCK
     found = [
         blocks.abs().topk(kept(blocks.shape[1], compress), sorted=False).indices.sort().values
@@ -505,13 +507,13 @@ def _largest(a: Tensor, compress: float) -> Tensor:
 
 
 def _rows_in_use(rows: Tensor, count: Tensor) -> int:
-    """How many rows are in use once the next is written."""
+    """The number of rows in use after the next one is written."""
     return min(int(count) + 1, len(rows))
 
 
 def _replace(rows: Tensor, row: Tensor, count: Tensor, accepted: Tensor | None) -> None:
-    """Makes `row` number count mod m of the m rows, where it is accepted."""
-    if rows.dtype == torch.float8_e4m3fn:  # which torch does not index
+    """If accepted, makes `row` the row count mod m of the m rows."""
+    if rows.dtype == torch.float8_e4m3fn:  # torch does not index this type
         rows, row = rows.view(torch.uint8), row.view(torch.uint8)
     j, row = count.view(1) % len(rows), row[None]
     if accepted is not None:

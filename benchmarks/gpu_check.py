@@ -131,23 +131,24 @@ def stages(python: str) -> list[list[list[Part]]]:
         path.relative_to(ROOT) for path in files if re.search(r"mark\.cuda\b", path.read_text())
     ]
     pytest = [python, "-m", "pytest", "-m", "cuda", "-rs", "-p", "no:cacheprovider"]
-    tests = [[Part(f"tests of {path}", [*pytest, str(path)], 90)] for path in marked]
+    tests = [[Part(f"tests of {path}", [*pytest, str(path)], 80)] for path in marked]
     kernels = [*pytest, "tests/test_hinv_cuda.py", "-k", SANITIZED]
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     found = shutil.which("compute-sanitizer") or shutil.which(f"{home}/bin/compute-sanitizer")
     sanitizer = [found or "compute-sanitizer", "--error-exitcode", "1", "--tool"]
-    tools = "memcheck", "racecheck", "initcheck", "synccheck"
+    tools = [["memcheck", "initcheck"], ["racecheck", "synccheck"]]
     checks = [
-        Part(f"compute-sanitizer, {tool}", [*sanitizer, tool, *kernels], 60) for tool in tools
+        [Part(f"compute-sanitizer, {tool}", [*sanitizer, tool, *kernels], 40) for tool in lane]
+        for lane in tools
     ]
-    epoch = [python, "benchmarks/gpu_epoch.py", "--without_compile", "--batches", "100"]
+    epoch = [python, "benchmarks/gpu_epoch.py", "--without_compile", "--batches", "60"]
     rows = [python, "benchmarks/gpu_rows.py", "--large"]
     return [
         [
             [Part("the extension", [python, "setup_cuda.py", "build_ext", "--inplace"], 90)],
             [Part("NVRTC", [python, "-c", NVRTC], 60)],
         ],
-        [*tests, checks],
+        [*tests, *checks],
         [[Part("epochs", epoch, 60, measures=True)]],
         [[Part("steps", rows, 100, measures=True)]],
         [[Part("kernels", [python, "benchmarks/gpu_step.py"], 60, measures=True)]],

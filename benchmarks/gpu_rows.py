@@ -28,6 +28,7 @@ import models
 from optim import MFAC, DynamicInverseFisher
 from prun import BlockedInverseFisher, PagedInverseFisher
 
+DEVICE = "cuda"
 DTYPES = torch.float32, torch.bfloat16, torch.float8_e4m3fn
 LARGE = [
     (1024, 11_000_000, torch.float32),
@@ -52,7 +53,7 @@ def milliseconds(run: Callable[[], object], rounds: int = 9, repeats: int = 20) 
 
 def bandwidth() -> float:
     """Bytes a second of a copy, read and written."""
-    source = torch.randn(2**28, device="cuda")
+    source = torch.randn(2**28, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * 4 * source.numel() / milliseconds(lambda: target.copy_(source), 5, 10) * 1e3
 
@@ -86,18 +87,17 @@ def on_side_stream(run: Callable[[], object], times: int) -> None:
     torch.cuda.current_stream().wait_stream(side)
 
 
-def check_results() -> None:
+def check_results(m: int = 96, d: int = 20_001, damp: float = 1e-3) -> None:
     """Relative errors of results against float64, for nearly parallel gradients too."""
-    m, d, damp = 96, 20_001, 1e-3
     for dtype, noise in itertools.product((*DTYPES, torch.float16), (1.0, 1e-2)):
-        fisher = DynamicInverseFisher(m, d, damp, device="cuda", dtype=dtype)
-        base, rows = torch.randn(d, device="cuda"), []
+        fisher = DynamicInverseFisher(m, d, damp, device=DEVICE, dtype=dtype)
+        base, rows = torch.randn(d, device=DEVICE), []
         for _ in range(m + 40):
-            g = (base + noise * torch.randn(d, device="cuda")) / d**0.5
-            rows.append(fisher.window.entry(g)[0].values.double())
+            g = (base + noise * torch.randn(d, device=DEVICE)) / d**0.5
+            rows.append(fisher.window.entry(g)[0].vectors[0].double())
             u = fisher.update_matvec(g)
         G = torch.stack(rows[-m:])
-        A = G @ G.T + m * damp * torch.eye(m, device="cuda", dtype=torch.float64)
+        A = G @ G.T + m * damp * torch.eye(m, device=DEVICE, dtype=torch.float64)
         exact = (rows[-1] - G.T @ torch.linalg.solve(A, G @ rows[-1])) / damp
         error = float((u - exact).norm() / exact.norm())
         print(f"  error, {dtype}, noise {noise}: {error:.1e}", "" if error < 2e-5 else "WRONG")
@@ -106,12 +106,12 @@ def check_results() -> None:
 def trained(replay: bool, m: int, **options: Any) -> list[torch.Tensor]:
     """The weights of a small model after 3 eager and 3m more steps."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 5)).cuda()
-    lr = torch.tensor(1e-2, device="cuda")
+    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 5)).to(DEVICE)
+    lr = torch.tensor(1e-2, device=DEVICE)
     options = {"momentum": 0.9, "weight_decay": 1e-3, "damp": 1e-3, "ngrads": m} | options
     optimizer = MFAC(model.parameters(), lr, **options)
-    batches = torch.randn(3 * m, 8, 20, device="cuda")
-    x, y = torch.randn(8, 20, device="cuda"), torch.randint(5, (8,), device="cuda")
+    batches = torch.randn(3 * m, 8, 20, device=DEVICE)
+    x, y = torch.randn(8, 20, device=DEVICE), torch.randint(5, (8,), device=DEVICE)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=False)
@@ -129,16 +129,16 @@ def trained(replay: bool, m: int, **options: Any) -> list[torch.Tensor]:
 
 def row(m: int, dtype: torch.dtype, rate: float, **options: Any) -> dict[str, float]:
     """Times of a step of MFAC for the parameters of ResNet-20."""
-    params = list(models.build("resnet20", 10).cuda().parameters())
+    params = list(models.build("resnet20", 10).to(DEVICE).parameters())
     for p in params:
         p.grad = torch.randn_like(p)
     optimizer = MFAC(params, 1e-6, 0.9, ngrads=m, window_dtype=dtype, **options)
     fisher = optimizer.fisher
     d = fisher.shape[0]
     for _ in range(m):
-        fisher.update(torch.randn(d, device="cuda") / d**0.5)
+        fisher.update(torch.randn(d, device=DEVICE) / d**0.5)
     sets = itertools.cycle([[torch.randn_like(p) / d**0.5 for p in params] for _ in range(16)])
-    vectors = itertools.cycle(torch.randn(16, d, device="cuda") / d**0.5)
+    vectors = itertools.cycle(torch.randn(16, d, device=DEVICE) / d**0.5)
 
     def refresh() -> None:
         torch._foreach_copy_([p.grad for p in params], next(sets))
@@ -168,10 +168,10 @@ def row(m: int, dtype: torch.dtype, rate: float, **options: Any) -> dict[str, fl
 
 def large_row(m: int, d: int, dtype: torch.dtype, rate: float) -> dict[str, float]:
     """Times of `update_matvec`."""
-    fisher = DynamicInverseFisher(m, d, device="cuda", dtype=dtype)
+    fisher = DynamicInverseFisher(m, d, device=DEVICE, dtype=dtype)
     for _ in range(m):
-        fisher.update(torch.randn(d, device="cuda") / d**0.5)
-    vectors = itertools.cycle(torch.randn(3, d, device="cuda") / d**0.5)
+        fisher.update(torch.randn(d, device=DEVICE) / d**0.5)
+    vectors = itertools.cycle(torch.randn(3, d, device=DEVICE) / d**0.5)
     found = milliseconds(lambda: fisher.update_matvec(next(vectors)), 5, 6)
     reads = 2 * m * d * dtype.itemsize / rate * 1e3
     return {"update_matvec": found, "two reads": reads, "ratio": found / reads}
@@ -181,7 +181,7 @@ def static_row(
     build: Callable[[torch.Tensor], Any], G: torch.Tensor, drop: torch.Tensor
 ) -> dict[str, float]:
     """Times of F⁻¹ of gradients G (m, d) with its diagonal, and of a joint update."""
-    inverse, w = build(G), torch.randn(G.shape[1], device="cuda")
+    inverse, w = build(G), torch.randn(G.shape[1], device=DEVICE)
     return {
         "with diagonal": milliseconds(lambda: build(G).diagonal(), 3, 1),
         "joint update": milliseconds(lambda: inverse.joint_update(drop, w), 3, 1),
@@ -190,15 +190,15 @@ def static_row(
 
 def static_rows(m: int = 1024, d: int = 270_896) -> Iterator[tuple[str, dict[str, float]]]:
     """A name and times for each way to have m gradients, and half of d weights to remove."""
-    there = torch.randn(m, d, device="cuda") * torch.randn(d, device="cuda").exp() / 100
-    drop, y = torch.randperm(d, device="cuda")[: d // 2], torch.randn(m, m, device="cuda")
+    there = torch.randn(m, d, device=DEVICE) * torch.randn(d, device=DEVICE).exp() / 100
+    drop, y = torch.randperm(d, device=DEVICE)[: d // 2], torch.randn(m, m, device=DEVICE)
     least = milliseconds(lambda: (there @ there.T, y @ there), 5, 3)
     yield "static, two bare float32 products", {"with diagonal": least}
     for place, G in (("on the GPU", there), ("in main memory", there.cpu())):
         for name, build in {
-            "1 page": lambda G: PagedInverseFisher(G, device="cuda"),
-            "4 pages": lambda G: PagedInverseFisher(G, pages=4, device="cuda"),
-            "blocks of 128": lambda G: BlockedInverseFisher(G, 128, device="cuda"),
+            "1 page": lambda G: PagedInverseFisher(G, device=DEVICE),
+            "4 pages": lambda G: PagedInverseFisher(G, pages=4, device=DEVICE),
+            "blocks of 128": lambda G: BlockedInverseFisher(G, 128, device=DEVICE),
         }.items():
             yield f"static, {name}, gradients {place}", static_row(build, G, drop)
 
@@ -223,7 +223,7 @@ def main() -> None:
         parser.error("torch sees no CUDA device")
     rate, rows = bandwidth(), {}
     print(torch.cuda.get_device_name(), torch.__version__, f"copy {rate / 1e12:.2f} TB/s")
-    print("kernels:", type(kernels.cuda_kernels(torch.device("cuda"))))
+    print("kernels:", type(kernels.cuda_kernels(torch.device(DEVICE))))
     check_results()
     for options in (*({"window_dtype": dtype} for dtype in DTYPES), {"compress": 0.1}):
         ends = trained(False, 16, **options), trained(True, 16, **options)

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
+DEVICE = "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn]
 RESNET20 = 272_474
 LARGE = [
@@ -54,23 +55,27 @@ class Case:
         self.m, self.d, self.dtype = m, d, dtype
         self.real = torch.float64 if dtype == torch.float64 else torch.float32
         stride = -(-d * dtype.itemsize // 512) * 512 // dtype.itemsize
-        self.G = torch.empty(m, stride, dtype=dtype, device="cuda")[:, :d]
+        self.G = torch.empty(m, stride, dtype=dtype, device=DEVICE)[:, :d]
         for row in self.G:
-            row.copy_(torch.randn(d, device="cuda"))
-        self.scales = None
+            row.copy_(torch.randn(d, device=DEVICE))
+        self.row = torch.randn(d, device=DEVICE).to(dtype)
+        self.x, self.scales, self.row_scales = self.row.to(self.real), None, None
         if dtype in (torch.float16, torch.float8_e4m3fn):
-            shape = m, -(-d // BLOCK)
-            self.scales = torch.exp2(torch.randint(-3, 3, shape, device="cuda").float())
-        self.x = torch.randn(d, device="cuda").to(dtype).to(self.real)
-        self.z = torch.randn(m, device="cuda", dtype=torch.float64)
-        self.count = torch.tensor(5 * m + m // 3, device="cuda")
-        self.one = torch.ones((), dtype=torch.int64, device="cuda")
+            shape = m + 1, -(-d // BLOCK)
+            scales = torch.exp2(torch.randint(-3, 3, shape, device=DEVICE).float())
+            self.scales, self.row_scales = scales[:m], scales[m].clone()
+            self.x *= self.row_scales.repeat_interleave(BLOCK)[:d]
+        self.g = torch.randn(d, device=DEVICE)
+        self.z = torch.randn(m, device=DEVICE, dtype=torch.float64)
+        self.count = torch.tensor(5 * m + m // 3, device=DEVICE)
+        one = torch.ones((), dtype=torch.int64, device=DEVICE)
+        self.new = self.row, self.row_scales, self.count, one
 
     def rows(self, columns: slice) -> Tensor:
         """Some columns of the window, in float64."""
         G = self.G[:, columns].to(self.real).double()
         if self.scales is not None:
-            blocks = torch.arange(self.d, device="cuda")[columns] // BLOCK
+            blocks = torch.arange(self.d, device=DEVICE)[columns] // BLOCK
             G *= self.scales[:, blocks]
         return G
 
@@ -86,24 +91,23 @@ class Case:
             expected += G @ x
             size += G.abs() @ x.abs()
         assert ((k - expected).abs() <= 1e-13 * size).all(), "hinv_times is wrong"
-        u = kernels.hinv_transposed_times(
-            self.G, self.z, self.scales, 2.0, self.x, self.count, self.one
-        )
+        u = kernels.hinv_transposed_times(self.G, self.z, self.scales, *self.new)
         for columns in (slice(0, 5000), slice(max(0, self.d - 5000), self.d)):
             G = self.rows(columns)
-            expected, size = 2 * (self.z @ G), 2 * (self.z.abs() @ G.abs())
+            expected, size = self.z @ G, self.z.abs() @ G.abs()
             error = (u[columns].double() - expected).abs()
             allowed = 2.0**-24 * expected.abs() * (self.real == torch.float32)
             assert (error <= allowed + 1e-13 * size).all(), "hinv_transposed_times is wrong"
 
     def runs(self, kernels: Any) -> dict[str, Callable[[], object]]:
-        new = self.x, self.count, self.one
-        return {
+        window = self.G, self.z, self.scales
+        found = {
             "times": lambda: kernels.hinv_times(self.G, self.x, self.count, self.scales),
-            "transposed_times": lambda: kernels.hinv_transposed_times(
-                self.G, self.z, self.scales, 1.0, *new
-            ),
+            "transposed_times": lambda: kernels.hinv_transposed_times(*window, *self.new),
         }
+        if self.scales is not None:
+            found["round"] = lambda: kernels.hinv_round(self.g, self.G)
+        return found
 
     @property
     def bytes(self) -> int:
@@ -116,40 +120,52 @@ class Compressed:
     def __init__(self, m: int, d: int, dtype: torch.dtype):
         self.m, self.d, self.dtype = m, d, dtype
         self.real = torch.float64 if dtype == torch.float64 else torch.float32
-        parts = []
+        parts, self.kept = [], max(1, round(0.01 * min(BLOCK, d)))
         for start in range(0, d, BLOCK):
             size = min(BLOCK, d - start)
-            some = torch.rand(m, size, device="cuda").topk(max(1, round(0.01 * size))).indices
+            some = torch.rand(m + 1, size, device=DEVICE).topk(max(1, round(0.01 * size))).indices
             parts.append(some.sort().values + start)
-        self.columns = torch.cat(parts, 1).int()
-        self.values = torch.randn(self.columns.shape, device="cuda").to(dtype)
-        self.X = torch.randn(2, d, device="cuda", dtype=self.real)
-        self.y = torch.randn(m, device="cuda", dtype=torch.float64)
-        self.count = torch.tensor(3 * m, device="cuda")
+        columns = torch.cat(parts, 1).int()
+        values = torch.randn(columns.shape, device=DEVICE).to(dtype)
+        self.columns, self.row_columns = columns[:m], columns[m].clone()
+        self.values, self.row = values[:m], values[m].clone()
+        self.X = torch.randn(2, d, device=DEVICE, dtype=self.real)
+        self.error, self.new_error, self.rest, self.g = torch.randn_like(self.X.repeat(2, 1))
+        self.y = torch.randn(m, device=DEVICE, dtype=torch.float64)
+        self.count = torch.tensor(3 * m, device=DEVICE)
+        one = torch.ones((), dtype=torch.int64, device=DEVICE)
+        self.when = 0.5, self.count, one
+
+    def times(self, kernels: Any) -> Tensor:
+        new = self.count, self.row_columns, self.row
+        return kernels.hinv_sparse_times(self.columns, self.values, self.X, *new)
+
+    def replace(self, kernels: Any) -> Tensor:
+        new = self.error, self.row_columns, self.row, self.new_error, self.rest
+        return kernels.hinv_sparse_replace(self.columns, self.values, self.y, *new, *self.when)
 
     def check(self, kernels: Any) -> None:
-        values = self.values.to(self.real).double()
-        indices = self.columns.long()
-        y = kernels.hinv_sparse_times(self.columns, self.values, self.X, self.count)
+        y, u = self.times(kernels), self.replace(kernels)  # which writes the new row
+        values, indices = self.values.to(self.real).double(), self.columns.long()
+        assert torch.equal(self.columns[int(self.count) % self.m], self.row_columns), "no new row"
+        assert torch.equal(self.error, self.new_error), "no new error"
         for x, row in zip(self.X.double(), y, strict=True):
             error = (row - (x[indices] * values).sum(1)).abs()
             assert (error <= 1e-13 * (x[indices] * values).abs().sum(1)).all(), "sparse_times"
-        u = kernels.hinv_sparse_transposed_times(self.columns, self.values, self.y, self.d)
         terms = (values * self.y[:, None]).flatten()
-        zeros = torch.zeros(self.d, dtype=torch.float64, device="cuda")
-        expected = zeros.index_add(0, indices.flatten(), terms)
-        size = zeros.index_add(0, indices.flatten(), terms.abs())
+        rest = self.when[0] * self.rest.double()
+        expected = rest.index_add(0, indices.flatten(), terms)
+        size = rest.abs().index_add(0, indices.flatten(), terms.abs())
         allowed = 2.0**-24 * expected.abs() * (self.real == torch.float32)
         error = (u.double() - expected).abs()
-        assert (error <= allowed + 1e-13 * size).all(), "sparse_transposed_times is wrong"
+        assert (error <= allowed + 1e-13 * size).all(), "sparse_replace is wrong"
 
     def runs(self, kernels: Any) -> dict[str, Callable[[], object]]:
-        window = self.columns, self.values
+        largest = self.error, self.g, self.values, self.kept
         return {
-            "sparse_times, two": lambda: kernels.hinv_sparse_times(*window, self.X, self.count),
-            "sparse_transposed_times": lambda: kernels.hinv_sparse_transposed_times(
-                *window, self.y, self.d
-            ),
+            "largest": lambda: kernels.hinv_largest(*largest),
+            "sparse_times, two": lambda: self.times(kernels),
+            "sparse_replace": lambda: self.replace(kernels),
         }
 
     @property
@@ -162,21 +178,21 @@ class Exchange:
 
     def __init__(self, m: int, parallel: bool):
         self.m, self.parallel, self.damp = m, parallel, 1e-5 if parallel else 1e-3
-        G = torch.randn(m, m + 5, device="cuda", dtype=torch.float64)
+        G = torch.randn(m, m + 5, device=DEVICE, dtype=torch.float64)
         if parallel:
             G = 100 * (torch.randn_like(G[0]) + 1e-3 * G)
         G /= G.shape[1] ** 0.5
         self.K = G @ G.T
         self.k = self.K[m // 3].clone()
-        self.count = torch.tensor(m + m // 3, device="cuda")
-        self.P = torch.linalg.inv(self.K + m * self.damp * torch.eye(m, device="cuda").double())
+        self.count = torch.tensor(m + m // 3, device=DEVICE)
+        self.P = torch.linalg.inv(self.K + m * self.damp * torch.eye(m, device=DEVICE).double())
         self.P = ((self.P + self.P.T) / 2).contiguous()
         self.out = torch.empty_like(self.k), self.k.new_empty(1), torch.ones_like(self.count)
 
     def check(self, kernels: Any) -> None:
         self.runs(kernels)["update"]()
         z, error, accepted = self.out
-        A = self.K + self.m * self.damp * torch.eye(self.m, device="cuda").double()
+        A = self.K + self.m * self.damp * torch.eye(self.m, device=DEVICE).double()
         residual = A @ z
         residual[self.m // 3] -= 1
         units = (A[self.m // 3, self.m // 3] / A.diagonal()).sqrt()
@@ -207,7 +223,7 @@ def table_of_kernels(rounds: int, large: bool, file: Path | None) -> None:
         Exchange(96, dtype == torch.float32).check(interface)
         print(f"{way}: {dtype} is right")
 
-    source, target = torch.randn(2, 2**28, device="cuda")
+    source, target = torch.randn(2, 2**28, device=DEVICE)
     bandwidth = 8 * len(source) / milliseconds(lambda: target.copy_(source), rounds)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; ", end="")
     print(f"copy bandwidth {bandwidth / 1e6:.0f} GB/s\n")

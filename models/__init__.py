@@ -1,7 +1,7 @@
 """The models that the scripts know by name, and the loading of checkpoints.
 
-`MODELS` is the one registry: a name and a callable that takes the number of classes and returns
-a module for images with three channels. A new entry is all that a new model needs:
+`MODELS` is the registry: a name, and a callable that takes the number of classes and returns a
+module for images with three channels. To add a model, add an entry:
 
     models.MODELS["mlp"] = lambda num_classes: MLP(hidden=512, num_classes=num_classes)
 """
@@ -36,20 +36,20 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-# Where checkpoints have their state dict, if not at the top.
+# Keys under which a checkpoint may hold its state dict, if it is not one itself.
 HOLDERS = ("state_dict", "model_state_dict", "model", "net")
 
-# Public checkpoints have a scalar of numpy beside the weights, their accuracy.
+# Public checkpoints often hold their accuracy beside the weights, as a scalar of numpy.
 SCALAR = np.float64().__reduce__()[0]
 SAFE = [(SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 SAFE += [np.dtype, *(type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64))]
 
 
 def build(name: str, num_classes: int, shape: tuple[int, int, int] = (3, 32, 32)) -> nn.Module:
-    """A new model `name` with `num_classes` outputs; its weights follow torch's global generator.
+    """A new model `name` with `num_classes` outputs, initialised from torch's global generator.
 
-    The name is in `MODELS`, or one of `module:function`, see `build_own`, for images of `shape`.
-    Raises ValueError for any other.
+    The name is a key of `MODELS`, or `module:function` for images of `shape`; see `build_own`.
+    Raises ValueError for any other name.
     """
     if ":" in name:
         return build_own(name, num_classes, shape)
@@ -59,18 +59,20 @@ def build(name: str, num_classes: int, shape: tuple[int, int, int] = (3, 32, 32)
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Loads the weights and buffers in the file `path` into `model`, on whatever device it lives.
+    """Loads the weights and buffers in the file `path` into `model`, on the device of the model.
 
-    The file holds a state dict, alone or under "state_dict", "model_state_dict", "model" or "net",
-    in any floating-point type, or is one of safetensors. Names may have in front what wrappers put
-    there, such as "module." (DataParallel, averaged models), "_orig_mod." (torch.compile) and
-    "model." (Lightning); weights that torch.nn.utils.prune has masked are multiplied with their
-    masks. Only tensors, numbers and plain containers are unpickled. Raises ValueError, with the
-    model untouched, for a file that is missing, not a checkpoint, or that does not fit the model.
+    The file is in the format of safetensors, or holds a state dict of any floating-point type,
+    alone or under "state_dict", "model_state_dict", "model" or "net". Names may have the prefix of
+    a wrapper, such as "module." (DataParallel, averaged models), "_orig_mod." (torch.compile) or
+    "model." (Lightning). Weights that torch.nn.utils.prune has masked are multiplied by the masks.
+    Only tensors, numbers and plain containers are unpickled.
+
+    Raises ValueError for a file that is missing, is not a checkpoint, or does not fit the model.
+    The model then stays as it was.
     """
     wanted = model.state_dict()
     state = _unwrapped(_read_state_dict(Path(path)), wanted)
-    # Checkpoints older than torch 0.4.1 lack this counter, and load_state_dict can do without it.
+    # Checkpoints from before torch 0.4.1 lack this counter. load_state_dict does not need it.
     missing = [
         key for key in wanted if key not in state and not key.endswith("num_batches_tracked")
     ]
@@ -82,55 +84,55 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         raise ValueError(
             f"The checkpoint {path} belongs to another model: it {' and '.join(found)}"
             f"{f' ({others} more keys differ)' if others else ''}; "
-            f"name the model that it was saved from."
+            f"choose the model that it was saved from."
         )
     for key, tensor in state.items():
         if tensor.shape != wanted[key].shape:
             raise ValueError(
                 f"The checkpoint {path} belongs to a model with other sizes or another number of "
-                f"classes: {key!r} is {tuple(tensor.shape)} there and "
-                f"{tuple(wanted[key].shape)} here; use the model and data set it was saved from."
+                f"classes: {key!r} has the shape {tuple(tensor.shape)}, but the model needs "
+                f"{tuple(wanted[key].shape)}; choose the model and data set that it was saved from."
             )
         if tensor.is_floating_point() != wanted[key].is_floating_point() or not is_plain(tensor):
             raise ValueError(
-                f"The checkpoint {path} has another kind of numbers: {key!r} is a "
-                f"{'meta' if tensor.is_meta else tensor.layout} tensor of {tensor.dtype} where "
-                f"{wanted[key].dtype} is needed; save the weights as these."
+                f"The checkpoint {path} has another type of tensor: {key!r} is a "
+                f"{'meta' if tensor.is_meta else tensor.layout} tensor of {tensor.dtype}, but the "
+                f"model needs a dense one of {wanted[key].dtype}; convert it before saving."
             )
         if not tensor.isfinite().all():
             raise ValueError(
-                f"The checkpoint {path} has NaN or Inf in {key!r}: use one of a training that did "
-                f"not diverge."
+                f"The checkpoint {path} has NaN or Inf in {key!r}: use one from before the "
+                f"training diverged."
             )
     model.load_state_dict(state)
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor from a file has its numbers, one after the other."""
+    """Whether a tensor is dense and has its numbers in memory."""
     return tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized)
 
 
 def read_tensors(path: str | Path, zipped: bool = False, mmap: bool = False) -> Any:
-    """What torch.save wrote to `path`, on the CPU: tensors, numbers and plain containers.
+    """Reads what torch.save wrote to `path`, on the CPU: tensors, numbers and plain containers.
 
-    A file that is no zip archive, as those of torch before 1.6, has no checksums, and is refused if
-    it must be `zipped`. There is no end to what a damaged file can raise.
+    Files of torch before 1.6 are not zip archives and have no checksums. With `zipped`, they are
+    refused. A damaged file can raise any exception.
     """
     with open(path, "rb") as file:
         zipped = zipped or file.read(4) == b"PK\3\4"
-    if zipped:  # torch.load does not compare the checksums, and would unfold what is compressed
+    if zipped:  # torch.load checks no checksums, and would unpack a small file to any size
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("It has compressed records, which torch.save does not write.")
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} has another checksum.")
     with warnings.catch_warnings(), torch.serialization.safe_globals(SAFE):
-        warnings.simplefilter("ignore")  # what is of a kind that torch warns of is refused below
+        warnings.simplefilter("ignore")  # the callers refuse what torch warns about
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of the checkpoint `path` by name, without the "module." prefix."""
+    """The tensors of the checkpoint `path` by name."""
     if not path.is_file():
         raise ValueError(f"There is no checkpoint file {path}: check the path.")
     try:
@@ -141,12 +143,11 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         state = read_tensors(path)
     except ImportError as error:
         raise ValueError(
-            f"Reading {path} needs the package safetensors: install it with 'pip install "
-            f"safetensors'."
+            f"Reading {path} needs the package safetensors: run 'pip install safetensors'."
         ) from error
     except Exception as error:  # depending on the bytes: UnpicklingError, RuntimeError, EOFError, …
         raise ValueError(
-            f"The file {path} is not a checkpoint of tensors that torch.load can read "
+            f"The file {path} is not a checkpoint that torch.load can read "
             f"({type(error).__name__}): save one with torch.save(model.state_dict(), path)."
         ) from error
     for key in HOLDERS:
@@ -166,8 +167,8 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 def _unwrapped(
     state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The state with masks applied, and without the count of an averaged model and the prefix that
-    wrappers have put in front of the names in `wanted`."""
+    """The state with masks applied, without the count of an averaged model, and without the prefix
+    that wrappers put before the names in `wanted`."""
     for name in [key.removesuffix("_orig") for key in state if key.endswith("_orig")]:
         if f"{name}_mask" in state:
             state[name] = state.pop(f"{name}_orig") * state.pop(f"{name}_mask")

@@ -1,7 +1,7 @@
 """MobileNet v1 (Howard et al., 2017), width 1: depthwise separable convolutions.
 
-4,231,976 parameters for 1,000 classes. Made for 224x224 images, whose side it divides by 32;
-32x32 images end as a single pixel, so in training they need batches of two or more.
+It has 4,231,976 parameters for 1,000 classes. It is made for images of 224x224 and divides their
+side by 32. Images of 32x32 end as a single pixel, so training on them needs batches of two or more.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""A model of one's own, from `module:function` as the scripts take it."""
+"""Builds the user's own model from `module:function`, as given to the scripts."""
 
 import importlib
 import sys
@@ -12,11 +12,11 @@ __all__ = ["build_own"]
 
 
 def build_own(name: str, num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """What the function that `name` names returns for the number of classes.
+    """The module that the function `name` returns for the number of classes.
 
-    The module may lie in the current folder. Raises ValueError, in one sentence that names the line
-    of code where there is one, unless the function returns a module that makes (n, num_classes)
-    from images (n, *shape).
+    The function's module may lie in the current folder. Raises ValueError unless the function
+    returns a torch.nn.Module that maps images (n, *shape) to (n, num_classes). The message is one
+    sentence with the line of the code that failed, if any.
     """
     module, _, function = name.partition(":")
     if (folder := str(Path.cwd())) not in sys.path:
@@ -27,20 +27,21 @@ def build_own(name: str, num_classes: int, shape: tuple[int, int, int]) -> nn.Mo
         if error.name != module.split(".")[0] and error.name != module:
             raise ValueError(f"Importing {module} failed: {described(error)}") from error
         raise ValueError(
-            f"There is no module {module!r} in {folder} or installed, of the model {name}"
+            f"There is no module {module!r} in {folder} or installed; check the model {name}"
         ) from error
     except Exception as error:
         raise ValueError(f"Importing {module} failed: {described(error)}") from error
     if not callable(make := getattr(found, function, None)):
         place = getattr(found, "__file__", None) or "Python"
-        raise ValueError(f"The module {module!r}, of {place}, has no function {function!r}")
+        raise ValueError(f"The module {module!r} ({place}) has no function {function!r}")
     try:
         model = make(num_classes)
     except Exception as error:
         raise ValueError(f"{name}({num_classes}) failed: {described(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"{name}({num_classes}) returned {type(model).__name__}, not a torch.nn.Module"
+            f"{name}({num_classes}) returned {type(model).__name__}, not a torch.nn.Module; return "
+            "the model"
         )
     check_outputs(model, name, (2, *shape), (2, num_classes))
     return model
@@ -49,7 +50,7 @@ def build_own(name: str, num_classes: int, shape: tuple[int, int, int]) -> nn.Mo
 def check_outputs(
     model: nn.Module, name: str, images: tuple[int, ...], expected: tuple[int, ...]
 ) -> None:
-    """Raises ValueError unless the model makes outputs of the shape `expected`."""
+    """Raises ValueError unless the model's outputs have the shape `expected`."""
     training = model.training
     try:
         device = next((p.device for p in model.parameters()), "cpu")
@@ -66,9 +67,9 @@ def check_outputs(
 
 
 def described(error: Exception) -> str:
-    """An error in one line, with the place in the code."""
+    """An error in one line, with file and line number."""
     where = traceback.extract_tb(error.__traceback__)[-1]
     text = (str(error).splitlines() or [""])[0]
     if isinstance(error, SyntaxError):
-        return f"{type(error).__name__}: {text}"  # which names its place
+        return f"{type(error).__name__}: {text}"  # its text has the line number
     return f"{type(error).__name__}: {text} ({Path(where.filename).name}, line {where.lineno})"

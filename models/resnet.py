@@ -39,7 +39,7 @@ class ResNet(nn.Module):
     def __init__(self, depth: int, num_classes: int) -> None:
         super().__init__()
         if depth < 8 or depth % 6 != 2:
-            raise ValueError(f"A ResNet has a depth of 6B + 2, such as 20 or 56, not {depth}.")
+            raise ValueError(f"Invalid depth {depth}: it must be 6B + 2, such as 20 or 56.")
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)

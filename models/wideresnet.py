@@ -1,6 +1,6 @@
 """Wide ResNet (Zagoruyko and Komodakis, 2016): pre-activation blocks, `widen` times the channels.
 
-The shortcut into a new stage is a 1x1 convolution of the activated input. No dropout.
+The shortcut into a new stage is a 1x1 convolution of the activated input. There is no dropout.
 """
 
 import torch
@@ -35,7 +35,7 @@ class WideResNet(nn.Module):
     def __init__(self, depth: int, widen: int, num_classes: int) -> None:
         super().__init__()
         if depth < 10 or depth % 6 != 4:
-            raise ValueError(f"A Wide ResNet has a depth of 6B + 4, such as 22 or 40, not {depth}.")
+            raise ValueError(f"Invalid depth {depth}: it must be 6B + 4, such as 22 or 40.")
         blocks = (depth - 4) // 6
         channels = [16 * widen, 32 * widen, 64 * widen]
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)

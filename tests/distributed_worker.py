@@ -337,7 +337,7 @@ def lost(folder):
     first, own = (
         torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, dist.get_rank())
     )
-    raises("must load what it saved itself", lambda: MFAC([p], **options).load_state_dict(first))
+    raises("the state that it saved itself", lambda: MFAC([p], **options).load_state_dict(first))
     for good in (own, copy.deepcopy(state)):
         other = MFAC([p], **options)
         other.load_state_dict(good)

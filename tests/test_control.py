@@ -329,6 +329,39 @@ def test_a_group_may_come_later_and_alone_have_gradients():
     assert "algorithm" not in matrices and rest["lr"] == 0.1, "groups belong to their caller"
 
 
+def test_nan_where_the_window_has_no_gradient_skips_the_step():
+    model = network()
+    optimizer = MFAC(groups := mfac_groups(model, lr=0.1), ngrads=M)
+    before = copy.deepcopy(model.state_dict())
+    groups[1]["params"][0].grad = torch.full_like(groups[1]["params"][0], torch.inf)
+    optimizer.step()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "sgd"])
+def test_maximize_is_that_of_all_groups(algorithm):
+    model = network()
+    groups = mfac_groups(model, algorithm, lr=0.1, weight_decay=0)
+    optimizer = MFAC(groups, lr=0.1, ngrads=M, maximize=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all(bool((p > old).all()) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_parameters_of_a_fallback_group_may_be_replaced():
+    """As frameworks do; what belonged to those that have gone goes."""
+    model = network()
+    optimizer = MFAC(mfac_groups(model), ngrads=M)
+    train(model, [optimizer], 2)
+    model[4].bias = nn.Parameter(torch.ones(9))
+    optimizer.param_groups[1]["params"][-1] = model[4].bias
+    train(model, [optimizer], 2)
+    assert float(optimizer.state_dict()["state"][6]["step"]) == 2
+    assert optimizer.fisher.count == 4
+
+
 def test_schedulers_scale_each_groups_own_rate():
     model = network()
     optimizer = MFAC(mfac_groups(model, lr=0.5), lr=0.25, ngrads=M)

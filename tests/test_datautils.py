@@ -704,20 +704,20 @@ def test_images_that_are_not_sorted_into_classes(tmp_path, rng, layout):
     for name in WORDNET:
         (tmp_path / "val" / name).rmdir()
     (tmp_path / "test/images").mkdir(parents=True)
-    fails(tmp_path, "has no test/ or val/", "sort the images that are there into such folders")
+    fails(tmp_path, "has no test/ or val/", "sort its test images into folders")
 
 
 def test_classes_that_differ_are_named(tmp_path, rng):
     write_set(tmp_path, rng, classes=("a", "b", "c", "d", "e"), count=1)
     (tmp_path / "test/b").rename(tmp_path / "test/z")
-    fails(tmp_path, "classes differ", f"{tmp_path / 'train'} has 'b', which")
+    fails(tmp_path, "classes differ", f"{tmp_path / 'train'} has 'b', but")
     for name in "acd":
         (tmp_path / "test" / name / "000.png").unlink()
         (tmp_path / "test" / name).rmdir()
     fails(tmp_path, "'a', 'b', 'c' and 1 more")
     for name in "abcd":
         (tmp_path / "test" / name).mkdir()
-    fails(tmp_path, f"{tmp_path / 'test'} has 'z', which")
+    fails(tmp_path, f"{tmp_path / 'test'} has 'z', but")
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -778,10 +778,10 @@ def test_an_impossible_download(tmp_path, monkeypatch, name):
         monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
     monkeypatch.setattr(urllib.request, "_opener", None)  # it keeps the proxies that it first saw
     root = tmp_path / name
-    fails(root, root, "nor downloaded")
-    fails(root, root, "nor downloaded")  # the folder that the attempt left behind is no obstacle
+    fails(root, root, "or downloaded")
+    fails(root, root, "or downloaded")  # the folder that the attempt left behind is no obstacle
     (root / "broken.tar.gz").write_bytes(b"half an archive")
-    fails(root, root, "nor downloaded")
+    fails(root, root, "or downloaded")
 
 
 def test_a_folder_with_other_things_is_not_downloaded_to(tmp_path):

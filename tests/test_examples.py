@@ -127,7 +127,8 @@ def test_the_notebook_has_the_cells_of_the_script_and_their_output():
     assert words[0] == words[1]
     for cell in code:
         cell["outputs"] = []
-    assert found == cells((ROOT / "examples/quickstart.py").read_text("utf-8"))
+    made = cells((ROOT / "examples/quickstart.py").read_text("utf-8"))
+    assert found == made, "run python tests/make_notebook.py"
 
 
 @needs("scipy")

@@ -1,4 +1,5 @@
-"""benchmarks/gpu_check.py: what becomes of parts that fail, hang, or lack something."""
+"""benchmarks/gpu_check.py: what becomes of parts that fail, hang, or lack something. The benchmarks
+that it calls run on the CPU, as far as they can."""
 
 import importlib
 import json
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernels_on_cpu import KernelsOnCpu
+from test_hinv_cuda import in_one_process, needs_gxx
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-gpu_check = importlib.import_module("gpu_check")
+gpu_check, gpu_rows, gpu_step = map(importlib.import_module, ("gpu_check", "gpu_rows", "gpu_step"))
 Part = gpu_check.Part
 
 
@@ -144,3 +147,39 @@ def test_without_a_gpu_each_part_is_left_out(tmp_path):
     for part in parts.values():
         assert (part["status"], part["reason"]) == ("left out", "torch sees no CUDA device")
         assert f"{part['name']}: torch sees no CUDA device" in done.stdout
+
+
+@needs_gxx
+@in_one_process
+@pytest.mark.parametrize("dtype", gpu_step.DTYPES)
+def test_the_benchmark_of_kernels_checks_what_they_compute(dtype, monkeypatch):
+    monkeypatch.setattr(gpu_step, "DEVICE", "cpu")
+    kernels = KernelsOnCpu()
+    cases = [gpu_step.Case(7, 4200, dtype), gpu_step.Compressed(7, 4200, dtype)]
+    for case in (*cases, gpu_step.Exchange(20, dtype == torch.float32)):
+        case.check(kernels)
+        for run in case.runs(kernels).values():
+            run()
+    monkeypatch.setattr(kernels, "hinv_times", lambda *_: torch.zeros(7).double())
+    with pytest.raises(AssertionError, match="hinv_times is wrong"):
+        cases[0].check(kernels)
+
+
+def test_the_benchmark_of_steps_checks_its_results(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_rows, "DEVICE", "cpu")
+    monkeypatch.setattr(
+        gpu_rows, "on_side_stream", lambda run, times: [run() for _ in range(times)]
+    )
+    gpu_rows.check_results(8, 500)
+    shown = capsys.readouterr().out
+    assert shown.count("error, torch.") == 8 and "WRONG" not in shown
+    ends = [gpu_rows.trained(False, 3, compress=0.5) for _ in range(2)]
+    assert all(map(torch.equal, *ends))
+
+
+def test_the_benchmark_of_epochs_runs(monkeypatch, tmp_path):
+    flags = ["--device", "cpu", "--batches", "1", "--ngrads", "3", "--json", str(tmp_path / "made")]
+    monkeypatch.setattr(sys, "argv", ["gpu_epoch.py", *flags])
+    importlib.import_module("gpu_epoch").main()
+    (row,) = json.loads((tmp_path / "made").read_text())["rows"]
+    assert row["sgd"] > 0 and row["mfac"] > 0

@@ -157,8 +157,15 @@ def test_beside_files_of_the_same_names(installed, project):
 
 
 def test_the_scripts_run_as_modules(installed, project):
-    for name in ("main_optim", "main_prun"):
-        assert "usage: " in run(installed[0], "-m", f"mfac.{name}", "--help", cwd=project)
+    """As `python -m` does, both in one process."""
+    code = """
+import contextlib, runpy, sys
+for name in ("main_optim", "main_prun"):
+    sys.argv = [name, "--help"]
+    with contextlib.suppress(SystemExit):
+        runpy.run_module(f"mfac.{name}", run_name="__main__")
+"""
+    assert run(installed[0], "-c", code, cwd=project).count("usage: ") == 2
 
 
 def test_in_a_clone(clone, tmp_path):

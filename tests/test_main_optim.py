@@ -21,6 +21,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -1142,6 +1143,58 @@ def test_a_state_that_does_not_fit_is_refused(run, capsys):
         assert run("--resume", "--epochs", 1, "--save", "net.pth") == 2, name
         (line,) = capsys.readouterr().err.splitlines()[-1:]
         assert line.startswith("main_optim.py: error: "), name
+
+
+class Generator:
+    """As torch's on CUDA before 2.12: a failed capture leaves its state in capture mode."""
+
+    def __init__(self, offset=7, capturing=False):
+        self.state = {"offset": offset, "capturing": capturing}
+
+    def clone_state(self):
+        return Generator(self.state["offset"])
+
+    def graphsafe_set_state(self, other):
+        self.state = other.state
+
+
+def test_a_failed_capture_is_followed_by_eager_steps(monkeypatch, capsys):
+    """With a simulation of torch.cuda, whose streams are nothing but names."""
+    generator, current = Generator(), ["default"]
+
+    @contextlib.contextmanager
+    def graph(graph, stream, capture_error_mode):
+        current.append("of the graph")
+        generator.state["capturing"] = True
+        raise RuntimeError("not permitted when stream is capturing\nand more")
+        yield
+
+    stream = SimpleNamespace(wait_stream=lambda other: None, device=torch.device("cuda", 0))
+    simulated = {
+        "Stream": lambda device: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None, name=current[-1]),
+        "set_stream": lambda stream: current.append(stream.name),
+        "CUDAGraph": lambda: None,
+        "graph": graph,
+        "default_generators": [generator],
+    }
+    for name, stands in simulated.items():
+        monkeypatch.setattr(torch.cuda, name, stands)
+    data = [(torch.randn(4, 3), torch.randint(2, (4,))) for _ in range(6)]
+    ends = []
+    for wanted in (True, False):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        step = main_common.TrainingStep(model, optimizer, graph=wanted)
+        for images, labels in data:
+            step(images, labels, 4)
+        ends.append(model.weight.detach())
+    assert torch.equal(*ends)
+    assert current[-1] == "default" and generator.state == {"offset": 7, "capturing": False}
+    said = "no CUDA graph for this model and optimizer: not permitted when stream is capturing\n"
+    assert capsys.readouterr().err == said
 
 
 # --- on CUDA --------------------------------------------------------------------------------

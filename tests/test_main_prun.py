@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_main_optim import assert_shown, deterministic  # noqa: F401
+from test_main_optim import assert_shown
 
 import datautils
 import finetune
@@ -286,7 +286,7 @@ def test_the_seed_decides(run):
     assert not same_weights("a-step0.pth", "c-step0.pth")
 
 
-def test_deterministic_runs(run, deterministic):  # noqa: F811
+def test_deterministic_runs(run, deterministic):
     flags = [*RUNS["gradual sgd"].split(), "--deterministic"]
     for out in ("one", "other"):
         assert run(*flags, "--out", out) == 0
@@ -296,7 +296,7 @@ def test_deterministic_runs(run, deterministic):  # noqa: F811
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("kind", RUNS)
-def test_deterministic_runs_on_a_gpu(run, deterministic, monkeypatch, kind):  # noqa: F811
+def test_deterministic_runs_on_a_gpu(run, deterministic, monkeypatch, kind):
     """They have the same bits again, and resumed."""
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")

@@ -169,7 +169,7 @@ STATES = {
         )
     },
     "compress": (loads(fisher, edit(compress=7)), "Invalid compress: 7"),
-    "weights": (loads(fisher, edit("window", 0, G=torch.zeros(3, 5))), "of 5 weights, .* of 4"),
+    "weights": (loads(fisher, edit("window", 0, G=torch.zeros(3, 5))), "5 weights, .* 4; build"),
     "scales": (
         loads(lambda: fisher(dtype="float16"), edit("window", 0, scales=torch.ones(3, 2))),
         "must have 3 rows of",
@@ -178,7 +178,7 @@ STATES = {
     "damp": (loads(fisher, edit(damp=-1)), "Invalid damp: -1"),
     "K nan": (loads(fisher, edit(K=torch.full((3, 3), math.nan))), "K must be"),
     "K shape": (loads(fisher, edit(K=torch.zeros(3, 2))), "K must be a finite sq"),
-    "P shape": (loads(fisher, edit(P=torch.zeros(2, 2))), "P like it"),
+    "P shape": (loads(fisher, edit(P=torch.zeros(2, 2))), "P of the same shape"),
     "optimizer nothing": (loads(stepped, lambda _: 5), "Expected a state dict of MFAC, got int"),
     "optimizer empty": (loads(stepped, lambda _: {}), "not one of MFAC"),
     "fisher empty": (

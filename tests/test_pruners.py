@@ -501,6 +501,15 @@ def test_portions_are_pruners_one_after_the_other(portions, names, options):
     assert pruner.recomputations == 2
 
 
+def test_portions_of_magnitude():
+    pruner = MagnitudePruner(network(), portions=["[06].*", "4.*"])
+    sizes = {name: np.abs(p.detach().numpy()) for name, p in pruner.params.items()}
+    expected = lowest_by_numpy([sizes["0.weight"], sizes["6.weight"]], 304)
+    expected.insert(1, *lowest_by_numpy([sizes["4.weight"]], 144))
+    for mask, gone in zip(pruner.prune(0.5).values(), expected, strict=True):
+        assert np.array_equal(~mask.numpy().ravel(), gone)
+
+
 def test_portions_hold_one_inverse_at_a_time(monkeypatch):
     pruner, inverses, seen = mfac(network(), portions=3), [], []
     invert = MFACPruner._invert
@@ -1203,7 +1212,11 @@ def test_masks_of_tied_weights_are_shown_in_every_layer():
         ({"perbatch": 0}, "Invalid perbatch: 0"),
         ({"pages": 0}, "Invalid pages: 0"),
         ({"portions": 0}, "Invalid portions: 0; it must be an integer of at least 1"),
-        ({"portions": "0.*"}, r"Invalid portions: '0\.\*'"),
+        (
+            {"portions": "0.*"},
+            r"Invalid portions: '0\.\*'; it must be a number, or a list of names",
+        ),
+        ({"portions": []}, "Invalid portions: no entry matches 0.weight"),
         ({"portions": ["0.*", "*"]}, "Invalid portions: both '0.*' and '.' match 0.weight"),
         ({"portions": ["0.*", "4.*"]}, "Invalid portions: no entry matches 6.weight"),
         ({"portions": ["fc"]}, "The model has no parameter 'fc'; .* see portions"),

@@ -43,7 +43,7 @@ def small(num_classes):
 
 
 @pytest.fixture
-def call(tmp_path_factory, monkeypatch, dataset, capsys):
+def call(tmp_path_factory, monkeypatch, dataset, capsys, blank_pictures):
     """call(command): runs a script, for one epoch or with a few gradients; its standard output.
 
     All run in one folder, as some use files of others.

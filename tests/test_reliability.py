@@ -45,12 +45,14 @@ def test_changed_files():
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full file here")
-def test_standard_output_is_full(dataset, tmp_path):
-    with open("/dev/full", "w") as full:
-        flags = ["--dataset", dataset, "--optim", "sgd", "--epochs", 1, "--batchsize", 32]
-        end = call(HERE.parent / "main_optim.py", *flags, stdout=full, cwd=tmp_path)
+def test_standard_output_is_full(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with open("/dev/full", "w") as full, pytest.raises(SystemExit) as end:
+        monkeypatch.setattr(sys, "stdout", full)
+        main_optim.main(["--dataset", str(dataset), "--optim", "sgd", "--epochs", "1"])
     expected = "cannot write to standard output: No space left on device"
-    assert (end.returncode, end.stderr) == (2, f"main_optim.py: error: {expected}\n")
+    assert end.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: {expected}\n")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

@@ -106,7 +106,7 @@ NOT_HERE = {
     "newer GPU": (
         lambda m: m.gpus((9, 0), (12, 0)),
         r"GPU 1 has compute capability 12\.0, but .*nvcc builds for 7\.5, 8\.0, 9\.0, 10\.0; "
-        r"install a newer one, or set TORCH_CUDA_ARCH_LIST=10\.0\+PTX",
+        r"install a newer toolkit, or set TORCH_CUDA_ARCH_LIST=10\.0\+PTX",
     ),
     "GPU in between": (
         lambda m: m.gpus((8, 6)),
@@ -115,19 +115,19 @@ NOT_HERE = {
     "older GPU": (lambda m: m.gpus((6, 1)), r"GPU 0 has .* 6\.1, but .* use an older CUDA"),
     "listed, too old": (
         lambda m: m.set(TORCH_CUDA_ARCH_LIST="9.0;7.0"),
-        r"TORCH_CUDA_ARCH_LIST has 7\.0, but .* builds for 7\.5, 8\.0, 9\.0, 10\.0; take it off",
+        r"TORCH_CUDA_ARCH_LIST has 7\.0, but .* builds for 7\.5, 8\.0, 9\.0, 10\.0; remove it from",
     ),
     "listed, too new": (lambda m: m.set(TORCH_CUDA_ARCH_LIST="12.0+PTX"), r"has 12\.0, but"),
     "listed, not by torch": (lambda m: m.set(TORCH_CUDA_ARCH_LIST="10.1"), "='10.1' is not a list"),
     "listed, nonsense": (
         lambda m: m.set(TORCH_CUDA_ARCH_LIST="sm_90,my card"),
-        r"TORCH_CUDA_ARCH_LIST='sm_90,my card' is not a list of .*; write it like '8\.0;9\.0\+PTX'",
+        r"TORCH_CUDA_ARCH_LIST='sm_90,my card' is not a list of .*; set it to .* '8\.0;9\.0\+PTX'",
     ),
     "no compiler": (lambda m: m.set(CXX="no-g++ -O2"), r"there is no C\+\+ compiler 'no-g\+\+'"),
     "empty compiler": (lambda m: m.set(CXX=""), r"there is no C\+\+ compiler ''"),
     "refused compiler": (
         lambda m: m.toolkit(nvcc([90], preprocess=f'echo "{REFUSAL}"; exit 1')),
-        r"the compiler on the PATH \(unsupported GNU version\); set CC and CXX to one",
+        r"the compiler on the PATH \(unsupported GNU version\); set CC and CXX to a",
     ),
     "refused CC": (
         lambda m: (
@@ -146,13 +146,13 @@ NOT_HERE = {
     ),
     "not executable": (
         lambda m: (m.folder / "bin" / "nvcc").chmod(0o644),
-        r"nvcc cannot be run \(Permission denied\); set CUDA_HOME",
+        r"nvcc does not run \(Permission denied\); set CUDA_HOME",
     ),
     "another format": (
         lambda m: (m.folder / "bin" / "nvcc").write_bytes(b"\x7fELF\xff"),
-        r"nvcc cannot be run \(Exec format error\)",
+        r"nvcc does not run \(Exec format error\)",
     ),
-    "not nvcc": (lambda m: m.toolkit("echo hello"), r"nvcc is not nvcc, as --version gives 'hello"),
+    "not nvcc": (lambda m: m.toolkit("echo hello"), r"nvcc is not nvcc: --version prints 'hello"),
     "a folder": (
         lambda m: ((m.folder / "bin/nvcc").unlink(), (m.folder / "bin/nvcc").mkdir()),
         "and there is no .*nvcc; install the CUDA toolkit",
@@ -175,11 +175,11 @@ NOT_HERE = {
             m.monkeypatch.setattr(torch.version, "cuda", None),
             m.monkeypatch.setattr(sys, "platform", "darwin"),
         ),
-        "built without CUDA; there is none for macOS and its MPS devices; go without",
+        "built without CUDA; macOS and its MPS devices have no CUDA; go without",
     ),
     "no torch": (
         lambda m: m.monkeypatch.setitem(sys.modules, "torch", None),
-        "torch is not installed; install",
+        "torch is not installed; first install",
     ),
 }
 
@@ -236,7 +236,7 @@ def test_a_module_of_the_same_name_from_elsewhere(case, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "hinv_cuda", raising=False)
     with pytest.raises(ImportError, match=message):
         setup_cuda.installed()
-    with pytest.raises(CannotBuildError, match=f"{message}; remove it, or build anew"):
+    with pytest.raises(CannotBuildError, match=f"{message}; remove it, or rebuild"):
         setup_cuda.load()
     sys.modules.pop("hinv_cuda", None)
 

@@ -440,7 +440,7 @@ def test_copies_go_on_alike(kind, duplicate):
 @pytest.mark.parametrize("kind", [{"compress": 0.5}, {"window_dtype": FLOAT8}])
 def test_a_window_of_another_model_is_refused(kind):
     optimizer, other = (MFAC([nn.Parameter(torch.randn(n))], ngrads=3, **kind) for n in (4, 5))
-    with pytest.raises(ValueError, match="is of 4 weights, this inverse Fisher of 5"):
+    with pytest.raises(ValueError, match="has 4 weights, but this inverse Fisher 5"):
         other.load_state_dict(optimizer.state_dict())
 
 

@@ -1,0 +1,193 @@
+"""What torch expects of any optimizer, for one whose groups share a window: groups are added and
+changed, parameters are frozen or replaced, states are saved and loaded.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fallback
+import states
+from checks import check_group, checked_masks
+from flat import Flat, is_trained, views
+from ranks import dtensor_like, find_process_group, local, placed_as
+from recovery import Recovery, warn_user
+
+__all__ = ["GroupedOptimizer"]
+
+ALGORITHMS = ("mfac", *fallback.SETTINGS)
+
+
+class GroupedOptimizer(torch.optim.Optimizer):
+    """An optimizer whose trained parameters are the vector `flat`, while groups come and change.
+
+    A subclass says in `build` how `flat` and `fisher`, what it keeps for each column, are made.
+
+    Args:
+        params, defaults: as for any optimizer; `sparse` among the defaults gives masks.
+        shared: settings that groups may not have of their own.
+        process_group: as for `MFAC`.
+    """
+
+    flat: Flat
+    fisher: Any
+    _recovery: Recovery
+    _window: dict[str, Any]  # how to make `fisher`
+
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], shared: dict[str, Any], process_group: Any
+    ):
+        self._shared, self.process_group, self._built = shared, process_group, False
+        super().__init__(params, defaults)
+        # Masks belong to the parameters given now, not to groups that are added later.
+        self.defaults["sparse"] = defaults["sparse"] is True
+        self.build()
+        self.name_state()
+        self._built = True
+
+    def build(self, also: Collection[int] = ()) -> None:
+        """Makes `flat` and an empty `fisher`, also for the parameters with these ids."""
+        raise NotImplementedError
+
+    def numbered(self, algorithms: Collection[str] = ALGORITHMS) -> list[tuple[int, Tensor]]:
+        """Every parameter of groups of these algorithms, with the index of its group."""
+        groups = [(i, g) for i, g in enumerate(self.param_groups) if g["algorithm"] in algorithms]
+        return [(i, p) for i, group in groups for p in group["params"]]
+
+    def velocity(self) -> Tensor:
+        """v (d,), from zeros; the state of each parameter has a view of it in its shape."""
+        flat = self.flat
+        if flat.momentum is None:
+            flat.momentum = torch.zeros_like(flat.vector)
+        if flat.params and "momentum_buffer" not in self.state[flat.params[-1]]:
+            for p, view in zip(flat.params, views(flat.momentum, flat.params), strict=True):
+                self.state[p]["momentum_buffer"] = dtensor_like(p, view)
+        return flat.momentum
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; the window gets columns for it whose history is zero."""
+        # First, so that torch's own errors come first; of a copy, as the caller's group is kept.
+        given = isinstance(param_group, dict)
+        super().add_param_group(
+            dict(fallback.complete(param_group, self.defaults)) if given else param_group
+        )
+        group = self.param_groups[-1]
+        try:
+            if group["algorithm"] != "mfac":
+                fallback.strip(group, self.defaults)
+            check_group(group, self._shared)
+            masks = checked_masks(group["params"], group.get("sparse", False))
+            find_process_group(group["params"], self.process_group)
+        except (TypeError, ValueError):
+            del self.param_groups[-1]
+            raise
+        if "sparse" in group:
+            group["sparse"] = bool(group["sparse"])
+        if group is self.param_groups[0]:
+            group["fisher"] = None  # whose place in a state torch.distributed.checkpoint must know
+        for p, mask in zip(group["params"], masks, strict=True):
+            if mask is not None:
+                self.state[p]["mask"] = placed_as(p, mask)
+        if self._built:
+            self.follow()
+
+    def follow(self) -> None:
+        """Gives columns to parameters that are trained by now. Where others have gone, as when a
+        framework puts its own in their place, the window starts anew."""
+        params, others = self.numbered(["mfac"]), self.numbered(fallback.SETTINGS)
+        known = all(p in self.state for _, p in others if p.grad is not None)
+        if self.flat.covers(params) and known:
+            return
+        flat = self.flat.extended(params)
+        replace_params(self.state, self._params, [p for _, p in self.numbered()])
+        if flat is None:
+            if self.fisher.count:
+                warn_user("The parameters of the optimizer have changed: its window starts anew")
+            self.build()
+        else:
+            self.fisher.grow(flat.size - self.flat.size)
+            self.flat = flat
+        self.name_state()
+
+    def name_state(self) -> None:
+        """Enters the names of what `state_dict` will have into the state of each parameter, since
+        torch.distributed.checkpoint goes by them."""
+        self._params = [p for _, p in self.numbered()]
+        before = [self.state[p].pop("momentum_buffer", None) for p in self.flat.params]
+        if self.fisher.window.separable:
+            for p in self.flat.params:
+                self.state[p]["grads"] = None
+        groups = [group for group in self.param_groups if group["algorithm"] == "mfac"]
+        if any(g["momentum"] != 0 for g in groups) or any(v is not None for v in before):
+            self.velocity()
+        for i, p in self.numbered(fallback.SETTINGS):
+            if is_trained(p):
+                fallback.prepare(self.param_groups[i], p, self.state)
+        for p, v in zip(self.flat.params, before, strict=True):
+            if v is not None and v.shape == p.shape:
+                local(self.state[p]["momentum_buffer"]).copy_(local(v))
+
+    @property
+    def damp(self) -> float:
+        """λ as set. A change costs O(m³), at m = 1024 about as much as a step."""
+        return self._window["damp"]
+
+    @damp.setter
+    def damp(self, damp: float) -> None:
+        self._recovery.settle(self.fisher)
+        self.fisher.damp = damp
+        self._window["damp"] = self.fisher.damp
+
+    @property
+    def damp_in_use(self) -> float:
+        """λ, or the multiple of it that these gradients need."""
+        return self.fisher.damp
+
+    raised_steps = property(lambda self: self._recovery.raised_steps, doc="Steps with more damp.")
+    skipped_steps = property(
+        lambda self: self._recovery.skipped_steps, doc="Steps with NaN or Inf."
+    )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As for any optimizer, with the window's columns in each parameter's state ("grads") and
+        what all share in the first group ("fisher"). By reference, as far as one tensor holds it.
+        What ranks have of their own is a DTensor, for torch.distributed.checkpoint."""
+        self._recovery.settle(self.fisher)
+        return states.of_optimizer(self, super().state_dict)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes a copy of what `state_dict` gave. `ngrads`, `damp`, `window_dtype` and `compress`
+        stay as constructed: where the state has others, the newest gradients enter one by one.
+        ValueError if it belongs to other parameters, or to another optimizer."""
+        states.into_optimizer(self, state_dict, super().load_state_dict)
+
+    def __repr__(self) -> str:
+        fisher = self.fisher
+        window = f"Window (ngrads: {fisher.num_grads}, damp: {self.damp}, {fisher.dtype})"
+        groups = super().__repr__().replace("    fisher: None\n", "")
+        return f"{groups[:-1]}{window}\n)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: torch keeps only the defaults, the state and the groups. Hooks do
+        not come along, nor does the process group, which the inverse Fisher has."""
+        names = [name for name in vars(self) if "hook" not in name and "step" not in name]
+        kept = {name: getattr(self, name) for name in names if name != "process_group"}
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "process_group" not in vars(self):
+            self.process_group = self.fisher.ranks.group
+
+
+def replace_params(state: dict[Any, Any], old: list[Tensor], new: list[Tensor]) -> None:
+    """Drops what belongs to parameters that have gone. Those in their places get their masks."""
+    known, present = set(map(id, old)), set(map(id, new))
+    for p, q in zip(old, new, strict=False):
+        mask = state[p].get("mask") if p in state else None
+        if mask is not None and id(q) not in known and q.shape == p.shape:
+            state[q]["mask"] = placed_as(q, mask)
+    for p in [p for p in state if isinstance(p, Tensor) and id(p) not in present]:
+        del state[p]
