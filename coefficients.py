@@ -43,9 +43,20 @@ class Coefficients:
     """
 
     def __init__(self, m: int, damp: float, device: torch.device):
+        self.damping = torch.full((), damp, dtype=torch.float64, device=device)
         self.damp = damp
         self.K = torch.zeros(m, m, dtype=torch.float64, device=device)
         self.P = torch.eye(m, dtype=torch.float64, device=device) / (m * damp)
+
+    @property
+    def damp(self) -> float:
+        """λ. `damping` is λ on the device, where a captured step reads it."""
+        return self._damp
+
+    @damp.setter
+    def damp(self, damp: float) -> None:
+        self._damp = damp
+        self.damping.fill_(damp)
 
     def invert(self, damp: float) -> bool:
         """Computes P from K for damping λ = `damp`, O(m³). If A is not positive definite, returns
@@ -55,7 +66,8 @@ class Coefficients:
         P = torch.cholesky_inverse(factor(A)).contiguous()  # kernels take rows
         if not bool(P[0, 0].isfinite()):
             return False
-        self.P, self.damp = P, damp
+        self.P.copy_(P)  # in place, as a captured step needs
+        self.damp = damp
         return True
 
     def exchange(
@@ -76,7 +88,8 @@ class Coefficients:
         m, shift = len(k), len(k) * self.damp
         if kernels := cuda_kernels(k.device):
             z, accepted, error = torch.empty_like(k), torch.empty_like(count), k.new_empty(1)
-            kernels.hinv_update(self.P, self.K, k, count, self.damp, TOLERANCE, z, error, accepted)
+            side = self.P, self.K, k, count, self.damping, TOLERANCE
+            kernels.hinv_update(*side, z, error, accepted)
             return z, accepted, error
         j = int(count) % m
         k_j, p, others = float(k[j]), self.P[j].clone(), k.clone()
@@ -145,7 +158,7 @@ class Coefficients:
     def solve(self, y: Tensor) -> Tensor:
         """A⁻¹y (m,), with a step of refinement."""
         x = self.P @ y
-        residual = torch.addmv(y, self.K, x, alpha=-1).sub_(x, alpha=len(y) * self.damp)
+        residual = torch.addmv(y, self.K, x, alpha=-1).addcmul_(self.damping, x, value=-len(y))
         return torch.addmv(x, self.P, residual)
 
     def trace(self) -> Tensor:

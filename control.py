@@ -108,7 +108,7 @@ def squared_norms(
         b: Gr (m,) of a compressed window, else None.
         rest: r, in parts.
     """
-    side, m, damp = fisher.coefficients, len(z), fisher.damp
+    side, m, damp = fisher.coefficients, len(z), fisher.coefficients.damping
     z_j = z.index_select(0, fisher.counter.view(1) % m)[0]
     y, natural, extra = m * z, m * (1 - m * damp * z_j), torch.zeros_like(z_j)
     if b is not None:

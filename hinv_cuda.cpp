@@ -19,7 +19,7 @@
 //       K     (m, m)  symmetric; in place: row and column j = count % m become k
 //       k     (m,)    products of the new gradient with all m, itself included
 //       count ()      int64: gradients seen before
-//       damp          lambda
+//       damp  ()      lambda > 0
 //       tolerance     the largest error with which the gradient is accepted
 //       z     (m,)    output: column j of the new P
 //       error (1,)    output: by how much m G^T z may be off, relatively; NaN where k_j is not finite,
@@ -52,9 +52,9 @@
 //       X G^T over the rows in use, 0 elsewhere, for vectors X (n, d), n <= 2, with the new row as
 //       row j of G
 //   hinv_sparse_transposed_times(columns, values, y, d) -> G^T y (d,)                 a vector
-//   hinv_sparse_replace(columns, values, y, error, row_columns, row, new_error, rest, factor, count,
+//   hinv_sparse_replace(columns, values, y, error, row_columns, row, new_error, rest, damp, count,
 //       accepted) -> u (d,)
-//       the new row becomes row j, and new_error the error; u is G^T y + factor rest. Where accepted
+//       the new row becomes row j, and new_error the error; u is G^T y + rest / damp. Where accepted
 //       is 0, nothing changes and u is 0
 //
 // All are registered as torch.ops.hinv_cuda, those with outputs among the arguments without return
@@ -81,8 +81,8 @@ cudaError_t hinv_setup_float(const float*, float*, float*, int, cudaStream_t);
 cudaError_t hinv_setup_double(const double*, double*, double*, int, cudaStream_t);
 cudaError_t hinv_mul_float(const float*, float*, int, int, int, cudaStream_t);
 cudaError_t hinv_mul_double(const double*, double*, int, int, int, cudaStream_t);
-cudaError_t hinv_update(double*, double*, const double*, const long long*, int, double, double,
-                        double*, double*, long long*, double*, cudaStream_t);
+cudaError_t hinv_update(double*, double*, const double*, const long long*, const double*, int,
+                        double, double*, double*, long long*, double*, cudaStream_t);
 cudaError_t hinv_times(int, const void*, const void*, const long long*, const float*, int, long long,
                        long long, double*, double*, cudaStream_t);
 cudaError_t hinv_transposed_times(int, void*, const double*, float*, const void*, const float*,
@@ -95,9 +95,9 @@ cudaError_t hinv_sparse_times(int, const int*, const void*, const void*, const i
                               const long long*, int, int, long long, long long, double*, double*,
                               cudaStream_t);
 cudaError_t hinv_sparse_transposed_times(int, int*, void*, const double*, const int*, const void*,
-                                         void*, const void*, const void*, double, const long long*,
-                                         const long long*, int, long long, long long, void*,
-                                         cudaStream_t);
+                                         void*, const void*, const void*, const double*,
+                                         const long long*, const long long*, int, long long,
+                                         long long, void*, cudaStream_t);
 }
 
 namespace {
@@ -190,8 +190,9 @@ const Count* number(const Tensor& tensor, const char* name, const Tensor& like) 
   return static_cast<const Count*>(tensor.const_data_ptr());
 }
 
-void update(const Tensor& P, const Tensor& K, const Tensor& k, const Tensor& count, double damp,
-            double tolerance, const Tensor& z, const Tensor& error, const Tensor& accepted) {
+void update(const Tensor& P, const Tensor& K, const Tensor& k, const Tensor& count,
+            const Tensor& damp, double tolerance, const Tensor& z, const Tensor& error,
+            const Tensor& accepted) {
   const int64_t m = check_square(P, "P", false);
   check(K, "K", {m, m}, P, at::kDouble);
   check(k, "k", {m}, P, at::kDouble);
@@ -199,19 +200,19 @@ void update(const Tensor& P, const Tensor& K, const Tensor& k, const Tensor& cou
   check(error, "error", {1}, P, at::kDouble);
   check(accepted, "accepted", {}, P, at::kLong);
   const Count* const seen = number(count, "count", P);
-  require(damp > 0 && std::isfinite(damp), "damp is ", std::to_string(damp),
-          "; it must be positive and finite");
-  const Tensor tensors[] = {P, K, k, z, error, count, accepted};
+  check(damp, "damp", {}, P, at::kDouble);
+  const Tensor tensors[] = {P, K, k, z, error, count, damp, accepted};
   for (const Tensor& a : tensors) {
     for (const Tensor& b : tensors)
       require(&a == &b || !a.is_alias_of(b),
-              "Two of P, K, k, z, error, count, accepted share memory; they must not");
+              "Two of P, K, k, z, error, count, damp, accepted share memory; they must not");
   }
   const c10::cuda::CUDAGuard guard(P.device());
   const Tensor scratch = at::empty({5 * m}, P.options());
   C10_CUDA_CHECK(hinv_update(
       P.mutable_data_ptr<double>(), K.mutable_data_ptr<double>(), k.const_data_ptr<double>(), seen,
-      m, damp, tolerance, z.mutable_data_ptr<double>(), error.mutable_data_ptr<double>(),
+      damp.const_data_ptr<double>(), m, tolerance, z.mutable_data_ptr<double>(),
+      error.mutable_data_ptr<double>(),
       static_cast<Count*>(accepted.mutable_data_ptr()), scratch.mutable_data_ptr<double>(),
       c10::cuda::getCurrentCUDAStream()));
 }
@@ -380,14 +381,14 @@ Tensor sparse_transposed_times(const Tensor& columns, const Tensor& values, cons
   const Tensor u = at::empty({d}, values.options().dtype(real(values)));
   C10_CUDA_CHECK(hinv_sparse_transposed_times(
       type, columns.mutable_data_ptr<int>(), values.mutable_data_ptr(), y.const_data_ptr<double>(),
-      nullptr, nullptr, nullptr, nullptr, nullptr, 0.0, nullptr, nullptr, values.size(0),
+      nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, values.size(0),
       values.size(1), d, u.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
   return u;
 }
 
 Tensor sparse_replace(const Tensor& columns, const Tensor& values, const Tensor& y,
                       const Tensor& error, const Tensor& row_columns, const Tensor& row,
-                      const Tensor& new_error, const Tensor& rest, double factor,
+                      const Tensor& new_error, const Tensor& rest, const Tensor& damp,
                       const Tensor& count, const Tensor& accepted) {
   const int type = format(values, "values");
   const int64_t d = error.numel();
@@ -397,6 +398,7 @@ Tensor sparse_replace(const Tensor& columns, const Tensor& values, const Tensor&
   check(error, "error", {d}, values, real(values));
   check(new_error, "new_error", {d}, values, real(values));
   check(rest, "rest", {d}, values, real(values));
+  check(damp, "damp", {}, values, at::kDouble);
   const Count* const seen = number(count, "count", values);
   const Count* const write = number(accepted, "accepted", values);
   const c10::cuda::CUDAGuard guard(values.device());
@@ -404,8 +406,8 @@ Tensor sparse_replace(const Tensor& columns, const Tensor& values, const Tensor&
   C10_CUDA_CHECK(hinv_sparse_transposed_times(
       type, columns.mutable_data_ptr<int>(), values.mutable_data_ptr(), y.const_data_ptr<double>(),
       row_columns.const_data_ptr<int>(), row.const_data_ptr(), error.mutable_data_ptr(),
-      new_error.const_data_ptr(), rest.const_data_ptr(), factor, seen, write, values.size(0),
-      values.size(1), d, u.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+      new_error.const_data_ptr(), rest.const_data_ptr(), damp.const_data_ptr<double>(), seen, write,
+      values.size(0), values.size(1), d, u.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
   return u;
 }
 
@@ -415,7 +417,7 @@ TORCH_LIBRARY(hinv_cuda, library) {
   library.def("hinv_setup(Tensor tmp, Tensor(a!) coef) -> ()");
   library.def("hinv_mul(int rows, Tensor D, Tensor(a!) t) -> ()");
   library.def(
-      "hinv_update(Tensor(a!) P, Tensor(b!) K, Tensor k, Tensor count, float damp, float tolerance, "
+      "hinv_update(Tensor(a!) P, Tensor(b!) K, Tensor k, Tensor count, Tensor damp, float tolerance, "
       "Tensor(c!) z, Tensor(d!) error, Tensor(e!) accepted) -> ()");
   library.def("hinv_times(Tensor G, Tensor x, Tensor count, Tensor? scales=None) -> Tensor");
   library.def(
@@ -430,7 +432,7 @@ TORCH_LIBRARY(hinv_cuda, library) {
       "Tensor row_columns, Tensor row) -> Tensor");
   library.def(
       "hinv_sparse_replace(Tensor(a!) columns, Tensor(b!) values, Tensor y, Tensor(c!) error, "
-      "Tensor row_columns, Tensor row, Tensor new_error, Tensor rest, float factor, Tensor count, "
+      "Tensor row_columns, Tensor row, Tensor new_error, Tensor rest, Tensor damp, Tensor count, "
       "Tensor accepted) -> Tensor");
   library.def(
       "hinv_sparse_transposed_times(Tensor columns, Tensor values, Tensor y, int d) -> Tensor");
@@ -453,7 +455,7 @@ TORCH_LIBRARY_IMPL(hinv_cuda, Meta, library) {
   library.impl("hinv_setup", [](const Tensor&, const Tensor&) {});
   library.impl("hinv_mul", [](int64_t, const Tensor&, const Tensor&) {});
   library.impl("hinv_update",
-               [](const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double,
+               [](const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double,
                   const Tensor&, const Tensor&, const Tensor&) {});
   library.impl("hinv_times", [](const Tensor& G, const Tensor&, const Tensor&, const Optional&) {
     return at::empty({G.size(0)}, G.options().dtype(at::kDouble));
@@ -485,7 +487,7 @@ TORCH_LIBRARY_IMPL(hinv_cuda, Meta, library) {
                });
   library.impl("hinv_sparse_replace",
                [](const Tensor&, const Tensor&, const Tensor&, const Tensor& error, const Tensor&,
-                  const Tensor&, const Tensor&, const Tensor&, double, const Tensor&,
+                  const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                   const Tensor&) { return at::empty(error.sizes(), error.options()); });
 }
 
@@ -506,8 +508,8 @@ hinv_round(g, G) -> row, scales, values: g (d,) as a row of a window of 8 or 16 
 hinv_sparse_times(columns, values, X, count, row_columns, row) -> X G^T (n, m),
     hinv_sparse_transposed_times(columns, values, y, d) -> G^T y (d,): with a compressed window,
     columns and values (m, k); hinv_largest(error, g, values, kept) makes a row of it, and
-    hinv_sparse_replace(columns, values, y, error, row_columns, row, new_error, rest, factor, count,
-    accepted) writes it and returns G^T y + factor rest.
+    hinv_sparse_replace(columns, values, y, error, row_columns, row, new_error, rest, damp, count,
+    accepted) writes it and returns G^T y + rest / damp.
 )";
   module.def(
       "hinv_setup", [](const Tensor& tmp, Tensor coef) { return hinv_setup(tmp, coef), coef; },
@@ -531,7 +533,7 @@ hinv_sparse_times(columns, values, X, count, row_columns, row) -> X G^T (n, m),
              arg("count"), arg("row_columns"), arg("row"));
   module.def("hinv_sparse_replace", &sparse_replace, arg("columns"), arg("values"), arg("y"),
              arg("error"), arg("row_columns"), arg("row"), arg("new_error"), arg("rest"),
-             arg("factor"), arg("count"), arg("accepted"));
+             arg("damp"), arg("count"), arg("accepted"));
   module.def("hinv_sparse_transposed_times", &sparse_transposed_times, arg("columns"),
              arg("values"), arg("y"), arg("d"));
 }

@@ -416,7 +416,7 @@ constexpr int AHEAD = 4;
 
 __global__ __launch_bounds__(THREADS, 2) void exchange(
     double* __restrict__ P, double* __restrict__ K, const double* __restrict__ k,
-    const long long* __restrict__ count, int m, double damp, double tolerance,
+    const long long* __restrict__ count, const double* __restrict__ damp, int m, double tolerance,
     double* __restrict__ z, double* __restrict__ error, long long* __restrict__ accepted,
     double* __restrict__ scratch) {
   const auto grid = cooperative_groups::this_grid();
@@ -428,7 +428,7 @@ __global__ __launch_bounds__(THREADS, 2) void exchange(
   double* const u = product + m;         // u~ before its refinement
   double* const image = u + m;           // K u~, for the new K
   const int j = Place(count, m).j;
-  const double shift = m * damp, a = k[j] + shift;
+  const double shift = m * *damp, a = k[j] + shift;
   const auto k_diagonal = [=](int i) { return i == j ? k[j] : K[size_t(i) * m + i]; };
   const auto a_diagonal = [=](int i) { return k_diagonal(i) + shift; };
   const auto row_of_P = [=](int i) { return P + size_t(i) * m; };
@@ -888,14 +888,15 @@ constexpr int SPARSE_AHEAD = 8;      // rows of a warp in flight
 
 // u = G^T y. Each warp adds up some of the rows in its own part of shared memory, one row after the
 // other: within a row no two entries meet. With `new_columns`, where accepted, row j first becomes
-// `new_columns` and `new_values`, `error` becomes `new_error`, and u gets factor * rest; where not
+// `new_columns` and `new_values`, `error` becomes `new_error`, and u gets rest / damp; where not
 // accepted, nothing changes and u is 0.
 template <class F>
 __global__ __launch_bounds__(THREADS, 2) void sparse_transposed_times(
     int* columns, typename F::Code* values, const double* __restrict__ y,
     const int* __restrict__ new_columns, const typename F::Code* __restrict__ new_values,
     typename F::Real* __restrict__ error, const typename F::Real* __restrict__ new_error,
-    const typename F::Real* __restrict__ rest, double factor, const long long* __restrict__ count,
+    const typename F::Real* __restrict__ rest, const double* __restrict__ damp,
+    const long long* __restrict__ count,
     const long long* __restrict__ accepted, int m, long long k, long long d,
     typename F::Real* __restrict__ u) {
   __shared__ double sums[WARPS][SPARSE_COLUMNS];
@@ -959,7 +960,7 @@ __global__ __launch_bounds__(THREADS, 2) void sparse_transposed_times(
     double total = 0;
     for (int w = 0; w < WARPS; w++) total += sums[w][c];
     if (j >= 0) {
-      total = *accepted ? total + factor * rest[first + c] : 0;
+      total = *accepted ? total + rest[first + c] / *damp : 0;
       if (*accepted) error[first + c] = new_error[first + c];
     }
     u[first + c] = typename F::Real(total);
@@ -1096,11 +1097,11 @@ cudaError_t hinv_mul_double(const double* D, double* t, int m, int rows, int n,
   return multiply_inverse(D, t, m, rows, n, stream);
 }
 
-// P, K (m, m), k, z (m,), count (), error (1,), accepted (). scratch: 5 m numbers.
-cudaError_t hinv_update(double* P, double* K, const double* k, const long long* count, int m,
-                        double damp, double tolerance, double* z, double* error,
+// P, K (m, m), k, z (m,), count, damp (), error (1,), accepted (). scratch: 5 m numbers.
+cudaError_t hinv_update(double* P, double* K, const double* k, const long long* count,
+                        const double* damp, int m, double tolerance, double* z, double* error,
                         long long* accepted, double* scratch, cudaStream_t stream) {
-  return launch_together(exchange, ceil_div(m, WARPS), stream, P, K, k, count, m, damp, tolerance,
+  return launch_together(exchange, ceil_div(m, WARPS), stream, P, K, k, count, damp, m, tolerance,
                          z, error, accepted, scratch);
 }
 
@@ -1183,11 +1184,11 @@ cudaError_t hinv_sparse_times(int format, const int* columns, const void* values
 }
 
 // y (m,), u (d,). The row that is new, or null: new_columns, new_values (k,), error, new_error, rest
-// (d,), factor, count () and accepted ().
+// (d,), damp, count and accepted ().
 cudaError_t hinv_sparse_transposed_times(int format, int* columns, void* values, const double* y,
                                          const int* new_columns, const void* new_values,
                                          void* error, const void* new_error, const void* rest,
-                                         double factor, const long long* count,
+                                         const double* damp, const long long* count,
                                          const long long* accepted, int m, long long k,
                                          long long d, void* u, cudaStream_t stream) {
   return with_format(format, [=](auto f) {
@@ -1197,7 +1198,7 @@ cudaError_t hinv_sparse_transposed_times(int format, int* columns, void* values,
     return launch(sparse_transposed_times<F>, grid, THREADS, false, stream, columns,
                   static_cast<typename F::Code*>(values), y, new_columns,
                   static_cast<const typename F::Code*>(new_values), static_cast<Real*>(error),
-                  static_cast<const Real*>(new_error), static_cast<const Real*>(rest), factor,
+                  static_cast<const Real*>(new_error), static_cast<const Real*>(rest), damp,
                   count, accepted, m, k, d, static_cast<Real*>(u));
   });
 }

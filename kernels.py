@@ -97,7 +97,7 @@ class Compiled:
 
     def hinv_update(self, P, K, k, count, damp, tolerance, z, error, accepted) -> None:  # type: ignore
         m, scratch = len(k), k.new_empty(5 * len(k))
-        inputs = P, K, k, count, m, float(damp), float(tolerance)
+        inputs = P, K, k, count, damp, m, float(tolerance)
         self._launch("exchange", -(-m * 32 // THREADS), *inputs, z, error, accepted, scratch)
 
     def hinv_times(
@@ -162,7 +162,7 @@ class Compiled:
     def hinv_sparse_transposed_times(
         self, columns: Tensor, values: Tensor, y: Tensor, d: int
     ) -> Tensor:
-        return self._sparse_transposed_times(columns, values, y, d, *[None] * 5, 0.0, None, None)
+        return self._sparse_transposed_times(columns, values, y, d, *[None] * 8)
 
     def hinv_sparse_replace(
         self,
@@ -174,15 +174,15 @@ class Compiled:
         row: Tensor,
         new_error: Tensor,
         rest: Tensor,
-        factor: float,
+        damp: Tensor,
         count: Tensor,
         accepted: Tensor,
     ) -> Tensor:
-        new = row_columns, row, error, new_error, rest, factor, count, accepted
+        new = row_columns, row, error, new_error, rest, damp, count, accepted
         return self._sparse_transposed_times(columns, values, y, len(error), *new)
 
     def _sparse_transposed_times(
-        self, columns: Tensor, values: Tensor, y: Tensor, d: int, *new: Tensor | float | None
+        self, columns: Tensor, values: Tensor, y: Tensor, d: int, *new: Tensor | None
     ) -> Tensor:
         m, k = values.shape
         u = torch.empty(d, dtype=_real(values), device=values.device)

@@ -169,9 +169,9 @@ class DynamicInverseFisher:
         entry, z, b = self._exchange(g)  # ĝ; k = Gĝ, then A z = e_j
         y = self.num_grads * z
         if b is not None:  # compressed: F⁻¹g = F⁻¹ĝ + F⁻¹(g − ĝ), the latter by (1)
-            y.sub_(self.coefficients.solve(b), alpha=1 / self.damp)
+            y.addcdiv_(self.coefficients.solve(b), self.coefficients.damping, value=-1)
         u = self.window.replace_and_transposed_times(  # G_j = ĝ, then u = mGᵀz
-            entry, self.counter, self.accepted, y, self.damp, self.precision.exact
+            entry, self.counter, self.accepted, y, self.coefficients.damping, self.precision.exact
         )
         if self.measures_norms:
             self.norms = squared_norms(self, z, b, [part.vectors[-1] for part in entry])

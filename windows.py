@@ -122,7 +122,7 @@ class DenseWindow:
         return x
 
     def replace_and_transposed_times(
-        self, entry: Entry, count: Tensor, accepted: Tensor, y: Tensor, damp: float, exact: bool
+        self, entry: Entry, count: Tensor, accepted: Tensor, y: Tensor, damp: Tensor, exact: bool
     ) -> Tensor:
         """`write`, then `transposed_times`. Kernels do both in one sweep."""
         if not (kernels := cuda_kernels(self.device)):
@@ -281,15 +281,15 @@ class CompressedWindow:
         return x
 
     def replace_and_transposed_times(
-        self, entry: Entry, count: Tensor, accepted: Tensor, y: Tensor, damp: float, exact: bool
+        self, entry: Entry, count: Tensor, accepted: Tensor, y: Tensor, damp: Tensor, exact: bool
     ) -> Tensor:
         """`write`, then Gᵀy + (g − ĝ)/λ. It is 0 if the entry is not accepted."""
         (_, rest), row = entry.vectors, entry.row
         if kernels := cuda_kernels(self.device):
-            new = row["columns"], row["values"], row["error"], rest, 1 / damp, count, accepted
+            new = row["columns"], row["values"], row["error"], rest, damp, count, accepted
             return kernels.hinv_sparse_replace(self.columns, self.values, y, self.error, *new)
         self.write(entry, count, accepted)
-        return self.transposed_times(y).add_(rest, alpha=1 / damp).where(accepted != 0, 0)
+        return self.transposed_times(y).add_(rest / damp).where(accepted != 0, 0)
 
     def tiles(self) -> Iterator[Tensor]:
         """G in float64, a few columns (m, ·) at a time."""
@@ -389,7 +389,7 @@ class Window:
         count: Tensor,
         accepted: Tensor,
         y: Tensor,
-        damp: float,
+        damp: Tensor,
         exact: bool,
     ) -> Tensor:
         """If accepted, makes ĝ row j = count mod m. Returns Gᵀy (d,) with this G. A compressed

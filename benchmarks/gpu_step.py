@@ -134,7 +134,8 @@ class Compressed:
         self.y = torch.randn(m, device=DEVICE, dtype=torch.float64)
         self.count = torch.tensor(3 * m, device=DEVICE)
         one = torch.ones((), dtype=torch.int64, device=DEVICE)
-        self.when = 0.5, self.count, one
+        damp = torch.tensor(2.0, dtype=torch.float64, device=DEVICE)
+        self.when = damp, self.count, one
 
     def times(self, kernels: Any) -> Tensor:
         new = self.count, self.row_columns, self.row
@@ -153,7 +154,7 @@ class Compressed:
             error = (row - (x[indices] * values).sum(1)).abs()
             assert (error <= 1e-13 * (x[indices] * values).abs().sum(1)).all(), "sparse_times"
         terms = (values * self.y[:, None]).flatten()
-        rest = self.when[0] * self.rest.double()
+        rest = self.rest.double() / self.when[0]
         expected = rest.index_add(0, indices.flatten(), terms)
         size = rest.abs().index_add(0, indices.flatten(), terms.abs())
         allowed = 2.0**-24 * expected.abs() * (self.real == torch.float32)
@@ -201,7 +202,8 @@ class Exchange:
         assert accepted == 1 and 0 < error < solved, "hinv_update is wrong"
 
     def runs(self, kernels: Any) -> dict[str, Callable[[], object]]:
-        arguments = self.P, self.K, self.k, self.count, self.damp, 2e-5, *self.out
+        damp = torch.tensor(self.damp, dtype=torch.float64, device=DEVICE)
+        arguments = self.P, self.K, self.k, self.count, damp, 2e-5, *self.out
         return {"update": lambda: kernels.hinv_update(*arguments)}
 
     bytes = 0

@@ -107,7 +107,7 @@ class OnCpu:
         m = len(k)
         z, error, accepted = np.full(m, np.nan), np.full(1, np.nan), np.array(7, np.int64)
         matrices, scratch = (P, K, k, np.array(count, np.int64)), np.full(5 * m, np.nan)
-        numbers = m, ctypes.c_double(damp), ctypes.c_double(tolerance)
+        numbers = np.array(float(damp)), m, ctypes.c_double(tolerance)
         self._call("hinv_update", *matrices, *numbers, z, error, accepted, scratch)
         return z, error[0], int(accepted)
 
@@ -159,15 +159,15 @@ class OnCpu:
         return y
 
     def sparse_transposed_times(self, dtype, columns, values, y, d):
-        new = *[None] * 5, ctypes.c_double(0), None, None
+        new = [None] * 8
         return self._sparse_transposed_times(dtype, columns, values, y, d, new)
 
     def sparse_replace(
-        self, dtype, columns, values, y, error, row_columns, row, new_error, rest, factor, *when
+        self, dtype, columns, values, y, error, row_columns, row, new_error, rest, damp, *when
     ):
         """Row count % m of columns and values, and error, in place; `when` is count, accepted."""
         numbers = (np.array(n, np.int64) for n in when)
-        new = row_columns, row, error, new_error, rest, ctypes.c_double(factor), *numbers
+        new = row_columns, row, error, new_error, rest, np.array(float(damp)), *numbers
         return self._sparse_transposed_times(dtype, columns, values, y, len(error), new)
 
     def _sparse_transposed_times(self, dtype, columns, values, y, d, new):
@@ -238,12 +238,12 @@ class KernelsOnCpu:
         return _tensor(self.on_cpu.sparse_transposed_times(dtype, *arrays, d))
 
     def hinv_sparse_replace(
-        self, columns, values, y, error, row_columns, row, new_error, rest, factor, count, accepted
+        self, columns, values, y, error, row_columns, row, new_error, rest, damp, count, accepted
     ):
         self.calls += 1
         dtype, codes, _ = _codes(values)
         arrays = columns.numpy(), codes, y.numpy(), error.numpy(), row_columns.numpy()
-        new = _codes(row[None])[1][0], new_error.numpy(), _vector(rest), factor
+        new = _codes(row[None])[1][0], new_error.numpy(), _vector(rest), damp
         return _tensor(self.on_cpu.sparse_replace(dtype, *arrays, *new, int(count), int(accepted)))
 
 

@@ -74,8 +74,8 @@ class OnGpu:
     def update(self, P, K, k, count, damp, limit):
         m = len(k)
         outputs = self._tensors(np.full(m, np.nan), np.full(1, np.nan), np.int64(7))
-        tensors = self._tensors(P, K, k, np.int64(count))
-        self.interface.hinv_update(*tensors, damp, limit, *outputs)
+        tensors = self._tensors(P, K, k, np.int64(count), np.float64(damp))
+        self.interface.hinv_update(*tensors, limit, *outputs)
         P[:], K[:] = (t.cpu().numpy() for t in tensors[:2])
         return outputs[0].cpu().numpy(), outputs[1].item(), outputs[2].item()
 
@@ -133,12 +133,12 @@ class OnGpu:
         return self.interface.hinv_sparse_transposed_times(columns, values, y, d).cpu().numpy()
 
     def sparse_replace(
-        self, dtype, columns, values, y, error, row_columns, row, new_error, rest, factor, *when
+        self, dtype, columns, values, y, error, row_columns, row, new_error, rest, damp, *when
     ):
         given = columns, error
         columns, error, y, row_columns = self._tensors(columns, error, y, row_columns)
         codes, row = self._window(dtype, values), self._window(dtype, row)
-        vectors = *self._tensors(new_error, rest), factor, *self._tensors(*map(np.int64, when))
+        vectors = self._tensors(new_error, rest, np.float64(damp), *map(np.int64, when))
         new = row_columns, row, *vectors
         u = self.interface.hinv_sparse_replace(columns, codes, y, error, *new)
         for before, after in zip(given, (columns, error), strict=True):
@@ -612,7 +612,8 @@ class Compressed:
             some = [s + np.sort(rng.choice(size, kept, False)) for s, size, kept in blocks]
             row[:] = np.concatenate([[], *some])
         self.values = encode(dtype, rng, self.columns.shape)
-        self.kept, self.m, self.j, self.dtype = blocks[0][2], m, count % m, dtype
+        self.kept = blocks[0][2] if blocks else 1
+        self.m, self.j, self.dtype = m, count % m, dtype
         # The new row is another one, with columns as increasing as those of the last.
         self.row_columns = self.columns[rng.integers(m)].copy()
         self.row = encode(dtype, rng, len(self.row_columns))
@@ -669,7 +670,7 @@ def test_sparse_replace(kernels, m, d, part, dtype):
         assert (np.diff(w.columns[w.j]) > 0).all()
         assert (error == (new_error if accepted else before)).all()
         if accepted:
-            terms = np.vstack([expected * y[:, None], 3 * rest.astype(float)])
+            terms = np.vstack([expected * y[:, None], rest.astype(float) / 3])
             assert_sums(u, terms, rounding)
         else:
             assert (u == 0).all()
@@ -1201,14 +1202,18 @@ assert expected in message(hinv_cuda.hinv_setup, matrix, matrix)
 assert expected in message(torch.ops.hinv_cuda.hinv_setup, matrix, matrix)
 assert "D is on cpu" in message(hinv_cuda.hinv_mul, 3, matrix, vector)
 double, count = matrix.double(), torch.tensor(0)
-arguments = double, double, vector, count, 1e-3, 1e-5, vector, vector, count
+arguments = double, double, vector, count, count.double(), 1e-5, vector, vector, count
 assert "P is on cpu" in message(hinv_cuda.hinv_update, *arguments)
 assert "P has shape (3,)" in message(hinv_cuda.hinv_update, vector, *arguments[1:])
 assert "G is on cpu" in message(hinv_cuda.hinv_times, matrix, vector, count)
 columns = matrix.int()
 assert "G is Int; it must be float32" in message(hinv_cuda.hinv_times, columns, vector, count)
-assert "values is on cpu" in message(hinv_cuda.hinv_sparse_times, columns, matrix, matrix, count)
-for name in ("setup", "mul", "update", "times", "transposed_times", "sparse_times"):
+row = count, columns[0], vector
+assert "values is on cpu" in message(hinv_cuda.hinv_sparse_times, columns, matrix, matrix, *row)
+assert "g has shape (3,) on cpu" in message(hinv_cuda.hinv_round, vector, matrix.half())
+assert "error is on cpu" in message(hinv_cuda.hinv_largest, vector, vector, matrix, 4)
+for name in ("setup", "mul", "update", "times", "transposed_times", "round", "largest",
+             "sparse_times", "sparse_transposed_times", "sparse_replace"):
     assert "hinv_" + name in hinv_cuda.__doc__
 
 def halve_and_multiply(D, t):
@@ -1223,7 +1228,15 @@ with FakeTensorMode():
     G, count = torch.empty(3, 8, device="cuda").double(), torch.empty((), device="cuda").long()
     assert torch.ops.hinv_cuda.hinv_times(G, G[0], count).shape == (3,)
     assert torch.ops.hinv_cuda.hinv_transposed_times(G, t).dtype == torch.float64
-    assert torch.ops.hinv_cuda.hinv_sparse_times(G.int(), G, G[:2], count).shape == (2, 3)
+    new = G[0].int(), G[0]
+    assert torch.ops.hinv_cuda.hinv_sparse_times(G.int(), G, G[:2], count, *new).shape == (2, 3)
+    replaced = *new, G[0], G[0], count.double(), count, count
+    u = torch.ops.hinv_cuda.hinv_sparse_replace(G.int(), G, t, G[0], *replaced)
+    assert u.shape == (8,)
+    found = torch.ops.hinv_cuda.hinv_round(G[0].float(), G.half())
+    assert [tuple(x.shape) for x in found] == [(8,), (1,), (8,)]
+    found = torch.ops.hinv_cuda.hinv_largest(G[0], G[0], G[:, :2].contiguous(), 2)
+    assert [tuple(x.shape) for x in found] == [(2,), (2,), (8,), (2, 8)]
     assert torch.ops.hinv_cuda.hinv_sparse_transposed_times(G.int(), G, t, 7).shape == (7,)
 print("all is well")
 """
@@ -1269,26 +1282,29 @@ class Step:
         import torch
 
         self.kernels, self.device = kernels, torch.device(device)
-        self.m, self.d, self.damp = 4, 100, 1e-3
+        self.m, self.d, damp = 4, 100, 1e-3
+        self.damp = torch.tensor(damp, dtype=torch.float64, device=device)
         zeros = functools.partial(torch.zeros, device=device)
         self.G = zeros(self.m, 112, dtype=torch.bfloat16)[:, : self.d]
         self.K = zeros(self.m, self.m, dtype=torch.float64)
-        self.P = torch.eye(self.m, dtype=torch.float64, device=device) / (self.m * self.damp)
+        self.P = torch.eye(self.m, dtype=torch.float64, device=device) / (self.m * damp)
         self.count, self.accepted = zeros((), dtype=torch.int64), zeros((), dtype=torch.int64)
         self.z, self.error = zeros(self.m, dtype=torch.float64), zeros(1, dtype=torch.float64)
         self.columns = torch.arange(0, self.d, 5, device=device).int().repeat(self.m, 1)
 
     def __call__(self, g):
         """F⁻¹g, and the products of a compressed window with it."""
-        x = g.to(self.G.dtype).float()
-        k = self.kernels.hinv_times(self.G, x, self.count)
+        row = g.to(self.G.dtype)
+        k = self.kernels.hinv_times(self.G, row.float(), self.count)
         outputs = self.z, self.error, self.accepted
         self.kernels.hinv_update(self.P, self.K, k, self.count, self.damp, 1e-5, *outputs)
-        new = x, self.count, self.accepted
-        u = self.kernels.hinv_transposed_times(self.G, self.z, None, float(self.m), *new)
+        new = row, None, self.count, self.accepted
+        u = self.kernels.hinv_transposed_times(self.G, self.z, None, *new)
         self.count += self.accepted
-        values = self.G[:, ::5].contiguous()
-        y = self.kernels.hinv_sparse_times(self.columns, values, x[None], self.count)
+        values, columns = self.G[:, ::5].contiguous(), self.columns[0].clone()
+        new = columns, row[::5].contiguous()
+        X = row.float()[None]
+        y = self.kernels.hinv_sparse_times(self.columns, values, X, self.count, *new)
         t = self.kernels.hinv_sparse_transposed_times(self.columns, values, y[0], self.d)
         return u, y, t
 
@@ -1326,7 +1342,7 @@ def test_arguments_are_checked(gpu):
     matrix, t = torch.eye(4, device="cuda"), torch.ones(4, device="cuda")
     big, vector, count = matrix.double(), t.double(), torch.zeros((), device="cuda").long()
 
-    def update(K=None, count=count, damp=1e-3, z=None, error=None):
+    def update(K=None, count=count, damp=big[0, 0], z=None, error=None):
         K = big.clone() if K is None else K
         z = vector.clone() if z is None else z
         error = vector[:1].clone() if error is None else error
@@ -1335,6 +1351,9 @@ def test_arguments_are_checked(gpu):
 
     def times(G=matrix, x=t, count=count, scales=None):
         gpu.hinv_times(G, x, count, scales)
+
+    def sparse_times(columns, X):
+        gpu.hinv_sparse_times(columns, matrix, X, count, columns[0].int(), t)
 
     def transposed_times(z=vector, **arguments):
         gpu.hinv_transposed_times(matrix, z, **arguments)
@@ -1354,7 +1373,7 @@ def test_arguments_are_checked(gpu):
         ("t has shape", lambda: gpu.hinv_mul(4, matrix, t[:3])),
         ("t has shape", lambda: gpu.hinv_mul(4, matrix, t[None, None])),
         ("K is Float", lambda: update(K=matrix)),
-        ("damp is 0", lambda: update(damp=0.0)),
+        ("damp is Float", lambda: update(damp=matrix[0, 0])),
         ("count is Int", lambda: update(count=count.int())),
         ("error has shape", lambda: update(error=vector.clone())),
         ("share memory", lambda: update(z=vector)),
@@ -1366,9 +1385,13 @@ def test_arguments_are_checked(gpu):
         ("count is on cpu", lambda: times(count=count.cpu())),
         ("scales has shape", lambda: times(scales=torch.ones(4, 2, device="cuda"))),
         ("z is Float", lambda: transposed_times(z=t)),
-        ("without count and accepted", lambda: transposed_times(x=t)),
-        ("columns is Long", lambda: gpu.hinv_sparse_times(matrix.long(), matrix, matrix, count)),
-        ("X has shape", lambda: gpu.hinv_sparse_times(matrix.int(), matrix, matrix, count)),
+        ("without count and accepted", lambda: transposed_times(row=t)),
+        ("row is Double", lambda: transposed_times(row=vector, count=count, accepted=count)),
+        ("G is Float; it must be float16", lambda: gpu.hinv_round(t, matrix)),
+        ("g is Double", lambda: gpu.hinv_round(vector, matrix.half())),
+        ("kept is 3", lambda: gpu.hinv_largest(t, t, matrix[:, :2].contiguous(), 3)),
+        ("columns is Long", lambda: sparse_times(matrix.long(), matrix)),
+        ("X has shape", lambda: sparse_times(matrix.int(), matrix)),
         (
             "d is 3",
             lambda: gpu.hinv_sparse_transposed_times(matrix.int(), matrix, vector, 3),

@@ -112,3 +112,18 @@ def test_momentum_stays_that_of_its_weights_when_their_memory_is_ordered_anew():
     p.data = p.data.to(memory_format=torch.channels_last)
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
     assert torch.equal(optimizer.state[p]["momentum_buffer"], before)
+
+
+def test_a_change_of_damp_reaches_a_captured_step():
+    """Which reads λ, K and P where they were when it was captured."""
+    p = nn.Parameter(torch.zeros(9))
+    optimizer = MFAC([p], ngrads=4, damp=1.0)
+    p.grad = torch.randn(9)
+    optimizer.step()
+    side = optimizer.fisher.coefficients
+    places = [x.data_ptr() for x in (side.damping, side.K, side.P)]
+    optimizer.damp = 0.5
+    assert [x.data_ptr() for x in (side.damping, side.K, side.P)] == places
+    assert float(side.damping) == side.damp == 0.5
+    A = side.K + 4 * 0.5 * torch.eye(4)
+    torch.testing.assert_close(side.P @ A, torch.eye(4, dtype=torch.float64))
