@@ -30,7 +30,7 @@ def checked_vector(x: Any, d: int) -> Tensor:
         raise ValueError(f"Expected a vector {IN_FLOATS}, got {kind(x)}")
     if x.shape != (d,):
         raise ValueError(f"Expected a vector of shape {(d,)}, got {tuple(x.shape)}")
-    return x.detach()
+    return x.detach().contiguous()
 
 
 def fitting(x: Tensor, dtype: torch.dtype, everywhere: Callable[[Tensor], bool]) -> Tensor:

@@ -94,7 +94,7 @@ class Control:
         if self.max_norm is not None:
             factors.append(self.max_norm / fisher.norms[1].sqrt())
         if factors:  # x/0 is inf, which bounds nothing
-            u.mul_(torch.stack([x.to(u.dtype) for x in factors]).amin().clamp(max=1))
+            u.mul_(torch.stack([x.to(u.dtype).reshape(()) for x in factors]).amin().clamp(max=1))
 
 
 def squared_norms(

@@ -12,12 +12,13 @@ On CUDA nobody waits for that: what such a step would have done is not done, on 
 """
 
 from collections.abc import Iterable
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
-from torch.optim.sgd import sgd
+from torch.optim.adamw import AdamW, adamw
+from torch.optim.sgd import SGD, sgd
 
 from ranks import local, placed_as
 
@@ -148,8 +149,11 @@ def complete(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     if algorithm not in SETTINGS:
         names = ["mfac", *SETTINGS]
         raise ValueError(f"Invalid algorithm: {algorithm!r}; it must be one of {names}")
+    unknown = {*signature(AdamW).parameters, *signature(SGD).parameters} - SETTINGS[
+        algorithm
+    ].keys()
     for name in group:
-        if name in _foreign(algorithm, defaults):
+        if name in _foreign(algorithm, defaults) or name in unknown - {"params", "maximize"}:
             raise ValueError(
                 f"Invalid group: {name} is no setting of algorithm {algorithm!r}, which has "
                 f"{[*SETTINGS[algorithm], 'maximize']}"

@@ -115,6 +115,8 @@ class DynamicInverseFisher:
         self.compress = checks.checked_compress(compress)
         devices = [] if device is None else [checks.check_device(device)]
         places = checks.check_devices("shards", shards or []) or devices or [torch.device("cpu")]
+        if len(kinds := {place.type for place in places}) > 1:
+            raise ValueError(f"shards are on {sorted(kinds)}; they must be on devices of one type")
         self.device = (devices or places)[0]
         bounds = [d * i // len(places) for i in range(len(places) + 1)]
         dims = [stop - start for start, stop in pairwise(bounds)]
@@ -125,7 +127,7 @@ class DynamicInverseFisher:
         self.counter = torch.zeros((), dtype=torch.int64, device=self.device)
         self.accepted = torch.ones_like(self.counter)  # 0 if the last gradient was refused
         self.measures_norms, self.norms = False, torch.empty(0)  # see `Control`
-        exact = compress is not None or self.device.type != "cpu" or self.dtype == torch.float64
+        exact = compress is not None or kinds != {"cpu"} or self.dtype == torch.float64
         anew = partial(_gram, self.window, self.ranks)  # no method: a cycle would hold the window
         self.precision = Precision(self.coefficients, anew, always_exact=exact)
 
@@ -207,8 +209,9 @@ class DynamicInverseFisher:
 
     def abstain(self) -> None:
         """In place of an exchange, where no rank has a gradient; ValueError if some have one."""
-        rows = 1 if self.compress is None else 2
-        self.ranks.sum_of_present(self.coefficients.P.new_zeros(rows, self.num_grads), False)
+        rows, measured = 1 if self.compress is None else 2, not self.precision.always_exact
+        nothing = self.coefficients.P.new_zeros(rows, self.num_grads + measured)
+        self.ranks.sum_of_present(nothing, False)
 
     def matvec(self, x: Tensor) -> Tensor:
         """F⁻¹x (d,) for x (d,), by (1), in float64: two reads of the window, or four where K is
@@ -235,7 +238,7 @@ class DynamicInverseFisher:
             terms = (trace * (y.square() @ side.K.diagonal())).sqrt() + self.ranks.norm(x)
             if roundoff * float(terms) <= TOLERANCE * self.damp * float(self.ranks.norm(u)):
                 break
-            self.precision.recover()
+            self.precision.recover()  # which raises if nothing is left to try
         return checks.fitting(u, self.result_dtype, self.ranks.all)
 
     def diagonal(self) -> Tensor:
@@ -400,6 +403,7 @@ class MFAC(GroupedOptimizer):
         others = Fallback(self.param_groups, self.state, self.fisher.device)
         if not segments:
             self.fisher.abstain()
+            self._recovery.check_others(self.fisher, others.finite)
             others.step()
             return loss
         for segment, group in segments:
@@ -417,7 +421,7 @@ class MFAC(GroupedOptimizer):
                 step, lr = u[segment.span], group["lr"]
                 self._control.scale_(step, self.fisher, lr)
                 decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0
-                if group["momentum"] != 0 or decay != 0:
+                if group["momentum"] != 0 or decay != 0:  # else u is 0 where nothing moves
                     lr = lr * taken
                 if group["momentum"] != 0:
                     step = segment.average(self.velocity(), u, (1 - group["momentum"]) * taken)

@@ -137,6 +137,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     @damp.setter
     def damp(self, damp: float) -> None:
         self._recovery.settle(self.fisher)
+        self._recovery.last_raised = 0.0
         self.fisher.damp = damp
         self._window["damp"] = self.fisher.damp
 

@@ -1,6 +1,7 @@
 """The optimizer's reaction to a gradient that the inverse Fisher refuses: it skips, or raises λ."""
 
 import contextlib
+import math
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ class Recovery:
         self.on_nonfinite = on_nonfinite
         self.skipped_steps = self.raised_steps = 0
         self._tried = 0  # raised steps when λ itself was last tried
-        self._sufficient: float | None = None  # the multiple in use before that
+        self.last_raised = 0.0  # the λ in use before that, to go back to
         self._late: NonFiniteGradientError | None = None
 
     def settle(self, fisher: "DynamicInverseFisher", wait: bool = True) -> None:
@@ -59,7 +60,7 @@ class Recovery:
     ) -> Tensor | None:
         """F⁻¹g (d,) for λ = `damp` or a multiple of it; None if the step is skipped."""
         if fisher.damp != damp and self.raised_steps - self._tried >= fisher.num_grads:
-            self._tried, self._sufficient = self.raised_steps, fisher.damp
+            self._tried, self.last_raised = self.raised_steps, fisher.damp
             with contextlib.suppress(DampTooSmallError):
                 fisher.damp = damp
         while True:
@@ -83,14 +84,36 @@ class Recovery:
                     )
             return u
 
-    def state_dict(self) -> dict[str, int]:
-        """The counts."""
-        return {"skipped_steps": self.skipped_steps, "raised_steps": self.raised_steps}
+    def state_dict(self) -> dict[str, float]:
+        """The counts, and when and where λ was raised last."""
+        counts = {"skipped_steps": self.skipped_steps, "raised_steps": self.raised_steps}
+        return counts | {"tried": self._tried, "last_raised": self.last_raised}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads the result of `state_dict`, and ignores other entries."""
-        counts = {name: check_integer(name, state.get(name), least=0) for name in self.state_dict()}
-        vars(self).update(counts)
+        names = ("skipped_steps", "raised_steps", "tried")
+        skipped, raised, tried = (check_integer(name, state.get(name), least=0) for name in names)
+        last = state.get("last_raised")
+        if not (isinstance(last, float) and 0 <= last < math.inf):
+            raise ValueError(
+                f"The state dict is damaged: last_raised must be a λ or 0, got {last!r}"
+            )
+        self.skipped_steps, self.raised_steps, self._tried = skipped, raised, tried
+        self.last_raised = last
+
+    def check_others(self, fisher: "DynamicInverseFisher", finite: float | Tensor) -> None:
+        """Counts a step without gradients for the window as skipped if others have NaN or Inf. On
+        CUDA nobody waits for that."""
+        if isinstance(finite, Tensor) and finite.is_cuda:
+            return
+        if bool(finite):
+            fisher.precision.nonfinite = 0
+            return
+        fisher.precision.nonfinite += 1
+        error = NonFiniteGradientError("A gradient has NaN or Inf; nothing is changed")
+        self._skip(fisher, error)
+        if self.on_nonfinite == "raise":
+            raise error
 
     def _skip(self, fisher: "DynamicInverseFisher", error: NonFiniteGradientError) -> None:
         self.skipped_steps += 1
@@ -108,7 +131,7 @@ class Recovery:
     def _raise_damp(self, fisher: "DynamicInverseFisher") -> None:
         self._tried = self.raised_steps
         before = fisher.damp
-        damp, self._sufficient = self._sufficient or 10 * before, None
+        damp, self.last_raised = max(10 * before, self.last_raised), 0.0
         while fisher.damp == before:
             with contextlib.suppress(DampTooSmallError):
                 fisher.damp = damp
@@ -118,7 +141,7 @@ class Recovery:
 def warn_user(message: str) -> None:
     """Warns with the line of the caller outside torch and outside this project's modules."""
     level, frame = 1, sys._getframe()
-    inside = ("torch", "optim", "flat", "recovery", "states", "mfac")
+    inside = ("torch", "optim", "parameter_groups", "recovery", "states", "mfac")
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in inside:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)

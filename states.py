@@ -6,7 +6,6 @@ many as fit.
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -156,7 +155,7 @@ def _check_shared(state: Any) -> None:
     for dim in state["dims"]:
         check_integer("dims", dim, least=0)
     numbers = state["precision"].values() if isinstance(state["precision"], dict) else [None]
-    if not all(isinstance(x, float) and 0 <= x < math.inf for x in numbers):
+    if not all(isinstance(x, float) and x >= 0 for x in numbers):
         raise ValueError("The state dict is damaged: its precision must be numbers of at least 0")
 
 

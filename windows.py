@@ -94,24 +94,29 @@ class DenseWindow:
             _replace(rows, entry.row[name], count, accepted)
 
     def products(self, entry: Entry, count: Tensor, exact: bool) -> Tensor:
-        """Gĝ (1, m) in float64. Entry j = count mod m is ĝᵀĝ, as row j is still the old one. From
-        float32 products it is (1, m + 1): the last entry is their error in entry j − 1 mod m."""
+        """Gĝ (1, m) in float64. Entry j = count mod m is ĝᵀĝ, as row j is still the old one. If
+        products may be in float32 it is (1, m + 1): the last entry is their error in entry
+        j − 1 mod m, or NaN from exact ones."""
         g = entry.vectors[0]
         if kernels := cuda_kernels(self.device):
             return kernels.hinv_times(self.G, g, count, self.scales)[None]
         exactly, n = g.double(), int(count)
         i, j = (n - 1) % len(self.G), n % len(self.G)
-        k, rounding = self.times(g, exact, _rows_in_use(self.G, count)), []
+        k = self.times(g, exact, _rows_in_use(self.G, count))
+        error = torch.full_like(k[:1], torch.nan)
         if self._dtype(exact) == torch.float32:
             row = self._tile(slice(i, i + 1), slice(0, self.dim), torch.float64)[0]
-            rounding = [(k[i] - row @ exactly).view(1)]
+            error = (k[i] - row @ exactly).view(1)
         k[j] = exactly @ exactly
-        return torch.cat([k, *rounding])[None]
+        return (torch.cat([k, error]) if self.measures else k)[None]
+
+    @property
+    def measures(self) -> bool:
+        """Whether products may be in float32, so that their error is measured."""
+        return self.device.type == "cpu" and self.G.dtype != torch.float64
 
     def transposed_times(self, y: Tensor, exact: bool = True) -> Tensor:
-        """Gᵀy (d,) for y (m,), in float32 or wider."""
-        if kernels := cuda_kernels(self.device):
-            return kernels.hinv_transposed_times(self.G, y, self.scales)
+        """Gᵀy (d,) for y (m,), in float64, or in float32 if not `exact`."""
         dtype = self._dtype(exact)
         if dtype == torch.float32 and bool(((y.abs() < 2**-100) & (y != 0)).any()):
             dtype = torch.float64  # a tiny yᵢ may belong to a row of large numbers
@@ -153,7 +158,7 @@ class DenseWindow:
         Changing that setting here would also change it for other threads."""
         mkldnn: Any = torch.backends.mkldnn  # torch's annotations lack `matmul`
         full = mkldnn.matmul.fp32_precision in ("ieee", "none")
-        exact |= not full or self.device.type != "cpu" or self.G.dtype == torch.float64
+        exact |= not full or not self.measures
         return torch.float64 if exact else torch.float32
 
     def _converted(self, rows: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -272,8 +277,6 @@ class CompressedWindow:
 
     def transposed_times(self, y: Tensor, exact: bool = True) -> Tensor:
         """Gᵀy (d,) in float64 for y (m,)."""
-        if kernels := cuda_kernels(self.device):
-            return kernels.hinv_sparse_transposed_times(self.columns, self.values, y, self.dim)
         x = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
         for some in self._few(len(y)):
             products = self.values[some] * y[some, None]

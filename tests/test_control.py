@@ -385,6 +385,8 @@ def test_a_state_of_another_algorithm_is_refused():
         ({"algorithm": "adam"}, "Invalid algorithm: 'adam'; it must be one of"),
         ({"algorithm": "adamw", "momentum": 0.9}, "momentum is no setting of algorithm 'adamw'"),
         ({"algorithm": "sgd", "sparse": True}, "sparse is no setting of algorithm 'sgd'"),
+        ({"algorithm": "sgd", "dampening": 0.5}, "dampening is no setting of algorithm 'sgd'"),
+        ({"algorithm": "adamw", "amsgrad": True}, "amsgrad is no setting of algorithm 'adamw'"),
         ({"algorithm": "adamw", "lr": -1.0}, "Invalid learning rate: -1.0"),
         ({"algorithm": "adamw", "betas": (0.9, 1.0)}, "Invalid betas: "),
         ({"algorithm": "adamw", "eps": -1.0}, "Invalid eps: "),

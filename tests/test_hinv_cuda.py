@@ -1013,7 +1013,10 @@ def test_the_optimizer_takes_the_kernels(monkeypatch, dtype, compress, kind):
             if i == 15:
                 with pytest.raises(optim.NonFiniteGradientError):
                     one.update(g * torch.nan)
-        assert torch.linalg.norm(results[0] - results[1]) <= 2e-5 * torch.linalg.norm(results[0])
+            if i % m == 0:  # cancels, as g is in the window
+                results[-1] = torch.stack([results[-1], one.matvec(g).double()])
+        error = (results[0] - results[1]).norm(dim=-1)
+        assert (error <= 2e-5 * results[0].norm(dim=-1)).all()
     assert on_cpu.calls >= 3 * 3 * m
 
 

@@ -16,6 +16,7 @@ from reference import dense_inverse, ring, woodbury_column
 from sklearn.datasets import load_digits
 from torch import nn
 
+import checks
 from coefficients import Coefficients
 from optim import MFAC, DampTooSmallError, DynamicInverseFisher, NonFiniteGradientError
 
@@ -1099,3 +1100,17 @@ def test_what_a_state_lacks_of_frozen_parameters_is_zero():
         inverse = dense_inverse(ring(gradients, 4), 0.1)
         result = other.fisher.update_matvec(gradients[-1])
         assert relative_error(result, inverse @ gradients[-1].double()) < 1e-5
+
+
+def test_a_vector_of_any_layout_is_the_numbers_it_has():
+    """Kernels read numbers side by side."""
+    fisher, expected = (DynamicInverseFisher(2, 8) for _ in range(2))
+    assert checks.checked_vector(torch.arange(16.0)[::2], 8).is_contiguous()
+    fisher.update(torch.arange(16.0)[::2])
+    expected.update(torch.arange(0.0, 16.0, 2.0))
+    torch.testing.assert_close(fisher.coefficients.K, expected.coefficients.K)
+
+
+def test_shards_are_on_devices_of_one_type():
+    with pytest.raises(ValueError, match=r"shards are on \['cpu', 'meta'\]; they must be on"):
+        DynamicInverseFisher(2, 8, shards=["cpu", "meta"])

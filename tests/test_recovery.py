@@ -1,5 +1,6 @@
 """What an optimizer goes on with after refusals, where they are read late too."""
 
+import contextlib
 import copy
 
 import pytest
@@ -127,3 +128,64 @@ def test_a_change_of_damp_reaches_a_captured_step():
     assert float(side.damping) == side.damp == 0.5
     A = side.K + 4 * 0.5 * torch.eye(4)
     torch.testing.assert_close(side.P @ A, torch.eye(4, dtype=torch.float64))
+
+
+def test_a_resumed_run_raises_damp_when_the_uninterrupted_one_does():
+    """After a round of raised steps, λ itself is tried again: at the same step."""
+    torch.manual_seed(0)
+    grads = [torch.ones(6)] * 7 + list(torch.randn(11, 6))
+
+    def run(save_after=None):
+        p = nn.Parameter(torch.zeros(6))
+        optimizer, used = MFAC([p], lr=1e-3, ngrads=4, damp=1e-17), []
+        for i, g in enumerate(grads):
+            p.grad = g.clone()
+            optimizer.step()
+            used.append(optimizer.damp_in_use)
+            if i == save_after:
+                state, weights = copy.deepcopy(optimizer.state_dict()), p.detach().clone()
+                p = nn.Parameter(weights)
+                optimizer = MFAC([p], lr=1e-3, ngrads=4, damp=1e-17)
+                optimizer.load_state_dict(state)
+        return used, p.detach()
+
+    with pytest.warns(UserWarning, match="too small"):
+        expected, weights = run()
+        assert len(set(expected)) > 1
+        for save_after in range(len(grads) - 1):
+            used, resumed = run(save_after)
+            assert used == expected, save_after
+            assert torch.equal(resumed, weights)
+
+
+def test_raised_damp_is_not_below_the_one_that_is_set():
+    p = nn.Parameter(torch.zeros(6))
+    optimizer = MFAC([p], ngrads=4, damp=1e-17)
+    for _ in range(6):
+        p.grad = torch.ones(6)
+        with pytest.warns(UserWarning) if optimizer.raised_steps == 0 else contextlib.nullcontext():
+            optimizer.step()
+    optimizer.damp = 0.5
+    optimizer._recovery._raise_damp(optimizer.fisher)
+    assert optimizer.damp_in_use == 5
+
+
+@pytest.mark.parametrize("how", ["skip", "raise"])
+def test_other_groups_are_heard_where_the_window_has_no_gradients(how):
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    groups = [{"params": [p]}, {"params": [q], "algorithm": "adamw"}]
+    optimizer = MFAC(groups, ngrads=4, on_nonfinite=how)
+    for step in range(1, 4):
+        q.grad = torch.full((3,), torch.nan)
+        if how == "raise":
+            with pytest.raises(NonFiniteGradientError):
+                optimizer.step()
+        else:
+            with pytest.warns(UserWarning) if step == 1 else contextlib.nullcontext():
+                optimizer.step()
+        assert optimizer.skipped_steps == step
+        assert torch.equal(q, torch.ones(3))
+    q.grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.skipped_steps == 3
+    assert bool((q < 1).all())
