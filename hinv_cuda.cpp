@@ -51,7 +51,6 @@
 //   hinv_sparse_times(columns, values, X, count, row_columns, row) -> (n, m)          float64
 //       X G^T over the rows in use, 0 elsewhere, for vectors X (n, d), n <= 2, with the new row as
 //       row j of G
-//   hinv_sparse_transposed_times(columns, values, y, d) -> G^T y (d,)                 a vector
 //   hinv_sparse_replace(columns, values, y, error, row_columns, row, new_error, rest, damp, count,
 //       accepted) -> u (d,)
 //       the new row becomes row j, and new_error the error; u is G^T y + rest / damp. Where accepted
@@ -94,10 +93,9 @@ cudaError_t hinv_largest(int, const void*, const void*, int, long long, long lon
 cudaError_t hinv_sparse_times(int, const int*, const void*, const void*, const int*, const void*,
                               const long long*, int, int, long long, long long, double*, double*,
                               cudaStream_t);
-cudaError_t hinv_sparse_transposed_times(int, int*, void*, const double*, const int*, const void*,
-                                         void*, const void*, const void*, const double*,
-                                         const long long*, const long long*, int, long long,
-                                         long long, void*, cudaStream_t);
+cudaError_t hinv_sparse_replace(int, int*, void*, const double*, const int*, const void*, void*,
+                                const void*, const void*, const double*, const long long*,
+                                const long long*, int, long long, long long, void*, cudaStream_t);
 }
 
 namespace {
@@ -370,22 +368,6 @@ Tensor sparse_times(const Tensor& columns, const Tensor& values, const Tensor& X
   return y;
 }
 
-Tensor sparse_transposed_times(const Tensor& columns, const Tensor& values, const Tensor& y,
-                               int64_t d) {
-  const int type = format(values, "values");
-  check_compressed(columns, values);
-  check(y, "y", {values.size(0)}, values, at::kDouble);
-  require(values.size(1) <= d && d <= INT_MAX, "d is ", d, "; it must be from k = ",
-          values.size(1), " to 2^31 - 1");
-  const c10::cuda::CUDAGuard guard(values.device());
-  const Tensor u = at::empty({d}, values.options().dtype(real(values)));
-  C10_CUDA_CHECK(hinv_sparse_transposed_times(
-      type, columns.mutable_data_ptr<int>(), values.mutable_data_ptr(), y.const_data_ptr<double>(),
-      nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, values.size(0),
-      values.size(1), d, u.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
-  return u;
-}
-
 Tensor sparse_replace(const Tensor& columns, const Tensor& values, const Tensor& y,
                       const Tensor& error, const Tensor& row_columns, const Tensor& row,
                       const Tensor& new_error, const Tensor& rest, const Tensor& damp,
@@ -403,7 +385,7 @@ Tensor sparse_replace(const Tensor& columns, const Tensor& values, const Tensor&
   const Count* const write = number(accepted, "accepted", values);
   const c10::cuda::CUDAGuard guard(values.device());
   const Tensor u = at::empty({d}, values.options().dtype(real(values)));
-  C10_CUDA_CHECK(hinv_sparse_transposed_times(
+  C10_CUDA_CHECK(hinv_sparse_replace(
       type, columns.mutable_data_ptr<int>(), values.mutable_data_ptr(), y.const_data_ptr<double>(),
       row_columns.const_data_ptr<int>(), row.const_data_ptr(), error.mutable_data_ptr(),
       new_error.const_data_ptr(), rest.const_data_ptr(), damp.const_data_ptr<double>(), seen, write,
@@ -434,8 +416,6 @@ TORCH_LIBRARY(hinv_cuda, library) {
       "hinv_sparse_replace(Tensor(a!) columns, Tensor(b!) values, Tensor y, Tensor(c!) error, "
       "Tensor row_columns, Tensor row, Tensor new_error, Tensor rest, Tensor damp, Tensor count, "
       "Tensor accepted) -> Tensor");
-  library.def(
-      "hinv_sparse_transposed_times(Tensor columns, Tensor values, Tensor y, int d) -> Tensor");
 }
 // For every device, so that a tensor elsewhere meets the checks above and their messages.
 TORCH_LIBRARY_IMPL(hinv_cuda, CompositeExplicitAutograd, library) {
@@ -448,7 +428,6 @@ TORCH_LIBRARY_IMPL(hinv_cuda, CompositeExplicitAutograd, library) {
   library.impl("hinv_largest", largest);
   library.impl("hinv_sparse_replace", sparse_replace);
   library.impl("hinv_sparse_times", sparse_times);
-  library.impl("hinv_sparse_transposed_times", sparse_transposed_times);
 }
 // Fake tensors: what is returned has a shape and a type.
 TORCH_LIBRARY_IMPL(hinv_cuda, Meta, library) {
@@ -481,10 +460,6 @@ TORCH_LIBRARY_IMPL(hinv_cuda, Meta, library) {
                                        const Tensor&, const Tensor&, const Tensor&) {
     return at::empty({X.size(0), values.size(0)}, values.options().dtype(at::kDouble));
   });
-  library.impl("hinv_sparse_transposed_times",
-               [](const Tensor&, const Tensor& values, const Tensor&, int64_t d) {
-                 return at::empty({d}, values.options().dtype(real(values)));
-               });
   library.impl("hinv_sparse_replace",
                [](const Tensor&, const Tensor&, const Tensor&, const Tensor& error, const Tensor&,
                   const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
@@ -505,11 +480,10 @@ hinv_update(P, K, k, count, damp, tolerance, z, error, accepted): P = inverse of
 hinv_times(G, x, count, scales) -> Gx (m,), hinv_transposed_times(G, z, scales, row, row_scales,
     count, accepted) -> G^T z (d,): products with a window G (m, d); the second writes row j.
 hinv_round(g, G) -> row, scales, values: g (d,) as a row of a window of 8 or 16 bits with scales.
-hinv_sparse_times(columns, values, X, count, row_columns, row) -> X G^T (n, m),
-    hinv_sparse_transposed_times(columns, values, y, d) -> G^T y (d,): with a compressed window,
-    columns and values (m, k); hinv_largest(error, g, values, kept) makes a row of it, and
+hinv_largest(error, g, values, kept) -> a row of a compressed window, columns and values (m, k);
+    hinv_sparse_times(columns, values, X, count, row_columns, row) -> X G^T (n, m);
     hinv_sparse_replace(columns, values, y, error, row_columns, row, new_error, rest, damp, count,
-    accepted) writes it and returns G^T y + rest / damp.
+    accepted) writes the row and returns G^T y + rest / damp.
 )";
   module.def(
       "hinv_setup", [](const Tensor& tmp, Tensor coef) { return hinv_setup(tmp, coef), coef; },
@@ -534,6 +508,4 @@ hinv_sparse_times(columns, values, X, count, row_columns, row) -> X G^T (n, m),
   module.def("hinv_sparse_replace", &sparse_replace, arg("columns"), arg("values"), arg("y"),
              arg("error"), arg("row_columns"), arg("row"), arg("new_error"), arg("rest"),
              arg("damp"), arg("count"), arg("accepted"));
-  module.def("hinv_sparse_transposed_times", &sparse_transposed_times, arg("columns"),
-             arg("values"), arg("y"), arg("d"));
 }

@@ -5,7 +5,7 @@
 //   hinv_mul     t <- (I + N)^-1 t, the same recursion applied to right-hand sides
 //   hinv_update  P = A^-1 when row and column j of A change
 //   hinv_times, hinv_transposed_times                  Gx and G^T z for a window G (m, d)
-//   hinv_sparse_times, hinv_sparse_transposed_times    the same for a compressed window
+//   hinv_sparse_times, hinv_sparse_replace             the same for a compressed window
 //   hinv_round, hinv_largest                           a gradient as a row of 8 or 16 bits with
 //                                                      scales, or of a compressed window
 //
@@ -886,12 +886,11 @@ __global__ __launch_bounds__(THREADS, 3) void sparse_times(
 constexpr int SPARSE_COLUMNS = 512;  // of a thread block: a part of a block of columns
 constexpr int SPARSE_AHEAD = 8;      // rows of a warp in flight
 
-// u = G^T y. Each warp adds up some of the rows in its own part of shared memory, one row after the
-// other: within a row no two entries meet. With `new_columns`, where accepted, row j first becomes
-// `new_columns` and `new_values`, `error` becomes `new_error`, and u gets rest / damp; where not
-// accepted, nothing changes and u is 0.
+// Where accepted, row j becomes `new_columns` and `new_values`, `error` becomes `new_error`, and
+// u = G^T y + rest / damp. Where not, nothing changes and u is 0. Each warp adds up some of the rows
+// in its own part of shared memory, one row after the other: within a row no two entries meet.
 template <class F>
-__global__ __launch_bounds__(THREADS, 2) void sparse_transposed_times(
+__global__ __launch_bounds__(THREADS, 2) void sparse_replace(
     int* columns, typename F::Code* values, const double* __restrict__ y,
     const int* __restrict__ new_columns, const typename F::Code* __restrict__ new_values,
     typename F::Real* __restrict__ error, const typename F::Real* __restrict__ new_error,
@@ -901,8 +900,7 @@ __global__ __launch_bounds__(THREADS, 2) void sparse_transposed_times(
     typename F::Real* __restrict__ u) {
   __shared__ double sums[WARPS][SPARSE_COLUMNS];
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  const int kept = kept_in_block(new_columns ? new_columns : columns, k);
-  const int j = new_columns ? Place(count, m).j : -1;
+  const int kept = kept_in_block(new_columns, k), j = Place(count, m).j;
   const long long first = blockIdx.x * (long long)(SPARSE_COLUMNS), entry = first / BLOCK * kept;
   const int entries = k - entry < kept ? int(k - entry) : kept;
   double* const sum = sums[warp];
@@ -946,7 +944,7 @@ __global__ __launch_bounds__(THREADS, 2) void sparse_transposed_times(
       }
     }
   }
-  if (j >= 0 && *accepted && warp == 0) {
+  if (*accepted && warp == 0) {
     const long long at = j * k + entry;
     const int to = entry_at(new_columns + entry, first + SPARSE_COLUMNS);
     for (int e = entry_at(new_columns + entry, first) + lane; e < to; e += WARP) {
@@ -959,11 +957,8 @@ __global__ __launch_bounds__(THREADS, 2) void sparse_transposed_times(
   for (long long c = threadIdx.x; c < SPARSE_COLUMNS && first + c < d; c += THREADS) {
     double total = 0;
     for (int w = 0; w < WARPS; w++) total += sums[w][c];
-    if (j >= 0) {
-      total = *accepted ? total + rest[first + c] / *damp : 0;
-      if (*accepted) error[first + c] = new_error[first + c];
-    }
-    u[first + c] = typename F::Real(total);
+    if (*accepted) error[first + c] = new_error[first + c];
+    u[first + c] = *accepted ? typename F::Real(total + rest[first + c] / *damp) : 0;
   }
 }
 
@@ -1183,19 +1178,18 @@ cudaError_t hinv_sparse_times(int format, const int* columns, const void* values
   });
 }
 
-// y (m,), u (d,). The row that is new, or null: new_columns, new_values (k,), error, new_error, rest
-// (d,), damp, count and accepted ().
-cudaError_t hinv_sparse_transposed_times(int format, int* columns, void* values, const double* y,
-                                         const int* new_columns, const void* new_values,
-                                         void* error, const void* new_error, const void* rest,
-                                         const double* damp, const long long* count,
-                                         const long long* accepted, int m, long long k,
-                                         long long d, void* u, cudaStream_t stream) {
+// y (m,), new_columns, new_values (k,), error, new_error, rest, u (d,), damp, count, accepted ().
+cudaError_t hinv_sparse_replace(int format, int* columns, void* values, const double* y,
+                                const int* new_columns, const void* new_values,
+                                void* error, const void* new_error, const void* rest,
+                                const double* damp, const long long* count,
+                                const long long* accepted, int m, long long k,
+                                long long d, void* u, cudaStream_t stream) {
   return with_format(format, [=](auto f) {
     using F = decltype(f);
     using Real = typename F::Real;
     const dim3 grid(std::max(1, ceil_div(d, SPARSE_COLUMNS)));
-    return launch(sparse_transposed_times<F>, grid, THREADS, false, stream, columns,
+    return launch(sparse_replace<F>, grid, THREADS, false, stream, columns,
                   static_cast<typename F::Code*>(values), y, new_columns,
                   static_cast<const typename F::Code*>(new_values), static_cast<Real*>(error),
                   static_cast<const Real*>(new_error), static_cast<const Real*>(rest), damp,

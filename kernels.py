@@ -32,7 +32,7 @@ __all__ = ["cuda_kernels"]
 logger = logging.getLogger("optim")
 
 SOURCE = Path(__file__).with_name("hinv_cuda_kernel.cu")
-KERNELS = ["window_times", "window_transposed_times", "sparse_times", "sparse_transposed_times"]
+KERNELS = ["window_times", "window_transposed_times", "sparse_times", "sparse_replace"]
 KERNELS += ["largest_entries"]
 # As in the source: types of windows, threads of a block, a block's share of G, scratch memory.
 FORMATS = {
@@ -159,11 +159,6 @@ class Compiled:
         self._launch(name, SCRATCH, columns, values, X, *new, n, m, k, d, scratch, y)
         return y
 
-    def hinv_sparse_transposed_times(
-        self, columns: Tensor, values: Tensor, y: Tensor, d: int
-    ) -> Tensor:
-        return self._sparse_transposed_times(columns, values, y, d, *[None] * 8)
-
     def hinv_sparse_replace(
         self,
         columns: Tensor,
@@ -179,14 +174,9 @@ class Compiled:
         accepted: Tensor,
     ) -> Tensor:
         new = row_columns, row, error, new_error, rest, damp, count, accepted
-        return self._sparse_transposed_times(columns, values, y, len(error), *new)
-
-    def _sparse_transposed_times(
-        self, columns: Tensor, values: Tensor, y: Tensor, d: int, *new: Tensor | None
-    ) -> Tensor:
-        m, k = values.shape
-        u = torch.empty(d, dtype=_real(values), device=values.device)
-        name = f"sparse_transposed_times<{FORMATS[values.dtype]}>"
+        (m, k), d = values.shape, len(error)
+        u = torch.empty_like(error)
+        name = f"sparse_replace<{FORMATS[values.dtype]}>"
         self._launch(name, -(-d // SPARSE_COLUMNS), columns, values, y, *new, m, k, d, u)
         return u
 

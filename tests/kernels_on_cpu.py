@@ -158,24 +158,17 @@ class OnCpu:
         )
         return y
 
-    def sparse_transposed_times(self, dtype, columns, values, y, d):
-        new = [None] * 8
-        return self._sparse_transposed_times(dtype, columns, values, y, d, new)
-
     def sparse_replace(
         self, dtype, columns, values, y, error, row_columns, row, new_error, rest, damp, *when
     ):
         """Row count % m of columns and values, and error, in place; `when` is count, accepted."""
         numbers = (np.array(n, np.int64) for n in when)
         new = row_columns, row, error, new_error, rest, np.array(float(damp)), *numbers
-        return self._sparse_transposed_times(dtype, columns, values, y, len(error), new)
-
-    def _sparse_transposed_times(self, dtype, columns, values, y, d, new):
-        m, k = columns.shape
+        (m, k), d = columns.shape, len(error)
         u = np.full(d, np.nan, real(dtype))
         sizes = m, ctypes.c_longlong(k), ctypes.c_longlong(d)
         arguments = columns, values, y, *new, *sizes, u
-        self._call("hinv_sparse_transposed_times", FORMATS[dtype], *arguments)
+        self._call("hinv_sparse_replace", FORMATS[dtype], *arguments)
         return u
 
 
@@ -230,12 +223,6 @@ class KernelsOnCpu:
         dtype, codes, _ = _codes(values)
         new = int(count), row_columns.numpy(), _codes(row[None])[1][0]
         return _tensor(self.on_cpu.sparse_times(dtype, columns.numpy(), codes, X.numpy(), *new))
-
-    def hinv_sparse_transposed_times(self, columns, values, y, d):
-        self.calls += 1
-        dtype, codes, _ = _codes(values)
-        arrays = columns.numpy(), codes, y.numpy()
-        return _tensor(self.on_cpu.sparse_transposed_times(dtype, *arrays, d))
 
     def hinv_sparse_replace(
         self, columns, values, y, error, row_columns, row, new_error, rest, damp, count, accepted

@@ -127,11 +127,6 @@ class OnGpu:
         y = self.interface.hinv_sparse_times(columns, values, X, count, row_columns, row)
         return y.cpu().numpy()
 
-    def sparse_transposed_times(self, dtype, columns, values, y, d):
-        columns, y = self._tensors(columns, y)
-        values = self._window(dtype, values)
-        return self.interface.hinv_sparse_transposed_times(columns, values, y, d).cpu().numpy()
-
     def sparse_replace(
         self, dtype, columns, values, y, error, row_columns, row, new_error, rest, damp, *when
     ):
@@ -647,15 +642,6 @@ def test_sparse_times(kernels, m, d, part, dtype):
 
 @pytest.mark.parametrize("dtype", CODES)
 @pytest.mark.parametrize(("m", "d", "part"), COMPRESSED)
-def test_sparse_transposed_times(kernels, m, d, part, dtype):
-    w = Compressed(m, d, dtype, part, m)
-    y, rounding = w.rng.normal(size=m), 0 if dtype == "float64" else 2.0**-24
-    u = kernels.sparse_transposed_times(dtype, w.columns, w.values, y, d)
-    assert_sums(u, w.numbers() * y[:, None], rounding)
-
-
-@pytest.mark.parametrize("dtype", CODES)
-@pytest.mark.parametrize(("m", "d", "part"), COMPRESSED)
 def test_sparse_replace(kernels, m, d, part, dtype):
     for count, accepted in [(0, 1), (2 * m - 1, 1), (m + m // 2, 0)]:
         w = Compressed(m, d, dtype, part, count)
@@ -742,7 +728,6 @@ def step_kernels(kernels, m, windows=tuple(CODES), kinds=tuple(DAMP)):
             yield [x.tobytes() for x in kernels.round(dtype, X[0].astype(np.float32))]
         yield [x.tobytes() for x in kernels.largest(dtype, *X, len(w.row), w.kept)]
         yield kernels.sparse_times(dtype, w.columns, w.values, X, m, *w.new).tobytes()
-        yield kernels.sparse_transposed_times(dtype, w.columns, w.values, z, w.d).tobytes()
         new = *w.new, X[1].copy(), X[1], 2.0, w.count, 1
         yield kernels.sparse_replace(dtype, w.columns, w.values, z, X[0], *new).tobytes()
         yield [x.tobytes() for x in (w.columns, w.values, X)]
@@ -791,7 +776,6 @@ def test_launches(m, doublings):
                 lambda: kernels.round("float16", x),
                 lambda: kernels.largest("float32", x, x, 3, 3),
                 lambda: kernels.sparse_times("float32", columns, G, np.stack([x, x]), 0, *new),
-                lambda: kernels.sparse_transposed_times("float32", columns, G, np.ones(m), 8),
                 lambda: kernels.sparse_replace(
                     "float32", columns, G, np.ones(m), x, *new, x, x, 1.0, 0, 1
                 ),
@@ -946,7 +930,7 @@ def module(caplog):
 
 EXTENSION = {f"hinv_{name}": None for name in ("setup", "mul", "update", "times")}
 EXTENSION |= {"hinv_transposed_times": None}
-EXTENSION |= {"hinv_sparse_times": None, "hinv_sparse_transposed_times": None, "__file__": "there"}
+EXTENSION |= {"hinv_sparse_times": None, "__file__": "there"}
 EXTENSION |= {"hinv_round": None, "hinv_largest": None, "hinv_sparse_replace": None}
 OTHERS = types.SimpleNamespace(hinv_setup=None, hinv_mul=None, __file__="elsewhere")
 
@@ -954,7 +938,7 @@ OTHERS = types.SimpleNamespace(hinv_setup=None, hinv_mul=None, __file__="elsewhe
 @pytest.mark.parametrize(
     ("installed", "nvrtc", "line"),
     [
-        (types.SimpleNamespace(**EXTENSION), True, "CUDA kernels: those of there"),
+        (types.SimpleNamespace(**EXTENSION), True, "CUDA kernels: from there"),
         (None, True, "CUDA kernels: compiled by NVRTC ("),
         (OTHERS, True, "has no hinv_update: it is another one, or of another version)"),
         (OTHERS, False, "has no hinv_update: it is another one, or of another version; NVRTC:"),
@@ -1216,7 +1200,7 @@ assert "values is on cpu" in message(hinv_cuda.hinv_sparse_times, columns, matri
 assert "g has shape (3,) on cpu" in message(hinv_cuda.hinv_round, vector, matrix.half())
 assert "error is on cpu" in message(hinv_cuda.hinv_largest, vector, vector, matrix, 4)
 for name in ("setup", "mul", "update", "times", "transposed_times", "round", "largest",
-             "sparse_times", "sparse_transposed_times", "sparse_replace"):
+             "sparse_times", "sparse_replace"):
     assert "hinv_" + name in hinv_cuda.__doc__
 
 def halve_and_multiply(D, t):
@@ -1240,7 +1224,6 @@ with FakeTensorMode():
     assert [tuple(x.shape) for x in found] == [(8,), (1,), (8,)]
     found = torch.ops.hinv_cuda.hinv_largest(G[0], G[0], G[:, :2].contiguous(), 2)
     assert [tuple(x.shape) for x in found] == [(2,), (2,), (8,), (2, 8)]
-    assert torch.ops.hinv_cuda.hinv_sparse_transposed_times(G.int(), G, t, 7).shape == (7,)
 print("all is well")
 """
     assert "all is well" in in_project(project, "-c", program)
@@ -1308,8 +1291,7 @@ class Step:
         new = columns, row[::5].contiguous()
         X = row.float()[None]
         y = self.kernels.hinv_sparse_times(self.columns, values, X, self.count, *new)
-        t = self.kernels.hinv_sparse_transposed_times(self.columns, values, y[0], self.d)
-        return u, y, t
+        return u, y
 
 
 @pytest.mark.cuda
@@ -1395,10 +1377,6 @@ def test_arguments_are_checked(gpu):
         ("kept is 3", lambda: gpu.hinv_largest(t, t, matrix[:, :2].contiguous(), 3)),
         ("columns is Long", lambda: sparse_times(matrix.long(), matrix)),
         ("X has shape", lambda: sparse_times(matrix.int(), matrix)),
-        (
-            "d is 3",
-            lambda: gpu.hinv_sparse_transposed_times(matrix.int(), matrix, vector, 3),
-        ),
     ]:
         with pytest.raises(RuntimeError, match=message):
             call()

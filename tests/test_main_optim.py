@@ -451,7 +451,7 @@ def test_states_and_models_every_few_epochs(run, monkeypatch, capsys):
     assert run(*small("sgd", "whole.pth"), *flags) == 0
     assert "".join(written) == ".state.pth.state.pth.state.state.pth.pth.png"
     assert len(rows("whole.csv")) == 5
-    assert capsys.readouterr().out.count("  saving 0.") == 5
+    assert capsys.readouterr().out.count("  saving ") == 5
     with monkeypatch.context() as context:
         interrupt_after(context, 3)
         assert run(*small("sgd", "parts.pth"), *flags, "--tensorboard", "tb") == 130
@@ -739,6 +739,18 @@ BAD_FLAGS = [
     *((f"--workers {value}", f"{value} is not a whole number from 0") for value in ("-1", "x")),
     ("--graph maybe", "maybe"),
     ("--graph yes", "--graph yes is for CUDA only, and --device is cpu"),
+    *(
+        (f"--optim sgd --{name}", f"--{name} is no setting of --optim sgd: leave it out")
+        for name in ("decoupled", "window_warmup")
+    ),
+    *(
+        (f"--{name} {value}", f"{value} is not a number above 0")
+        for name in ("max_step", "max_norm", "fallback_lr", "clip")
+        for value in ("x", "0")
+    ),
+    *((f"--fallback_weightdecay {value}", "is not a number from 0 to") for value in ("x", "-1")),
+    *((f"--warmup_steps {value}", "is not a whole number from 1") for value in ("x", "0")),
+    ("--label_smoothing x", "x is not a number from 0 and below 1"),
     ("--optim sgd --max_norm 1", "--max_norm is no setting of --optim sgd: leave it out"),
     ("--fallback_lr 1", "--fallback_lr and --fallback_weightdecay go with --fallback"),
     ("--optim muon --fallback sgd", "--fallback sgd is no setting of --optim muon"),

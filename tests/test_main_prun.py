@@ -848,7 +848,7 @@ def test_bad_checkpoints(run, checkpoint, capsys):
 # --- bad input: one sentence, exit status 2, nothing done -----------------------------------
 
 BAD_FLAGS = [
-    ("--model vgg", "vgg"),
+    *((f"--model {name}", f"{name} is none of resnet20") for name in ("vgg", "x", "20")),
     ("--pruner snip", "snip"),
     ("--dataset nowhere", "nowhere"),
     ("--sparsity 0.5", "--sparsity"),
