@@ -1,7 +1,7 @@
 """What both forms of the static inverse Fisher share: arguments, damping, updates, processes."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -93,20 +93,27 @@ class SharedInverseFisher:
         return self._whole(diagonal)
 
     def independent_update(self, drop: Tensor, w: Tensor) -> Tensor:
-        dropped = torch.zeros_like(w, dtype=torch.bool).index_fill_(0, drop, True)
-        own = self._own(dropped).nonzero()[:, 0]
-        return self._whole(self.part.independent_update(own, self._own(w)))
+        return self._update(self.part.independent_update, drop, w)
 
     def joint_update(self, drop: Tensor, w: Tensor) -> Tensor:
+        return self._update(self.part.joint_update, drop, w)
+
+    def _update(
+        self, update: Callable[[Tensor, Tensor], Tensor], drop: Tensor, w: Tensor
+    ) -> Tensor:
         dropped = torch.zeros_like(w, dtype=torch.bool).index_fill_(0, drop, True)
         own = self._own(dropped).nonzero()[:, 0]
-        return self._whole(self.part.joint_update(own, self._own(w)))
+        with self.ranks.agreed():
+            part = update(own, self._own(w))
+        return self._whole(part)
 
     def for_removal(self, once: bool = False) -> "SharedInverseFisher":
         return SharedInverseFisher(self.part.for_removal(once), self.ranks, self.d)
 
     def remove_(self, dropped: Tensor, w: Tensor) -> Tensor:
-        return self._whole(self.part.remove_(self._own(dropped), self._own(w)))
+        with self.ranks.agreed():
+            part = self.part.remove_(self._own(dropped), self._own(w))
+        return self._whole(part)
 
     def _own(self, x: Tensor) -> Tensor:
         """This rank's chunk, with zeros beyond the last weight."""

@@ -98,7 +98,7 @@ def levels_of_groups(
 ) -> list[tuple[list[str], float | None]]:
     """[(names that compete, their sparsity)] from one sparsity for all groups, a list with one for
     each, or a dict by name, glob or regular expression, which splits the groups; a parameter that
-    no key matches is on its own, with None to stay as it is.
+    no key matches is on its own, with None: it loses no more weights.
 
     Example:
         >>> levels_of_groups({"b*": 0.5}, [["a", "b1", "b2"]])
@@ -114,7 +114,8 @@ def levels_of_groups(
             split += [(part, level) for part, level in zip(parts, levels, strict=True) if part]
             split += [([name], None) for name in group if not any(name in part for part in parts)]
         return split
-    several = isinstance(target, Iterable) and not isinstance(target, (str, set, frozenset))
+    single = isinstance(target, (str, set, frozenset)) or getattr(target, "ndim", 1) == 0
+    several = isinstance(target, Iterable) and not single
     levels = numbers(target if several else [target] * len(groups), target)
     if len(levels) != len(groups):
         raise ValueError(f"Expected {len(groups)} target sparsities, got {len(levels)}")

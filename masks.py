@@ -346,7 +346,7 @@ class MagnitudePruner:
 
         By layer: a dict such as {"encoder.*": 0.5, re.compile("head.*"): 0.8} from names,
         globs or regular expressions to sparsities. What one key matches competes, or each
-        layer has that sparsity, by `scope`; what no key matches stays as it is.
+        layer has that sparsity, by `scope`; what no key matches loses no more weights.
 
         The least target of N:M is 1 − N/M. Where groups have more zeros than the pattern asks for,
         more weights may be pruned than by the target. `partial`: a lower target is allowed on the

@@ -505,10 +505,12 @@ class MFACPruner(MagnitudePruner):
         start, weights = self._start_masks, self._weights_alive
         masks, w = start, weights.gather(self._start_weights).double()
         alive = torch.ones_like(w, dtype=torch.bool)
+        gone = ~weights.gather(self.masks)  # since then; they go first, so that none comes back
         inverse = self._inverse if self.rounds == 1 else self._inverse.for_removal(self._once)
         for part in range(1, self.rounds + 1):
             self._report.say(f"choice and update, {part} of {self.rounds}")
             saliency = torch.where(alive, w.square() / (2 * inverse.diagonal()), 0)
+            saliency[gone] = -1
             zeros = zeros_on_the_way(start, wanted, part / self.rounds)
             masks = self._choose(masks, weights.scatter(saliency), zeros)
             dropped = alive & ~weights.gather(masks)

@@ -249,6 +249,26 @@ def test_layers_without_a_level_stay_as_they_are(rounds):
     assert pruner.recomputations == 1
 
 
+@pytest.mark.parametrize("rounds", [1, 4])
+@pytest.mark.parametrize("targets", [[{"0.weight": 0.8, "4.*": 0.1}, 0.75], [0.4, 0.5], [0.3, 0.3]])
+def test_what_is_pruned_stays_so(targets, rounds):
+    """Although levels start from the same inverse, also with layers that compete otherwise, with
+    rounds, and after a change of damp, which changes the order of saliencies."""
+    pruner = mfac(network(), rounds=rounds)
+    for level, target in enumerate(targets):
+        before = {name: mask.clone() for name, mask in pruner.masks.items()}
+        masks = pruner.prune(target)
+        assert not any(bool((mask & ~before[name]).any()) for name, mask in masks.items())
+        pruner.damp = 10.0 ** -(3 + 2 * level)
+    assert pruner.recomputations == 1
+
+
+def test_a_level_may_be_a_number_of_torch():
+    pruner = MagnitudePruner(network())
+    pruner.prune(torch.tensor(0.5))
+    assert pruner.sparsity == pytest.approx(0.5, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
