@@ -215,7 +215,7 @@ class DynamicInverseFisher:
 
     def matvec(self, x: Tensor) -> Tensor:
         """F⁻¹x (d,) for x (d,), by (1), in float64: two reads of the window, or four where K is
-        from float32 products. On the CPU that takes about six times as long as `update_matvec`.
+        from float32 products. On the CPU that takes several times as long as `update_matvec`.
 
         Raises:
             DampTooSmallError: (1) cancels too much, since λ is too small.

@@ -7,6 +7,7 @@ Top: the time of a step against m, against d, and on a GPU against the size of t
 dashed line is two reads of the window. Bottom: memory against m, d and the number of processes.
 """
 
+import argparse
 import json
 import re
 import statistics
@@ -100,6 +101,7 @@ def draw(result: dict[str, Any], gpu_rows: dict[str, dict[str, float]]) -> Figur
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     files = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("scaling", "gpu_rows"))
     draw(*files).savefig(RESULTS / "scaling.png", dpi=150)
 
