@@ -11,6 +11,8 @@ layers need a batch of one a sample: all at once by torch.func where the model a
 one after the other. Numbers are the same where the loss is a mean over samples.
 """
 
+import math
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,9 +24,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from checks import kind
+from masks import layer_input_dimension
 
 TILE = 2**21  # numbers that are formed at once
-AGREE = 0.01  # relative error that the sum over samples of the first batch may have; half precision
+AGREE = 0.01  # relative error that the mean over samples of a batch may have; half precision
 
 
 def batch_size(batch: Any) -> int:
@@ -187,8 +190,13 @@ class SampleGradients:
         self.model, self.loss, self.params = model, loss, dict(params)
         self.checked_loss = checked_loss
         self.layers = linear_layers(model, params)
-        known = {id(p) for layer in self.layers for p in layer.parameters(recurse=False)}
-        self.compared = False  # (S) with the gradient of a batch
+        known = {
+            id(p)
+            for layer in self.layers
+            for p in layer.parameters(recurse=False)
+            if p.ndim in (1, 2)
+        }
+        self.compared = False  # with the gradient of a batch of several samples
         self.ways = [self._one_by_one, self._by_vmap]  # the last that is possible is taken
         if all(id(p) in known for p in params.values()):
             self.ways.append(self._by_layers)
@@ -197,14 +205,18 @@ class SampleGradients:
         n = self._size(batch)
         while True:
             try:
-                return self.ways[-1](batch, n)
+                found = self.ways[-1](batch, n)
+                break
             except NotPossible:
                 self.ways.pop()
+        if not self.compared and n > 1:
+            self._compare(batch, found)
+        return found
 
     def factors(self, batch: Any) -> list[Factors] | None:
         """The gradients of a batch by (S), for each parameter; None if that is not possible. It is
         compared with the gradient of the first batch: weights may be used by others than their
-        layers, or samples not be along dimension 0."""
+        layers, or samples not be along dimension 0. That is seen with one sample less, too."""
         if self.ways[-1] != self._by_layers:
             return None
         try:
@@ -235,16 +247,54 @@ class SampleGradients:
         parts: dict[int, list[Factors]] = {id(p): [] for p in self.params.values()}
         for call, delta in zip(calls, found, strict=False):
             if delta is not None:  # else the loss does not depend on this output
-                for p, factors in call.factors(delta, n):
-                    parts.setdefault(id(p), []).append(factors)
+                for p, (left, right) in call.factors(delta, n):
+                    if id(p) not in parts:
+                        continue
+                    if left.shape[2:] + right.shape[2:] != (*p.shape, 1)[:2]:
+                        raise NotPossible
+                    parts[id(p)].append((left, right))
         joined = [joined_factors(parts[id(p)], p, n) for p in self.params.values()]
         for (left, right), expected in zip(joined, found[len(calls) :], strict=False):
             mean = (left.flatten(0, 1).mT @ right.flatten(0, 1)).flatten().double() / n
             expected = torch.zeros_like(mean) if expected is None else expected.flatten().double()
             if not (mean - expected).norm() <= AGREE * expected.norm():
                 raise NotPossible
-        self.compared = True
+        if not self.compared and n > 1:
+            self._check_dimension(batch, n)
+            self.compared = True
         return joined
+
+    def _check_dimension(self, batch: Any, n: int) -> None:
+        """Raises NotPossible if inputs of layers are not one shorter with one sample less. Their
+        dimension 0 can have length n by chance, which the mean of the gradients does not show."""
+        try:
+            with recorded(self.layers) as calls:
+                self.checked_loss(map_samples(batch, n, itemgetter(slice(n - 1))))
+        except Exception as error:  # of any kind, such as a model for batches of n only
+            raise NotPossible from error
+        if any(len(call.inputs) != n - 1 for call in calls):
+            raise NotPossible
+
+    def _compare(self, batch: Any, found: Sequence[Tensor]) -> None:
+        """Warns if the mean of the gradients of samples is not the gradient of the batch, by more
+        than rounding: where they nearly cancel, errors are relative to their root mean square."""
+        loss, n = self.checked_loss(batch), len(found[0])
+        grads = torch.autograd.grad(loss, list(self.params.values()), materialize_grads=True)
+        error, size, typical = 0.0, 0.0, 0.0
+        for rows, grad in zip(found, grads, strict=True):
+            expected = grad.to_dense().flatten().double()
+            error = math.hypot(error, (rows.mean(0, dtype=torch.float64) - expected).norm())
+            size = math.hypot(size, expected.norm())
+            typical = math.hypot(typical, rows.norm(dtype=torch.float64) / math.sqrt(n))
+        if error > AGREE * max(size, typical):
+            warnings.warn(
+                "The mean of the gradients of samples differs from the gradient of their batch by "
+                f"{error / max(size, typical):.0%}; the loss should be a mean over samples, and "
+                "tensors of a batch that are not samples, such as masks, should not have length "
+                f"{n} in dimension 0 (give mask[None])",
+                stacklevel=2,
+            )
+        self.compared = True
 
     def _by_vmap(self, batch: Any, n: int) -> list[Tensor]:
         """Batches of one, all at once."""
@@ -264,7 +314,7 @@ class SampleGradients:
             grads = vmapped(params, *(tensor[:, None] for tensor in tensors))
         except Exception as error:  # of any kind; if it is not due to vmap, it comes again
             raise NotPossible from error
-        return [grad.flatten(1) for grad in grads.values()]
+        return [grad.detach().reshape(n, -1) for grad in grads.values()]
 
     def _one_by_one(self, batch: Any, n: int) -> list[Tensor]:
         """Batches of one, each with a backward pass."""
@@ -300,15 +350,19 @@ def linear_layers(model: nn.Module, params: Mapping[str, nn.Parameter]) -> list[
 
 def is_transposed(layer: nn.Module) -> bool:
     """Whether it is a linear layer with weights (inputs, outputs)."""
-    return any(base.__name__ == "Conv1D" for base in type(layer).__mro__)
+    convolution = isinstance(layer, nn.modules.conv._ConvNd)
+    return layer_input_dimension(layer) == 0 and not convolution
 
 
 @contextmanager
 def recorded(layers: Sequence[nn.Module]) -> Iterator[list[Call]]:
-    """The calls of the layers in here that have gradients."""
+    """The calls of the layers in here that have gradients. Raises NotPossible for a layer that
+    returns something other than a tensor."""
     calls: list[Call] = []
 
     def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise NotPossible
         output = output.clone()  # of a view the edge would be lost if it were changed in place
         if output.requires_grad and inputs:
             a = inputs[0].detach()

@@ -1,6 +1,8 @@
 """Gradients of single samples: those of a backward pass each, for layers of all kinds, and pruning
 by them as by the dense Fisher matrix."""
 
+import warnings
+
 import pytest
 import torch
 from reference import dense_fisher, joint_removal
@@ -107,16 +109,19 @@ def samples(n=N):
     return BatchEncoding({"inputs": torch.randn(n, 3, 4), "targets": torch.randn(n, 6, 6)})
 
 
+def row_of(loss, params):
+    """The gradient (d,) from a backward pass, in float64."""
+    grads = torch.autograd.grad(loss, list(params), materialize_grads=True)
+    return torch.cat([grad.flatten() for grad in grads]).double()
+
+
 def rows_of(model, loss, batches):
     """A backward pass for each sample, (m, d) in float64."""
     rows = []
     for batch in batches:
         for i in range(len(batch["inputs"])):
             one = {name: tensor[i : i + 1] for name, tensor in batch.items()}
-            grads = torch.autograd.grad(
-                loss(model, one), list(model.parameters()), materialize_grads=True
-            )
-            rows.append(torch.cat([grad.flatten() for grad in grads]).double())
+            rows.append(row_of(loss(model, one), model.parameters()))
     return torch.stack(rows)
 
 
@@ -312,3 +317,143 @@ def test_columns_that_are_formed_from_factors_are_those_of_the_gradients(rows, s
         columns = slice(start, min(start + rows, len(alive)))
         torch.testing.assert_close(products[:, columns], G[:, alive[columns]])
     torch.testing.assert_close(squares, G[:, alive].double().square().sum(0))
+
+
+class Transposing(nn.Module):
+    """Positions along dimension 0 of the first layer, samples along that of the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.second(self.first(x.transpose(0, 1)).tanh().mean(0))
+
+
+class PositionsFirst(nn.Module):
+    """A layer of a transformer as it is by default, with positions along dimension 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(6, 2, 8, 0.0)
+
+    def forward(self, x):
+        return self.layer(x.transpose(0, 1)).mean(0)
+
+
+class LowRank(nn.Linear):
+    """A linear layer with low-rank parameters of its own."""
+
+    def __init__(self, rank=2):
+        super().__init__(6, 6)
+        self.lora_A = nn.Parameter(torch.randn(rank, 6))
+        self.lora_B = nn.Parameter(torch.randn(6, rank))
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return super().forward(x) + self.scale * x @ self.lora_A.T @ self.lora_B.T
+
+
+class WithTuple(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+class First(nn.Module):
+    """The first output of a layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+def own_conv1d():
+    class Conv1D(nn.Conv1d):
+        """A convolution with the name of transformers' linear layer."""
+
+    return nn.Sequential(Conv1D(8, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 2))
+
+
+# The model, the features of its inputs, a part of the names of its parameters, and the way.
+TRAPS = {
+    "transposed": (Transposing, 5, "", "_by_vmap"),
+    "positions first": (PositionsFirst, 6, "linear", "_by_vmap"),
+    "own Conv1D": (own_conv1d, 6, "", "_by_vmap"),
+    "lora_A": (LowRank, 6, "lora_A", "_by_vmap"),
+    "lora_A of full rank": (lambda: LowRank(6), 6, "lora_A", "_by_vmap"),
+    "scale": (LowRank, 6, "scale", "_by_vmap"),
+    "weight beside lora_A": (LowRank, 6, "weight", "_by_layers"),
+    "tuple": (lambda: First(WithTuple(6, 4)), 6, "", "_by_vmap"),
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_layers_that_look_like_linear_ones_of_samples(name):
+    """As many positions as samples; also after a batch of one sample, which shows nothing."""
+    make, features, part, way = TRAPS[name]
+    model = make().eval()
+    params = {name: p for name, p in model.named_parameters() if part in name}
+
+    def loss(model, x):
+        return model(x).square().flatten(1).sum(1).mean()
+
+    for sizes in ((8,), (1, 8, 3)):
+        gradients = SampleGradients(model, loss, params, lambda x: loss(model, x))
+        for n in sizes:
+            x = torch.randn(n, 8, features)
+            expected = torch.stack(
+                [row_of(loss(model, one), params.values()) for one in x.split(1)]
+            )
+            found = torch.cat(gradients(x), dim=1)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+        assert gradients.ways[-1].__name__ == way
+
+
+def masked_error(model, batch):
+    return (batch["mask"] @ model(batch["x"])).square().mean()
+
+
+def gradients_and_warnings(model, loss, batch):
+    params = dict(model.named_parameters())
+    gradients = SampleGradients(model, loss, params, lambda batch: loss(model, batch))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        G = [torch.cat(gradients(batch), dim=1).double() for _ in range(2)]  # warned of once
+    return G[1], gradients.ways[-1].__name__, [str(warning.message) for warning in found]
+
+
+@pytest.mark.parametrize("name", ["sequences", "convolution", "branching"])
+def test_a_mask_with_as_many_rows_as_samples_is_not_taken_for_samples_in_silence(name):
+    make, way = MODELS[name]
+    model = make().eval()
+    n = model(torch.randn(1, 3, 4)).shape[1]
+    x, mask = torch.randn(n, 3, 4), torch.randn(n, n)
+    losses = [masked_error(model, {"x": one, "mask": mask}) for one in x.split(1)]
+    expected = torch.stack([row_of(loss, model.parameters()) for loss in losses])
+    G, used, warned = gradients_and_warnings(model, masked_error, {"x": x, "mask": mask[None]})
+    torch.testing.assert_close(G, expected, rtol=1e-4, atol=1e-6)
+    assert used == way and not warned
+
+    G, used, warned = gradients_and_warnings(model, masked_error, {"x": x, "mask": mask})
+    assert used == way
+    if way == "_by_layers":  # which slices nothing
+        torch.testing.assert_close(G, expected, rtol=1e-4, atol=1e-6)
+        assert not warned
+    else:
+        error = (G.mean(0) - expected.mean(0)).norm() / expected.mean(0).norm()
+        assert error > 0.1 and len(warned) == 1
+        assert f"length {n} in dimension 0" in warned[0]
+
+
+def test_a_loss_that_is_a_sum_over_samples_is_warned_of():
+    model = nn.Sequential(nn.Conv1d(3, 2, 2), nn.Tanh())
+    for reduce in torch.mean, torch.sum:
+
+        def loss(model, x, reduce=reduce):
+            return reduce(model(x).square().mean((1, 2)))
+
+        *_, warned = gradients_and_warnings(model, loss, torch.randn(N, 3, 4))
+        assert len(warned) == (reduce is torch.sum)
