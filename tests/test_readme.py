@@ -124,7 +124,8 @@ def test_the_tables_of_costs_are_those_of_the_formulas(tmp_path):
 
 
 def test_what_make_demo_runs(call):
-    shown = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True).stdout
+    command = ["make", "-n", "--no-print-directory", "demo"]  # as `make test` may run this
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     commands = re.findall(r"^\.venv/bin/python (main_\w+\.py .*)$", shown, re.MULTILINE)
     assert len(commands) == 3
     for command in commands:
