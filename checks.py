@@ -123,6 +123,12 @@ def check_devices(name: str, devices: Any) -> list[torch.device]:
 # --- of the optimizer -----------------------------------------------------------------------------
 
 
+def check_dense(grads: Iterable[Tensor]) -> None:
+    """Raises ValueError if a gradient is sparse."""
+    if any(g.layout is not torch.strided for g in grads):
+        raise ValueError("MFAC does not support sparse gradients; use sparse=False in the module")
+
+
 def check_group(group: dict[str, Any], shared: dict[str, Any]) -> None:
     """Checks a group's settings and parameters. It may repeat `shared` settings, as wrappers do."""
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import AdamW, adamw
 from torch.optim.sgd import SGD, sgd
 
+from checks import check_dense
 from ranks import local, placed_as
 
 __all__ = ["SETTINGS", "Fallback", "mfac_groups"]
@@ -207,6 +208,5 @@ def _foreign(algorithm: str, defaults: dict[str, Any]) -> set[str]:
 
 def _laid_out(g: Tensor, p: Tensor) -> Tensor:
     """The gradient g with p's order in memory, as fused functions need it."""
-    if g.layout is not torch.strided:
-        raise ValueError("MFAC does not support sparse gradients; use sparse=False in the module")
+    check_dense([g])
     return g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from checks import check_dense
 from control import layerwise
 from ranks import (
     Ranks,
@@ -77,10 +78,7 @@ class Segment:
             return False
         if [g.shape for g in grads] != self._present(self.shapes):
             self._refuse(grads)
-        if any(g.layout is not torch.strided for g in grads):
-            raise ValueError(
-                "MFAC does not support sparse gradients; use sparse=False in the module"
-            )
+        check_dense(grads)
         torch._foreach_copy_(self._present(self.views), grads)
         if self.staging is not self.numbers:
             self.numbers.copy_(self.staging)

@@ -273,10 +273,6 @@ def into_optimizer(
         return {**state_dict, "state": rest, "param_groups": [first, *others]}
 
     def put(_: torch.optim.Optimizer) -> None:
-        for group in optimizer.param_groups:  # older states lack these settings
-            if group.setdefault("algorithm", "mfac") == "mfac":
-                for name in ("normalize", "decoupled_weight_decay"):
-                    group.setdefault(name, optimizer.defaults[name])
         for p, entries, mask in zip(params, saved, masks, strict=True):
             mask = entries.get("mask", mask)
             if mask is not None:

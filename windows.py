@@ -25,10 +25,7 @@ BLOCK = 2**12  # columns that share a scale, or that compete for the largest ent
 CHUNK = 2**12  # columns, at most, of a sum in float32; the sum over chunks is in float64
 TILE = 13 * 2**18  # numbers converted at a time: twelve rows of ResNet-20, which fit in the cache
 ALIGN = 128  # bytes: rows start at multiples of it, so that kernels can read 16 bytes at a time
-SCALED = {
-    torch.float16: 15,
-    torch.float8_e4m3fn: 8,
-}  # types with scales, and the largest exponent of 2 that they store
+SCALED = {torch.float16: 15, torch.float8_e4m3fn: 8}  # types with scales, their largest exponent
 
 
 class Entry(NamedTuple):
