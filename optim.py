@@ -192,12 +192,13 @@ class DynamicInverseFisher:
         g = checks.checked_vector(g, self.shape[0]).to(self.device)
         self.settle(wait=False)
         entry = self.window.entry(g)
-
-        def products(exact: bool) -> Tensor:
-            return self.ranks.sum_of_present(self.window.products(entry, self.counter, exact))
-
-        z, self.accepted, b = self.precision.exchange(products, self.counter)
-        return entry, z, b
+        self.precision.start(self.counter)
+        good = False
+        while not good:
+            products = self.window.products(entry, self.counter, self.precision.exact)
+            k, *b = self.ranks.sum_of_present(products)
+            z, self.accepted, good = self.precision.exchange(k, self.counter)
+        return entry, z, b[0] if b else None
 
     def _advance(self) -> None:
         self.counter += self.accepted
