@@ -109,9 +109,9 @@ class Fallback:
             largest = torch.stack([x.to(device) for x in torch._foreach_norm(every, torch.inf)])
             self.finite = largest.isfinite().all().float()
 
-    def guard_(self, g: Tensor) -> Tensor:
-        """g (d,), whose first number becomes NaN if a gradient here has NaN or Inf, so that the
-        window refuses the step, too."""
+    def refuse_if_nonfinite_(self, g: Tensor) -> Tensor:
+        """g (d,), with NaN as its first number if a gradient here has NaN or Inf. Then the window
+        refuses the step, too."""
         if self.parts:
             g[:1] += 0 / self.finite
         return g

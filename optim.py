@@ -44,7 +44,7 @@ from coefficients import DOUBLE, SINGLE, TOLERANCE, Coefficients, factor
 from control import Control, squared_norms
 from costs import check_memory, step_traffic, window_bytes
 from fallback import Fallback
-from flat import Flat, is_trained, mask_of
+from flat import Flat, Segment, is_trained, mask_of
 from parameter_groups import GroupedOptimizer
 from precision import DampTooSmallError, NonFiniteGradientError, Precision
 from ranks import Ranks, find_process_group
@@ -54,14 +54,8 @@ from windows import Entry, Window, gram
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = [
-    "MFAC",
-    "DampTooSmallError",
-    "DynamicInverseFisher",
-    "NonFiniteGradientError",
-    "step_traffic",
-    "window_bytes",
-]
+__all__ = ["MFAC", "DampTooSmallError", "DynamicInverseFisher", "NonFiniteGradientError"]
+__all__ += ["step_traffic", "window_bytes"]
 
 Device = torch.device | str | int
 
@@ -413,25 +407,29 @@ class MFAC(GroupedOptimizer):
             if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
                 segment.add_weights(group["weight_decay"])
         self._recovery.settle(self.fisher, wait=False)
-        g = others.guard_(self.flat.gradient())
+        g = others.refuse_if_nonfinite_(self.flat.gradient())
         u = self._recovery.update_matvec(self.fisher, g, self.damp)
         if u is not None:
             u = self.flat.spread(u)
-            taken: Any = self.fisher.accepted.to(u.dtype) if u.is_cuda else 1  # 0: nothing moves
+            # On CUDA nobody has read yet whether g was accepted: with 0, nothing moves.
+            accepted: Any = self.fisher.accepted.to(u.dtype) if u.is_cuda else 1
             for segment, group in segments:
-                step, lr = u[segment.span], group["lr"]
-                self._control.scale_(step, self.fisher, lr)
-                decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0
-                if group["momentum"] != 0 or decay != 0:  # else u is 0 where nothing moves
-                    lr = lr * taken
-                if group["momentum"] != 0:
-                    step = segment.average(self.velocity(), u, (1 - group["momentum"]) * taken)
-                if group["normalize"] is not None:
-                    step = segment.normalized(step, self.flat.ranks)
-                segment.descend(step, lr, decay)
-            others.step(taken)
+                self._descend(segment, group, u, accepted)
+            others.step(accepted)
         self._recovery.raise_late()
         return loss
+
+    def _descend(self, segment: Segment, group: dict[str, Any], u: Tensor, accepted: Any) -> None:
+        """w ← w − lr·v for the parameters of a segment, v from its part of u = F⁻¹g."""
+        v, lr, momentum = u[segment.span], group["lr"], group["momentum"]
+        decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0
+        self._control.scale_(v, self.fisher, lr)
+        if momentum != 0:
+            v = segment.average(self.velocity(), u, (1 - momentum) * accepted)
+        if group["normalize"] is not None:
+            v = segment.normalized(v, self.flat.ranks)
+        # Without momentum and decay, v is 0 where g was refused.
+        segment.descend(v, lr * accepted if momentum != 0 or decay != 0 else lr, decay)
 
     def build(self, also: Collection[int] = ()) -> None:
         """An empty window with columns for the parameters that are trained, and for those with an
