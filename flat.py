@@ -44,7 +44,7 @@ class Segment:
         self.staging = self.numbers if same else self.numbers.to(self.device, self.dtype)
         self.views = views(self.staging, params)
         self.shapes = [view.shape for view in self.views]
-        self.lacking: list[int] = []  # parameters without a gradient
+        self.lacking: set[int] = set()  # indices of parameters without a gradient
         self.sizes = torch.tensor([view.numel() for view in self.views], device=vector.device)
         self.fixed: Tensor | None = None  # positions in `numbers` of weights that masks freeze
         masks = list(map(mask, params))
@@ -64,7 +64,7 @@ class Segment:
             ValueError: a gradient has another shape than its parameter had, or is sparse.
         """
         found = [p.grad for p in self.params]
-        self.lacking = [i for i, g in enumerate(found) if g is None]
+        self.lacking = {i for i, g in enumerate(found) if g is None}
         if self.lacking:
             self.staging.zero_()
         grads = self._local([g for g in found if g is not None])
@@ -112,10 +112,11 @@ class Segment:
         """v ← v + weight·(u − v) where there is a gradient. v and u are vectors (d,); returns this
         segment's part of v."""
         v, u = v[self.span], u[self.span]
-        kept = [(x, x.clone()) for x in (views(v, self.params)[i] for i in self.lacking)]
+        parts = views(v, self.params) if self.lacking else []
+        kept = {i: parts[i].clone() for i in self.lacking}
         v.lerp_(u, weight)
-        for x, before in kept:
-            x.copy_(before)
+        for i, before in kept.items():
+            parts[i].copy_(before)
         return v
 
     def moved(self) -> bool:
