@@ -309,7 +309,8 @@ class MFAC(GroupedOptimizer):
         momentum: in [0, 1).
         weight_decay: at least 0.
         ngrads: m, the size of the window.
-        damp: λ > 0, in units of squared gradients. The attribute may be assigned to.
+        damp: λ > 0, in units of squared gradients, or "relative:0.1" for this fraction of their
+            mean square tr K/(md), updated once a round. The attribute may be assigned to.
         moddev: device of the model, as in the paper's code; the default for `optdev`.
         optdev: device of the window and its arithmetic; by default that of the first parameter.
         gpus: devices among which the window's columns are split, in place of `optdev` alone.
@@ -348,7 +349,7 @@ class MFAC(GroupedOptimizer):
         momentum: float = 0,
         weight_decay: float = 0,
         ngrads: int = 1024,
-        damp: float = 1e-5,
+        damp: float | str = 1e-5,
         moddev: Device | None = None,
         optdev: Device | None = None,
         gpus: Sequence[Device] | None = None,
@@ -365,14 +366,13 @@ class MFAC(GroupedOptimizer):
         normalize: str | None = None,
         decoupled_weight_decay: bool = False,
     ):
-        self._recovery = Recovery(on_nonfinite)
+        self._recovery = Recovery(on_nonfinite, damp)
         self._control = Control(warmup, max_step, max_norm)
         given = {"optdev": optdev, "moddev": moddev}
         devices = [checks.check_device(d, name) for name, d in given.items() if d is not None]
         self._device = devices[0] if devices else None
         self._window: dict[str, Any] = {
             "num_grads": checks.check_integer("ngrads", ngrads),
-            "damp": checks.check_damp(damp),
             "shards": checks.check_devices("gpus", gpus or []),
             "dtype": checks.checked_dtype("window_dtype", window_dtype, compress),
             "compress": compress,
@@ -408,7 +408,7 @@ class MFAC(GroupedOptimizer):
                 segment.add_weights(group["weight_decay"])
         self._recovery.settle(self.fisher, wait=False)
         g = others.refuse_if_nonfinite_(self.flat.gradient())
-        u = self._recovery.update_matvec(self.fisher, g, self.damp)
+        u = self._recovery.update_matvec(self.fisher, g)
         if u is not None:
             u = self.flat.spread(u)
             # On CUDA nobody has read yet whether g was accepted: with 0, nothing moves.
@@ -433,7 +433,8 @@ class MFAC(GroupedOptimizer):
 
     def build(self, also: Collection[int] = ()) -> None:
         """Makes an empty window for the parameters that are trained or have an id in `also`."""
-        params, settings = self.numbered(["mfac"]), self._window
+        params = self.numbered(["mfac"])
+        settings = {**self._window, "damp": self._recovery.damp}
         every = [p for _, p in self.numbered()]
         ranks = Ranks(find_process_group(every, self.process_group))
         device = self._device or next((p.device for _, p in params), torch.device("cpu"))

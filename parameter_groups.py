@@ -130,16 +130,14 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 local(self.state[p]["momentum_buffer"]).copy_(local(v))
 
     @property
-    def damp(self) -> float:
-        """λ as set. A change costs O(m³), at m = 1024 about as much as a step."""
-        return self._window["damp"]
+    def damp(self) -> float | str:
+        """λ as set, or "relative:f". A change costs O(m³), at m = 1024 about as much as a step."""
+        return self._recovery.given
 
     @damp.setter
-    def damp(self, damp: float) -> None:
+    def damp(self, damp: float | str) -> None:
         self._recovery.settle(self.fisher)
-        self._recovery.last_raised = 0.0
-        self.fisher.damp = damp
-        self._window["damp"] = self.fisher.damp
+        self._recovery.set_damp(self.fisher, damp)
 
     @property
     def damp_in_use(self) -> float:
