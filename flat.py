@@ -150,8 +150,9 @@ class Flat:
     """The vector of d numbers, its segments, and its columns.
 
     Each number of the vector has a column of the window, except where a mask freezes it. If ranks
-    share the window of replicated parameters, each rank has a part of these columns. Columns are in
-    the order of the weights, the vector is in their order in memory.
+    share the window of replicated parameters, each rank has a part of these columns. The vector is
+    in the order of memory, so that gradients are copied fast. Columns are in the order of the
+    weights, so that a state fits any memory format.
 
     Args:
         params: (group, parameter) for each one that is trained, in the order of the columns.
@@ -216,7 +217,7 @@ class Flat:
             self._received = places[self._filled]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without segments, as copy and pickle do not preserve views; `extended` makes new ones."""
+        """Without segments, as copy and pickle do not preserve views. A new vector follows."""
         return {**self.__dict__, "segments": [], "_seen": []}
 
     def covers(self, params: list[tuple[int, Tensor]]) -> bool:
@@ -236,17 +237,6 @@ class Flat:
         self.ranks.check_same(self.params, self.vector.device)
         self._seen, self._frozen = [id(p) for _, p in params], frozen
         return True
-
-    def extended(self, params: list[tuple[int, Tensor]]) -> "Flat | None":
-        """A vector that has the parameters that are trained by now as well, at its end. None if
-        some of its parameters have gone."""
-        groups = {id(p): i for i, p in params}
-        if not all(id(p) in groups for p in self.params):
-            return None
-        known = {id(p) for p in self.params}
-        new = [(i, p) for i, p in params if id(p) not in known and is_trained(p)]
-        every = [(groups[id(p)], p) for p in self.params] + new
-        return Flat(every, self.mask, self.ranks, self.vector.device, self.vector.dtype)
 
     @property
     def size(self) -> int:

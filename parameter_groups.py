@@ -2,7 +2,7 @@
 changed, parameters are frozen and replaced, states are saved and loaded.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +47,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self.name_state()
         self._built = True
 
-    def build(self, also: Collection[int] = ()) -> None:
-        """Makes `flat` and an empty `fisher`, with the parameters with these ids in any case."""
+    def build(self, first: Sequence[Tensor] = (), grow: bool = False) -> None:
+        """Makes `flat`, for the parameters `first`, then all others that are trained. Makes an
+        empty `fisher`, or appends columns to the present one."""
         raise NotImplementedError
 
     def numbered(self, algorithms: Collection[str] = ALGORITHMS) -> list[tuple[int, Tensor]]:
@@ -100,15 +101,14 @@ class GroupedOptimizer(torch.optim.Optimizer):
         known = all(p in self.state for _, p in others if p.grad is not None)
         if self.flat.covers(params) and known:
             return
-        flat = self.flat.extended(params)
+        before, present = self.flat.params, {id(p) for _, p in params}
         replace_params(self.state, self._params, [p for _, p in self.numbered()])
-        if flat is None:
+        if all(id(p) in present for p in before):
+            self.build(before, grow=True)
+        else:
             if self.fisher.count:
                 warn_user("The parameters of the optimizer have changed: its window starts anew")
             self.build()
-        else:
-            self.fisher.grow(flat.size - self.flat.size)
-            self.flat = flat
         self.name_state()
 
     def name_state(self) -> None:
@@ -154,7 +154,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
         ("grads"), the rest is in the first group ("fisher"). Tensors are references where possible.
         If ranks have parts of one, it is a DTensor, for torch.distributed.checkpoint."""
         self._recovery.settle(self.fisher)
-        return states.of_optimizer(self, super().state_dict)
+        # The first post-hook, so that other hooks see everything.
+        with self.register_state_dict_post_hook(states.add_window, prepend=True):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a copy of the result of `state_dict`. `ngrads`, `damp`, `window_dtype` and

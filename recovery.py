@@ -5,7 +5,9 @@ import contextlib
 import math
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Recovery", "warn_user"]
 
 IN_A_ROW = 100  # consecutive skipped steps, at most
+T = TypeVar("T")
 
 
 class Recovery:
@@ -53,10 +56,7 @@ class Recovery:
         """Reads the results of steps on CUDA, and keeps an error for `raise_late`."""
         while True:
             try:
-                fisher.settle(wait)
-                return
-            except DampTooSmallError:
-                self._raise_damp(fisher)
+                return self._raising(fisher, partial(fisher.settle, wait))
             except NonFiniteGradientError as error:
                 self._skip(fisher, error)
                 self._late = error if self.on_nonfinite == "raise" else None
@@ -92,39 +92,39 @@ class Recovery:
         if not self.fraction or (g.is_cuda and torch.cuda.is_current_stream_capturing()):
             return False
         n, m = self._steps, fisher.num_grads
-        self._steps += 1
         if n % m if n >= m else n & (n - 1):  # n & (n − 1) is 0 for 0 and for powers of two
             return False
         self.damp = self._relative(fisher, self.fraction, g)
         return True
 
-    def update_matvec(self, fisher: "DynamicInverseFisher", g: Tensor) -> Tensor | None:
+    def update_matvec(
+        self, fisher: "DynamicInverseFisher", g: Tensor, veto: Tensor | None = None
+    ) -> Tensor | None:
         """F⁻¹g (d,) for λ = `damp` or a multiple of it; None if the step is skipped."""
         again = self._renew(fisher, g) or self.raised_steps - self._tried >= fisher.num_grads
         if again and fisher.damp != self.damp:
             self._tried, self.last_raised = self.raised_steps, fisher.damp
             with contextlib.suppress(DampTooSmallError):
                 fisher.damp = self.damp
-        while True:
-            try:
-                u = fisher.update_matvec(g)
-            except DampTooSmallError:
-                self._raise_damp(fisher)
-                continue
-            except NonFiniteGradientError as error:
-                self._skip(fisher, error)
-                if self.on_nonfinite == "raise":
-                    raise
-                return None
-            if fisher.damp != self.damp:
-                self.raised_steps += 1
-                if self.raised_steps == 1:
-                    warn_user(
-                        f"damp = {self.damp:g} is too small for these gradients: {fisher.damp:g} "
-                        "is used, or more, as long as needed and without another warning; "
-                        "raised_steps counts the steps"
-                    )
-            return u
+        try:
+            u = self._raising(fisher, partial(fisher.update_matvec, g, veto=veto))
+        except NonFiniteGradientError as error:
+            self._skip(fisher, error)
+            if self.on_nonfinite == "raise":
+                raise
+            return None
+        self._steps += 1
+        if fisher.damp != self.damp:
+            self.raised_steps += 1
+            if self.raised_steps == 1:
+                warn_user(
+                    f"damp = {self.damp:g} is too small for these gradients: {fisher.damp:g} is "
+                    "used, or more, as long as needed and without another warning; raised_steps "
+                    "counts the steps"
+                )
+        elif not fisher.precision.unread:  # λ suffices
+            self.last_raised = 0.0
+        return u
 
     def state_dict(self) -> dict[str, float]:
         """The counts, λ before it is raised, and when and from where it was raised last."""
@@ -147,10 +147,10 @@ class Recovery:
         if self.fraction:
             self.damp = damp
 
-    def check_others(self, fisher: "DynamicInverseFisher", finite: float | Tensor) -> None:
+    def check_others(self, fisher: "DynamicInverseFisher", finite: Tensor) -> None:
         """Counts a step without gradients for the window as skipped if others have NaN or Inf. On
         CUDA nobody waits for that."""
-        if isinstance(finite, Tensor) and finite.is_cuda:
+        if finite.is_cuda:
             return
         if bool(finite):
             fisher.precision.nonfinite = 0
@@ -174,11 +174,22 @@ class Recovery:
                 "without another warning; skipped_steps counts them"
             )
 
-    def _raise_damp(self, fisher: "DynamicInverseFisher") -> None:
+    def _raising(self, fisher: "DynamicInverseFisher", call: Callable[[], T]) -> T:
+        """The result of `call`. If λ is too small for it, raises λ and tries again."""
+        while True:
+            try:
+                return call()
+            except DampTooSmallError as error:
+                self._raise_damp(fisher, error)
+
+    def _raise_damp(self, fisher: "DynamicInverseFisher", error: DampTooSmallError) -> None:
         self._tried = self.raised_steps
         before = fisher.damp
         damp, self.last_raised = max(10 * before, self.last_raised), 0.0
         while fisher.damp == before:
+            if damp > 1e30:
+                fisher.precision.nonfinite += 1
+                raise NonFiniteGradientError("The gradient is too large for any damp") from error
             with contextlib.suppress(DampTooSmallError):
                 fisher.damp = damp
             damp *= 10

@@ -461,7 +461,10 @@ def test_a_state_of_another_algorithm_is_refused():
         ({"algorithm": "adamw", "betas": (0.9, 1.0)}, "Invalid betas: "),
         ({"algorithm": "adamw", "eps": -1.0}, "Invalid eps: "),
         ({"algorithm": "sgd", "nesterov": True}, "Invalid nesterov: True"),
-        ({"normalize": "group"}, "Invalid normalize: 'group'; it must be 'layer' or None"),
+        (
+            {"normalize": "group"},
+            r"Invalid normalize: 'group'; it must be one of \['layer', None\]",
+        ),
     ],
 )
 def test_wrong_groups_are_refused(group, message):
