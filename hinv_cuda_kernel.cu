@@ -998,21 +998,21 @@ __global__ __launch_bounds__(THREADS) void largest_entries(
     const double a = begin + n < d ? double(Real(error[begin + n] + g[begin + n])) : 0;
     size[n] = begin + n < d ? __double_as_longlong(fabs(a)) : -1;
   }
-  const auto in_block = [&](long long least) {
+  const auto larger_than = [&](long long bound) {
     int found = 0;
 #pragma unroll
-    for (int n = 0; n < EACH; n++) found += size[n] >= least;
+    for (int n = 0; n < EACH; n++) found += size[n] > bound;
     return found;
   };
   long long threshold = 0;  // becomes the size of the last entry that is kept
   for (int bit = 62; bit >= LOWEST; bit--) {
     const long long candidate = threshold | 1ll << bit;
-    const int own = in_block(candidate);
+    const int own = larger_than(candidate - 1);
     if (reduce<1>(THREADS, [=](int) { return Numbers<1>{{double(own)}}; }).at[0] >= entries)
       threshold = candidate;
     __syncthreads();  // the sum has been read
   }
-  const int above = in_block(threshold + 1), equal = in_block(threshold) - above;
+  const int above = larger_than(threshold), equal = larger_than(threshold - 1) - above;
   const auto of_thread = [=](int) { return Numbers<1>{{double(above)}}; };
   const int spare = entries - int(reduce<1>(THREADS, of_thread).at[0]);  // places of equal ones
   int above_before = sum_before(above);
