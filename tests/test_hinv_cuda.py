@@ -714,30 +714,40 @@ def everything(kernels, m, dtypes=tuple(PRECISION), windows=tuple(CODES)):
     yield from step_kernels(kernels, m, windows)
 
 
-def step_kernels(kernels, m, windows=tuple(CODES), kinds=tuple(DAMP)):
+def step_kernels(kernels, m, windows=tuple(CODES)):
     """The same of what a step uses."""
     rng = np.random.default_rng(m)
-    for kind in kinds:  # with refinement and without
+    for kind in DAMP:  # with refinement and without
         K, P, k, j = window(rng, m, kind)
         results = updated(kernels, P, K, k, j, DAMP[kind])
         yield [np.asarray(result).tobytes() for result in results]
     for dtype in windows:
-        w = Window(m, 9000, dtype, m // 2)
-        z = rng.normal(size=m)
-        yield kernels.times(dtype, w.codes, w.d, w.x, w.count, w.scales).tobytes()
-        yield kernels.transposed_times(dtype, w.codes, w.d, z, w.scales, *w.new, 1).tobytes()
-        yield w.codes[:, : w.d].tobytes()
-        if dtype in SCALED:
-            g = rng.normal(size=5000).astype(np.float32)
-            yield [x.tobytes() for x in kernels.round(dtype, g)]
-            continue
-        w = Compressed(m, 5000, dtype, 0.05, m)
-        X = rng.normal(size=(2, w.d)).astype(real(dtype))
-        yield [x.tobytes() for x in kernels.largest(dtype, *X, len(w.row), w.kept)]
-        yield kernels.sparse_times(dtype, w.columns, w.values, X, m, *w.new).tobytes()
-        new = *w.new, X[1].copy(), X[1], 2.0, w.count, 1
-        yield kernels.sparse_replace(dtype, w.columns, w.values, z, X[0], *new).tobytes()
-        yield [x.tobytes() for x in (w.columns, w.values, X)]
+        yield from dense_kernels(kernels, m, dtype)
+        if dtype in PLAIN:
+            yield from compressed_kernels(kernels, m, dtype)
+
+
+def dense_kernels(kernels, m, dtype):
+    """The same for a dense window."""
+    w = Window(m, 9000, dtype, m // 2)
+    z = w.rng.normal(size=m)
+    yield kernels.times(dtype, w.codes, w.d, w.x, w.count, w.scales).tobytes()
+    yield kernels.transposed_times(dtype, w.codes, w.d, z, w.scales, *w.new, 1).tobytes()
+    yield w.codes[:, : w.d].tobytes()
+    if dtype in SCALED:
+        g = w.rng.normal(size=5000).astype(np.float32)
+        yield [x.tobytes() for x in kernels.round(dtype, g)]
+
+
+def compressed_kernels(kernels, m, dtype):
+    """The same for a compressed window."""
+    w = Compressed(m, 5000, dtype, 0.05, m)
+    X, z = w.rng.normal(size=(2, w.d)).astype(real(dtype)), w.rng.normal(size=m)
+    yield kernels.sparse_times(dtype, w.columns, w.values, X, m, *w.new).tobytes()
+    new = *w.new, X[1].copy(), X[1], 2.0, w.count, 1
+    yield kernels.sparse_replace(dtype, w.columns, w.values, z, X[0], *new).tobytes()
+    yield [x.tobytes() for x in (w.columns, w.values, X)]
+    yield [x.tobytes() for x in kernels.largest(dtype, *X, len(w.row), w.kept)]
 
 
 @pytest.mark.parametrize("m", [33, 300])
@@ -829,9 +839,12 @@ def test_every_barrier_is_needed(line):
     before = kernels.library.cpucuda_races()
     # 130: two tiles in a sum of hinv_setup, two panels in hinv_mul
     cases = everything(kernels, 130, [np.float32], ["float32"])
-    if line > line_of("--- hinv_update"):
-        kinds = [] if line > line_of("--- hinv_times") else DAMP
-        cases = step_kernels(kernels, 130, ["float32"], kinds)
+    if line > line_of("--- compressed windows"):
+        cases = compressed_kernels(kernels, 130, "float32")
+    elif line > line_of("--- hinv_times"):
+        cases = dense_kernels(kernels, 130, "float32")
+    elif line > line_of("--- hinv_update"):
+        cases = step_kernels(kernels, 130, [])
     process = os.fork()
     if process == 0:
         seen = None
@@ -1003,6 +1016,7 @@ def test_the_optimizer_takes_the_kernels(monkeypatch, dtype, compress, kind):
 
 
 @needs_gxx
+@in_one_process
 @pytest.mark.parametrize(("dtype", "compress"), windows_of(0.01))
 def test_a_step_is_few_launches_however_many_parameters_there_are(monkeypatch, dtype, compress):
     """Operations that make a view or memory, or ask for a type, launch nothing."""
