@@ -306,7 +306,7 @@ def into_optimizer(
             complete = sum("grads" in found for found in saved) == shared["parameters"]
 
         def update(g: Tensor) -> None:
-            optimizer._recovery.update_matvec(fisher, g, optimizer.damp)
+            optimizer._recovery.update_matvec(fisher, g)
 
         if shared.get("wanted_damp") == optimizer.damp:  # the state may use a multiple of it
             fisher.coefficients.damp = shared["damp"]
