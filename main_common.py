@@ -11,6 +11,7 @@ import csv
 import io
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -79,6 +80,21 @@ FACTOR = number(float, "a number above 0 and at most 1", lambda value: 0 < value
 NOT_NEGATIVE = number(float, "a number from 0 to 1e30", lambda value: 0 <= value <= 1e30)
 FRACTION = number(float, "a number from 0 and below 1", lambda value: 0 <= value < 1)
 WORKERS = number(int, "a whole number from 0 to 1024", lambda value: 0 <= value <= 1024)
+
+
+def model_name(text: str) -> str:
+    """An argparse type: a model of the registry, or module:function."""
+    if text not in models.MODELS and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", text):
+        names = ", ".join(models.MODELS)
+        raise argparse.ArgumentTypeError(f"{text} is none of {names}, and no module:function")
+    return text
+
+
+def add_model_flag(group: argparse._ArgumentGroup) -> None:
+    """--model."""
+    text = f"default: resnet20; others: {', '.join(models.MODELS)}; or module:function, a function "
+    text += "that makes your own model from the number of classes"
+    group.add_argument("--model", type=model_name, metavar="MODEL", help=text)
 
 
 def add_figure_flags(group: argparse._ArgumentGroup) -> None:

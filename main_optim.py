@@ -10,7 +10,7 @@ runs if --plot names their CSVs). Every file is derived from the training state,
 first: a run killed at any moment goes on with --resume to the same bits as an uninterrupted one (on
 the CPU with as many threads, on CUDA with --deterministic). --state_every and --light_state save
 time and space where the window is large. With --resume, flags of CHANGEABLE may be given anew: more
---epochs, another --lr or --damp.
+--epochs, another --lr or --damp. --model module:function trains your own model.
 
     torchrun --nproc-per-node N main_optim.py ...
 
@@ -206,7 +206,8 @@ class Run:
         given = {k: v for k, v in vars(args).items() if v is not None and k not in files}
         names = {**COMMON, **given}
         data = Path(names["dataset"]).resolve().name
-        self.path = args.save or Path("runs", f"{names['model']}-{data}-{names['optim']}.pth")
+        model = names["model"].replace(":", "-")
+        self.path = args.save or Path("runs", f"{model}-{data}-{names['optim']}.pth")
         self.flag = f"--save {self.path}"
         if self.path.suffix not in (".pth", ".pt"):
             raise UserError(f"--save {self.path} must end in .pth or .pt")
@@ -233,7 +234,7 @@ class Run:
                 f"{self.train_loader.num_samples:,} images, too few for batch norm: choose another"
             )
         torch.manual_seed(settings["seed"])
-        model = models.build(settings["model"], self.data.num_classes)
+        model = models.build(settings["model"], self.data.num_classes, self.data.shape)
         if "checkpoint" in settings and not state:
             models.load_checkpoint(model, settings["checkpoint"])
         self.model = model.to(self.device, memory_format=torch.channels_last)
@@ -264,6 +265,8 @@ class Run:
         check_space(self.state_path, size if state else 2 * size)
         if memory:
             note(memory)
+        if self.device.type == "cuda" and not settings["amp"]:
+            note("faster: --amp, which computes in bfloat16 where that is safe")
         if state:
             note(self.describe_resumption(state))
         self.path.parent.mkdir(parents=True, exist_ok=True)

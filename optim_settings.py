@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-import models
 from checks import damp_parts
 from fallback import SETTINGS
 from main_common import (
@@ -20,6 +19,7 @@ from main_common import (
     Parser,
     UserError,
     add_figure_flags,
+    add_model_flag,
     check_same,
 )
 
@@ -94,9 +94,9 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     on, off = {"action": "store_true", "default": None}, "; default: off"
-    add = parser.add_argument_group("model and data").add_argument
-    text = f"default: resnet20; others: {', '.join(models.MODELS)}"
-    add("--model", choices=models.MODELS, metavar="MODEL", help=text)
+    group = parser.add_argument_group("model and data")
+    add_model_flag(group)
+    add = group.add_argument
     add("--dataset", help="a folder, or 'digits', the default: handwritten digits, embedded")
     text = "begin with the weights in it; default: with random ones"
     add("--checkpoint", metavar="FILE", help=text)
@@ -152,7 +152,8 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("schedule").add_argument
     epochs = ", ".join(f"{name} {epochs}" for name, epochs in PAPER_EPOCHS.items())
     digits = DEFAULTS["digits", "mfac"]["epochs"]
-    text = f"passes over the training images; default: {epochs}, for the digits {digits}"
+    text = f"passes over the training images; default: {epochs}, your own model as resnet, "
+    text += f"for the digits {digits}"
     add("--epochs", type=COUNT, help=text)
     add("--batchsize", type=COUNT, help=f"images a step; {default('batchsize')}")
     text = "of the learning rate: the steps of --drop_at (default), or falling to zero"

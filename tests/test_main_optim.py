@@ -386,6 +386,23 @@ def test_a_compiled_model(run, monkeypatch):
     assert len(calls) == 2  # for a whole batch, and the smaller one at the end
 
 
+def test_a_model_of_ones_own(run, monkeypatch):
+    """In a module of the current folder. It trains as the same model of the registry does."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "own_net", raising=False)
+    Path("own_net.py").write_text("from test_main_optim import tiny as net\n")
+    assert run(*small("mfac")) == 0
+    path = "runs/own_net-net-four-mfac.pth"
+    with monkeypatch.context() as context:
+        interrupt_after(context, 1)
+        assert run(*small("mfac", path), "--model", "own_net:net") == 130
+    assert run("--model", "own_net:net", "--resume") == 0
+    known, own = (torch.load(file, weights_only=True) for file in ("net.pth", path))
+    assert own["model"] == "own_net:net"
+    for name, weight in known["state_dict"].items():
+        assert torch.equal(own["state_dict"][name], weight)
+
+
 def test_amp_trains_in_bfloat16_with_float32_weights(run):
     for save, flags in (("full.pth", []), ("half.pth", ["--amp"])):
         assert run(*small("mfac", save), *flags) == 0
@@ -670,7 +687,8 @@ def test_existing_files_are_kept_unless_told_otherwise(run, capsys):
 # --- bad input: one sentence, exit status 2, nothing done -----------------------------------
 
 BAD_FLAGS = [
-    ("--model vgg", "vgg"),
+    ("--model vgg", "--model: vgg is none of resnet20, resnet32, "),
+    ("--model nowhere:net", "There is no module 'nowhere' in "),
     ("--optim lion", "lion"),
     ("--mod resnet20", "--mod"),
     ("--epochs", "--epochs"),
@@ -1047,7 +1065,9 @@ def test_the_help_has_every_default(capsys):
         main_optim.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "default: mfac 0.003 (digits 0.0005), sgd 0.0005, adam 0.0005" in shown
-    assert "default: resnet 164, wideresnet 200, mobilenet 100, for the digits 10" in shown
+    assert (
+        "default: resnet 164, wideresnet 200, mobilenet 100, your own model as resnet, for" in shown
+    )
 
 
 # --- the parts ------------------------------------------------------------------------------
@@ -1237,7 +1257,8 @@ def test_a_graph_trains_as_single_operations_do(on_gpu, optim, flags, capsys):
     flags = [*flags, "--batchsize", 12, "--schedule", "linear", "--lr", 1e-3, "--deterministic"]
     for graph in ("yes", "no"):
         assert on_gpu(*small(optim, f"{graph}.pth"), *flags, "--graph", graph) == 0
-    assert "no CUDA graph" not in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "no CUDA graph" not in error and error.count("faster: --amp") == 2
     graphed, eager = rows("yes.csv"), rows("no.csv")
     assert {row["optimizer_seconds"] for row in graphed} == {""}
     for name in ("train_loss", "test_loss"):
