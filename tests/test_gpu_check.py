@@ -98,6 +98,24 @@ def test_what_is_interrupted_ends_its_processes(monkeypatch, tmp_path):
     assert processes[0].returncode < 0
 
 
+def test_a_command_that_can_not_be_executed_does_not_stop_the_others(monkeypatch, tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"\x7fELF")
+    broken.chmod(0o755)
+    stages = [[[Part("broken", [str(broken)], 9), python("on", "")]]]
+    status, parts = run(monkeypatch, tmp_path, stages)
+    assert status == 0 and parts["on"]["status"] == "passed"
+    assert parts["broken"]["reason"] == f"{broken} does not run: Exec format error"
+
+
+def test_a_json_that_can_not_be_written_is_said_at_once(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--json", str(tmp_path / "file" / "made")])
+    with pytest.raises(SystemExit) as end:
+        gpu_check.main()
+    assert end.value.code == 2 and "made cannot be written (" in capsys.readouterr().err
+
+
 MISSING = "E   ModuleNotFoundError: No module named 'a'\n"
 
 
@@ -110,7 +128,10 @@ MISSING = "E   ModuleNotFoundError: No module named 'a'\n"
         (2, MISSING + "1 error in 0.3s", "left out"),
         (1, "ModuleNotFoundError: No module named 'cuda'", "left out"),
         (2, "E   SyntaxError: invalid syntax\n1 error in 0.3s", "failed"),
+        (1, "/usr/bin/python3: No module named pytest", "left out"),
         (5, "40 deselected in 2.1s", "left out"),
+        (0, "SKIPPED [12] here\n12 skipped, 40 deselected in 2.1s", "left out"),
+        (0, "12 skipped in 2.1s\n========= ERROR SUMMARY: 0 errors", "left out"),
         (2, "setup_cuda.py: Error compiling objects for extension", "failed"),
         (-11, "", "failed"),
         (None, "..", "out of time"),
