@@ -3,10 +3,10 @@
     PYTHON=.venv/bin/python benchmarks/gpu_check.sh [--minutes 4] [--json FILE]
 
 Builds the extension for this machine's card alone and compiles the kernels by NVRTC. Runs the tests
-marked `cuda`, and the kernels under compute-sanitizer. Then runs the benchmarks behind the tables of
-docs/cuda.md, one at a time. Each part is a process with a time limit, so a part that fails or hangs
-does not stop the others. The output of each part is shown. The JSON file gets it too, with status,
-seconds and figures.
+marked `cuda`, and the kernels under compute-sanitizer. Then runs the benchmarks of docs/cuda.md,
+one at a time. Each part is a process with a time limit, so a part that fails or hangs does not stop
+the others. The output of each part is shown. The JSON file gets it too, with status, seconds and
+figures.
 
 Needs torch, numpy and pytest, and no network. A part that lacks something is left out, with the
 reason: tests and epochs of the scripts need the packages of requirements-test.txt.
@@ -132,8 +132,8 @@ def judge(status: int | None, output: str, limit: float) -> tuple[str, str]:
 
 
 def stages(python: str) -> list[list[list[Part]]]:
-    """The stages, to run one after the other. The lanes of a stage run side by side, and the parts of
-    a lane one after the other. Benchmarks have the card for themselves."""
+    """The stages, to run one after the other. The lanes of a stage run side by side, and the parts
+    of a lane one after the other. Benchmarks have the card for themselves."""
     files = sorted((ROOT / "tests").glob("test_*.py"))
     marked = [
         path.relative_to(ROOT) for path in files if re.search(r"mark\.cuda\b", path.read_text())

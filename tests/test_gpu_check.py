@@ -29,6 +29,7 @@ def run(monkeypatch, tmp_path, stages, *flags, missing=""):
     monkeypatch.setattr(gpu_check, "stages", lambda python: stages)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--json", str(tmp_path / "made"), *flags])
     monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as end:
         gpu_check.main()
     made = json.loads((tmp_path / "made").read_text())
