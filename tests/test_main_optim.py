@@ -447,7 +447,8 @@ def test_resumed_is_uninterrupted(run, monkeypatch, optim, flags, epochs_before,
     assert run(*small(optim, "whole.pth"), *flags) == 0
     with monkeypatch.context() as context:
         interrupt_after(context, epochs_before)
-        assert run(*small(optim, "parts.pth"), *flags) == 130
+        # --resume from the first call on, as in a batch queue.
+        assert run(*small(optim, "parts.pth"), *flags, "--resume") == 130
     assert "parts.pth" in capsys.readouterr().err
     assert len(rows("parts.csv")) == epochs_before
     # Flags that were given before need not be given again.
@@ -557,25 +558,6 @@ def test_ctrl_c_before_anything_is_saved(run, monkeypatch, capsys):
     assert run(*small("sgd")) == 130
     assert "before anything was saved" in capsys.readouterr().err
     assert not list(Path().iterdir())
-
-
-def test_killed_at_any_moment(run, dataset, tmp_path, resnet20):
-    """SIGKILL, twice, and --resume from the first call on, as in a batch queue."""
-    flags = [*small("mfac", "killed.pth"), "--epochs", "8", "--dataset", dataset, "--resume"]
-    chance = random.Random(time.time_ns())
-    for _ in range(2):
-        process = start(*flags, cwd=tmp_path)
-        process.stdout.readline()  # the settings: training begins
-        time.sleep(chance.uniform(0, 2))
-        process.kill()
-        process.communicate()
-        for path in (path for path in tmp_path.iterdir() if path.suffix != ".tmp"):
-            if path.suffix in (".pth", ".state"):
-                main_common.load_saved(path)
-    assert run(*flags) == 0
-    assert run(*flags[:-1], "--save", "whole.pth") == 0
-    assert_same_run("whole", "killed")
-    assert not list(tmp_path.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("optim", ["adam", "mfac"])

@@ -694,24 +694,6 @@ def test_interrupted_while_a_state_is_loaded(run, monkeypatch, capsys):
     assert run("--out", "net", "--resume") == 0
 
 
-def test_killed_at_any_moment(run, dataset, checkpoint, tmp_path):
-    """SIGKILL, twice, and --resume from the first call on, as in a batch queue."""
-    flags = [*RUNS["gradual mfac"].split(), "--dataset", dataset, "--checkpoint", checkpoint]
-    chance = random.Random(time.time_ns())
-    for _ in range(2):
-        process = start(*flags, "--out", "killed", "--resume", cwd=tmp_path)
-        process.stdout.readline()  # the settings: pruning begins
-        time.sleep(chance.uniform(0, 2))
-        process.kill()
-        process.communicate()
-        for path in tmp_path.glob("*[eh]"):  # .state, .pth
-            main_common.load_saved(path)
-    assert run(*flags, "--out", "killed", "--resume") == 0
-    assert run(*flags, "--out", "whole") == 0
-    assert_same_run("whole", "killed")
-    assert not list(tmp_path.glob("*.tmp"))
-
-
 @pytest.mark.parametrize("lost", ["net-step1.pth", "net.csv", "net.png"])
 def test_results_come_back_from_the_state(run, lost):
     """As after a kill between the writing of the state and that of the results."""
