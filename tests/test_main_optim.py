@@ -669,7 +669,8 @@ def test_existing_files_are_kept_unless_told_otherwise(run, capsys):
 # --- bad input: one sentence, exit status 2, nothing done -----------------------------------
 
 BAD_FLAGS = [
-    ("--model vgg", "--model: vgg is none of resnet20, resnet32, "),
+    ("--model x", "--model: x is none of resnet20, resnet32, "),
+    ("--model 20", "--model: 20 is none of resnet20, resnet32, "),
     ("--model nowhere:net", "There is no module 'nowhere' in "),
     ("--optim lion", "lion"),
     ("--mod resnet20", "--mod"),
@@ -707,15 +708,15 @@ BAD_FLAGS = [
     ("--device cuda:99", "--device cuda:99 is not one of cpu"),
     ("--save model.csv", "must end in .pth"),
     ("--save model", "must end in .pth"),
-    ("--save /dev/null/model.pth", "/dev/null is no folder"),
+    ("--save /dev/null/model.pth", "/dev/null is not a writable folder"),
     (f"--save {'x' * 300}.pth", "too long"),
     ("--batchsize 79 --optim sgd", "batch of one"),
     ("--batchsize 1 --optim sgd", "batch of one"),
     (f"--ngrads {10**9}", "use at most --ngrads"),
     (f"--ngrads {10**9} --compress 0.01 --window_dtype bfloat16", "use at most --ngrads"),
     ("--epochs 3 extra", "extra"),
-    ("--plot missing.csv", "--plot missing.csv cannot be read: No such file or directory"),
-    ("--tensorboard /dev/null/tb", "/dev/null is no folder"),
+    ("--plot missing.csv", "--plot missing.csv can't be read: No such file or directory"),
+    ("--tensorboard /dev/null/tb", "/dev/null is not a writable folder"),
     ("--dataset /dev/null", "is a file"),
     ("--dataset .", "holds no data set"),
     ("--checkpoint .", "There is no checkpoint file"),
@@ -790,7 +791,7 @@ def test_bad_files_to_plot(run, text, capsys):
 def test_a_folder_that_can_not_be_written(run, tmp_path, capsys):
     tmp_path.chmod(0o500)
     assert run(*small("sgd")) == 2
-    assert "no folder that can be written into" in capsys.readouterr().err
+    assert "is not a writable folder" in capsys.readouterr().err
 
 
 def test_a_folder_in_the_way(run, capsys):
