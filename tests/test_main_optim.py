@@ -309,7 +309,7 @@ def test_tensorboard_goes_on(run, monkeypatch, after, capsys):
     assert len(rows("net.csv")) == 1
     capsys.readouterr()
     assert run("--save", "net.pth", "--resume", "--tensorboard", "tb/deep") == 0
-    assert capsys.readouterr().err == "going on after epoch 1 of 3\n"
+    assert capsys.readouterr().err == "resumed after epoch 1 of 3\n"
     assert list(Path("tb/deep").iterdir()) == [Path("tb/deep/net")]
     assert_shown("tb/deep/net", rows("net.csv"))
 
@@ -476,7 +476,7 @@ def test_states_and_models_every_few_epochs(run, monkeypatch, capsys):
     assert len(rows("parts.csv")) == 3
     capsys.readouterr()
     assert run("--save", "parts.pth", "--resume", "--tensorboard", "tb") == 0
-    assert capsys.readouterr().err == "going on after epoch 2 of 5\n"
+    assert capsys.readouterr().err == "resumed after epoch 2 of 5\n"
     assert_same_run("whole", "parts")
     assert_shown("tb/parts", rows("parts.csv"))
 
@@ -740,7 +740,7 @@ BAD_FLAGS = [
     ),
     *((f"--workers {value}", f"{value} is not a whole number from 0") for value in ("-1", "x")),
     ("--graph maybe", "maybe"),
-    ("--graph yes", "--graph yes is for CUDA only, and --device is cpu"),
+    ("--graph yes", "--graph yes is for CUDA, but --device is cpu: leave it out"),
     *(
         (f"--optim sgd --{name}", f"--{name} is no setting of --optim sgd: leave it out")
         for name in ("decoupled", "window_warmup")
@@ -934,7 +934,7 @@ def test_more_epochs(run, optim, capsys):
     assert run(*small(optim, "parts.pth"), *drops) == 0
     capsys.readouterr()
     assert run("--save", "parts.pth", "--resume", "--epochs", 4) == 0
-    note = "going on after epoch 3 of 4, with --epochs 4, before 3\n"
+    note = "resumed after epoch 3 of 4, with --epochs 4, before 3\n"
     assert capsys.readouterr().err.endswith(note)
     assert_same_run("whole", "parts")
     assert run("--save", "parts.pth", "--resume", "--epochs", 3) == 2
