@@ -1,7 +1,5 @@
 """The command line of main_prun.py: flags, the settings that they make, levels and steps."""
 
-import argparse
-import re
 import shlex
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +7,6 @@ from typing import Any
 
 import torch
 
-import models
 from main_common import (
     COUNT,
     FACTOR,
@@ -21,6 +18,7 @@ from main_common import (
     Parser,
     UserError,
     add_figure_flags,
+    add_model_flag,
     number,
 )
 
@@ -65,14 +63,6 @@ BLOCK = number(
 )
 
 
-def model_name(text: str) -> str:
-    """An argparse type: a model of the registry, or module:function."""
-    if text not in models.MODELS and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", text):
-        names = ", ".join(models.MODELS)
-        raise argparse.ArgumentTypeError(f"{text} is none of {names}, and no module:function")
-    return text
-
-
 # --- the command line -----------------------------------------------------------------------
 
 
@@ -84,13 +74,10 @@ def build_parser() -> Parser:
         epilog="Steps count from 0: step K prunes to level K of --sparsities or --cubic.",
         allow_abbrev=False,
     )
-    add = parser.add_argument_group("model and data").add_argument
+    group = parser.add_argument_group("model and data")
     on, off = {"action": "store_true", "default": None}, "; default: off"
-    text = (
-        f"default: resnet20; others: {', '.join(models.MODELS)}; or module:function, which makes "
-    )
-    text += "a model of one's own from the number of classes"
-    add("--model", type=model_name, metavar="MODEL", help=text)
+    add_model_flag(group)
+    add = group.add_argument
     add("--dataset", help="a folder, or 'digits', the default: handwritten digits, embedded")
     text = (
         "the trained model; default: the one in checkpoints/ for this model and data; a model of "
