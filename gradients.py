@@ -89,6 +89,14 @@ class Batches:
         self._used_up = False
 
     @property
+    def samples(self) -> int:
+        """How many are in a batch, if the loader has a `batch_size` or is a list; else 0."""
+        size = getattr(self.loader, "batch_size", None)
+        if isinstance(self.loader, Sequence) and len(self.loader):
+            size = batch_size(self.loader[0])
+        return size if isinstance(size, int) else 0
+
+    @property
     def generators(self) -> list[torch.Generator]:
         """The random number generators that the loader has of its own."""
         found = (getattr(source, "generator", None) for source in self._sources)
@@ -226,13 +234,13 @@ class GradientCollector:
         self.squares = torch.zeros(len(alive), dtype=torch.float64, device=like.device)
         self.sums: list[tuple[int, Tensor]] = []  # of the numbers of a batch, until it is checked
 
-    def rows(self, batches: Iterable[Any], buffer: Tensor, chunk: int) -> Iterator[Tensor]:
-        """The gradients (·, d), as many at a time as `buffer` (n, d) holds in each rank; of each
-        this rank's `chunk` of the weights. The buffer is used again for the next ones."""
-        return self._rows(enumerate(batches), self.count, buffer, chunk)
+    def rows(self, batches: Iterable[Any], at_once: int, chunk: int) -> Iterator[Tensor]:
+        """Yields the gradients (n, chunk) of all ranks for this rank's chunk of the weights, about
+        `at_once` of each rank at a time. The memory is used again for the next ones."""
+        return self._rows(enumerate(batches), self.count, at_once, chunk)
 
     def rows_to_sum(
-        self, batches: Iterable[Any], buffer: Tensor, chunk: int
+        self, batches: Iterable[Any], at_once: int, chunk: int
     ) -> Iterator[Tensor | OuterProducts]:
         """The same for `sum_gradients`, in factors if they are of samples and linear layers."""
         source: Iterator[tuple[int, Any]] = enumerate(batches)
@@ -246,7 +254,7 @@ class GradientCollector:
             found.append(factors)
             self._note(number, torch.stack([f.sum().double() for pair in factors for f in pair]))
             count, waiting = count - len(factors[0][0]), waiting + len(factors[0][0])
-            if count == 0 or waiting >= len(buffer):
+            if count == 0 or waiting >= at_once:
                 yield OuterProducts(found, self.alive, self.like, self.squares)
                 found, waiting = [], 0
             if count == 0:
@@ -254,26 +262,69 @@ class GradientCollector:
         self._check()
         if found:
             yield OuterProducts(found, self.alive, self.like, self.squares)
-        yield from self._rows(source, count, buffer, chunk)
+        yield from self._rows(source, count, at_once, chunk)
 
     def _rows(
-        self, source: Iterator[tuple[int, Any]], count: int, buffer: Tensor, chunk: int
+        self, source: Iterator[tuple[int, Any]], left: int, at_once: int, chunk: int
     ) -> Iterator[Tensor]:
-        ranks = self.ranks
-        shares = [len(range(rank, count, ranks.size)) for rank in range(ranks.size)]
-        own = self._own(source, shares[ranks.rank])
-        for start in range(0, max(shares), len(buffer)):
-            counts = [min(max(share - start, 0), len(buffer)) for share in shares]
-            with ranks.agreed():
-                rows = buffer[: counts[ranks.rank]]
-                if self._fill(own, rows) < len(rows):
-                    raise ValueError(
-                        f"Wanted {self.count} gradients, but the loader has fewer "
-                        f"{'samples' if self.samples else 'batches'}; ask for fewer gradients or "
-                        "smaller batches, or give more data"
-                    )
-            yield ranks.exchange(rows, counts, chunk)
-        self.squares = ranks.sum(self.squares)
+        rank, size = self.ranks.rank, self.ranks.size
+        own = (numbered for numbered in source if numbered[0] % size == rank)
+        buffer = self.like.new_empty(at_once if self.samples is None else 0, len(self.alive))
+        while left:
+            if self.samples is None:
+                counts, rows = self._rows_of_batches(own, left, buffer)
+            else:
+                counts, rows = self._rows_of_samples(self.samples, own, left, at_once)
+            left -= sum(counts)
+            yield self.ranks.exchange(rows, counts, chunk)
+        self.squares = self.ranks.sum(self.squares)
+
+    def _rows_of_batches(
+        self, own: Iterator[tuple[int, Any]], left: int, buffer: Tensor
+    ) -> tuple[list[int], Tensor]:
+        """How many gradients each rank has next, as many as its buffer holds, and those of this
+        rank."""
+        rank, size = self.ranks.rank, self.ranks.size
+        counts = [min(len(buffer), len(range(other, left, size))) for other in range(size)]
+        rows, filled = buffer[: counts[rank]], 0
+        with self.ranks.agreed():
+            for number, batch in islice(own, len(rows)):
+                rows[filled : filled + 1].copy_(self._gradients(number, batch))
+                filled += 1
+            self._check()
+            if filled < len(rows):
+                raise self._too_few("batches")
+        return counts, rows
+
+    def _rows_of_samples(
+        self, samples: SampleGradients, own: Iterator[tuple[int, Any]], left: int, at_once: int
+    ) -> tuple[list[int], Tensor]:
+        """The same for samples. Each rank takes a batch, as often as needed. Batches count in their
+        order, so that the first `left` samples are those that one process would take."""
+        counts, parts = [0] * self.ranks.size, [self.like.new_empty(0, len(self.alive))]
+        while sum(counts) < min(left, at_once * self.ranks.size):
+            with self.ranks.agreed():
+                numbered = next(own, None)
+                size = samples.size(numbered[1]) if numbered else 0
+            sizes = self.ranks.gather(torch.tensor([size], device=self.like.device))
+            if not bool(sizes.any()):
+                raise self._too_few("samples")
+            for rank, n in enumerate(sizes.flatten().tolist()):
+                added = min(n, left - sum(counts))
+                counts[rank] += added
+                if rank == self.ranks.rank:
+                    most = added
+            with self.ranks.agreed():
+                if numbered and most:
+                    parts.append(self._gradients(*numbered, most))
+                    self._check()
+        return counts, torch.cat(parts)
+
+    def _too_few(self, things: str) -> ValueError:
+        return ValueError(
+            f"Wanted {self.count} gradients, but the loader has fewer {things}; ask for fewer "
+            "gradients or smaller batches, or give more data"
+        )
 
     def mean_square(self, masks: Mapping[str, Tensor]) -> float:
         """Of all gradients. Warns of parameters, with these masks, that have none, and raises
@@ -296,27 +347,6 @@ class GradientCollector:
             )
         return mean_square
 
-    def _fill(self, gradients: Iterator[Tensor], buffer: Tensor) -> int:
-        """Writes gradients into rows, and returns how many there were."""
-        filled = 0
-        for gradient in islice(gradients, len(buffer)):
-            buffer[filled].copy_(gradient, non_blocking=True)
-            filled += 1
-        self._check()
-        return filled
-
-    def _own(self, source: Iterator[tuple[int, Any]], count: int) -> Iterator[Tensor]:
-        """`count` gradients of this rank's batches, or as many as there are."""
-        while count and (numbered := next(source, None)):
-            number, batch = numbered
-            if number % self.ranks.size != self.ranks.rank:
-                continue
-            rows = self._gradients(batch)[:count]
-            count -= len(rows)
-            add_squares_(self.squares, rows)
-            self._note(number, self.squares)
-            yield from rows
-
     def _note(self, number: int, numbers: Tensor) -> None:
         """Has numbers of a batch checked, if not at once."""
         self.sums.append((number, numbers.sum()))
@@ -335,8 +365,8 @@ class GradientCollector:
             )
         self.sums.clear()
 
-    def _gradients(self, batch: Any) -> Tensor:
-        """The gradients (n, d) of a batch, or of the samples in it."""
+    def _gradients(self, number: int, batch: Any, most: int = 1) -> Tensor:
+        """The gradient (1, d) of a batch, or at most so many of samples in it (n, d)."""
         torch.clear_autocast_cache()  # casts of other weights, or without a graph
         if self.samples is None:
             with torch.enable_grad():
@@ -348,8 +378,12 @@ class GradientCollector:
         else:
             with torch.enable_grad():
                 parts = self.samples(batch)
-        rows = torch.cat([part.to(self.like) for part in parts], dim=1)
-        return rows if rows.shape[1] == len(self.alive) else rows.index_select(1, self.alive)
+        rows = torch.cat([part.to(self.like) for part in parts], dim=1)[:most]
+        if rows.shape[1] > len(self.alive):
+            rows = rows.index_select(1, self.alive)
+        add_squares_(self.squares, rows)
+        self._note(number, self.squares)
+        return rows
 
     def _factors(self, batch: Any, most: int) -> list[Factors] | None:
         """The gradients of at most so many samples in a batch, if linear layers give them."""

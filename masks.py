@@ -275,7 +275,7 @@ class MagnitudePruner:
         tensor([[ 0.,  0.,  3., -4.]])
     """
 
-    _once = False  # whether one level only is pruned with what is computed
+    _one_level = False  # what is computed serves one level only, as in a portion
 
     def __init__(
         self,
@@ -430,7 +430,7 @@ class MagnitudePruner:
                 part = copy.copy(self)
                 part.input_dimensions = {name: self.input_dimensions[name] for name in names}
                 part.masks = {name: self.masks[name] for name in names}
-                part.portions, part._once = [names], True
+                part.portions, part._one_level = [names], True
                 part._report = self._report.within(f"portion {number} of {len(self.portions)}")
                 part.release()
                 own = [(group, zeros) for group, zeros in wanted if group[0] in part.masks]

@@ -32,7 +32,7 @@ class Pages:
     ) -> Iterator[tuple[slice, Tensor]]:
         """(positions, columns) in `dtype` for all columns of G in their order, or for those of
         `index`. The memory of a tile is used again for the next one."""
-        width = max(1, tile_size(self.device) // len(self.G))
+        width = max(1, min(tile_size(self.device) // len(self.G), self.G.shape[1]))
         if dtype == torch.float32:
             width = min(PARTIAL_SUM, width)
         buffer = torch.empty(len(self.G), width, dtype=dtype, device=self.device)

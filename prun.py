@@ -45,7 +45,6 @@ import torch
 from torch import Tensor, nn
 
 from blocks import (
-    BATCH,
     EPS,
     RESOLVABLE,
     STRIP,
@@ -64,7 +63,7 @@ from fisher import SharedInverseFisher, StaticInverseFisher, as_matrix, check_ve
 from gradients import Batches, GradientCollector, cross_entropy, ready_for_gradients
 from levels import Wanted, zeros_on_the_way
 from masks import MagnitudePruner, WeightsAlive, check_model
-from memory import check_sizes, gradient_buffer, inverse_bytes
+from memory import Plan, check_sizes, fewest_pages, inverse_bytes, make_plan
 from pages import Pages
 from ranks import Ranks, find_process_group, or_default
 from reports import Reporter, timed
@@ -98,7 +97,7 @@ class PagedInverseFisher(StaticInverseFisher):
     Args:
         grads: G (m, d) as a tensor or array. No copy is made.
         damp: λ > 0, in units of squared gradients.
-        pages: from 1 to d; it need not divide anything.
+        pages: from 1 to d; it need not divide anything. None: as few as fit on `device`.
         device: where to compute, that of `grads` if None.
         process_group: processes that have some columns of G each and make the same calls at the
             same time; d and all vectors are those of this process. None: this process alone.
@@ -123,15 +122,16 @@ class PagedInverseFisher(StaticInverseFisher):
         grads: Any,
         damp: float = 1e-5,
         *,
-        pages: int = 1,
+        pages: int | None = None,
         device: torch.device | str | None = None,
         process_group: "ProcessGroup | None" = None,
     ):
         self.ranks, self.G = Ranks(process_group), as_matrix(grads)
         d = self.G.shape[1]
         self.shape, self.damp = (d, d), damp
-        self.pages = check_integer("pages", pages, largest=d)
         self.device = check_device(device or self.G.device)
+        pages = fewest_pages(self.G, self.device) if pages is None else pages
+        self.pages = check_integer("pages", pages, largest=d)
         self._pages = Pages(self.G, self.pages, self.device)
         self.dtype = fast_type(self.G, self.device)
         self.kept = torch.ones(d, dtype=torch.bool, device=self.device)  # R, which `remove_` sets
@@ -150,13 +150,13 @@ class PagedInverseFisher(StaticInverseFisher):
             return self.matvec(x)
         return in_type_of(x, left / self.damp)
 
-    def for_removal(self, once: bool = False) -> "PagedInverseFisher":
+    def for_removal(self, in_place: bool = False) -> "PagedInverseFisher":
         """F⁻¹ to remove weights from, on the same gradients."""
         return copy.copy(self)
 
     def remove_(self, dropped: Tensor, w: Tensor) -> Tensor:
-        """Goes on with the weights that are left when those `dropped` (d,) go. Returns δ (d,), of
-        which the part at all that are gone does not matter."""
+        """Removes the weights `dropped` (d,) from F and returns the joint update δ (d,) of `w` for
+        those that are left. Its other entries have no meaning."""
         removed, kept = torch.where(dropped, w, 0), self.kept & ~dropped
         if self.ranks.sum(dropped.sum() - kept.sum()) <= 0:  # the Gram matrix of fewer columns
             K, b = self._gram(dropped, removed)
@@ -321,15 +321,16 @@ class BlockedInverseFisher(StaticInverseFisher):
         x64 = check_vector("x", x, self.shape[0], self.device)
         return in_type_of(x, self._each("matvec", x64))
 
-    def for_removal(self, once: bool = False) -> "BlockedInverseFisher":
-        """F⁻¹ to remove weights from: another 8·d·b bytes, or instead of this one if but `once`."""
-        removable, how = copy.copy(self), (self.damp, once)
+    def for_removal(self, in_place: bool = False) -> "BlockedInverseFisher":
+        """F⁻¹ to remove weights from. It takes another 8·d·b bytes, or, if `in_place`, the memory
+        of this one, which is of no use then."""
+        removable, how = copy.copy(self), (self.damp, in_place)
         removable._diagonal = None
         removable._parts = [(*where, part.for_removal(*how)) for *where, part in self._parts]
         return removable
 
     def remove_(self, dropped: Tensor, w: Tensor) -> Tensor:
-        """The same as of `PagedInverseFisher`, after `for_removal` only."""
+        """See `PagedInverseFisher.remove_`; only what `for_removal` returned can do it."""
         self._diagonal = None
         return self._each("remove_", dropped, w)
 
@@ -420,7 +421,7 @@ class MFACPruner(MagnitudePruner):
         damp: float | str = 1e-5,
         blocksize: int | None = None,
         perbatch: int | None = None,
-        pages: int = 1,
+        pages: int | None = None,
         update: str = "joint",
         rounds: int = 1,
         mode: str = "eval",
@@ -459,9 +460,16 @@ class MFACPruner(MagnitudePruner):
 
     @damp.setter
     def damp(self, damp: float | str) -> None:
-        self._damp, self._damp_parts = damp, damp_parts(damp)
-        if self._inverse is not None:
-            self._inverse.damp = self._absolute_damp()
+        parts, inverse = damp_parts(damp), self._inverse
+        if inverse is not None:
+            before = inverse.damp
+            try:
+                inverse.damp = self._absolute_damp(parts)
+                inverse.diagonal()  # blocks find out here whether λ is too small
+            except ValueError:
+                inverse.damp = before
+                raise
+        self._damp, self._damp_parts = damp, parts
 
     @torch.no_grad()
     def recompute(self) -> None:
@@ -502,26 +510,31 @@ class MFACPruner(MagnitudePruner):
             self.recompute()
         elif self._inverse is None:  # resumed
             self._invert(self._start_weights, self._start_masks, self.recomputations - 1)
-        start, weights = self._start_masks, self._weights_alive
-        masks, w = start, weights.gather(self._start_weights).double()
-        alive = torch.ones_like(w, dtype=torch.bool)
-        gone = ~weights.gather(self.masks)  # since then; they go first, so that none comes back
-        inverse = self._inverse if self.rounds == 1 else self._inverse.for_removal(self._once)
+        inverse, alive = self._inverse, self._weights_alive
+        if self.rounds > 1:
+            inverse = inverse.for_removal(in_place=self._one_level)
+        masks, w = self._start_masks, alive.gather(self._start_weights).double()
+        kept = torch.ones_like(w, dtype=torch.bool)
+        pruned_since = ~alive.gather(self.masks)
         for part in range(1, self.rounds + 1):
             self._report.say(f"choice and update, {part} of {self.rounds}")
-            saliency = torch.where(alive, w.square() / (2 * inverse.diagonal()), 0)
-            saliency[gone] = -1
-            zeros = zeros_on_the_way(start, wanted, part / self.rounds)
-            masks = self._choose(masks, weights.scatter(saliency), zeros)
-            dropped = alive & ~weights.gather(masks)
-            alive = alive & ~dropped
-            if self.rounds > 1:
-                w = w + inverse.remove_(dropped, w)
-            elif self.update != "none":
-                update = getattr(inverse, f"{self.update}_update")
-                w = w + update(dropped.nonzero()[:, 0], w)
-            w = torch.where(alive, w, 0)
-        return masks, weights.scatter(w)
+            saliency = torch.where(kept, w.square() / (2 * inverse.diagonal()), 0)
+            saliency[pruned_since] = -1  # these go first, so that none comes back
+            zeros = zeros_on_the_way(self._start_masks, wanted, part / self.rounds)
+            masks = self._choose(masks, alive.scatter(saliency), zeros)
+            dropped = kept & ~alive.gather(masks)
+            kept &= ~dropped
+            w = torch.where(kept, w + self._adjustment(inverse, dropped, w), 0)
+        return masks, alive.scatter(w)
+
+    def _adjustment(self, inverse: Any, dropped: Tensor, w: Tensor) -> Tensor:
+        """The update of the weights that are kept."""
+        if self.rounds > 1:
+            return inverse.remove_(dropped, w)
+        if self.update == "none":
+            return torch.zeros_like(w)
+        update = inverse.joint_update if self.update == "joint" else inverse.independent_update
+        return update(dropped.nonzero()[:, 0], w)
 
     def _pruned_in_portions(self, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         found = super()._pruned_in_portions(wanted)
@@ -540,55 +553,77 @@ class MFACPruner(MagnitudePruner):
 
     # --- from gradients to F⁻¹
 
+    def memory_plan(
+        self, ngrads: int | None = None, masks: Mapping[str, Tensor] | None = None
+    ) -> Plan:
+        """How F⁻¹ of the weights alive is computed from `ngrads` gradients, and the memory that it
+        takes, as text: str(plan). Raises ValueError if it does not fit."""
+        masks = self.masks if masks is None else masks
+        return make_plan(
+            ngrads or self.ngrads,
+            sum(int(mask.sum()) for mask in masks.values()),
+            blocksize=self.blocksize,
+            perbatch=self.perbatch,
+            pages=self.pages,
+            rounds=1 if self._one_level else self.rounds,
+            grads_dtype=self.grads_dtype,
+            device=self.device,
+            world_size=self._ranks.size,
+            samples=self.batches.samples if self.per_sample else 0,
+            params=sum(mask.numel() for mask in masks.values()),
+        )
+
     def _invert(self, start: dict[str, Tensor], masks: dict[str, Tensor], number: int) -> None:
-        """Inverts F for weights alive by `masks`, at `start`, for recomputation `number`."""
+        """Inverts F for the weights alive in `masks`, at the weights `start`, from the samples of
+        recomputation `number`."""
         self._inverse = None  # not two sets of gradients at once
         self._weights_alive = alive = WeightsAlive(masks, self.device)
-        d, m, ranks = len(alive.index), self.ngrads, self._ranks
+        d, ranks = len(alive.index), self._ranks
         if d == 0:
             raise ValueError("All weights are pruned; there is no Fisher matrix to invert")
-        b = min(self.blocksize or d, d)
-        # As one block F⁻¹ can't be shared, however few the weights are.
-        whole = b == d and (d > m or ranks.size > 1)
-        chunk = ranks.chunk(d) if whole else b * ranks.chunk(-(-d // b))  # of columns for a rank
-        kept = whole or b > m  # G; else blocks are formed from some gradients at a time
-        options: dict[str, Any] = {"device": self.device, "perbatch": self.perbatch}
-        rounds = 1 if self._once else self.rounds
-        sizes = {"blocksize": self.blocksize, "pages": self.pages, "rounds": rounds, **options}
-        n = ranks.chunk(m) if kept else min(BATCH, ranks.chunk(m))
         with ranks.agreed():
-            buffer = gradient_buffer(n, m, d, self.grads_dtype, processes=ranks.size, **sizes)
+            plan = self.memory_plan(masks=masks)
+        self._report.say(str(plan))
+        form = plan.form
+        blocks: dict[str, Any] = {"device": self.device, "perbatch": self.perbatch}
         with (
             timed(self.seconds, "gradients"),
-            self._unregistered() as params,  # weights that are pruned now may be alive in here
+            self._unregistered() as params,  # weights that are pruned now may be alive in `masks`
             ready_for_gradients(self.model, params, start, self.mode, self.batches.generators),
         ):
-            like = buffer.new_empty(0, device=self.device)
+            like = torch.empty(0, dtype=self.grads_dtype, device=self.device)
             collector = GradientCollector(
-                self.model, self.loss, params, alive.index, m, like, ranks, self.per_sample
+                self.model,
+                self.loss,
+                params,
+                alive.index,
+                self.ngrads,
+                like,
+                ranks,
+                self.per_sample,
             )
-            drawn, total = self.batches.draw(number, ranks), None if self.per_sample else m
-            rows = collector.rows if kept else collector.rows_to_sum
-            grads: Any = rows(self._report.counted(drawn, "gradients", total), buffer, chunk)
-            if kept:
-                (grads,) = grads
+            total = None if self.per_sample else self.ngrads
+            drawn = self._report.counted(self.batches.draw(number, ranks), "gradients", total)
+            if form.stored:
+                G = plan.store(collector.rows(drawn, form.at_once, form.columns), self.ngrads, like)
             else:
-                inverse: Any = BlockedInverseFisher(grads, b, **options)
+                sums = collector.rows_to_sum(drawn, form.at_once, form.columns)
+                inverse: Any = BlockedInverseFisher(sums, form.blocksize, **blocks)
         self._mean_square = collector.mean_square(masks)
-        damp = self._absolute_damp()
+        damp = self._absolute_damp(self._damp_parts)
         self._report.say(f"inverse Fisher of {d:,} weights")
         with timed(self.seconds, "inverse"), ranks.agreed():
-            if whole:
-                how: dict[str, Any] = {"pages": min(self.pages, chunk), "device": self.device}
-                inverse = PagedInverseFisher(grads, damp, process_group=ranks.group, **how)
-            elif kept:
-                inverse = BlockedInverseFisher(grads, b, damp, **options)
+            if form.paged:
+                pages: dict[str, Any] = {"device": self.device, "pages": plan.pages}
+                inverse = PagedInverseFisher(G, damp, process_group=ranks.group, **pages)
+            elif form.stored:
+                inverse = BlockedInverseFisher(G, form.blocksize, damp, **blocks)
             else:
                 inverse.damp = damp
             inverse.diagonal()
         self._inverse = inverse if ranks.size == 1 else SharedInverseFisher(inverse, ranks, d)
 
-    def _absolute_damp(self) -> float:
-        """λ"""
-        constant, fraction = self._damp_parts
+    def _absolute_damp(self, parts: tuple[float, float]) -> float:
+        """λ, from its parts by `damp_parts`."""
+        constant, fraction = parts
         return constant + fraction * self._mean_square if fraction else constant

@@ -202,7 +202,7 @@ class SampleGradients:
             self.ways.append(self._by_layers)
 
     def __call__(self, batch: Any) -> list[Tensor]:
-        n = self._size(batch)
+        n = self.size(batch)
         while True:
             try:
                 found = self.ways[-1](batch, n)
@@ -220,12 +220,12 @@ class SampleGradients:
         if self.ways[-1] != self._by_layers:
             return None
         try:
-            return self._factors(batch, self._size(batch))
+            return self._factors(batch, self.size(batch))
         except NotPossible:
             self.ways.pop()
             return None
 
-    def _size(self, batch: Any) -> int:
+    def size(self, batch: Any) -> int:
         n = batch_size(batch)
         if n == 0:
             raise ValueError(
