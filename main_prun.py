@@ -35,7 +35,7 @@ from torch import nn
 
 import datautils
 import models
-from costs import available_memory
+from costs import check_memory
 from finetune import FineTuning, estimate_batch_norm
 from gradients import cross_entropy
 from main_common import (
@@ -65,7 +65,7 @@ from main_common import (
     tensor_bytes,
 )
 from optim import window_bytes
-from prun import MagnitudePruner, MFACPruner, inverse_bytes
+from prun import MagnitudePruner, MFACPruner
 from prun_settings import (
     COLUMNS,
     COMMON,
@@ -229,54 +229,21 @@ class Run:
         if self.settings.get("pages", 1) > self.prunable:
             raise UserError(f"--pages {self.settings['pages']} is more than a page a weight")
 
-    def bytes_needed(self, blocksize: int, pages: int, place: str) -> dict[torch.device, int]:
-        """The memory that gradients, kept in `place`, and F⁻¹ take, or the window, as F⁻¹ is
-        released before."""
-        settings, needed = self.settings, {self.device: 0}
-        if settings["pruner"] == "mfac":
-            d = self.ranks.chunk(sum(int(mask.sum()) for mask in self.pruner.masks.values()))
-            options = {"pages": pages, "device": self.device, "grads_device": place}
-            options |= {name: settings.get(name) for name in ("perbatch", "rounds")}
-            options["blocksize"] = None if blocksize == -1 else blocksize
-            needed = inverse_bytes(max(self.ngrads), d, **options)
-        if settings.get("optim") == "mfac":
-            window = window_bytes(settings["ngrads"], self.total, world_size=self.ranks.size)
-            needed[self.device] = max(needed[self.device], window)
-        if self.ranks.size > 1:  # gradients before they are exchanged
-            needed = {device: 2 * size for device, size in needed.items()}
-        return needed
-
     def check_memory(self, resumed: bool = False) -> None:
-        """Says how much memory the run takes. Raises UserError with advice if it can't fit, or if
-        the state has no space."""
-        free = {where: available_memory(where) for where in (self.device, torch.device("cpu"))}
-
-        def fitting(*choice: int) -> dict[torch.device, int] | None:
-            for place in (self.device, torch.device("cpu")):
-                needed = self.bytes_needed(*choice, place)
-                if all(size <= free[device] for device, size in needed.items()):
-                    return needed
-            return None
-
-        def shown(sizes: dict[torch.device, int]) -> str:
-            return " and ".join(f"{size / 2**30:.2f} GiB on {x}" for x, size in sizes.items())
-
-        blocksize, pages = self.settings.get("blocksize", -1), self.settings.get("pages", 1)
-        needed = fitting(blocksize, pages)
-        if needed is None:
-            others = {f"--pages {n}": (-1, n) for n in (4, 16, 64) if blocksize == -1 and n > pages}
-            others |= {f"--blocksize {b}": (b, 1) for b in (128, 16)}
-            advice = [flag for flag, choice in others.items() if fitting(*choice)]
-            advice.append(f"fewer {self.ngrads_flag}")
-            least = self.bytes_needed(blocksize, pages, "cpu")
-            left = shown({device: free[device] for device in least})
-            raise UserError(f"M-FAC takes {shown(least)}, but free are {left}: use {advice[0]}")
-        saved = tensor_bytes([self.state_of(name) for name in ("model", "pruner", "teacher")])
-        if self.settings.get("optim") == "mfac":
-            saved += window_bytes(self.settings["ngrads"], self.total)
+        """Says how much memory the inverse Fisher takes. Raises UserError if it, or the window of
+        fine-tuning that comes after it, does not fit, or if the state has no space on the disk."""
+        settings, saved = self.settings, 0
+        try:
+            if isinstance(self.pruner, MFACPruner):
+                note(str(self.pruner.memory_plan(max(self.ngrads))))
+            if settings.get("optim") == "mfac":
+                m, d = settings["ngrads"], self.ranks.chunk(self.total)
+                check_memory(m, [d], [self.device], torch.float32, None)
+                saved = window_bytes(m, self.total)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        saved += tensor_bytes([self.state_of(name) for name in ("model", "pruner", "teacher")])
         check_space(self.out, saved if resumed else 2 * saved)
-        if any(needed.values()):
-            note(f"M-FAC takes {shown(needed)}")
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was saved. Raises UserError if it does not fit."""

@@ -148,7 +148,7 @@ def build_parser() -> Parser:
     add("--blocksize", type=BLOCK, help=text)
     text = "with --blocksize: blocks worked on at once; default: as many as suit the device"
     add("--perbatch", type=COUNT, help=text)
-    text = "without --blocksize: work on gradients in this many pages; default: 1"
+    text = "without --blocksize: work on gradients in this many pages; default: as few as fit"
     add("--pages", type=COUNT, help=text)
 
     group = parser.add_argument_group("fine-tuning (step K comes before epoch K x EVERY)")
