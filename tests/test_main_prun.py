@@ -185,7 +185,7 @@ def test_the_published_command(tmp_path):
         for part in (" test ", "top-5 ", "gradients ", "inverse ", "evaluation "):
             assert part in line
     assert len(lines) - 1 - len(figures) == (1 + 9) * 22  # layers
-    assert "GiB on cpu" in errors and errors.count("\n") == 1
+    assert "GB on cpu" in errors and errors.count("\n") == 1
     stem = tmp_path / "runs" / "resnet20-digits-pruned-mfac"
     names = {f"{stem.name}{end}" for end in (".state", ".csv", ".png")}
     names |= {f"{stem.name}-step{step}.pth" for step in range(9)}

@@ -137,6 +137,37 @@ def test_damping_that_cannot_be_resolved_is_refused_with_a_value_that_can():
         fisher.matvec(G[0])  # this one is
 
 
+@pytest.mark.parametrize("form", ["full", "blocks", "large blocks"])
+def test_damping_lowered_far_gives_right_numbers_or_a_true_sentence(form):
+    """Blocks of stored gradients may have been summed in float32, which was enough at first."""
+    G = torch.randn(40, 32) + 3
+
+    def build(damp):
+        return PagedInverseFisher(G, damp) if form == "full" else BlockedInverseFisher(G, b, damp)
+
+    b = {"blocks": 32, "large blocks": 48}.get(form)
+    G = torch.randn(40, b or 96) + 3
+    fisher = build(1e2)
+    fisher.damp = 1e-9
+    exact = torch.linalg.inv(dense_fisher(G, 1e-9))
+    if form == "blocks":
+        with pytest.raises(ValueError, match="damp = 1e-09 is too small for sums of float32"):
+            fisher.diagonal()
+        fisher = build(1e-9)
+    torch.testing.assert_close(fisher.diagonal(), exact.diagonal(), rtol=1e-5, atol=0)
+    fisher.damp = 1e2
+    torch.testing.assert_close(fisher.diagonal(), build(1e2).diagonal(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("damp", [-1.0, 1e-290])
+def test_a_damping_that_is_refused_changes_nothing(damp):
+    fisher = PagedInverseFisher(torch.randn(9).expand(4, 9), 1e-2)
+    before = fisher.diagonal()
+    with pytest.raises(ValueError, match=r"damp"):
+        fisher.damp = damp
+    assert fisher.damp == 1e-2 and torch.equal(fisher.diagonal(), before)
+
+
 def test_the_default_device_of_torch_does_not_matter():
     """As after torch.set_default_device("cuda"), with gradients on the CPU."""
     G, w = torch.randn(12, 60), torch.randn(60)

@@ -423,7 +423,7 @@ def test_an_expanded_buffer_is_left_alone():
 @pytest.mark.parametrize("blocksize", [None, 8, 30])
 def test_damping_may_change_between_levels(blocksize):
     model = network()
-    twin, batches = copy.deepcopy(model), data()
+    twin, batches = copy.deepcopy(model), 2 * data(12)  # so that F is singular but for λ
     pruner = mfac(model, batches, blocksize=blocksize)
     pruner.prune(0.3)
     pruner.damp = 1e-1
@@ -434,9 +434,13 @@ def test_damping_may_change_between_levels(blocksize):
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p == 0, q == 0)
         torch.testing.assert_close(p, q)
-    with pytest.raises(ValueError, match="Invalid damp: -1"):
-        pruner.damp = -1
-    assert pruner.damp == 1e-1
+    for bad, message in ((-1, "Invalid damp: -1"), (1e-280, "damp = 1e-280 is too small")):
+        with pytest.raises(ValueError, match=message):
+            pruner.damp = bad
+        assert pruner.damp == pruner._inverse.damp == 1e-1
+    before = pruner._inverse.diagonal()
+    pruner.damp = 1e-1
+    torch.testing.assert_close(pruner._inverse.diagonal(), before)
 
 
 @pytest.mark.parametrize("blocksize", [None, 8])
