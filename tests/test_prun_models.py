@@ -423,7 +423,7 @@ def test_an_expanded_buffer_is_left_alone():
 @pytest.mark.parametrize("blocksize", [None, 8, 30])
 def test_damping_may_change_between_levels(blocksize):
     model = network()
-    twin, batches = copy.deepcopy(model), 2 * data(12)  # so that F is singular but for λ
+    twin, batches = copy.deepcopy(model), 8 * data(3)  # so that F is singular but for λ
     pruner = mfac(model, batches, blocksize=blocksize)
     pruner.prune(0.3)
     pruner.damp = 1e-1
