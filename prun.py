@@ -47,7 +47,6 @@ from torch import Tensor, nn
 from blocks import (
     EPS,
     RESOLVABLE,
-    STRIP,
     condition,
     fast_type,
     inverse_factor,
@@ -141,7 +140,7 @@ class PagedInverseFisher(StaticInverseFisher):
     def matvec(self, x: Tensor) -> Tensor:
         """F⁻¹x (d,) for x (d,), by (1), in float64: it cancels where x resembles the gradients."""
         x64 = check_vector("x", x, self.shape[0], self.device) * self.kept
-        left = x64 - self._transposed_solve(self._times(x64))
+        left = x64 - self._transposed_solve(self.ranks.sum(self._pages.times(x64)))
         # The refinement squares the error of the solution, but not beyond what float64 allows.
         finest = self._roundings * EPS[torch.float64] / EPS[self.dtype]
         error = max((4 * self._roundings) ** 2, finest)
@@ -159,10 +158,10 @@ class PagedInverseFisher(StaticInverseFisher):
         those that are left. Its other entries have no meaning."""
         removed, kept = torch.where(dropped, w, 0), self.kept & ~dropped
         if self.ranks.sum(dropped.sum() - kept.sum()) <= 0:  # the Gram matrix of fewer columns
-            K, b = self._gram(dropped, removed)
+            K, b = map(self.ranks.sum, self._pages.gram(self.dtype, dropped, removed))
             self._K, self._subtracted = self._K - K, True
         else:
-            b = self._times(removed)
+            b = self.ranks.sum(self._pages.times(removed))
             self._set_gram(kept)
         self.kept, self._diagonal = kept, None
         self._factorise()
@@ -208,36 +207,13 @@ class PagedInverseFisher(StaticInverseFisher):
 
     def _set_gram(self, kept: Tensor) -> None:
         """Sets K of the columns kept, and the size of the numbers that it is computed from."""
-        self._K, self._subtracted = self._gram(kept)[0], False
+        self._K, self._subtracted = self.ranks.sum(self._pages.gram(self.dtype, kept)[0]), False
         self._scale = self._K.diagonal().clone()
 
     @property
     def _shift(self) -> float:
         """mλ"""
         return len(self.G) * self.damp
-
-    # --- passes over G
-
-    def _gram(self, kept: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """GGᵀ (m, m) of these columns, the lower triangle by products in `dtype`, and Gx (m,)."""
-        m = len(self.G)
-        K = torch.zeros(m, m, dtype=torch.float64, device=self.device)
-        Gx = K.new_zeros(m)
-        index = None if bool(kept.all()) else kept.nonzero()[:, 0]
-        x_kept = x if index is None or x is None else x[index]
-        with torch.autocast(self.device.type, enabled=False):
-            for columns, tile in self._pages.tiles(self.dtype, index):
-                for i in range(0, m, STRIP):
-                    stop = i + STRIP
-                    K[i:stop, :stop] += tile[i:stop] @ tile[:stop].T
-                if x_kept is not None:
-                    Gx += tile.double() @ x_kept[columns]
-        return self.ranks.sum(K), self.ranks.sum(Gx)
-
-    def _times(self, x: Tensor) -> Tensor:
-        """Gx (m,) in float64."""
-        tiles = self._pages.tiles(torch.float64)
-        return self.ranks.sum(reduce(torch.add, (tile @ x[columns] for columns, tile in tiles)))
 
     def _transposed_solve(self, b: Tensor) -> Tensor:
         """G_RᵀA⁻¹b (d,) in float64, 0 beside R, with a step of refinement by G itself. In `dtype`
@@ -559,19 +535,14 @@ class MFACPruner(MagnitudePruner):
         """How F⁻¹ of the weights alive is computed from `ngrads` gradients, and the memory that it
         takes, as text: str(plan). Raises ValueError if it does not fit."""
         masks = self.masks if masks is None else masks
-        return make_plan(
-            ngrads or self.ngrads,
-            sum(int(mask.sum()) for mask in masks.values()),
-            blocksize=self.blocksize,
-            perbatch=self.perbatch,
-            pages=self.pages,
-            rounds=1 if self._one_level else self.rounds,
-            grads_dtype=self.grads_dtype,
-            device=self.device,
-            world_size=self._ranks.size,
-            samples=self.batches.samples if self.per_sample else 0,
-            params=sum(mask.numel() for mask in masks.values()),
-        )
+        names = "blocksize", "perbatch", "pages", "grads_dtype", "device"
+        sizes = {name: getattr(self, name) for name in names}
+        sizes["rounds"] = 1 if self._one_level else self.rounds
+        sizes["world_size"] = self._ranks.size
+        sizes["samples"] = self.batches.samples if self.per_sample else 0
+        sizes["params"] = sum(mask.numel() for mask in masks.values())
+        alive = sum(int(mask.sum()) for mask in masks.values())
+        return make_plan(ngrads or self.ngrads, alive, **sizes)
 
     def _invert(self, start: dict[str, Tensor], masks: dict[str, Tensor], number: int) -> None:
         """Inverts F for the weights alive in `masks`, at the weights `start`, from the samples of
