@@ -4,7 +4,6 @@
 gradient a batch and keeps the entries of the weights alive, on one device, without waiting for it.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -17,6 +16,7 @@ from torch.utils.data import SequentialSampler
 
 from checks import check_integer, is_real, kind
 from ranks import Ranks
+from reports import warn
 from samples import Factors, OuterProducts, SampleGradients, add_squares_, batch_size
 
 __all__ = ["Batches", "cross_entropy"]
@@ -112,10 +112,7 @@ class Batches:
             )
         self._used_up = isinstance(self.loader, Iterator)
         if number == 1 and self._repeats:
-            warnings.warn(
-                "The loader does not shuffle, so that each recomputation has the same samples",
-                stacklevel=2,
-            )
+            warn("The loader does not shuffle, so that each recomputation has the same samples")
         seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
         for generator in (torch.default_generator, *self.generators):
             generator.manual_seed(seed)
@@ -340,10 +337,9 @@ class GradientCollector:
             name for name, part in zip(masks, parts, strict=True) if len(part) and not part.any()
         ]
         if without:
-            warnings.warn(
+            warn(
                 f"The gradients of {', '.join(without)} are zero, so that the magnitude alone "
-                "decides which of these weights go",
-                stacklevel=6,
+                "decides which of these weights go"
             )
         return mean_square
 

@@ -7,7 +7,6 @@
 import contextlib
 import copy
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -19,7 +18,7 @@ from torch.nn.utils import prune as torch_prune
 
 from checks import check_choice, kind
 from levels import Wanted, levels_of_groups, matching, split_into_portions
-from reports import Reporter
+from reports import Reporter, warn
 
 __all__ = ["MagnitudePruner", "Pattern", "select_weights"]
 
@@ -96,11 +95,10 @@ def select_weights(
             if name not in suitable | ignored and p.ndim > 1 and p.numel() >= LARGE * total
         ]
         if left_out and chosen:
-            warnings.warn(
+            warn(
                 f"Not pruned: {', '.join(left_out)}. Their layers are of another kind, share the "
                 "weights of an embedding or do not fit the pattern; name them in params to prune "
-                "them, or in ignore to leave them out without this warning",
-                stacklevel=4,
+                "them, or in ignore to leave them out without this warning"
             )
     if not chosen:
         advice = "name them in params"

@@ -542,19 +542,19 @@ class MFACPruner(MagnitudePruner):
         sizes["samples"] = self.batches.samples if self.per_sample else 0
         sizes["params"] = sum(mask.numel() for mask in masks.values())
         alive = sum(int(mask.sum()) for mask in masks.values())
+        if alive == 0:
+            raise ValueError("All weights are pruned; there is no Fisher matrix to invert")
         return make_plan(ngrads or self.ngrads, alive, **sizes)
 
     def _invert(self, start: dict[str, Tensor], masks: dict[str, Tensor], number: int) -> None:
         """Inverts F for the weights alive in `masks`, at the weights `start`, from the samples of
         recomputation `number`."""
-        self._inverse = None  # not two sets of gradients at once
-        self._weights_alive = alive = WeightsAlive(masks, self.device)
-        d, ranks = len(alive.index), self._ranks
-        if d == 0:
-            raise ValueError("All weights are pruned; there is no Fisher matrix to invert")
+        self._inverse, ranks = None, self._ranks  # not two sets of gradients at once
         with ranks.agreed():
             plan = self.memory_plan(masks=masks)
         self._report.say(str(plan))
+        self._weights_alive = alive = WeightsAlive(masks, self.device)
+        d = len(alive.index)
         form = plan.form
         blocks: dict[str, Any] = {"device": self.device, "perbatch": self.perbatch}
         with (

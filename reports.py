@@ -5,12 +5,25 @@ import logging
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 LOGGER = logging.getLogger("prun")
+
+
+# Modules of the pruner, and of torch.no_grad.
+INSIDE = {"blocks", "gradients", "masks", "memory", "prun", "reports", "samples", "_contextlib"}
+
+
+def warn(message: str) -> None:
+    """A warning at the line of the user's that called the pruner."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").rpartition(".")[2] in INSIDE:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import gradients
@@ -441,6 +442,17 @@ def test_damping_may_change_between_levels(blocksize):
     before = pruner._inverse.diagonal()
     pruner.damp = 1e-1
     torch.testing.assert_close(pruner._inverse.diagonal(), before)
+
+
+def test_warnings_are_at_the_line_that_called_the_pruner():
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 4), nn.Linear(8, 4))
+    batches = [(x.abs().long().clamp(max=8)[:, 0], y) for x, y in data()]
+    loader = DataLoader(batches, batch_size=None)  # which does not shuffle
+    with pytest.warns(UserWarning) as found:
+        pruner = mfac(model, loader, loss=lambda m, b: cross_entropy(m[:2], b), blocksize=4)
+        pruner.prune(0.2)
+        pruner.recompute()
+    assert len(found) == 4 and {warning.filename for warning in found} == {__file__}
 
 
 @pytest.mark.parametrize("blocksize", [None, 8])
