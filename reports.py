@@ -1,5 +1,4 @@
-"""What a pruner says while it works, in a line on a terminal, by the logger "prun" otherwise; and
-how long it takes."""
+"""Progress of a pruner: a line on a terminal, otherwise the logger "prun"; warnings; times."""
 
 import logging
 import shutil
@@ -19,7 +18,7 @@ INSIDE = {"blocks", "gradients", "masks", "memory", "prun", "reports", "samples"
 
 
 def warn(message: str) -> None:
-    """A warning at the line of the user's that called the pruner."""
+    """Warns at the line that called the pruner."""
     level, frame = 1, sys._getframe()
     while frame.f_back and frame.f_globals.get("__name__", "").rpartition(".")[2] in INSIDE:
         level, frame = level + 1, frame.f_back
@@ -38,11 +37,11 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Reporter:
-    """Says what goes on: on a terminal in a line of stderr that changes, otherwise at level INFO of
-    the logger "prun". `LOGGER.setLevel("ERROR")` silences both.
+    """Shows progress: on a terminal in one line of stderr, otherwise at level INFO of the logger
+    "prun". `LOGGER.setLevel("ERROR")` silences both.
 
     Args:
-        speaks: whether it says anything, as in the first of several processes.
+        speaks: whether it shows anything, as in the first of several processes.
         prefix: before each message.
     """
 
@@ -50,11 +49,11 @@ class Reporter:
     prefix: str = ""
 
     def within(self, part: str) -> "Reporter":
-        """For a part of the work."""
+        """A reporter for a part of the work."""
         return replace(self, prefix=f"{self.prefix}{part}: ")
 
     def say(self, text: str) -> None:
-        """What begins, or what was found."""
+        """Shows what begins, or a result."""
         if not self.speaks:
             return
         if self._on_terminal():
@@ -64,7 +63,7 @@ class Reporter:
             LOGGER.info("%s%s", self.prefix, text)
 
     def counted(self, things: Iterable[Any], title: str, total: int | None) -> Iterator[Any]:
-        """The things, while a terminal shows how many of them have come, of a total if known."""
+        """Yields the things. A terminal shows their number, and the time left if `total` is known."""
         self.say(title if total is None else f"{title} of {total:,}")
         began = shown = time.perf_counter()
         for number, thing in enumerate(things):
@@ -78,7 +77,7 @@ class Reporter:
             yield thing
 
     def clear(self) -> None:
-        """Takes the line away."""
+        """Removes the line."""
         if self.speaks and self._on_terminal():
             print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
 
