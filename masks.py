@@ -127,7 +127,7 @@ class Pattern:
 
     @staticmethod
     def parse(pattern: str) -> "Pattern":
-        """From "unstructured", "N:M" (at most N nonzeros in M) or "Bx1" (all B are zero or none)."""
+        """From "unstructured", "N:M" (at most N nonzeros in M) or "Bx1" (B zeros or none)."""
         name = str(pattern)
         sizes = [int(n) for n in re.findall(r"\d+", name)]
         if name == "unstructured":

@@ -1,4 +1,4 @@
-"""The memory of the static inverse Fisher: what it takes, and where its gradients are kept."""
+"""Memory of the static inverse Fisher: how much it takes, and where gradients are stored."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from costs import available_memory
 __all__ = ["inverse_bytes"]
 
 FILE = "file"  # in place of a device, for gradients in a temporary file
-MOST_PAGES = 1024  # that are chosen without being asked for
+MOST_PAGES = 1024  # of those that are chosen automatically
 ROWS = 16  # gradients that a process collects before they are stored
 
 
@@ -33,7 +33,7 @@ class Form:
 
     @staticmethod
     def of(m: int, d: int, blocksize: int | None, world_size: int = 1) -> "Form":
-        """A full F of at most m weights is one block, which several processes cannot share."""
+        """A full F of at most m weights is one block, unless several processes share it."""
         b = min(blocksize or d, d)
         paged = b == d and (d > m or world_size > 1)
         stored = paged or b > m
@@ -58,17 +58,17 @@ def inverse_bytes(
     samples: int = 0,
     params: int | None = None,
 ) -> dict[torch.device, int]:
-    """Bytes that `MFACPruner` takes for `dim` weights alive, in main memory and on `device`.
+    """The most bytes that `MFACPruner` takes for `dim` weights alive, by device.
 
-    The model and a backward pass come on top. The factors are for the most that a recomputation
-    and the prunings after it hold at any time: gradients, matrices, vectors, and tiles.
+    They are for gradients, matrices, vectors and tiles of a recomputation and the prunings after
+    it. The model and a backward pass come on top.
 
     Args:
-        grads_device: where gradients are stored, if they have to be: a device, or "file" for a
-            temporary file, which is not counted. None: on `device`.
+        grads_device: for stored gradients: a device, or "file" for a temporary file, which is not
+            counted. None: on `device`.
         world_size: processes that share the work. The bytes are those of one of them.
-        samples: of a batch, with `per_sample`.
-        params: the weights in the gradient of a sample, pruned ones too; `dim` if None.
+        samples: in a batch, with `per_sample`.
+        params: weights in the gradient of a sample, pruned ones too; `dim` if None.
 
     Example:
         >>> main = torch.device("cpu")
@@ -128,7 +128,7 @@ def check_sizes(
 
 @dataclass(frozen=True)
 class Plan:
-    """A way to compute F⁻¹ for which there is enough memory."""
+    """A way to compute F⁻¹ with the memory that is free."""
 
     form: Form
     place: torch.device | str  # of stored gradients: a device, or FILE
@@ -143,7 +143,7 @@ class Plan:
         return text + (f", {self.pages} pages" if self.pages > 1 else "")
 
     def store(self, parts: Iterable[Tensor], ngrads: int, like: Tensor) -> Tensor:
-        """G (m, columns) of `parts` (n, columns), in the type of `like`, where the plan says."""
+        """Stores `parts` (n, columns) of G in the planned place. Returns G (m, columns)."""
         shape = ngrads, self.form.columns
         if self.place == FILE:
             G = empty_file(*shape, like.dtype)
@@ -166,9 +166,9 @@ def make_plan(
     grads_dtype: torch.dtype = torch.float32,
     **sizes: Any,
 ) -> Plan:
-    """The first way that fits: gradients on `device`, in main memory or in a file, in as few pages
-    as possible if `pages` is None. `sizes` are the others of `inverse_bytes`. Raises ValueError if
-    none fits."""
+    """The first way that fits in memory: gradients on `device`, in main memory, or in a file; with
+    as few pages as possible if `pages` is None. `sizes` are other arguments of `inverse_bytes`.
+    Raises ValueError if no way fits."""
     form = Form.of(ngrads, dim, sizes.get("blocksize"), sizes.get("world_size", 1))
     main = torch.device("cpu")
     free = {where: available_memory(where) for where in dict.fromkeys([device, main])}
@@ -210,7 +210,7 @@ def page_counts(columns: int) -> Iterator[int]:
 
 
 def fewest_pages(G: Tensor, device: torch.device) -> int:
-    """As few pages as fit on the device where G is not; 1 where it is."""
+    """The smallest number of pages that fit on a device; 1 if G is there already."""
     if G.device == device or device.type == "cpu":
         return 1
     free, counts = available_memory(device), list(page_counts(G.shape[1]))
@@ -229,15 +229,17 @@ def in_gigabytes(sizes: dict[torch.device, int]) -> str:
 
 
 def free_in_folder() -> int:
-    """Bytes that this process may write to the folder for temporary files, as for main memory."""
+    """Bytes that this process may write to the folder for temporary files (TMPDIR). The processes
+    on this machine share them."""
     free = shutil.disk_usage(tempfile.gettempdir()).free
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def empty_file(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """A matrix in a file that has no name any more: it is gone with the tensor."""
+    """A matrix in a file without a name, which the system deletes with the tensor."""
     numbers = rows * columns
     with tempfile.NamedTemporaryFile(prefix="mfac-") as file:
-        os.posix_fallocate(file.fileno(), 0, numbers * dtype.itemsize)  # or else a full disk kills
+        if hasattr(os, "posix_fallocate"):  # a disk that is full later would kill the process
+            os.posix_fallocate(file.fileno(), 0, numbers * dtype.itemsize)
         mapped = torch.from_file(file.name, shared=True, size=numbers, dtype=dtype, device="cpu")
     return mapped.view(rows, columns)

@@ -27,7 +27,7 @@ def warn(message: str) -> None:
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the time in here to seconds[name]."""
+    """Adds the time of the block to seconds[name]."""
     began = time.perf_counter()
     try:
         yield
@@ -63,7 +63,7 @@ class Reporter:
             LOGGER.info("%s%s", self.prefix, text)
 
     def counted(self, things: Iterable[Any], title: str, total: int | None) -> Iterator[Any]:
-        """Yields the things. A terminal shows their number, and the time left if `total` is known."""
+        """Yields the things. A terminal shows their number, and time left if `total` is known."""
         self.say(title if total is None else f"{title} of {total:,}")
         began = shown = time.perf_counter()
         for number, thing in enumerate(things):

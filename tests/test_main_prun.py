@@ -866,7 +866,7 @@ BAD_FLAGS = [
     ),
     ("--cubic -1 0.9 3", "from 0"),
     ("--sparsities 0.999 --adjust_sparsities --ngrads 8", "can be pruned"),
-    ("--tests 9", "--tests 9 is no step: they go from 0 to 8"),
+    ("--tests 9", "--tests 9 is no step: steps are 0 to 8"),
     ("--recomps 0 4 --sparsities 0.1 0.2", "--recomps 4 is no step"),
     ("--recomps -1", "--recomps: -1 is not"),
     *(

@@ -744,7 +744,7 @@ def test_an_iterator_is_good_for_one_recomputation():
     pruner = mfac(network(), (samples(4)[:] for _ in range(20)))
     pruner.prune(0.3)
     pruner.prune(0.5)
-    with pytest.raises(ValueError, match="is an iterator, which yields its batches once only"):
+    with pytest.raises(ValueError, match="is an iterator, which yields its batches only once"):
         pruner.recompute()
     assert zeros(pruner) == 448
 
