@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
 from checks import check_integer, is_real, kind
-from memory import Form
 from ranks import Ranks
 from reports import warn
 from samples import Factors, OuterProducts, SampleGradients, add_squares_, batch_size
@@ -230,12 +229,14 @@ class GradientCollector:
         self.squares = torch.zeros(len(alive), dtype=torch.float64, device=like.device)
         self.sums: list[tuple[int, Tensor]] = []  # of batches that have not been checked yet
 
-    def rows(self, batches: Iterable[Any], form: Form) -> Iterator[Tensor]:
+    def rows(self, batches: Iterable[Any], at_once: int, columns: int) -> Iterator[Tensor]:
         """Yields the gradients (n, columns) of all ranks for this rank's columns, about `at_once`
         of each rank at a time. Their memory is reused for the next ones."""
-        return self._rows(enumerate(batches), self.count, form)
+        return self._rows(enumerate(batches), self.count, at_once, columns)
 
-    def rows_to_sum(self, batches: Iterable[Any], form: Form) -> Iterator[Tensor | OuterProducts]:
+    def rows_to_sum(
+        self, batches: Iterable[Any], at_once: int, columns: int
+    ) -> Iterator[Tensor | OuterProducts]:
         """The same for `sum_gradients`: in factors if they are of samples and linear layers."""
         source: Iterator[tuple[int, Any]] = enumerate(batches)
         found: list[list[Factors]] = []
@@ -248,7 +249,7 @@ class GradientCollector:
             found.append(factors)
             self._note(number, torch.stack([f.sum().double() for pair in factors for f in pair]))
             count, waiting = count - len(factors[0][0]), waiting + len(factors[0][0])
-            if count == 0 or waiting >= form.at_once:
+            if count == 0 or waiting >= at_once:
                 yield OuterProducts(found, self.alive, self.like, self.squares)
                 found, waiting = [], 0
             if count == 0:
@@ -256,19 +257,21 @@ class GradientCollector:
         self._check()
         if found:
             yield OuterProducts(found, self.alive, self.like, self.squares)
-        yield from self._rows(source, count, form)
+        yield from self._rows(source, count, at_once, columns)
 
-    def _rows(self, source: Iterator[tuple[int, Any]], left: int, form: Form) -> Iterator[Tensor]:
+    def _rows(
+        self, source: Iterator[tuple[int, Any]], left: int, at_once: int, columns: int
+    ) -> Iterator[Tensor]:
         rank, size = self.ranks.rank, self.ranks.size
         own = (numbered for numbered in source if numbered[0] % size == rank)
-        buffer = self.like.new_empty(form.at_once if self.samples is None else 0, len(self.alive))
+        buffer = self.like.new_empty(at_once if self.samples is None else 0, len(self.alive))
         while left:
             if self.samples is None:
                 counts, rows = self._rows_of_batches(own, left, buffer)
             else:
-                counts, rows = self._rows_of_samples(self.samples, own, left, form.at_once)
+                counts, rows = self._rows_of_samples(self.samples, own, left, at_once)
             left -= sum(counts)
-            yield self.ranks.exchange(rows, counts, form.columns)
+            yield self.ranks.exchange(rows, counts, columns)
         self.squares = self.ranks.sum(self.squares)
 
     def _rows_of_batches(

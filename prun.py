@@ -556,7 +556,7 @@ class MFACPruner(MagnitudePruner):
     def _invert(self, start: dict[str, Tensor], masks: dict[str, Tensor], number: int) -> None:
         """Inverts F for the weights alive in `masks`, at the weights `start`, from the samples of
         recomputation `number`."""
-        self._inverse = None  # which has gradients, too
+        self._inverse = None  # and with it the gradients of the last recomputation
         m, ranks = self.ngrads, self._ranks
         with ranks.agreed():
             plan = self.memory_plan(masks=masks)
@@ -574,11 +574,11 @@ class MFACPruner(MagnitudePruner):
                 self.model, self.loss, params, alive.index, m, like, ranks, self.per_sample
             )
             drawn, total = self.batches.draw(number, ranks), None if self.per_sample else m
-            shown = self._report.counted(drawn, "gradients", total)
+            parts = self._report.counted(drawn, "gradients", total), form.at_once, form.columns
             if form.stored:
-                G = plan.store(collector.rows(shown, form), m, like)
+                G = plan.store(collector.rows(*parts), m, like)
             else:
-                inverse: Any = BlockedInverseFisher(collector.rows_to_sum(shown, form), b, **blocks)
+                inverse: Any = BlockedInverseFisher(collector.rows_to_sum(*parts), b, **blocks)
         self._mean_square = collector.mean_square(masks)
         damp = self._absolute_damp(self._damp_parts)
         self._report.say(f"inverse Fisher of {d:,} weights")

@@ -406,7 +406,7 @@ def test_a_dtensor_is_a_sentence():
     try:
         mesh, model = init_device_mesh("cpu", (1,)), nn.Linear(4, 4)
         model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(0)]))
-        with pytest.raises(ValueError, match="weight is a DTensor, as of FSDP2"):
+        with pytest.raises(ValueError, match="weight is a DTensor, as in FSDP2"):
             mfac(model)
     finally:
         dist.destroy_process_group()
