@@ -32,13 +32,13 @@ On CUDA everything stays on the device, so that a step can be captured in a CUDA
 """
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from checks import is_number, require
 from ranks import Ranks, local
 
 if TYPE_CHECKING:
@@ -70,14 +70,10 @@ class Control:
     def __init__(
         self, warmup: bool = False, max_step: float | None = None, max_norm: float | None = None
     ):
-        if not isinstance(warmup, bool):
-            raise ValueError(f"Invalid warmup: {warmup!r}; it must be True or False")
+        require(isinstance(warmup, bool), "warmup", warmup, "True or False")
         for name, value in (("max_step", max_step), ("max_norm", max_norm)):
-            real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            if value is not None and not (real and 0.0 < value < math.inf):
-                raise ValueError(
-                    f"Invalid {name}: {value!r}; it must be a number above 0, or None for no bound"
-                )
+            holds = value is None or (is_number(value) and 0.0 < value < math.inf)
+            require(holds, name, value, "a number above 0, or None for no bound")
         self.warmup, self.max_step, self.max_norm = warmup, max_step, max_norm
 
     def attach(self, fisher: "DynamicInverseFisher") -> None:

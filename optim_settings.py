@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import models
+from checks import damp_parts
 from fallback import SETTINGS
 from main_common import (
     COUNT,
@@ -59,6 +60,15 @@ DROP_BY = 0.1
 CHANGEABLE = {"epochs", "lr", "fallback_lr", "damp", "drop_at", "drop_by"}  # when a run goes on
 CHANGEABLE |= {"graph", "workers", "save_every", "state_every", "light_state"}
 PAPER_EPOCHS = {"resnet": 164, "wideresnet": 200, "mobilenet": 100}  # by the start of the name
+
+
+def damping(text: str) -> float | str:
+    """An argparse type: λ, or "relative:f" as it is."""
+    try:
+        damp_parts(text)
+    except ValueError:
+        return POSITIVE(text)
+    return text
 
 
 def default(name: str) -> str:
@@ -114,8 +124,9 @@ def build_parser() -> Parser:
     )
     text += "next one; 0.01 takes 2%% of the memory; default: keep all"
     add("--compress", type=FACTOR, metavar="FRACTION", help=text)
-    text = f"mfac: damping of the Fisher matrix; {default('damp')}, {compressed}"
-    add("--damp", type=POSITIVE, help=text)
+    text = "mfac: damping of the Fisher matrix, or relative:0.1, this part of the mean squared "
+    text += f"gradient, found again once a round of --ngrads steps; {default('damp')}, {compressed}"
+    add("--damp", type=damping, help=text)
 
     add = parser.add_argument_group("control of the step").add_argument
     text = "mfac: while the window has n < ngrads gradients, scale steps by n/ngrads" + off
@@ -194,8 +205,11 @@ def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
     """All settings of a new run, where `given` are those of the command line. Raises UserError."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = {**COMMON, "device": device, **given}
+    relative = isinstance(settings.get("damp"), str)  # which a graph cannot find again
     if settings["device"].startswith("cuda"):
-        settings = {"graph": "yes", **settings}
+        settings = {"graph": "no" if relative else "yes", **settings}
+        if relative and settings["graph"] == "yes":
+            raise UserError("--damp relative goes with --graph no: a graph keeps its damping")
     elif settings.get("graph") == "yes":
         raise UserError(f"--graph yes is for CUDA only, and --device is {settings['device']}")
     optim, schedule = settings["optim"], settings["schedule"]

@@ -135,7 +135,7 @@ def assert_close(x, y, tolerance=1e-5):
 def steps(folder):
     """Twenty steps are those of one process with three shards, for every way to train."""
     for kind in KINDS:
-        for extra in ({}, {"sparse": True}, {"window_dtype": torch.bfloat16}):
+        for extra in ({"damp": "relative"}, {"sparse": True}, {"window_dtype": torch.bfloat16}):
             model, alone = network(), network()
             net = parallel(model, kind)
             options = {**OPTIONS, **extra}

@@ -723,6 +723,7 @@ BAD_FLAGS = [
     *((f"--ema {value}", "from 0 and below 1") for value in ("-0.1", "1", "nan", "x")),
     *((f"--{flag} {10**30}", "2^31") for flag in ("epochs", "batchsize", "ngrads", "drop_at")),
     *((f"--{flag} 1e400", f"--{flag}: 1e400 is not") for flag in ("lr", "damp", "weightdecay")),
+    ("--damp relative:x", "--damp: relative:x is not a number above 0"),
     ("--seed x", "--seed: x is not"),
     ("--ngrads 1e3", "--ngrads: 1e3 is not"),
     *((f"--{flag} yes", "yes") for flag in ("amp", "resume", "overwrite")),
