@@ -438,16 +438,16 @@ class MFACPruner(MagnitudePruner):
 
     @damp.setter
     def damp(self, damp: float | str) -> None:
-        parts, inverse = damp_parts(damp), self._inverse
-        if inverse is not None:
+        constant, fraction = damp_parts(damp)
+        if (inverse := self._inverse) is not None:
             before = inverse.damp
             try:
-                inverse.damp = self._absolute_damp(parts)
+                inverse.damp = constant + fraction * self._mean_square
                 inverse.diagonal()  # blocks find out here whether λ is too small
             except ValueError:
                 inverse.damp = before
                 raise
-        self._damp, self._damp_parts = damp, parts
+        self._damp, self._damp_parts = damp, (constant, fraction)
 
     @torch.no_grad()
     def recompute(self) -> None:
@@ -534,10 +534,14 @@ class MFACPruner(MagnitudePruner):
     def memory_plan(
         self, ngrads: int | None = None, masks: Mapping[str, Tensor] | None = None
     ) -> Plan:
-        """How F⁻¹ of the weights alive is computed from `ngrads` gradients. str(plan) is the memory
-        that it takes. Raises ValueError if it does not fit."""
-        flat = [mask.flatten() for mask in (self.masks if masks is None else masks).values()]
-        if (alive := sum(int(mask.sum()) for mask in flat)) == 0:
+        """How F⁻¹ of the weights alive in the largest portion is computed from `ngrads` gradients.
+        str(plan) is its memory. Raises ValueError if it does not fit."""
+        of_portions = [[(masks or self.masks)[name] for name in names] for names in self.portions]
+        alive, params = max(
+            (sum(int(mask.sum()) for mask in portion), sum(mask.numel() for mask in portion))
+            for portion in of_portions
+        )
+        if alive == 0:
             raise ValueError("All weights are pruned; there is no Fisher matrix to invert")
         return make_plan(
             ngrads or self.ngrads,
@@ -545,12 +549,12 @@ class MFACPruner(MagnitudePruner):
             blocksize=self.blocksize,
             perbatch=self.perbatch,
             pages=self.pages,
-            rounds=1 if self._one_level else self.rounds,
+            rounds=1 if self._one_level or len(self.portions) > 1 else self.rounds,
             grads_dtype=self.grads_dtype,
             device=self.device,
             world_size=self._ranks.size,
             samples=self.batches.samples if self.per_sample else 0,
-            params=sum(map(len, flat)),
+            params=params,
         )
 
     def _invert(self, start: dict[str, Tensor], masks: dict[str, Tensor], number: int) -> None:
@@ -580,7 +584,8 @@ class MFACPruner(MagnitudePruner):
             else:
                 inverse: Any = BlockedInverseFisher(collector.rows_to_sum(*parts), b, **blocks)
         self._mean_square = collector.mean_square(masks)
-        damp = self._absolute_damp(self._damp_parts)
+        constant, fraction = self._damp_parts
+        damp = constant + fraction * self._mean_square
         self._report.say(f"inverse Fisher of {d:,} weights")
         with timed(self.seconds, "inverse"), ranks.agreed():
             if form.paged:
@@ -593,8 +598,3 @@ class MFACPruner(MagnitudePruner):
                 inverse.damp = damp
             inverse.diagonal()
         self._inverse = inverse if ranks.size == 1 else SharedInverseFisher(inverse, ranks, d)
-
-    def _absolute_damp(self, parts: tuple[float, float]) -> float:
-        """λ, from the parts that `damp_parts` gives."""
-        constant, fraction = parts
-        return constant + fraction * self._mean_square if fraction else constant

@@ -1306,6 +1306,7 @@ def test_memory_is_asked_for_before_any_gradient(monkeypatch):
         pruner.prune(0.5)
     assert not batches and zeros(pruner) == 0
     pruner = mfac(network(), portions=3, loss=recording(batches))
+    assert pruner.memory_plan().needed[cpu] < needed
     pruner.prune(0.5)
     assert len(batches) == 60 and zeros(pruner) == 448
 
