@@ -86,9 +86,7 @@ def build_parser() -> Parser:
     )
     add = parser.add_argument_group("model and data").add_argument
     on, off = {"action": "store_true", "default": None}, "; default: off"
-    text = (
-        f"default: resnet20; others: {', '.join(models.MODELS)}; or module:function, which makes "
-    )
+    text = f"default: resnet20; all: {', '.join(models.MODELS)}; or module:function, which makes "
     text += "your own model from the number of classes"
     add("--model", type=model_name, metavar="MODEL", help=text)
     add("--dataset", help="a folder, or 'digits', the default: handwritten digits, embedded")
