@@ -150,9 +150,9 @@ class DenseBlocks:
         right = (self.sums / self.m) @ (w * dropped)[:, :, None] * ~dropped[:, :, None]
         return torch.cholesky_solve(right, L)[:, :, 0]
 
-    def for_removal(self, damp: float, once: bool) -> "RemovableDenseBlocks":
+    def for_removal(self, damp: float, in_place: bool) -> "RemovableDenseBlocks":
         inverse_L = self.resolved_factor(damp)
-        place = self.sums if once else torch.empty_like(self.sums)
+        place = self.sums if in_place else torch.empty_like(self.sums)
         return RemovableDenseBlocks(torch.bmm(inverse_L.mT, inverse_L, out=place))
 
 
@@ -235,7 +235,7 @@ class LowRankBlocks:
         b = G @ (w * dropped)[:, :, None]
         return (G_R.mT @ (inverse_L.mT @ (inverse_L @ b)))[:, :, 0]
 
-    def for_removal(self, damp: float, once: bool) -> "LowRankBlocks":
+    def for_removal(self, damp: float, in_place: bool) -> "LowRankBlocks":
         return copy.copy(self)
 
     def remove_(self, damp: float, dropped: Tensor, w: Tensor) -> Tensor:
