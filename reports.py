@@ -13,8 +13,18 @@ from typing import Any
 LOGGER = logging.getLogger("prun")
 
 
-# Modules of the pruner, and of torch.no_grad.
-INSIDE = {"blocks", "gradients", "masks", "memory", "prun", "reports", "samples", "_contextlib"}
+# Modules of the pruner; the last is that of torch.no_grad.
+INSIDE = [
+    "blocks",
+    "gradients",
+    "masks",
+    "memory",
+    "prun",
+    "reports",
+    "rows",
+    "samples",
+    "_contextlib",
+]
 
 
 def warn(message: str) -> None:
