@@ -60,14 +60,17 @@ def check_damp(damp: Any, least: float = 1e-30, largest: float = 1e30) -> float:
     return float(damp)
 
 
-def damp_parts(damp: Any) -> tuple[float, float]:
+def damp_parts(damp: Any, least: float = WIDE[0], largest: float = WIDE[1]) -> tuple[float, float]:
     """(λ, fraction of the mean squared gradient); one of them is 0. "relative:0.03" stands for the
-    fraction 0.03, "relative" for 0.1."""
+    fraction 0.03, "relative" for 0.1. The others are the limits of λ."""
     number = r"\d*\.?\d+(?:[eE][-+]?\d+)?"
     relative = isinstance(damp, str) and re.fullmatch(f"relative(?::({number}))?", damp)
-    return (
-        (0.0, check_damp(float(relative[1] or 0.1))) if relative else (check_damp(damp, *WIDE), 0.0)
-    )
+    if relative:
+        return 0.0, check_damp(float(relative[1] or 0.1))
+    holds = is_number(damp) and least <= damp <= largest
+    wanted = f"a number from {least:g} to {largest:g}, such as 1e-5, or 'relative:0.1'"
+    require(holds, "damp", damp, wanted)
+    return float(damp), 0.0
 
 
 def check_integer(name: str, value: Any, least: int = 1, largest: int | None = None) -> int:

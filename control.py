@@ -84,7 +84,7 @@ class Control:
         """Scales u, or a part of it, after its gradient has entered the window."""
         factors = []
         if self.warmup:
-            factors.append(fisher.counter / float(fisher.num_grads))
+            factors.append(fisher.counter.double() / fisher.num_grads)
         if self.max_step is not None:
             factors.append((self.max_step / (fisher.norms[0] * lr**2)).sqrt())
         if self.max_norm is not None:
@@ -141,8 +141,9 @@ def layerwise(
     """
     wide = torch.promote_types(params[0].dtype, torch.float32)
     weights = torch._foreach_norm([local(p).detach() for p in params], dtype=wide)
-    norms = torch.stack([torch.stack(torch._foreach_norm(parts)), torch.stack(weights).to(v)])
+    lengths = torch._foreach_norm(parts, dtype=torch.float64)  # float32 would overflow
+    norms = torch.stack([torch.stack(lengths), torch.stack(weights).to(v.device, torch.float64)])
     if ranks is not None:
         norms = ranks.sum(norms.square()).sqrt()
-    ratios = (norms[1].clamp(min=FLOOR) / norms[0]).where(norms[0] > 0, 0)
+    ratios = (norms[1].clamp(min=FLOOR) / norms[0]).where(norms[0] > 0, 0).to(v.dtype)
     return v * ratios.repeat_interleave(sizes, output_size=len(v))

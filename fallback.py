@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import AdamW, adamw
 from torch.optim.sgd import SGD, sgd
 
-from checks import check_choice, check_dense, require
+from checks import check_choice, check_dense, is_number, require
 from ranks import local, placed_as
 
 __all__ = ["SETTINGS", "Fallback", "mfac_groups"]
@@ -38,7 +38,7 @@ def mfac_groups(
     algorithm: str = "adamw",
     *,
     head: nn.Module | None = None,
-    others: Iterable[nn.Module | Tensor] = (),
+    others: nn.Module | Tensor | Iterable[nn.Module | Tensor] = (),
     **settings: Any,
 ) -> list[dict[str, Any]]:
     """Two groups for `MFAC`: the matrices in the middle of the net, and all else for `algorithm`.
@@ -66,7 +66,12 @@ def mfac_groups(
         >>> optimizer = MFAC(groups, lr=3e-3, ngrads=8)
     """
     check_choice("algorithm", algorithm, list(SETTINGS))
-    modules, others = list(model.modules()), list(others)
+    others = [others] if isinstance(others, (nn.Module, Tensor)) else list(others)
+    for x in others:
+        require(isinstance(x, (nn.Module, Tensor)), "others", x, "a module or a parameter")
+    unknown = sorted(settings.keys() - SETTINGS[algorithm].keys() - {"maximize"})
+    require(not unknown, "settings", unknown, f"among {[*SETTINGS[algorithm], 'maximize']}")
+    modules = list(model.modules())
     last = [module for module in modules if isinstance(module, nn.Linear)][-1:]
     outside: list[nn.Module] = [module for module in modules if isinstance(module, OUTSIDE)]
     outside += [module for module in others if isinstance(module, nn.Module)]
@@ -156,9 +161,10 @@ def strip(group: dict[str, Any], defaults: dict[str, Any]) -> None:
     for name in _foreign(group["algorithm"], defaults):
         group.pop(name, None)
     betas, eps = group.get("betas", (0.0, 0.0)), group.get("eps", 0.0)
-    two = len(betas) == 2 and all(0.0 <= beta < 1.0 for beta in betas)
+    two = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(map(is_number, betas))
+    two = two and all(0.0 <= beta < 1.0 for beta in betas)
     require(two, "betas", betas, "two numbers in [0, 1)")
-    require(0.0 <= eps, "eps", eps, "at least 0")
+    require(is_number(eps) and 0.0 <= eps, "eps", eps, "a number of at least 0")
     useless = group.get("nesterov") and not group["momentum"]
     require(not useless, "nesterov", True, "False without momentum")
 
@@ -172,6 +178,8 @@ def prepare(group: dict[str, Any], p: Tensor, state: dict[Any, Any]) -> dict[str
             entries[name] = torch.zeros((), dtype=torch.float32, device=device)
         elif name not in entries:
             entries[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        elif name != "step":  # the model may have been cast or moved
+            entries[name] = entries[name].to(p.device, p.dtype)
     return entries
 
 

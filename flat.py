@@ -74,6 +74,10 @@ class Segment:
         if [g.shape for g in grads] != self._present(self.shapes):
             self._refuse(grads)
         check_dense(grads)
+        if any(g.dtype != self.dtype for g in grads):  # `grad_dtype`: into the vector as they are
+            self.numbers.zero_()
+            torch._foreach_copy_(self._present(self.parts(self.numbers)), grads)
+            return True
         torch._foreach_copy_(self._present(self.views), grads)
         if self.staging is not self.numbers:
             self.numbers.copy_(self.staging)
@@ -105,19 +109,25 @@ class Segment:
     def normalized(self, v: Tensor, ranks: Ranks) -> Tensor:
         """`layerwise` of this segment's part v of a vector."""
         shared = sharded_dim(self.params[0]) is not None
-        parts = views(v, self.params)
+        parts = self.parts(v)
         return layerwise(v, self.params, parts, self.sizes, ranks if shared else None)
 
     def average(self, v: Tensor, u: Tensor, weight: float | Tensor) -> Tensor:
         """v ← v + weight·(u − v) where there is a gradient. v and u are vectors (d,); returns this
         segment's part of v."""
         v, u = v[self.span], u[self.span]
-        parts = views(v, self.params) if self.lacking else []
+        parts = self.parts(v) if self.lacking else []
         kept = {i: parts[i].clone() for i in self.lacking}
         v.lerp_(u, weight)
         for i, before in kept.items():
             parts[i].copy_(before)
         return v
+
+    def parts(self, v: Tensor) -> list[Tensor]:
+        """The pieces of this segment's part v of a vector, in the memory order of `views`, which
+        stays as it is if that of a parameter changes."""
+        start = v.storage_offset() - self.staging.storage_offset()
+        return [v.as_strided(x.shape, x.stride(), start + x.storage_offset()) for x in self.views]
 
     def moved(self) -> bool:
         """Whether the parameters have another type or device by now."""

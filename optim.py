@@ -375,13 +375,13 @@ class MFAC(GroupedOptimizer):
             "dtype": checks.checked_dtype("window_dtype", window_dtype, compress),
             "compress": compress,
         }
-        shared = dict(ngrads=ngrads, damp=damp, window_dtype=window_dtype, compress=compress)
+        shared: dict[str, Any] = dict(ngrads=ngrads, damp=damp, window_dtype=window_dtype)
+        shared |= dict(compress=compress, on_nonfinite=on_nonfinite, warmup=warmup, gpus=gpus)
+        shared |= dict(max_step=max_step, max_norm=max_norm, moddev=moddev, optdev=optdev)
         defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         defaults |= {"sparse": sparse, "maximize": maximize, "normalize": normalize}
         defaults |= {"decoupled_weight_decay": decoupled_weight_decay, "algorithm": "mfac"}
-        super().__init__(
-            params, defaults, shared | {"on_nonfinite": on_nonfinite}, process_group or None
-        )
+        super().__init__(params, defaults, shared, process_group or None)
 
     @torch.compiler.disable(reason="MFAC.step is few launches already; it is not for torch.compile")
     @torch.no_grad()
@@ -395,7 +395,7 @@ class MFAC(GroupedOptimizer):
         segments = [(s, self.param_groups[s.group]) for s in self.flat.segments if s.gather()]
         others = Fallback(self.param_groups, self.state, self.fisher.device)
         if not segments:
-            finite = self.fisher.abstain(others.veto)
+            finite = self._recovery.abstain(self.fisher, others.veto)
             self._recovery.check_others(self.fisher, finite)
             others.step(finite)
             return loss
@@ -428,15 +428,16 @@ class MFAC(GroupedOptimizer):
         # Without momentum and decay, v is 0 where g was refused.
         segment.descend(v, lr * accepted if momentum != 0 or decay != 0 else lr, decay)
 
-    def build(self, first: Sequence[Tensor] = (), grow: bool = False) -> None:
+    def build(self, first: Sequence[Tensor] | None = None, grow: bool = False) -> None:
         params = self.numbered(["mfac"])
         settings = {**self._window, "damp": self._recovery.damp}
         every = [p for _, p in self.numbered()]
         ranks = Ranks(find_process_group(every, self.process_group))
         device = self._device or next((p.device for _, p in params), torch.device("cpu"))
         device = self.fisher.device if grow else device
-        place = {id(p): i for i, p in enumerate(first)}
-        trained = [(i, p) for i, p in params if is_trained(p) or id(p) in place]
+        place = {id(p): i for i, p in enumerate(first or ())}
+        others = grow or first is None
+        trained = [(i, p) for i, p in params if id(p) in place or (others and is_trained(p))]
         trained.sort(key=lambda pair: place.get(id(pair[1]), len(place)))
         wide = torch.float64 if settings["dtype"] == torch.float64 else torch.float32
         self.flat = Flat(trained, partial(mask_of, self.state), ranks, device, wide)

@@ -11,7 +11,7 @@ from torch import Tensor
 import fallback
 import states
 from checks import check_group, checked_masks
-from flat import Flat, is_trained, views
+from flat import Flat, is_trained
 from ranks import dtensor_like, find_process_group, local, placed_as
 from recovery import Recovery, warn_user
 
@@ -47,9 +47,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self.name_state()
         self._built = True
 
-    def build(self, first: Sequence[Tensor] = (), grow: bool = False) -> None:
-        """Makes `flat`, for the parameters `first`, then all others that are trained. Makes an
-        empty `fisher`, or appends columns to the present one."""
+    def build(self, first: Sequence[Tensor] | None = None, grow: bool = False) -> None:
+        """Makes `flat` and an empty `fisher`, for the parameters that are trained, or for `first`
+        alone. To `grow`, keeps `fisher`, and appends the columns of those that are not `first`."""
         raise NotImplementedError
 
     def numbered(self, algorithms: Collection[str] = ALGORITHMS) -> list[tuple[int, Tensor]]:
@@ -63,8 +63,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
         if flat.momentum is None:
             flat.momentum = torch.zeros_like(flat.vector)
         if flat.params and "momentum_buffer" not in self.state[flat.params[-1]]:
-            for p, view in zip(flat.params, views(flat.momentum, flat.params), strict=True):
-                self.state[p]["momentum_buffer"] = dtensor_like(p, view)
+            parts = [x for s in flat.segments for x in s.parts(flat.momentum[s.span])]
+            for p, part in zip(flat.params, parts, strict=True):
+                self.state[p]["momentum_buffer"] = dtensor_like(p, part)
         return flat.momentum
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -80,7 +81,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 fallback.strip(group, self.defaults)
             check_group(group, self._shared)
             masks = checked_masks(group["params"], group.get("sparse", False))
-            find_process_group(group["params"], self.process_group)
+            sharing = find_process_group([p for _, p in self.numbered()], self.process_group)
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
@@ -91,7 +92,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
         for p, mask in zip(group["params"], masks, strict=True):
             if mask is not None:
                 self.state[p]["mask"] = placed_as(p, mask)
-        if self._built:
+        if self._built and sharing is not self.flat.ranks.group:
+            self._start_anew("Other processes share the window now")
+        elif self._built:
             self.follow()
 
     def follow(self) -> None:
@@ -105,10 +108,15 @@ class GroupedOptimizer(torch.optim.Optimizer):
         replace_params(self.state, self._params, [p for _, p in self.numbered()])
         if all(id(p) in present for p in before):
             self.build(before, grow=True)
+            self.name_state()
         else:
-            if self.fisher.count:
-                warn_user("The parameters of the optimizer have changed: its window starts anew")
-            self.build()
+            self._start_anew("The parameters of the optimizer have changed")
+
+    def _start_anew(self, why: str) -> None:
+        if self.fisher.count:
+            warn_user(f"{why}: its window starts anew")
+        self._recovery.start_anew()
+        self.build()
         self.name_state()
 
     def name_state(self) -> None:

@@ -270,29 +270,12 @@ def into_optimizer(
             order = [i for i, entries in enumerate(saved) if "grads" in entries]
             order.sort(key=lambda i: place.get(i, len(place)))
         optimizer.build([params[i] for i in order])
-        optimizer.name_state()
         flat, fisher = optimizer.flat, optimizer.fisher
         of = {id(p): found for p, found in zip(params, saved, strict=True)}
-        for i, p in optimizer.numbered(SETTINGS):
-            if of[id(p)]:
-                restore(optimizer.param_groups[i], p, optimizer.state, of[id(p)])
-        for p in flat.params:
-            if "momentum_buffer" in of[id(p)]:
-                optimizer.velocity()
-                value = placed_as(p, of[id(p)]["momentum_buffer"])
-                if (mask := flat.mask(p)) is not None:
-                    value *= mask  # the state may be from before the mask
-                local(optimizer.state[p]["momentum_buffer"]).copy_(local(value))
-        ranks, complete = flat.ranks, len(order) == len(shared["order"])
         if whole:
             blocks = _own_blocks(fisher, shared)
         else:
-            m = len(shared["K"])
-            dtype = getattr(torch, shared["dtype"])
-            blocks = [
-                {"G": _from_saved(flat, p, span, of[id(p)], m, dtype)}
-                for p, span in zip(flat.params, flat.columns, strict=True)
-            ]
+            blocks = [{"G": _from_saved(flat, p, of[id(p)])} for p in flat.params]
 
         def update(g: Tensor) -> None:
             optimizer._recovery.update_matvec(fisher, g)
@@ -300,10 +283,26 @@ def into_optimizer(
         if shared.get("wanted_damp") == optimizer.damp:  # the state may use a multiple of it
             fisher.coefficients.damp = shared["damp"]
         with contextlib.suppress(DampTooSmallError):  # then the λ of the state stays
+            complete = len(order) == len(shared["order"])
             into_fisher(fisher, {**shared, "window": blocks}, update, complete)
         optimizer._recovery.load_state_dict(shared)  # not as `update` left it
-        if ranks.size > 1:
+        if flat.ranks.size > 1:
             _check_ranks(fisher)
+        optimizer.follow()  # what is trained besides gets columns
+        optimizer.name_state()
+        if shared.get("wanted_damp") != optimizer.damp:  # a relative λ is that of this window
+            with contextlib.suppress(DampTooSmallError):
+                optimizer.damp = optimizer.damp
+        for i, p in optimizer.numbered(SETTINGS):
+            if of[id(p)]:
+                restore(optimizer.param_groups[i], p, optimizer.state, of[id(p)])
+        for p in optimizer.flat.params:
+            if "momentum_buffer" in of[id(p)]:
+                optimizer.velocity()
+                value = placed_as(p, of[id(p)]["momentum_buffer"])
+                if (mask := flat.mask(p)) is not None:
+                    value *= mask  # the state may be from before the mask
+                local(optimizer.state[p]["momentum_buffer"]).copy_(local(value))
 
     # The last pre-hook and the first post-hook, so that other hooks see everything.
     with (
@@ -349,13 +348,8 @@ def _own_blocks(fisher: "DynamicInverseFisher", shared: dict[str, Any]) -> list[
     ]
 
 
-def _from_saved(
-    flat: Flat, p: Tensor, span: slice, entries: dict[str, Any], m: int, dtype: torch.dtype
-) -> Tensor:
-    """The columns (m, ·) of p in this process, from the results of `_to_save` in all processes.
-    Zeros if they are missing."""
-    if "grads" not in entries:
-        return torch.zeros(m, span.stop - span.start, dtype=dtype)
+def _from_saved(flat: Flat, p: Tensor, entries: dict[str, Any]) -> Tensor:
+    """The columns (m, ·) of p in this process, from the results of `_to_save` in all processes."""
     grads, dim, mask = entries["grads"], sharded_dim(p), flat.mask(p)
     G = local(grads).flatten(1)
     if dim is None and is_dtensor(grads):
@@ -363,8 +357,8 @@ def _from_saved(
     if dim is not None and not is_dtensor(grads):
         if G.shape[1] != p.numel():
             index = entries["mask"].flatten().nonzero()[:, 0]
-            G = G.new_zeros(m, p.numel()).index_copy_(1, index, G)
-        G = flat.ranks.own(G.view(m, *p.shape), dim + 1).flatten(1)
+            G = G.new_zeros(len(G), p.numel()).index_copy_(1, index, G)
+        G = flat.ranks.own(G.view(len(G), *p.shape), dim + 1).flatten(1)
     if mask is not None and G.shape[1] == local(p).numel():
         G = G[:, local(mask).flatten().to(G.device)]
     return flat.ranks.part(G, 1) if dim is None else G

@@ -80,7 +80,8 @@ class DenseWindow(Block):
         padded = -(-d * dtype.itemsize // ALIGN) * ALIGN // dtype.itemsize
         self.G = torch.zeros(m, padded, dtype=dtype, device=device)[:, :d]
         scaled = dtype in SCALED
-        self.scales = torch.ones(m, -(-d // BLOCK), device=device) if scaled else None
+        scales = torch.ones(m, -(-d // BLOCK), dtype=torch.float32, device=device)
+        self.scales = scales if scaled else None
         self.state = {"G": self.G} if self.scales is None else {"G": self.G, "scales": self.scales}
 
     def entry(self, g: Tensor) -> Entry:
@@ -94,7 +95,7 @@ class DenseWindow(Block):
         blocks = pad(g.float(), (0, -self.dim % BLOCK)).view(-1, BLOCK)
         largest = blocks.abs().amax(1)
         exponent = largest.frexp().exponent - SCALED[self.G.dtype]
-        scales = torch.ldexp(torch.ones_like(largest), exponent.clamp(-120, 120))
+        scales = torch.ldexp(torch.ones_like(largest), exponent.clamp(-120, 120).float())
         scales += 0 * largest  # NaN where g is not finite, since 8 bits have no Inf
         rounded = (blocks / scales[:, None]).to(self.G.dtype)
         values = (rounded.float() * scales[:, None]).flatten()[: self.dim]
@@ -242,7 +243,8 @@ class CompressedWindow(Block):
         row = a.index_select(0, columns).to(self.values.dtype)
         largest = torch.zeros_like(a).index_copy_(0, columns, row.to(a.dtype))
         parts = {"error": a - largest, "columns": columns.int(), "values": row}
-        return Entry(torch.stack([largest, g - largest]), parts)
+        largest = largest.double()  # g − ĝ may be far larger than g
+        return Entry(torch.stack([largest, g.double() - largest]), parts)
 
     def products(self, entry: Entry, count: Tensor, exact: bool) -> Tensor:
         """G [ĝ, g − ĝ] (2, m) in float64, for G with ĝ as row j = count mod m."""

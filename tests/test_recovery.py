@@ -258,3 +258,32 @@ def test_a_refused_gradient_does_not_end_the_round_of_float64():
 
     (plain, K), (after, K_after) = run(0), run(2)
     assert plain == after > 0 and torch.equal(K, K_after)
+
+
+def test_a_relative_damp_begins_again_with_an_empty_window():
+    p, q = nn.Parameter(torch.zeros(50)), nn.Parameter(torch.zeros(50))
+    optimizer, fresh = MFAC([p], ngrads=64, damp="relative"), MFAC([q], ngrads=64, damp="relative")
+    for _ in range(7):
+        p.grad = 100 * torch.randn(50)
+        optimizer.step()
+    other = nn.Parameter(torch.zeros(50))
+    optimizer.param_groups[0]["params"][0] = other
+    with pytest.warns(UserWarning, match="starts anew"):
+        for _ in range(5):
+            other.grad = torch.randn(50)
+            q.grad = other.grad.clone()
+            optimizer.step()
+            fresh.step()
+            assert optimizer.damp_in_use == fresh.damp_in_use
+
+
+def test_a_state_with_another_relative_damp_takes_that_of_the_optimizer():
+    p = nn.Parameter(torch.zeros(50))
+    optimizer = MFAC([p], ngrads=16, damp="relative:0.1")
+    for _ in range(9):
+        p.grad = torch.randn(50)
+        optimizer.step()
+    other = MFAC([p], ngrads=16, damp="relative:0.5")
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    trace = float(other.fisher.coefficients.K.trace())
+    assert other.damp_in_use == pytest.approx(0.5 * trace / (16 * 50), rel=1e-12)

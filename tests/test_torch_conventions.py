@@ -1046,3 +1046,77 @@ def test_a_state_goes_on_to_the_same_bits_after_layers_were_frozen(window, unfro
         step(net, optimizer, x)
         step(other, resumed, x)
     assert all(map(torch.equal, net.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_wider_than_their_parameters_enter_as_they_are(dtype):
+    p, q = nn.Parameter(torch.zeros(6, dtype=dtype)), nn.Parameter(torch.zeros(6))
+    p.grad_dtype = torch.float32
+    optimizer, wide = (MFAC([x], ngrads=4, damp=1e-3) for x in (p, q))
+    for scale in (1e5, 1e-9, 1.0):
+        p.grad = scale * torch.randn(6)
+        q.grad = p.grad.clone()
+        optimizer.step()
+        wide.step()
+    assert torch.equal(optimizer.fisher.window.blocks[0].G, wide.fisher.window.blocks[0].G)
+    assert optimizer.skipped_steps == 0
+
+
+@pytest.mark.parametrize("normalize", [None, "layer"])
+def test_momentum_that_begins_after_a_change_of_memory_format(normalize):
+    """The state has it in the order of the weights, and a resumed run goes on from it."""
+    nets = [nn.Conv2d(4, 4, 3, bias=False) for _ in range(3)]
+    for net in nets[1:]:
+        net.load_state_dict(nets[0].state_dict())
+    settings = dict(lr=0.1, ngrads=4, damp=1e-2, normalize=normalize)
+    optimizer, plain, resumed = (MFAC(net.parameters(), **settings) for net in nets)
+
+    def step(*which):
+        g = torch.randn(4, 4, 3, 3)
+        for i in which:
+            nets[i].weight.grad = g.clone()
+            (optimizer, plain, resumed)[i].step()
+
+    step(0, 1)
+    nets[0].to(memory_format=torch.channels_last)
+    for made in (optimizer, plain):
+        made.param_groups[0]["momentum"] = 0.9
+    for _ in range(3):
+        step(0, 1)
+    found = optimizer.state[nets[0].weight]["momentum_buffer"]
+    assert torch.allclose(found, plain.state[nets[1].weight]["momentum_buffer"], atol=1e-6)
+    nets[2].load_state_dict(nets[0].state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(3):
+        step(0, 1, 2)
+    for net in nets[1:]:
+        assert torch.allclose(net.weight, nets[0].weight, atol=1e-6)
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"window_dtype": "float16"},
+        {"window_dtype": "float8_e4m3fn"},
+        {"compress": 0.3},
+        {"warmup": True, "max_step": 1e-3, "normalize": "layer", "damp": "relative"},
+    ],
+    ids=str,
+)
+def test_torchs_default_type_changes_nothing(default, settings):
+    weights, given = [], torch.randn(6, 40)
+    for dtype in (torch.float32, default):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            p = nn.Parameter(torch.ones(40, dtype=torch.float32))
+            optimizer = MFAC([p], ngrads=4, **settings)
+            for g in given:
+                p.grad = g.clone()
+                optimizer.step()
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        finally:
+            torch.set_default_dtype(before)
+        weights.append(p.detach())
+    assert torch.equal(*weights)

@@ -520,3 +520,20 @@ def test_a_compressed_window_of_another_length_is_whole_after_loading():
     fisher.update(torch.randn(9000))
     G = torch.cat(list(fisher.window.tiles()), 1)
     assert fisher.count == 4 and torch.allclose(fisher.coefficients.K, G @ G.T)
+
+
+@pytest.mark.parametrize("spike", [1e4, 1e8])
+def test_a_compressed_window_after_a_spike(spike):
+    """What the spike left over is far larger than the gradients after it."""
+    m, d, damp = 6, 50, 1e-3
+    fisher = DynamicInverseFisher(m, d, damp, compress=0.1)
+    fisher.measures_norms = True
+    for t in range(2 * m):
+        g = torch.randn(d) * (spike if t == 2 else 1)
+        u = fisher.update_matvec(g)
+        G = torch.cat(list(fisher.window.tiles()), 1)
+        _, s, V = torch.linalg.svd(G, full_matrices=False)  # F is too ill-conditioned to solve
+        exact = (g - V.T @ (s**2 / (m * damp + s**2) * (V @ g.double()))) / damp
+        assert (u - exact).norm() <= 2e-5 * exact.norm()
+        norms = torch.stack([g.double() @ exact, exact @ exact])
+        assert spike > 1e6 or torch.allclose(fisher.norms, norms, rtol=1e-4)  # squares cancel
