@@ -31,7 +31,7 @@ SCALED = {torch.float16: 15, torch.float8_e4m3fn: 8}  # types with scales, their
 class Entry(NamedTuple):
     """A gradient g as a window stores it."""
 
-    vectors: Tensor  # ĝ (1, d), the stored numbers; if compressed, ĝ and g − ĝ (2, d)
+    vectors: Tensor  # ĝ (1, d), the stored numbers; if compressed, ĝ and g − ĝ (2, d) in float64
     row: dict[str, Tensor]  # the tensors to store, by the names of `state`
 
 

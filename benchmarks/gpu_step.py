@@ -130,8 +130,9 @@ class Compressed:
         values = torch.randn(columns.shape, device=DEVICE).to(dtype)
         self.columns, self.row_columns = columns[:m], columns[m].clone()
         self.values, self.row = values[:m], values[m].clone()
-        self.X = torch.randn(2, d, device=DEVICE, dtype=self.real)
-        self.error, self.new_error, self.rest, self.g = torch.randn_like(self.X.repeat(2, 1))
+        self.X = torch.randn(2, d, device=DEVICE, dtype=torch.float64)
+        self.rest = torch.randn_like(self.X[0])
+        self.error, self.new_error, self.g = torch.randn(3, d, device=DEVICE, dtype=self.real)
         self.y = torch.randn(m, device=DEVICE, dtype=torch.float64)
         self.count = torch.tensor(3 * m, device=DEVICE)
         one = torch.ones((), dtype=torch.int64, device=DEVICE)
@@ -151,11 +152,11 @@ class Compressed:
         values, indices = self.values.to(self.real).double(), self.columns.long()
         assert torch.equal(self.columns[int(self.count) % self.m], self.row_columns), "no new row"
         assert torch.equal(self.error, self.new_error), "no new error"
-        for x, row in zip(self.X.double(), y, strict=True):
+        for x, row in zip(self.X, y, strict=True):
             error = (row - (x[indices] * values).sum(1)).abs()
             assert (error <= 1e-13 * (x[indices] * values).abs().sum(1)).all(), "sparse_times"
         terms = (values * self.y[:, None]).flatten()
-        rest = self.rest.double() / self.when[0]
+        rest = self.rest / self.when[0]
         expected = rest.index_add(0, indices.flatten(), terms)
         size = rest.abs().index_add(0, indices.flatten(), terms.abs())
         allowed = 2.0**-24 * expected.abs() * (self.real == torch.float32)
