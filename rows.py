@@ -41,7 +41,7 @@ from samples import OuterProducts, linear_layers
 
 __all__ = ["MFACRowPruner"]
 
-COLUMNS = 16  # at a time, or a multiple of the pattern's groups
+COLUMNS = 32  # at a time, or a multiple of the pattern's groups
 
 
 class SharedRows:

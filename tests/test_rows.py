@@ -25,7 +25,7 @@ def squared_error(model, batch):
     return (model(x) - y).square().mean()
 
 
-def make(conv1d=False, q=40):
+def make(conv1d=False, q=72):
     """A model on sequences in float64, and batches of 4 samples."""
     layers = (Conv1D(12, q), Conv1D(q, 12)) if conv1d else (nn.Linear(q, 12), nn.Linear(12, q))
     model = nn.Sequential(layers[0], nn.Tanh(), layers[1]).double()
@@ -73,7 +73,9 @@ def dense_sweep(layers, masks, sparsity, pattern, fraction):
         return (W[:, start:stop].square() / 2 / inverse[:, : stop - start]).clone()
 
     first = [
-        torch.cat([scores(W, F, j, min(j + 16, len(S))) for j in range(0, len(S), 16)], dim=1)
+        torch.cat(
+            [scores(W, F, j, min(j + COLUMNS, len(S))) for j in range(0, len(S), COLUMNS)], dim=1
+        )
         for (W, S, _), F in zip(layers, matrices, strict=True)
     ]
     sizes = [s.numel() for s in first]
@@ -83,8 +85,8 @@ def dense_sweep(layers, masks, sparsity, pattern, fraction):
     found = []
     for (W, S, _), F, mask, then in zip(layers, matrices, masks, gone, strict=True):
         W = W.clone()
-        for start in range(0, len(S), 16):
-            columns = slice(start, min(start + 16, len(S)))
+        for start in range(0, len(S), COLUMNS):
+            columns = slice(start, min(start + COLUMNS, len(S)))
             count = int((then.view_as(mask) & mask)[:, columns].sum())
             these = scores(W, F, start, columns.stop), mask[:, columns].contiguous()
             drop = chosen(*these, count, pattern)
@@ -129,7 +131,7 @@ def test_levels_go_on_from_the_same_gradients_until_weights_change():
     pruner = MFACRowPruner(model, batches, loss=squared_error, ngrads=M)
     first = {name: mask.clone() for name, mask in pruner.prune(0.3).items()}
     second = pruner.prune(0.6)
-    assert pruner.recomputations == 1 and pruner.sparsity == 0.6
+    assert pruner.recomputations == 1 and abs(pruner.sparsity - 0.6) < 1e-3
     assert not any((second[name] & ~first[name]).any() for name in first)
     state = pruner.state_dict()
     resumed = MFACRowPruner(model, batches, loss=squared_error, ngrads=M)
@@ -216,7 +218,7 @@ def test_what_is_refused_is_so_in_a_sentence_and_leaves_the_model(case):
 
 
 def test_columns_go_in_multiples_of_groups():
-    model, batches = make(q=48)
+    model, batches = make(q=78)
     pruner = MFACRowPruner(
         model, batches, ["0.weight"], loss=squared_error, ngrads=M, pattern="1:6"
     )
