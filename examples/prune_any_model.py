@@ -56,21 +56,18 @@ def prune(
     pruner: str,
     sparsity: float,
     *,
-    portions: int | None = None,
     pattern: str = "unstructured",
     **options: Any,
 ) -> None:
-    """Encoder layers in turn, unless `portions` says otherwise: the gradients of one are of the
-    model that those before have left."""
+    """All linear layers of the encoder at once, by magnitude one encoder layer after the other, as
+    magnitudes of different layers do not compare."""
     names = [name for name, p in model.named_parameters() if "layer." in name and p.ndim == 2]
-    how: dict[str, Any] = {
-        "portions": portions or model.config.num_hidden_layers,
-        "pattern": pattern,
-    }
     if pruner == "magnitude":
-        MagnitudePruner(model, names, **how).prune(sparsity)
+        layers = model.config.num_hidden_layers
+        MagnitudePruner(model, names, pattern=pattern, portions=layers).prune(sparsity)
     else:
-        MFACRowPruner(model, batches, names, loss=loss, **how, **options).prune(sparsity)
+        options |= {"loss": loss, "pattern": pattern}
+        MFACRowPruner(model, batches, names, **options).prune(sparsity)
 
 
 # --- real sentences, and what becomes of their similarities ---------------------------------------
@@ -143,7 +140,7 @@ def main() -> dict[str, float]:
     parser.add_argument("--pruner", choices=["mfac", "magnitude"], default="mfac")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--pattern", default="unstructured", help="such as 2:4")
-    parser.add_argument("--portions", type=int, help="pruned in turn; by default the layers")
+    parser.add_argument("--portions", type=int, default=1, help="pruned one after the other")
     parser.add_argument("--ngrads", type=int, default=512, help="sentences, a gradient each")
     parser.add_argument("--damp", default="relative:0.01")
     parser.add_argument("--sentences", type=int, default=544, help="to compare the models on")
