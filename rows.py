@@ -16,7 +16,7 @@ S + λI of the columns B and C has the blocks
 
 To remove the weights Q of a row in B at the least cost is then (5), and of it follow the rest:
 
-    δ_B = −V_{BQ} V_QQ⁻¹ w_Q ,   δ_C = V_CB V_BB⁻¹ δ_B = (R_BB U_BC)ᵀ δ_B                     (8)
+    δ_B = −V_{BQ} V_QQ⁻¹ w_Q ,   δ_C = V_CB V_BB⁻¹ δ_B = (U_BB⁻¹ U_BC)ᵀ δ_B                   (8)
 
 Cost: O(T q²) a sample, O(q³) a layer, and O(b² + q) a weight with b columns at a time.
 
@@ -56,13 +56,13 @@ class SharedRows:
         self.r += (inputs @ inputs.mT @ deltas * deltas).sum((0, 1))
 
     def prepare(self, fraction: float, size: int) -> None:
-        """Sets R and U, with this fraction of the mean of S's diagonal as λ, and for `size` columns
-        at a time the diagonal of their V_BB (q,)."""
+        """Sets U, with this fraction of the mean of S's diagonal as λ, and for `size` columns at a
+        time the diagonal of their V_BB (q,)."""
         S = self.S.to(torch.float64, copy=True)
         S.diagonal().add_(fraction * S.diagonal().mean())
-        self.R = torch.linalg.cholesky(S.flip(0, 1)).flip(0, 1)
+        R = torch.linalg.cholesky(S.flip(0, 1)).flip(0, 1)
         eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
-        self.U = torch.linalg.solve_triangular(self.R, eye, upper=True)
+        self.U = torch.linalg.solve_triangular(R, eye, upper=True).to(self.S)
         self.diagonal = torch.cat([self.U[B, B].square().sum(0) for B in self.blocks(size)])
 
     def blocks(self, size: int) -> Iterator[slice]:
@@ -80,7 +80,7 @@ class SharedRows:
         """Prunes W (p, q), of which the mask `alive` (p, q) has been left so far, and returns the
         new mask. Columns B lose as many weights as by the mask `chosen`, those of the lowest
         saliencies after the columns before have been pruned."""
-        R, U, masks = self.R.to(W), self.U.to(W), []
+        U, masks = self.U, []
         alive, chosen = alive.to(W.device), chosen.to(W.device)
         for B in self.blocks(size):
             count = int((alive[:, B] & ~chosen[:, B]).sum())
@@ -88,7 +88,8 @@ class SharedRows:
             masks += pattern.choose([saliency], [alive[:, B]], [1], count)
             change = removal(U[B, B].T @ U[B, B], W[:, B], ~masks[-1])
             W[:, B] += change
-            W[:, B.stop :] += change @ (R[B, B] @ U[B, B.stop :])
+            spread = torch.linalg.solve_triangular(U[B, B], U[B, B.stop :], upper=True)
+            W[:, B.stop :] += change @ spread
         return torch.cat(masks, dim=1)
 
 

@@ -59,7 +59,7 @@ def prune(
     pattern: str = "unstructured",
     **options: Any,
 ) -> None:
-    """All linear layers of the encoder at once, by magnitude one encoder layer after the other, as
+    """M-FAC prunes all linear layers in portions, magnitude one encoder layer after the other, as
     magnitudes of different layers do not compare."""
     names = [name for name, p in model.named_parameters() if "layer." in name and p.ndim == 2]
     if pruner == "magnitude":
@@ -140,7 +140,7 @@ def main() -> dict[str, float]:
     parser.add_argument("--pruner", choices=["mfac", "magnitude"], default="mfac")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--pattern", default="unstructured", help="such as 2:4")
-    parser.add_argument("--portions", type=int, default=1, help="pruned one after the other")
+    parser.add_argument("--portions", type=int, default=2, help="pruned one after the other")
     parser.add_argument("--ngrads", type=int, default=512, help="sentences, a gradient each")
     parser.add_argument("--damp", default="relative:0.01")
     parser.add_argument("--sentences", type=int, default=544, help="to compare the models on")
