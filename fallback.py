@@ -1,14 +1,14 @@
-"""Groups that another algorithm trains: what is no matrix in the middle of the net.
+"""Groups that AdamW or SGD train: everything but the matrices in the middle of the net.
 
 Norms, biases, embeddings and the head have gradients of another scale than the matrices between
-them, and sit badly in one window with them. A group with `algorithm="adamw"` or `"sgd"` stays out
-of it: torch's own functions train it with the group's settings, whose defaults are
+them, so one window does not suit both. A group with `algorithm="adamw"` or `"sgd"` stays out of the
+window. torch's own functions train it with the settings of the group. Their defaults are
 
     adamw   lr 1e-3, betas (0.9, 0.999), eps 1e-8, weight_decay 1e-2     as torch.optim.AdamW
     sgd     lr 1e-3, momentum 0, weight_decay 0, nesterov False          as torch.optim.SGD
 
-and `maximize` as given to `MFAC`. A gradient with NaN or Inf in any group skips the step of all.
-On CUDA nobody waits for that: what such a step would have done is not done, on the device.
+and `maximize` is that of `MFAC`. A gradient with NaN or Inf in any group skips the step of all
+groups. On CUDA the device decides that, and the host does not wait.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import AdamW, adamw
 from torch.optim.sgd import SGD, sgd
 
-from checks import check_dense
+from checks import check_choice, check_dense, is_number, require
 from ranks import local, placed_as
 
 __all__ = ["SETTINGS", "Fallback", "mfac_groups"]
@@ -38,7 +38,7 @@ def mfac_groups(
     algorithm: str = "adamw",
     *,
     head: nn.Module | None = None,
-    others: Iterable[nn.Module | Tensor] = (),
+    others: nn.Module | Tensor | Iterable[nn.Module | Tensor] = (),
     **settings: Any,
 ) -> list[dict[str, Any]]:
     """Two groups for `MFAC`: the matrices in the middle of the net, and all else for `algorithm`.
@@ -65,9 +65,13 @@ def mfac_groups(
         >>> from optim import MFAC
         >>> optimizer = MFAC(groups, lr=3e-3, ngrads=8)
     """
-    if algorithm not in SETTINGS:
-        raise ValueError(f"Invalid algorithm: {algorithm!r}; it must be one of {list(SETTINGS)}")
-    modules, others = list(model.modules()), list(others)
+    check_choice("algorithm", algorithm, list(SETTINGS))
+    others = [others] if isinstance(others, (nn.Module, Tensor)) else list(others)
+    for x in others:
+        require(isinstance(x, (nn.Module, Tensor)), "others", x, "a module or a parameter")
+    unknown = sorted(settings.keys() - SETTINGS[algorithm].keys() - {"maximize"})
+    require(not unknown, "settings", unknown, f"among {[*SETTINGS[algorithm], 'maximize']}")
+    modules = list(model.modules())
     last = [module for module in modules if isinstance(module, nn.Linear)][-1:]
     outside: list[nn.Module] = [module for module in modules if isinstance(module, OUTSIDE)]
     outside += [module for module in others if isinstance(module, nn.Module)]
@@ -87,11 +91,11 @@ def mfac_groups(
 
 
 class Fallback:
-    """One step of the groups that are not M-FAC's.
+    """One step of the groups that AdamW or SGD train.
 
     Args:
         groups: all groups of an optimizer.
-        state: that of the optimizer, by parameter.
+        state: the state of the optimizer, by parameter.
         device: of the window.
     """
 
@@ -103,33 +107,25 @@ class Fallback:
                 grads = [_laid_out(local(p.grad), local(p)) for p in params]
                 if params:
                     self.parts.append((group, params, grads))
-        self.finite: float | Tensor = 1.0  # 0 if a gradient has NaN or Inf
+        self.veto: Tensor | None = None  # NaN if a gradient has NaN or Inf, else 0
         every = [g for _, _, grads in self.parts for g in grads if g.numel()]
         if every:
             largest = torch.stack([x.to(device) for x in torch._foreach_norm(every, torch.inf)])
-            self.finite = largest.isfinite().all().float()
+            self.veto = (0 * largest).sum()
 
-    def guard_(self, g: Tensor) -> Tensor:
-        """g (d,), whose first number becomes NaN if a gradient here has NaN or Inf, so that the
-        window refuses the step, too."""
-        if self.parts:
-            g[:1] += 0 / self.finite
-        return g
-
-    def step(self, taken: float | Tensor = 1) -> None:
-        """The step itself; none where `taken` is 0, or a gradient here has NaN or Inf."""
+    def step(self, accepted: float | Tensor = 1) -> None:
+        """The step itself. Nothing changes if `accepted` is 0."""
         for group, params, grads in self.parts:
             weights, fused = [local(p) for p in params], params[0].is_cuda
-            if not fused and not bool(taken * self.finite):
+            if not fused and not bool(accepted):
                 continue
             entries = [prepare(group, p, self.state) for p in params]
             buffers = [[local(x[name]) for x in entries] for name in _names(group)]
             how: dict[str, Any] = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
             how |= {"maximize": group["maximize"], "foreach": False, "fused": fused}
-            if fused:  # which leaves everything as it is where found_inf is 1
-                how["found_inf"] = 1 - torch.as_tensor(
-                    taken * self.finite, dtype=torch.float32, device=params[0].device
-                )
+            if fused:  # then found_inf = 1 leaves everything unchanged
+                device = params[0].device
+                how["found_inf"] = 1 - torch.as_tensor(accepted, dtype=torch.float32, device=device)
             if group["algorithm"] == "adamw":
                 steps, means, squares = buffers
                 beta1, beta2 = group["betas"]
@@ -142,42 +138,39 @@ class Fallback:
 
 
 def complete(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """A group that is given to an optimizer with these defaults, with those of its algorithm.
-    ValueError if that has no such setting."""
+    """The group, with the defaults of its algorithm. `defaults` are those of the optimizer. Raises
+    ValueError if the group has a setting that its algorithm lacks."""
     algorithm = group.get("algorithm", "mfac")
     if algorithm == "mfac":
         return group
-    if algorithm not in SETTINGS:
-        names = ["mfac", *SETTINGS]
-        raise ValueError(f"Invalid algorithm: {algorithm!r}; it must be one of {names}")
+    check_choice("algorithm", algorithm, ["mfac", *SETTINGS])
     unknown = {*signature(AdamW).parameters, *signature(SGD).parameters} - SETTINGS[
         algorithm
     ].keys()
     for name in group:
         if name in _foreign(algorithm, defaults) or name in unknown - {"params", "maximize"}:
             raise ValueError(
-                f"Invalid group: {name} is no setting of algorithm {algorithm!r}, which has "
+                f"Invalid group: {name} is not a setting of algorithm {algorithm!r}, which has "
                 f"{[*SETTINGS[algorithm], 'maximize']}"
             )
     return {**SETTINGS[algorithm], **group}
 
 
 def strip(group: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Takes from a group what the optimizer has added of other algorithms' settings; then checks
-    it."""
+    """Removes the settings of other algorithms, which torch has added, and checks the rest."""
     for name in _foreign(group["algorithm"], defaults):
         group.pop(name, None)
-    betas = group.get("betas", (0.0, 0.0))
-    if not (len(betas) == 2 and all(0.0 <= beta < 1.0 for beta in betas)):
-        raise ValueError(f"Invalid betas: {betas}; they must be two numbers in [0, 1)")
-    if not 0.0 <= group.get("eps", 0.0):
-        raise ValueError(f"Invalid eps: {group['eps']}; it must be at least 0")
-    if group.get("nesterov") and not group["momentum"]:
-        raise ValueError("Invalid nesterov: True; it needs a momentum above 0")
+    betas, eps = group.get("betas", (0.0, 0.0)), group.get("eps", 0.0)
+    two = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(map(is_number, betas))
+    two = two and all(0.0 <= beta < 1.0 for beta in betas)
+    require(two, "betas", betas, "two numbers in [0, 1)")
+    require(is_number(eps) and 0.0 <= eps, "eps", eps, "a number of at least 0")
+    useless = group.get("nesterov") and not group["momentum"]
+    require(not useless, "nesterov", True, "False without momentum")
 
 
 def prepare(group: dict[str, Any], p: Tensor, state: dict[Any, Any]) -> dict[str, Any]:
-    """The entries of p in the state, zeros where they are new."""
+    """The entries of p in the state. New ones are zero."""
     entries = state[p]
     for name in _names(group):
         if name not in entries and name == "step":
@@ -185,11 +178,13 @@ def prepare(group: dict[str, Any], p: Tensor, state: dict[Any, Any]) -> dict[str
             entries[name] = torch.zeros((), dtype=torch.float32, device=device)
         elif name not in entries:
             entries[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        elif name != "step":  # the model may have been cast or moved
+            entries[name] = entries[name].to(p.device, p.dtype)
     return entries
 
 
 def restore(group: dict[str, Any], p: Tensor, state: dict[Any, Any], saved: dict[str, Any]) -> None:
-    """Copies what was saved of p into its entries in the state."""
+    """Copies the saved entries of p into the state."""
     for name, value in prepare(group, p, state).items():
         if name in saved:
             local(value).copy_(local(placed_as(value, saved[name])))
@@ -202,11 +197,11 @@ def _names(group: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _foreign(algorithm: str, defaults: dict[str, Any]) -> set[str]:
-    """Settings of other algorithms than this."""
+    """The settings in `defaults` that this algorithm lacks."""
     return defaults.keys() - SETTINGS[algorithm].keys() - {"algorithm", "maximize", "params"}
 
 
 def _laid_out(g: Tensor, p: Tensor) -> Tensor:
-    """The gradient g with p's order in memory, as fused functions need it."""
+    """The gradient g in the memory order of p, as fused functions need it."""
     check_dense([g])
     return g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)

@@ -1,8 +1,8 @@
-"""What torch expects of any optimizer, for one whose groups share a window: groups are added and
-changed, parameters are frozen or replaced, states are saved and loaded.
+"""An optimizer whose groups share a window. As torch expects of any optimizer, groups are added and
+changed, parameters are frozen and replaced, states are saved and loaded.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 import fallback
 import states
 from checks import check_group, checked_masks
-from flat import Flat, is_trained, views
+from flat import Flat, is_trained
 from ranks import dtensor_like, find_process_group, local, placed_as
 from recovery import Recovery, warn_user
 
@@ -21,13 +21,13 @@ ALGORITHMS = ("mfac", *fallback.SETTINGS)
 
 
 class GroupedOptimizer(torch.optim.Optimizer):
-    """An optimizer whose trained parameters are the vector `flat`, while groups come and change.
+    """An optimizer whose trained parameters are the vector `flat`, with columns in `fisher`.
 
-    A subclass says in `build` how `flat` and `fisher`, what it keeps for each column, are made.
+    A subclass makes both in `build`.
 
     Args:
-        params, defaults: as for any optimizer; `sparse` among the defaults gives masks.
-        shared: settings that groups may not have of their own.
+        params, defaults: as for any optimizer. `sparse` in the defaults gives masks.
+        shared: settings that all groups share.
         process_group: as for `MFAC`.
     """
 
@@ -47,28 +47,30 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self.name_state()
         self._built = True
 
-    def build(self, also: Collection[int] = ()) -> None:
-        """Makes `flat` and an empty `fisher`, also for the parameters with these ids."""
+    def build(self, first: Sequence[Tensor] | None = None, grow: bool = False) -> None:
+        """Makes `flat` and an empty `fisher`, for the parameters that are trained, or for `first`
+        alone. To `grow`, keeps `fisher`, and appends the columns of those that are not `first`."""
         raise NotImplementedError
 
     def numbered(self, algorithms: Collection[str] = ALGORITHMS) -> list[tuple[int, Tensor]]:
-        """Every parameter of groups of these algorithms, with the index of its group."""
+        """(group, parameter) for each parameter in groups of these algorithms."""
         groups = [(i, g) for i, g in enumerate(self.param_groups) if g["algorithm"] in algorithms]
         return [(i, p) for i, group in groups for p in group["params"]]
 
     def velocity(self) -> Tensor:
-        """v (d,), from zeros; the state of each parameter has a view of it in its shape."""
+        """v (d,), zeros at first. The state of each parameter has a view of it, in its shape."""
         flat = self.flat
         if flat.momentum is None:
             flat.momentum = torch.zeros_like(flat.vector)
         if flat.params and "momentum_buffer" not in self.state[flat.params[-1]]:
-            for p, view in zip(flat.params, views(flat.momentum, flat.params), strict=True):
-                self.state[p]["momentum_buffer"] = dtensor_like(p, view)
+            parts = [x for s in flat.segments for x in s.parts(flat.momentum[s.span])]
+            for p, part in zip(flat.params, parts, strict=True):
+                self.state[p]["momentum_buffer"] = dtensor_like(p, part)
         return flat.momentum
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; the window gets columns for it whose history is zero."""
-        # First, so that torch's own errors come first; of a copy, as the caller's group is kept.
+        """Adds a group. Its columns of the window start with zeros."""
+        # torch's own errors come first. The group that the caller gave stays as it is.
         given = isinstance(param_group, dict)
         super().add_param_group(
             dict(fallback.complete(param_group, self.defaults)) if given else param_group
@@ -79,41 +81,47 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 fallback.strip(group, self.defaults)
             check_group(group, self._shared)
             masks = checked_masks(group["params"], group.get("sparse", False))
-            find_process_group(group["params"], self.process_group)
+            sharing = find_process_group([p for _, p in self.numbered()], self.process_group)
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
         if "sparse" in group:
             group["sparse"] = bool(group["sparse"])
         if group is self.param_groups[0]:
-            group["fisher"] = None  # whose place in a state torch.distributed.checkpoint must know
+            group["fisher"] = None  # torch.distributed.checkpoint must know where it will be
         for p, mask in zip(group["params"], masks, strict=True):
             if mask is not None:
                 self.state[p]["mask"] = placed_as(p, mask)
-        if self._built:
+        if self._built and sharing is not self.flat.ranks.group:
+            self._start_anew("Other processes share the window now")
+        elif self._built:
             self.follow()
 
     def follow(self) -> None:
-        """Gives columns to parameters that are trained by now. Where others have gone, as when a
-        framework puts its own in their place, the window starts anew."""
+        """Gives columns to parameters that are trained by now. If parameters have gone, for example
+        because a framework has replaced them, the window starts anew."""
         params, others = self.numbered(["mfac"]), self.numbered(fallback.SETTINGS)
         known = all(p in self.state for _, p in others if p.grad is not None)
         if self.flat.covers(params) and known:
             return
-        flat = self.flat.extended(params)
+        before, present = self.flat.params, {id(p) for _, p in params}
         replace_params(self.state, self._params, [p for _, p in self.numbered()])
-        if flat is None:
-            if self.fisher.count:
-                warn_user("The parameters of the optimizer have changed: its window starts anew")
-            self.build()
+        if all(id(p) in present for p in before):
+            self.build(before, grow=True)
+            self.name_state()
         else:
-            self.fisher.grow(flat.size - self.flat.size)
-            self.flat = flat
+            self._start_anew("The parameters of the optimizer have changed")
+
+    def _start_anew(self, why: str) -> None:
+        if self.fisher.count:
+            warn_user(f"{why}: its window starts anew")
+        self._recovery.start_anew()
+        self.build()
         self.name_state()
 
     def name_state(self) -> None:
-        """Enters the names of what `state_dict` will have into the state of each parameter, since
-        torch.distributed.checkpoint goes by them."""
+        """Enters all names that `state_dict` will have into the state of each parameter, because
+        torch.distributed.checkpoint looks them up there."""
         self._params = [p for _, p in self.numbered()]
         before = [self.state[p].pop("momentum_buffer", None) for p in self.flat.params]
         if self.fisher.window.separable:
@@ -130,16 +138,14 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 local(self.state[p]["momentum_buffer"]).copy_(local(v))
 
     @property
-    def damp(self) -> float:
-        """λ as set. A change costs O(m³), at m = 1024 about as much as a step."""
-        return self._window["damp"]
+    def damp(self) -> float | str:
+        """λ as set, or "relative:f". A change costs O(m³), at m = 1024 about as much as a step."""
+        return self._recovery.given
 
     @damp.setter
-    def damp(self, damp: float) -> None:
+    def damp(self, damp: float | str) -> None:
         self._recovery.settle(self.fisher)
-        self._recovery.last_raised = 0.0
-        self.fisher.damp = damp
-        self._window["damp"] = self.fisher.damp
+        self._recovery.set_damp(self.fisher, damp)
 
     @property
     def damp_in_use(self) -> float:
@@ -152,16 +158,18 @@ class GroupedOptimizer(torch.optim.Optimizer):
     )
 
     def state_dict(self) -> dict[str, Any]:
-        """As for any optimizer, with the window's columns in each parameter's state ("grads") and
-        what all share in the first group ("fisher"). By reference, as far as one tensor holds it.
-        What ranks have of their own is a DTensor, for torch.distributed.checkpoint."""
+        """As for any optimizer. The columns of the window are in the state of each parameter
+        ("grads"), the rest is in the first group ("fisher"). Tensors are references where possible.
+        If ranks have parts of one, it is a DTensor, for torch.distributed.checkpoint."""
         self._recovery.settle(self.fisher)
-        return states.of_optimizer(self, super().state_dict)
+        # The first post-hook, so that other hooks see everything.
+        with self.register_state_dict_post_hook(states.add_window, prepend=True):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes a copy of what `state_dict` gave. `ngrads`, `damp`, `window_dtype` and `compress`
-        stay as constructed: where the state has others, the newest gradients enter one by one.
-        ValueError if it belongs to other parameters, or to another optimizer."""
+        """Loads a copy of the result of `state_dict`. `ngrads`, `damp`, `window_dtype` and
+        `compress` stay as constructed. If the state has others, its newest gradients enter one by
+        one. Raises ValueError if it belongs to other parameters, or to another optimizer."""
         states.into_optimizer(self, state_dict, super().load_state_dict)
 
     def __repr__(self) -> str:
@@ -171,8 +179,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
         return f"{groups[:-1]}{window}\n)"
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle: torch keeps only the defaults, the state and the groups. Hooks do
-        not come along, nor does the process group, which the inverse Fisher has."""
+        """For copy and pickle: all attributes, where torch has only defaults, state and groups.
+        Hooks are left out, and so is the process group, since the inverse Fisher has it."""
         names = [name for name in vars(self) if "hook" not in name and "step" not in name]
         kept = {name: getattr(self, name) for name in names if name != "process_group"}
         return {**super().__getstate__(), **kept}
@@ -184,7 +192,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
 
 def replace_params(state: dict[Any, Any], old: list[Tensor], new: list[Tensor]) -> None:
-    """Drops what belongs to parameters that have gone. Those in their places get their masks."""
+    """Drops the state of parameters that have gone. Those in their places get their masks."""
     known, present = set(map(id, old)), set(map(id, new))
     for p, q in zip(old, new, strict=False):
         mask = state[p].get("mask") if p in state else None

@@ -16,6 +16,7 @@ import optim
 import optim_settings
 from control import FLOOR
 from kernels import cuda_kernels
+from main_common import UserError
 from mfac import MFAC, mfac_groups
 from muon import Muon
 from ranks import Ranks
@@ -169,6 +170,75 @@ def test_shards_and_refused_gradients_do_not_change_a_control():
             take(optimizer, params, grads)
         weights.append(flat(params))
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+def relative_steps(w, history, fraction, lr):
+    """With λ found from the rows before steps 0, 1, 2, 4, ... and m, 2m, ..., the first from g."""
+    w, rows, dampings = flat(w), [], []
+    for n, grads in enumerate(history):
+        g = flat(grads)
+        if n in (0, 1, 2) or n % M == 0:
+            G = ring(torch.stack(rows or [g]), M)
+            damp = fraction * float(G.square().sum()) / (M * len(w))
+        rows.append(g)
+        w -= lr * torch.linalg.solve(dense_fisher(ring(torch.stack(rows), M), damp), g)
+        dampings.append(damp)
+    return w, dampings
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_relative_damping_is_its_definition(scale):
+    params, history = parameters(), gradients(3 * M + 2)
+    history = [[scale * g for g in grads] for grads in history]
+    expected, dampings = relative_steps(params, history, 0.3, scale)
+    optimizer = MFAC(params, lr=scale, ngrads=M, damp="relative:0.3", window_dtype=torch.float64)
+    for grads, damp in zip(history, dampings, strict=True):
+        take(optimizer, params, grads)
+        assert optimizer.damp_in_use == pytest.approx(damp, rel=1e-12)
+    assert (flat(params) - expected).norm() < 1e-10 * expected.norm()
+    assert optimizer.damp == "relative:0.3" and len(set(dampings)) == 5
+
+
+@pytest.mark.parametrize("compress", [None, 0.4])
+def test_relative_damping_goes_on_to_the_same_bits(compress):
+    options = dict(lr=0.01, momentum=0.5, ngrads=M, damp="relative", compress=compress)
+    params, history = parameters(dtype=torch.float32), gradients(3 * M, dtype=torch.float32)
+    start = copy.deepcopy(params)
+    optimizer = MFAC(params, **options)
+    for grads in history:
+        take(optimizer, params, grads)
+    for stop in range(len(history)):
+        others = copy.deepcopy(start)
+        first = MFAC(others, **options)
+        for grads in history[:stop]:
+            take(first, others, grads)
+        resumed = MFAC(others, **options)
+        resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+        for grads in history[stop:]:
+            take(resumed, others, grads)
+        assert resumed.damp_in_use == optimizer.damp_in_use
+        assert torch.equal(flat(others), flat(params)), stop
+
+
+def test_relative_damping_is_raised_and_assigned():
+    params = parameters(dtype=torch.float32)
+    optimizer = MFAC(params, lr=0.0, ngrads=M, damp="relative:1e-18")
+    (grads,) = gradients(1, dtype=torch.float32)
+    take(optimizer, params, [torch.zeros_like(g) for g in grads])  # says nothing about λ
+    assert optimizer.damp_in_use == 1e-5
+    with pytest.warns(UserWarning, match="too small"):
+        for _ in range(2 * M):
+            take(optimizer, params, grads)
+    assert optimizer.raised_steps > 0 and optimizer.damp_in_use > optimizer._recovery.damp
+    mean = float(flat(grads).square().sum()) / len(flat(grads))
+    optimizer.damp = "relative"  # at once
+    assert optimizer.damp_in_use == pytest.approx(0.1 * mean, rel=1e-6)
+    assert optimizer.damp == "relative"
+    optimizer.damp = 3
+    take(optimizer, params, grads)
+    assert optimizer.damp_in_use == optimizer.damp == 3.0
+    with pytest.raises(ValueError, match="Invalid damp: 'relative:'"):
+        optimizer.damp = "relative:"
 
 
 def test_what_a_mask_freezes_does_not_decay():
@@ -383,15 +453,18 @@ def test_a_state_of_another_algorithm_is_refused():
     ("group", "message"),
     [
         ({"algorithm": "adam"}, "Invalid algorithm: 'adam'; it must be one of"),
-        ({"algorithm": "adamw", "momentum": 0.9}, "momentum is no setting of algorithm 'adamw'"),
-        ({"algorithm": "sgd", "sparse": True}, "sparse is no setting of algorithm 'sgd'"),
-        ({"algorithm": "sgd", "dampening": 0.5}, "dampening is no setting of algorithm 'sgd'"),
-        ({"algorithm": "adamw", "amsgrad": True}, "amsgrad is no setting of algorithm 'adamw'"),
+        ({"algorithm": "adamw", "momentum": 0.9}, "momentum is not a setting of algorithm 'adamw'"),
+        ({"algorithm": "sgd", "sparse": True}, "sparse is not a setting of algorithm 'sgd'"),
+        ({"algorithm": "sgd", "dampening": 0.5}, "dampening is not a setting of algorithm 'sgd'"),
+        ({"algorithm": "adamw", "amsgrad": True}, "amsgrad is not a setting of algorithm 'adamw'"),
         ({"algorithm": "adamw", "lr": -1.0}, "Invalid learning rate: -1.0"),
         ({"algorithm": "adamw", "betas": (0.9, 1.0)}, "Invalid betas: "),
         ({"algorithm": "adamw", "eps": -1.0}, "Invalid eps: "),
         ({"algorithm": "sgd", "nesterov": True}, "Invalid nesterov: True"),
-        ({"normalize": "group"}, "Invalid normalize: 'group'; it must be 'layer' or None"),
+        (
+            {"normalize": "group"},
+            r"Invalid normalize: 'group'; it must be one of \['layer', None\]",
+        ),
     ],
 )
 def test_wrong_groups_are_refused(group, message):
@@ -439,6 +512,60 @@ def test_the_groups_of_a_transformer():
     assert model.block.linear2.weight not in set(kept)
 
 
+def test_a_model_that_is_cast_after_the_optimizer_was_made():
+    models = [nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    early = MFAC(mfac_groups(models[0], lr=0.1), ngrads=M)
+    for model in models:
+        model.bfloat16()
+    late = MFAC(mfac_groups(models[1], lr=0.1), ngrads=M)
+    for _ in range(3):
+        x = torch.randn(5, 4, dtype=torch.bfloat16)
+        for model, optimizer in zip(models, (early, late), strict=True):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+
+
+def test_nan_in_another_group_is_counted_where_the_window_has_no_columns():
+    p, q = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.ones(3))
+    optimizer = MFAC([{"params": [p]}, {"params": [q], "algorithm": "sgd"}], ngrads=M)
+    p.grad, q.grad = torch.zeros(0), torch.tensor([1.0, torch.nan, 0.0])
+    with pytest.warns(UserWarning, match="NaN or Inf"):
+        optimizer.step()
+    assert optimizer.skipped_steps == 1 and torch.equal(q, torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"others": ["0.weight"]}, "Invalid others: '0.weight'; it must be a module"),
+        ({"learning_rate": 0.1}, r"Invalid settings: \['learning_rate'\]; it must be among"),
+        ({"params": []}, r"Invalid settings: \['params'\]"),
+        ({"algorithm": "sgd", "eps": 1e-3}, r"Invalid settings: \['eps'\]"),
+    ],
+)
+def test_wrong_arguments_of_mfac_groups_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        mfac_groups(Language(), **wrong)
+
+
+def test_one_layer_alone_may_be_given_as_others():
+    model = Language()
+    (matrices, _), (fewer, _) = mfac_groups(model), mfac_groups(model, others=model.block.linear1)
+    assert len(fewer["params"]) == len(matrices["params"]) - 1
+
+
+@pytest.mark.parametrize("scale", [1e15, 1e25])
+def test_the_length_of_a_layers_step_does_not_overflow(scale):
+    p = nn.Parameter(torch.ones(4))
+    optimizer = MFAC([p], lr=0.1, ngrads=M, damp=1e30, normalize="layer")
+    p.grad = scale * torch.tensor([1.0, 2.0, 3.0, 4.0])
+    optimizer.step()
+    assert float((p.detach() - 1).norm()) == pytest.approx(0.2, rel=1e-5)
+
+
 # --- the script -----------------------------------------------------------------------------------
 
 
@@ -462,6 +589,15 @@ def test_flags_reach_the_optimizer():
     _, optimizer = built(model)
     assert vars(optimizer._control) == {"warmup": False, "max_step": None, "max_norm": None}
     assert built(model, optim="adam", decoupled=True)[1].defaults["decoupled_weight_decay"]
+
+
+def test_relative_damping_by_flag():
+    flag = optim_settings.build_parser().parse_args(["--damp", "relative:0.3"]).damp
+    assert built(models.build("resnet20", 10), damp=flag)[1].damp == flag == "relative:0.3"
+    choose = optim_settings.choose_settings
+    assert choose({"damp": flag, "device": "cuda"})["graph"] == "no"
+    with pytest.raises(UserError, match="--damp relative goes with --graph no"):
+        choose({"damp": flag, "device": "cuda", "graph": "yes"})
 
 
 def test_the_learning_rate_rises_at_first():
