@@ -229,7 +229,7 @@ class MFACRowPruner(MFACPruner):
                 self.model, self.loss, params, index, self.ngrads, like, self._ranks, True
             )
             batches = self._report.counted(self.batches.draw(number), "gradients", None)
-            for rows in collector.rows_to_sum(batches, like.new_empty(1, len(index)), 1):
+            for rows in collector.rows_to_sum(batches, 1, len(index)):
                 if not isinstance(rows, OuterProducts):
                     raise ValueError(
                         "Linear layers are called without samples along dimension 0, or their "
