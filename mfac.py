@@ -29,6 +29,7 @@ from prun import (
     PagedInverseFisher,
     inverse_bytes,
 )
+from rows import MFACRowPruner
 
 __version__ = "0.2.0"
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "DampTooSmallError",
     "DynamicInverseFisher",
     "MFACPruner",
+    "MFACRowPruner",
     "MagnitudePruner",
     "NonFiniteGradientError",
     "PagedInverseFisher",

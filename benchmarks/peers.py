@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +132,9 @@ def main() -> dict[str, float]:
     parser.add_argument("--pruner", choices=["wanda", "sparsegpt"], required=True)
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--pattern", default="unstructured", help="or N:M such as 2:4")
-    parser.add_argument("--batches", type=int, default=64, help="of 8 sentences")
     args = parser.parse_args()
     setting = Setting()
-    torch.manual_seed(0)
-    batches = list(islice(setting.loader, args.batches))
+    batches = setting.batches
     model = setting.model
     layers = model.encoder.layer
     calls = calls_of(layers[0], lambda batch: model(**batch), batches)

