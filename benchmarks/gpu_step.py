@@ -1,9 +1,9 @@
-"""Time of each kernel of a step on a GPU, in both ways in, after a check of what it computes.
+"""Time of each kernel of a step on a GPU, from NVRTC and from the extension, after a check.
 
     python benchmarks/gpu_step.py [--large] [--rounds 21] [--json FILE]
 
-Medians of milliseconds with random windows that are full, the time of a bare read of the window at
-the bandwidth of a copy, and the ratio of both. benchmarks/gpu_rows.py has whole steps.
+Prints median milliseconds for full random windows, the time of one read of the window at the
+bandwidth of a copy, and the ratio of both. benchmarks/gpu_rows.py has whole steps.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def milliseconds(run: Callable[[], object], rounds: int) -> float:
     """Median time on the device of `run`, by CUDA events."""
     run()
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
-    torch.cuda._sleep(10**7)  # the host is ahead from here on: no launch is waited for
+    torch.cuda._sleep(10**7)  # puts the host ahead, so that no launch makes the device wait
     for start, end in events:
         start.record()
         run()
@@ -50,7 +50,7 @@ def milliseconds(run: Callable[[], object], rounds: int) -> float:
 
 
 class Case:
-    """A full window of random numbers in padded rows, and what a step makes of it."""
+    """A full window of random numbers in padded rows, and the operands of a step."""
 
     def __init__(self, m: int, d: int, dtype: torch.dtype):
         self.m, self.d, self.dtype = m, d, dtype
@@ -81,7 +81,7 @@ class Case:
         return G
 
     def check(self, kernels: Any) -> None:
-        """All products, against float64 in torch: some rows in full, some columns in full."""
+        """Compares the products with float64 in torch: Gx in full, and Gᵀz for some columns."""
         k = kernels.hinv_times(self.G, self.x, self.count, self.scales)
         j = int(self.count) % self.m
         expected, size = torch.zeros_like(k), torch.zeros_like(k)
@@ -212,8 +212,7 @@ class Exchange:
 
 
 def table_of_kernels(rounds: int, large: bool, file: Path | None) -> None:
-    """Checks each kernel in both ways in, then prints a row for each kernel and size, which `file`
-    gets too."""
+    """Checks each kernel, then prints a row for each kernel and size. `file` gets the rows too."""
     import kernels
 
     start = time.perf_counter()
