@@ -45,9 +45,12 @@ def fitting(x: Tensor, dtype: torch.dtype, everywhere: Callable[[Tensor], bool])
     return fitted
 
 
+def is_number(x: Any) -> bool:
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
+
+
 def check_damp(damp: Any, least: float = 1e-30, largest: float = 1e30) -> float:
-    number = isinstance(damp, numbers.Real) and not isinstance(damp, bool)
-    if not (number and least <= damp <= largest):
+    if not (is_number(damp) and least <= damp <= largest):
         raise ValueError(
             f"Invalid damp: {damp!r}; it must be a number from {least:g} to {largest:g}, such as "
             "1e-5"
@@ -94,8 +97,7 @@ def checked_dtype(name: str, dtype: Any, compress: float | None = None) -> torch
 def checked_compress(compress: float | None) -> float | None:
     if compress is None:
         return None
-    number = isinstance(compress, numbers.Real) and not isinstance(compress, bool)
-    if not (number and 0.0 < compress <= 1.0):
+    if not (is_number(compress) and 0.0 < compress <= 1.0):
         raise ValueError(
             f"Invalid compress: {compress!r}; it must be the fraction of each gradient to keep, "
             "above 0 and at most 1, or None for all of it"

@@ -16,7 +16,7 @@ __all__ = ["Coefficients", "factor"]
 
 TOLERANCE = 2e-5  # relative error of F⁻¹g, at most
 SINGLE, DOUBLE = 2.0**-23, 2.0**-52  # relative errors of products, at most
-ROUNDING = 1e-13  # relative error of A'u that refinement does not reduce
+REFINED = 1e-13  # relative error of A'u that refinement does not reduce
 
 
 def factor(A: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class Coefficients:
         # One step of refinement, unless only rounding is left: P'k' cancels for nearly parallel
         # gradients, and P would keep the error.
         r = residual()
-        if not float((r.square() / A_diagonal).max()) < ROUNDING**2 * (k_j + shift):
+        if not float((r.square() / A_diagonal).max()) < REFINED**2 * (k_j + shift):
             u += solve_without_j(r)
             image = self.K @ u
             r = residual()

@@ -1,14 +1,14 @@
-"""Groups that another algorithm trains: what is no matrix in the middle of the net.
+"""Groups that AdamW or SGD train: everything but the matrices in the middle of the net.
 
 Norms, biases, embeddings and the head have gradients of another scale than the matrices between
-them, and sit badly in one window with them. A group with `algorithm="adamw"` or `"sgd"` stays out
-of it: torch's own functions train it with the group's settings, whose defaults are
+them, so one window does not suit both. A group with `algorithm="adamw"` or `"sgd"` stays out of the
+window. torch's own functions train it with the settings of the group. Their defaults are
 
     adamw   lr 1e-3, betas (0.9, 0.999), eps 1e-8, weight_decay 1e-2     as torch.optim.AdamW
     sgd     lr 1e-3, momentum 0, weight_decay 0, nesterov False          as torch.optim.SGD
 
-and `maximize` as given to `MFAC`. A gradient with NaN or Inf in any group skips the step of all.
-On CUDA nobody waits for that: what such a step would have done is not done, on the device.
+and `maximize` is that of `MFAC`. A gradient with NaN or Inf in any group skips the step of all
+groups. On CUDA the device decides that, and the host does not wait.
 """
 
 from collections.abc import Iterable
@@ -87,11 +87,11 @@ def mfac_groups(
 
 
 class Fallback:
-    """One step of the groups that are not M-FAC's.
+    """One step of the groups that AdamW or SGD train.
 
     Args:
         groups: all groups of an optimizer.
-        state: that of the optimizer, by parameter.
+        state: the state of the optimizer, by parameter.
         device: of the window.
     """
 
@@ -109,26 +109,26 @@ class Fallback:
             largest = torch.stack([x.to(device) for x in torch._foreach_norm(every, torch.inf)])
             self.finite = largest.isfinite().all().float()
 
-    def guard_(self, g: Tensor) -> Tensor:
-        """g (d,), whose first number becomes NaN if a gradient here has NaN or Inf, so that the
-        window refuses the step, too."""
+    def refuse_if_nonfinite_(self, g: Tensor) -> Tensor:
+        """g (d,), with NaN as its first number if a gradient here has NaN or Inf. Then the window
+        refuses the step, too."""
         if self.parts:
             g[:1] += 0 / self.finite
         return g
 
-    def step(self, taken: float | Tensor = 1) -> None:
-        """The step itself; none where `taken` is 0, or a gradient here has NaN or Inf."""
+    def step(self, accepted: float | Tensor = 1) -> None:
+        """The step itself. Nothing changes if `accepted` is 0 or a gradient has NaN or Inf."""
         for group, params, grads in self.parts:
             weights, fused = [local(p) for p in params], params[0].is_cuda
-            if not fused and not bool(taken * self.finite):
+            if not fused and not bool(accepted * self.finite):
                 continue
             entries = [prepare(group, p, self.state) for p in params]
             buffers = [[local(x[name]) for x in entries] for name in _names(group)]
             how: dict[str, Any] = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
             how |= {"maximize": group["maximize"], "foreach": False, "fused": fused}
-            if fused:  # which leaves everything as it is where found_inf is 1
+            if fused:  # then found_inf = 1 leaves everything unchanged
                 how["found_inf"] = 1 - torch.as_tensor(
-                    taken * self.finite, dtype=torch.float32, device=params[0].device
+                    accepted * self.finite, dtype=torch.float32, device=params[0].device
                 )
             if group["algorithm"] == "adamw":
                 steps, means, squares = buffers
@@ -142,8 +142,8 @@ class Fallback:
 
 
 def complete(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """A group that is given to an optimizer with these defaults, with those of its algorithm.
-    ValueError if that has no such setting."""
+    """The group, with the defaults of its algorithm. `defaults` are those of the optimizer. Raises
+    ValueError if the group has a setting that its algorithm lacks."""
     algorithm = group.get("algorithm", "mfac")
     if algorithm == "mfac":
         return group
@@ -156,15 +156,14 @@ def complete(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     for name in group:
         if name in _foreign(algorithm, defaults) or name in unknown - {"params", "maximize"}:
             raise ValueError(
-                f"Invalid group: {name} is no setting of algorithm {algorithm!r}, which has "
+                f"Invalid group: {name} is not a setting of algorithm {algorithm!r}, which has "
                 f"{[*SETTINGS[algorithm], 'maximize']}"
             )
     return {**SETTINGS[algorithm], **group}
 
 
 def strip(group: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Takes from a group what the optimizer has added of other algorithms' settings; then checks
-    it."""
+    """Removes the settings of other algorithms, which torch has added, and checks the rest."""
     for name in _foreign(group["algorithm"], defaults):
         group.pop(name, None)
     betas = group.get("betas", (0.0, 0.0))
@@ -177,7 +176,7 @@ def strip(group: dict[str, Any], defaults: dict[str, Any]) -> None:
 
 
 def prepare(group: dict[str, Any], p: Tensor, state: dict[Any, Any]) -> dict[str, Any]:
-    """The entries of p in the state, zeros where they are new."""
+    """The entries of p in the state. New ones are zero."""
     entries = state[p]
     for name in _names(group):
         if name not in entries and name == "step":
@@ -189,7 +188,7 @@ def prepare(group: dict[str, Any], p: Tensor, state: dict[Any, Any]) -> dict[str
 
 
 def restore(group: dict[str, Any], p: Tensor, state: dict[Any, Any], saved: dict[str, Any]) -> None:
-    """Copies what was saved of p into its entries in the state."""
+    """Copies the saved entries of p into the state."""
     for name, value in prepare(group, p, state).items():
         if name in saved:
             local(value).copy_(local(placed_as(value, saved[name])))
@@ -202,11 +201,11 @@ def _names(group: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _foreign(algorithm: str, defaults: dict[str, Any]) -> set[str]:
-    """Settings of other algorithms than this."""
+    """The settings in `defaults` that this algorithm lacks."""
     return defaults.keys() - SETTINGS[algorithm].keys() - {"algorithm", "maximize", "params"}
 
 
 def _laid_out(g: Tensor, p: Tensor) -> Tensor:
-    """The gradient g with p's order in memory, as fused functions need it."""
+    """The gradient g in the memory order of p, as fused functions need it."""
     check_dense([g])
     return g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)

@@ -1,8 +1,8 @@
 """The trained parameters of an optimizer as one vector, and the columns of the window it maps to.
 
-What an optimizer does to each number alone is done to the vector. Parameters meet it in two places:
-their gradients are copied in, and its pieces are subtracted from the weights, each by one foreach
-call over views that are made once.
+Element-wise operations of the optimizer act on the vector. Parameters take part in two places:
+their gradients are copied into it, and its pieces are subtracted from the weights. Each is one
+foreach call over views that are made once.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,12 +15,7 @@ from torch.nn.functional import pad
 
 from checks import check_dense
 from control import layerwise
-from ranks import (
-    Ranks,
-    is_dtensor,
-    local,
-    sharded_dim,
-)
+from ranks import Ranks, is_dtensor, local, sharded_dim
 
 __all__ = ["Flat", "Segment", "views"]
 
@@ -33,7 +28,7 @@ class Segment:
     Args:
         group: index of their group.
         params: the parameters.
-        start: of their numbers in the vector.
+        start: where their numbers start in the vector.
         vector: the vector (d,).
         mask: as for `Flat`.
     """
@@ -49,9 +44,9 @@ class Segment:
         self.staging = self.numbers if same else self.numbers.to(self.device, self.dtype)
         self.views = views(self.staging, params)
         self.shapes = [view.shape for view in self.views]
-        self.lacking: list[int] = []  # parameters without a gradient
+        self.lacking: set[int] = set()  # indices of parameters without a gradient
         self.sizes = torch.tensor([view.numel() for view in self.views], device=vector.device)
-        self.fixed: Tensor | None = None  # where in `numbers` masks keep weights as they are
+        self.fixed: Tensor | None = None  # positions in `numbers` of weights that masks freeze
         masks = list(map(mask, params))
         if any(mask is not None for mask in masks):
             places = views(torch.arange(len(self.numbers), device=vector.device), params)
@@ -63,13 +58,13 @@ class Segment:
             self.fixed = torch.cat([x[~y] for x, y in pairs])
 
     def gather(self) -> bool:
-        """Copies gradients into the vector, 0 where there is none; False if there is none at all.
+        """Copies gradients into the vector, zeros for missing ones. False if all are missing.
 
         Raises:
             ValueError: a gradient has another shape than its parameter had, or is sparse.
         """
         found = [p.grad for p in self.params]
-        self.lacking = [i for i, g in enumerate(found) if g is None]
+        self.lacking = {i for i, g in enumerate(found) if g is None}
         if self.lacking:
             self.staging.zero_()
         grads = self._local([g for g in found if g is not None])
@@ -114,12 +109,14 @@ class Segment:
         return layerwise(v, self.params, parts, self.sizes, ranks if shared else None)
 
     def average(self, v: Tensor, u: Tensor, weight: float | Tensor) -> Tensor:
-        """v ← v + weight·(u − v) where there is a gradient, for what v and u (d,) have of it."""
+        """v ← v + weight·(u − v) where there is a gradient. v and u are vectors (d,); returns this
+        segment's part of v."""
         v, u = v[self.span], u[self.span]
-        kept = [(x, x.clone()) for x in (views(v, self.params)[i] for i in self.lacking)]
+        parts = views(v, self.params) if self.lacking else []
+        kept = {i: parts[i].clone() for i in self.lacking}
         v.lerp_(u, weight)
-        for x, before in kept:
-            x.copy_(before)
+        for i, before in kept.items():
+            parts[i].copy_(before)
         return v
 
     def moved(self) -> bool:
@@ -133,11 +130,11 @@ class Segment:
     def _local(self, tensors: list[Tensor]) -> list[Tensor]:
         return list(map(local, tensors)) if self.sharded else tensors
 
-    def _present(self, things: list) -> list:
-        """Of one thing for each parameter, those of parameters with a gradient."""
+    def _present(self, entries: list) -> list:
+        """From one entry for each parameter, those of the parameters with a gradient."""
         if not self.lacking:
-            return things
-        return [x for i, x in enumerate(things) if i not in self.lacking]
+            return entries
+        return [x for i, x in enumerate(entries) if i not in self.lacking]
 
     def _refuse(self, grads: list[Tensor]) -> None:
         for g, shape in zip(grads, self._present(self.shapes), strict=True):
@@ -152,9 +149,9 @@ class Segment:
 class Flat:
     """The vector of d numbers, its segments, and its columns.
 
-    There is a column of the window for each number of the vector, but for those that a mask keeps
-    as they are and, where replicated parameters share a window, those that other ranks have.
-    Columns are in the order of the weights; the vector is in that of memory.
+    Each number of the vector has a column of the window, except where a mask freezes it. If ranks
+    share the window of replicated parameters, each rank has a part of these columns. Columns are in
+    the order of the weights, the vector is in their order in memory.
 
     Args:
         params: (group, parameter) for each one that is trained, in the order of the columns.
@@ -219,13 +216,12 @@ class Flat:
             self._received = places[self._filled]
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle, which do not keep what is a view of what: `extended` makes segments
-        anew."""
+        """Without segments, as copy and pickle do not preserve views; `extended` makes new ones."""
         return {**self.__dict__, "segments": [], "_seen": []}
 
     def covers(self, params: list[tuple[int, Tensor]]) -> bool:
-        """Whether these parameters, with the index of their group, are those of the vector. The
-        first time that they are, checks that other ranks have the same."""
+        """Whether the vector is that of these (group, parameter) pairs. If so for the first time,
+        checks that other ranks have the same parameters."""
         if self.params and not self.segments:
             return False
         if [id(p) for _, p in params] == self._seen:
@@ -242,8 +238,8 @@ class Flat:
         return True
 
     def extended(self, params: list[tuple[int, Tensor]]) -> "Flat | None":
-        """A vector with places for those that are trained by now, too, at its end. None if some of
-        those that had places have gone."""
+        """A vector that has the parameters that are trained by now as well, at its end. None if
+        some of its parameters have gone."""
         groups = {id(p): i for i, p in params}
         if not all(id(p) in groups for p in self.params):
             return None
@@ -262,7 +258,8 @@ class Flat:
         return self.vector if self.index is None else self.vector.index_select(0, self.index)
 
     def spread(self, u: Tensor) -> Tensor:
-        """A vector (d,) with u (size,) in its columns, that of other ranks in theirs, else 0."""
+        """The vector (d,) with u (size,) in the columns of this rank, the u of other ranks in
+        theirs, and 0 elsewhere."""
         if self.index is None:
             return u
         whole = torch.zeros_like(self.vector).index_copy_(0, self.index, u)
@@ -273,33 +270,23 @@ class Flat:
 
 
 def _alike(x: tuple[int, Tensor]) -> tuple[Any, ...]:
-    """What parameters of one segment have in common, from the group and the parameter."""
+    """The properties that the parameters of a segment share."""
     group, p = x
     return group, p.dtype, p.device, sharded_dim(p) is None
 
 
 def mask_of(state: dict[Any, Any], p: Tensor) -> Tensor | None:
-    """True where p is trained, by the state of an optimizer; None for all of it.
-
-    Example:
-        >>> mask_of({}, torch.zeros(2)) is None
-        True
-    """
+    """True where p is trained, from the state of an optimizer. None if all of it is."""
     return state[p].get("mask") if p in state else None
 
 
 def is_trained(p: Tensor) -> bool:
-    """Whether a parameter takes columns of the window.
-
-    Example:
-        >>> is_trained(torch.nn.Parameter(torch.zeros(2), requires_grad=False))
-        False
-    """
+    """Whether p takes columns of the window."""
     return p.requires_grad or p.grad is not None
 
 
 def views(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-    """The pieces of the vector in the shapes, and order in memory, of what is here of parameters.
+    """The pieces of the vector, in the shapes and memory order of the local parts of parameters.
 
     Example:
         >>> views(torch.arange(4), [torch.zeros(2), torch.zeros(1, 2)])

@@ -44,7 +44,7 @@ from coefficients import DOUBLE, SINGLE, TOLERANCE, Coefficients, factor
 from control import Control, squared_norms
 from costs import check_memory, step_traffic, window_bytes
 from fallback import Fallback
-from flat import Flat, is_trained, mask_of
+from flat import Flat, Segment, is_trained, mask_of
 from parameter_groups import GroupedOptimizer
 from precision import DampTooSmallError, NonFiniteGradientError, Precision
 from ranks import Ranks, find_process_group
@@ -54,14 +54,8 @@ from windows import Entry, Window, gram
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = [
-    "MFAC",
-    "DampTooSmallError",
-    "DynamicInverseFisher",
-    "NonFiniteGradientError",
-    "step_traffic",
-    "window_bytes",
-]
+__all__ = ["MFAC", "DampTooSmallError", "DynamicInverseFisher", "NonFiniteGradientError"]
+__all__ += ["step_traffic", "window_bytes"]
 
 Device = torch.device | str | int
 
@@ -187,28 +181,29 @@ class DynamicInverseFisher:
         self._advance()
 
     def _exchange(self, g: Tensor) -> tuple[list[Entry], Tensor, Tensor | None]:
-        """ĝ as it will be row j = count mod m, z = A⁻¹e_j (m,), and, of a compressed window alone,
-        b = G(g − ĝ) (m,). K and P are those with g, if it is accepted; the window is not yet."""
+        """Puts g into K and P, if it is accepted, but not yet into the window. Returns ĝ, which
+        will be row j = count mod m, z = A⁻¹e_j (m,), and b = G(g − ĝ) (m,), None if ĝ = g."""
         g = checks.checked_vector(g, self.shape[0]).to(self.device)
         self.settle(wait=False)
         entry = self.window.entry(g)
-
-        def products(exact: bool) -> Tensor:
-            return self.ranks.sum_of_present(self.window.products(entry, self.counter, exact))
-
-        z, self.accepted, b = self.precision.exchange(products, self.counter)
-        return entry, z, b
+        self.precision.start(self.counter)
+        good = False
+        while not good:
+            products = self.window.products(entry, self.counter, self.precision.exact)
+            k, *b = self.ranks.sum_of_present(products)
+            z, self.accepted, good = self.precision.exchange(k, self.counter)
+        return entry, z, b[0] if b else None
 
     def _advance(self) -> None:
         self.counter += self.accepted
         self.precision.interrupted = False  # K and the window agree again
 
     def settle(self, wait: bool = True) -> None:
-        """Reads what exchanges on CUDA found out, all if it is to `wait`; raises it."""
+        """Reads results of exchanges on CUDA, with `wait` all of them, and raises their errors."""
         self.precision.settle(wait)
 
     def abstain(self) -> None:
-        """In place of an exchange, where no rank has a gradient; ValueError if some have one."""
+        """Replaces an exchange if no rank has a gradient. Raises ValueError if some have one."""
         rows, measured = 1 if self.compress is None else 2, not self.precision.always_exact
         nothing = self.coefficients.P.new_zeros(rows, self.num_grads + measured)
         self.ranks.sum_of_present(nothing, False)
@@ -234,9 +229,9 @@ class DynamicInverseFisher:
                 y += side.solve(b - image - m * self.damp * y)
             u = (x - window.transposed_times(y)) / self.damp
             # As in (5), with y for z. Refinement squares the error of K.
-            roundoff = DOUBLE + (0 if exact else SINGLE**2 * trace)
+            rounding = DOUBLE + (0 if exact else SINGLE**2 * trace)
             terms = (trace * (y.square() @ side.K.diagonal())).sqrt() + self.ranks.norm(x)
-            if roundoff * float(terms) <= TOLERANCE * self.damp * float(self.ranks.norm(u)):
+            if rounding * float(terms) <= TOLERANCE * self.damp * float(self.ranks.norm(u)):
                 break
             self.precision.recover()  # which raises if nothing is left to try
         return checks.fitting(u, self.result_dtype, self.ranks.all)
@@ -263,17 +258,17 @@ class DynamicInverseFisher:
         return left / self.damp
 
     def grow(self, columns: int) -> None:
-        """Appends `columns` weights with past gradients of zero, which moves no others."""
+        """Appends `columns` weights with past gradients of zero. The others stay in place."""
         if checks.check_integer("columns", columns, least=0):
             self.window.append(columns, self.window.blocks[-1].device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, by reference; "window" is a list of what each block of columns stores."""
+        """Everything, by reference. "window" lists the tensors of each block of columns."""
         self.settle()
         return states.of_fisher(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes a copy of what `state_dict` gave, from any device and number of shards. Where the
+        """Loads a copy of the result of `state_dict`, from any device and number of shards. If the
         window has another size or type, the newest gradients enter it one by one."""
         states.into_fisher(self, state)
 
@@ -297,25 +292,25 @@ class MFAC(GroupedOptimizer):
         w ← w − lr·v                            with decoupled decay, w − lr·(v + weight_decay·w)
 
     A parameter whose `grad` is None has a zero gradient in the window and stays as it is. If all
-    are None, nothing happens at all. A gradient with NaN or Inf skips the whole step. Where `damp`
-    is too small for the gradients, it is multiplied by 10, 100, ... for as long as needed.
+    are None, nothing changes. A gradient with NaN or Inf skips the whole step. If `damp` is too
+    small for the gradients, it is multiplied by 10, 100, ... for as long as needed.
 
-    A step reads the window twice and does not wait for a GPU. It can be captured in a CUDA graph,
-    where it skips what it would otherwise warn about, raise, or raise `damp` for. Memory is that of
+    A step reads the window twice and does not wait for a GPU. It can be captured in a CUDA graph. A
+    captured step is skipped if its gradient has NaN or Inf, or needs more `damp`. Memory is
     `window_bytes(ngrads, d)`: 4·ngrads·d bytes for d weights; half of it with window_dtype
     bfloat16, a quarter with float8_e4m3fn, about 2 % with `compress=0.01`. Parameters that do not
-    require gradients take none until they have one.
+    require gradients take no memory until they have one.
 
     Args:
         params: parameters, or groups of them, each with its own `lr`, `momentum`, `weight_decay`,
             `sparse`, `maximize`, `normalize` and `decoupled_weight_decay`. A group with `algorithm`
-            "adamw" or "sgd", and the settings of that, stays out of the window: `mfac_groups`.
+            "adamw" or "sgd" and its settings stays out of the window, see `mfac_groups`.
         lr: learning rate, a float or a tensor.
         momentum: in [0, 1).
         weight_decay: at least 0.
         ngrads: m, the size of the window.
-        damp: λ > 0, in units of squared gradients, or "relative:0.1": this part of tr K/(md), their
-            mean square, found again once a round. The attribute may be assigned to.
+        damp: λ > 0, in units of squared gradients, or "relative:0.1" for this fraction of their
+            mean square tr K/(md), updated once a round. The attribute may be assigned to.
         moddev: device of the model, as in the paper's code; the default for `optdev`.
         optdev: device of the window and its arithmetic; by default that of the first parameter.
         gpus: devices among which the window's columns are split, in place of `optdev` alone.
@@ -326,16 +321,16 @@ class MFAC(GroupedOptimizer):
         on_nonfinite: "skip" counts the step in `skipped_steps`, warns the first time, and raises
             NonFiniteGradientError after 100 in a row; "raise" raises it at once, or on CUDA at the
             end of one of the next steps.
-        maximize: climbs instead; the weight decay shrinks the weights all the same.
-        process_group: processes that share one window, in each of which `step` is called: each
-            keeps a part of the columns, and all end a step with the same weights. Parameters are
-            the same in all of them, with gradients that have been averaged, as by DDP. None: a
-            window of this process's own. Parameters that are DTensors, as by FSDP2, are shared by
-            the group that they are sharded over, each rank with the columns of its shards.
+        maximize: maximizes the objective. Weight decay shrinks the weights all the same.
+        process_group: processes that share one window. Each calls `step` and keeps a part of the
+            columns, and all end a step with the same weights. Parameters and gradients must be the
+            same in all of them, as with DDP. None: this process has a window of its own, or, if
+            parameters are DTensors, as with FSDP2, shares it with the processes they are sharded
+            over. Each then keeps the columns of its shards.
         warmup: scales u by n/m while the window has n < m gradients.
         max_step, max_norm: bounds of lr²gᵀF⁻¹g and of ‖u‖, see module `control`.
         normalize: "layer" gives each parameter's update the norm of its weights, as LAMB does.
-        decoupled_weight_decay: decays as AdamW does, beside the window, in place of L2 decay.
+        decoupled_weight_decay: decay as in AdamW, outside the window, instead of L2 decay.
 
     Raises:
         ValueError: for arguments outside these ranges, or a window that does not fit in memory.
@@ -393,7 +388,7 @@ class MFAC(GroupedOptimizer):
     @torch.compiler.disable(reason="MFAC.step is few launches already; it is not for torch.compile")
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what `closure`, which computes loss and gradients anew, returned."""
+        """One step. `closure`, if given, computes loss and gradients; returns its result."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -412,29 +407,32 @@ class MFAC(GroupedOptimizer):
             if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
                 segment.add_weights(group["weight_decay"])
         self._recovery.settle(self.fisher, wait=False)
-        g = others.guard_(self.flat.gradient())
+        g = others.refuse_if_nonfinite_(self.flat.gradient())
         u = self._recovery.update_matvec(self.fisher, g)
         if u is not None:
             u = self.flat.spread(u)
-            taken: Any = self.fisher.accepted.to(u.dtype) if u.is_cuda else 1  # 0: nothing moves
+            # On CUDA nobody has read yet whether g was accepted: with 0, nothing moves.
+            accepted: Any = self.fisher.accepted.to(u.dtype) if u.is_cuda else 1
             for segment, group in segments:
-                step, lr = u[segment.span], group["lr"]
-                self._control.scale_(step, self.fisher, lr)
-                decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0
-                if group["momentum"] != 0 or decay != 0:  # else u is 0 where nothing moves
-                    lr = lr * taken
-                if group["momentum"] != 0:
-                    step = segment.average(self.velocity(), u, (1 - group["momentum"]) * taken)
-                if group["normalize"] is not None:
-                    step = segment.normalized(step, self.flat.ranks)
-                segment.descend(step, lr, decay)
-            others.step(taken)
+                self._descend(segment, group, u, accepted)
+            others.step(accepted)
         self._recovery.raise_late()
         return loss
 
+    def _descend(self, segment: Segment, group: dict[str, Any], u: Tensor, accepted: Any) -> None:
+        """w ← w − lr·v for the parameters of a segment, v from its part of u = F⁻¹g."""
+        v, lr, momentum = u[segment.span], group["lr"], group["momentum"]
+        decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0
+        self._control.scale_(v, self.fisher, lr)
+        if momentum != 0:
+            v = segment.average(self.velocity(), u, (1 - momentum) * accepted)
+        if group["normalize"] is not None:
+            v = segment.normalized(v, self.flat.ranks)
+        # Without momentum and decay, v is 0 where g was refused.
+        segment.descend(v, lr * accepted if momentum != 0 or decay != 0 else lr, decay)
+
     def build(self, also: Collection[int] = ()) -> None:
-        """An empty window with columns for the parameters that are trained, and for those with an
-        id in `also`."""
+        """Makes an empty window for the parameters that are trained or have an id in `also`."""
         params = self.numbered(["mfac"])
         settings = {**self._window, "damp": self._recovery.damp}
         every = [p for _, p in self.numbered()]

@@ -1,5 +1,5 @@
-"""What torch expects of any optimizer, for one whose groups share a window: groups are added and
-changed, parameters are frozen or replaced, states are saved and loaded.
+"""An optimizer whose groups share a window. As torch expects of any optimizer, groups are added and
+changed, parameters are frozen and replaced, states are saved and loaded.
 """
 
 from collections.abc import Collection
@@ -21,13 +21,13 @@ ALGORITHMS = ("mfac", *fallback.SETTINGS)
 
 
 class GroupedOptimizer(torch.optim.Optimizer):
-    """An optimizer whose trained parameters are the vector `flat`, while groups come and change.
+    """An optimizer whose trained parameters are the vector `flat`, with columns in `fisher`.
 
-    A subclass says in `build` how `flat` and `fisher`, what it keeps for each column, are made.
+    A subclass makes both in `build`.
 
     Args:
-        params, defaults: as for any optimizer; `sparse` among the defaults gives masks.
-        shared: settings that groups may not have of their own.
+        params, defaults: as for any optimizer. `sparse` in the defaults gives masks.
+        shared: settings that all groups share.
         process_group: as for `MFAC`.
     """
 
@@ -48,16 +48,16 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self._built = True
 
     def build(self, also: Collection[int] = ()) -> None:
-        """Makes `flat` and an empty `fisher`, also for the parameters with these ids."""
+        """Makes `flat` and an empty `fisher`, with the parameters with these ids in any case."""
         raise NotImplementedError
 
     def numbered(self, algorithms: Collection[str] = ALGORITHMS) -> list[tuple[int, Tensor]]:
-        """Every parameter of groups of these algorithms, with the index of its group."""
+        """(group, parameter) for each parameter in groups of these algorithms."""
         groups = [(i, g) for i, g in enumerate(self.param_groups) if g["algorithm"] in algorithms]
         return [(i, p) for i, group in groups for p in group["params"]]
 
     def velocity(self) -> Tensor:
-        """v (d,), from zeros; the state of each parameter has a view of it in its shape."""
+        """v (d,), zeros at first. The state of each parameter has a view of it, in its shape."""
         flat = self.flat
         if flat.momentum is None:
             flat.momentum = torch.zeros_like(flat.vector)
@@ -67,8 +67,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
         return flat.momentum
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; the window gets columns for it whose history is zero."""
-        # First, so that torch's own errors come first; of a copy, as the caller's group is kept.
+        """Adds a group. Its columns of the window start with zeros."""
+        # torch's own errors come first. The group that the caller gave stays as it is.
         given = isinstance(param_group, dict)
         super().add_param_group(
             dict(fallback.complete(param_group, self.defaults)) if given else param_group
@@ -86,7 +86,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         if "sparse" in group:
             group["sparse"] = bool(group["sparse"])
         if group is self.param_groups[0]:
-            group["fisher"] = None  # whose place in a state torch.distributed.checkpoint must know
+            group["fisher"] = None  # torch.distributed.checkpoint must know where it will be
         for p, mask in zip(group["params"], masks, strict=True):
             if mask is not None:
                 self.state[p]["mask"] = placed_as(p, mask)
@@ -94,8 +94,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
             self.follow()
 
     def follow(self) -> None:
-        """Gives columns to parameters that are trained by now. Where others have gone, as when a
-        framework puts its own in their place, the window starts anew."""
+        """Gives columns to parameters that are trained by now. If parameters have gone, for example
+        because a framework has replaced them, the window starts anew."""
         params, others = self.numbered(["mfac"]), self.numbered(fallback.SETTINGS)
         known = all(p in self.state for _, p in others if p.grad is not None)
         if self.flat.covers(params) and known:
@@ -112,8 +112,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self.name_state()
 
     def name_state(self) -> None:
-        """Enters the names of what `state_dict` will have into the state of each parameter, since
-        torch.distributed.checkpoint goes by them."""
+        """Enters all names that `state_dict` will have into the state of each parameter, because
+        torch.distributed.checkpoint looks them up there."""
         self._params = [p for _, p in self.numbered()]
         before = [self.state[p].pop("momentum_buffer", None) for p in self.flat.params]
         if self.fisher.window.separable:
@@ -150,16 +150,16 @@ class GroupedOptimizer(torch.optim.Optimizer):
     )
 
     def state_dict(self) -> dict[str, Any]:
-        """As for any optimizer, with the window's columns in each parameter's state ("grads") and
-        what all share in the first group ("fisher"). By reference, as far as one tensor holds it.
-        What ranks have of their own is a DTensor, for torch.distributed.checkpoint."""
+        """As for any optimizer. The columns of the window are in the state of each parameter
+        ("grads"), the rest is in the first group ("fisher"). Tensors are references where possible.
+        If ranks have parts of one, it is a DTensor, for torch.distributed.checkpoint."""
         self._recovery.settle(self.fisher)
         return states.of_optimizer(self, super().state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes a copy of what `state_dict` gave. `ngrads`, `damp`, `window_dtype` and `compress`
-        stay as constructed: where the state has others, the newest gradients enter one by one.
-        ValueError if it belongs to other parameters, or to another optimizer."""
+        """Loads a copy of the result of `state_dict`. `ngrads`, `damp`, `window_dtype` and
+        `compress` stay as constructed. If the state has others, its newest gradients enter one by
+        one. Raises ValueError if it belongs to other parameters, or to another optimizer."""
         states.into_optimizer(self, state_dict, super().load_state_dict)
 
     def __repr__(self) -> str:
@@ -169,8 +169,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
         return f"{groups[:-1]}{window}\n)"
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle: torch keeps only the defaults, the state and the groups. Hooks do
-        not come along, nor does the process group, which the inverse Fisher has."""
+        """For copy and pickle: all attributes, where torch has only defaults, state and groups.
+        Hooks are left out, and so is the process group, since the inverse Fisher has it."""
         names = [name for name in vars(self) if "hook" not in name and "step" not in name]
         kept = {name: getattr(self, name) for name in names if name != "process_group"}
         return {**super().__getstate__(), **kept}
@@ -182,7 +182,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
 
 def replace_params(state: dict[Any, Any], old: list[Tensor], new: list[Tensor]) -> None:
-    """Drops what belongs to parameters that have gone. Those in their places get their masks."""
+    """Drops the state of parameters that have gone. Those in their places get their masks."""
     known, present = set(map(id, old)), set(map(id, new))
     for p, q in zip(old, new, strict=False):
         mask = state[p].get("mask") if p in state else None

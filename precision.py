@@ -81,35 +81,40 @@ class Precision:
         self._fresh = True  # whether P was computed from the present K
         self._unread: deque[tuple[Tensor, torch.cuda.Event, bool | None]] = deque()
 
-    def exchange(
-        self, products: Callable[[bool], Tensor], count: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns z, whether it is accepted, and the second row of products, if there are two.
+    def start(self, count: Tensor) -> None:
+        """Before an exchange. In a new round, returns to float32 if that would have sufficed for
+        the last m gradients."""
+        if not self.always_exact and int(count) % len(self.side.K) == 0:
+            self.exact &= not self._largest < 0.75 * TOLERANCE
+            self._largest = 0.0
 
-        `products(exact)` computes the products, in float64 if `exact`.
+    def exchange(self, k: Tensor, count: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """`Coefficients.exchange`: z, whether it is accepted, and whether to go on. If not, K or P
+        is recomputed by now, and the next attempt is more precise.
+
+        Args:
+            k: the products (m,), or (m + 1,) with the error that was measured in one of them.
+            count: gradients so far.
 
         Raises:
             NonFiniteGradientError, DampTooSmallError: nothing has changed. On CUDA, z is zero
                 instead, and a later `settle` raises.
         """
         m = len(self.side.K)
-        if not self.always_exact and int(count) % m == 0:
-            self._new_round()
-        while True:
-            k = products(self.exact)
-            if k.shape[1] > m:
-                i, j = (int(count) - 1) % m, int(count) % m
-                self._measure(float(k[0, m]), float(k[0, j]) * float(self.side.K[i, i]))
-            self.interrupted = True
-            z, accepted, errors = self.side.exchange(k[0, :m], count, self.rounding, self.exact)
-            try:
-                if self._accepts(errors):
-                    self._fresh = False
-                    return z, accepted, k[1] if len(k) == 2 else None
+        if len(k) > m:
+            i, j = (int(count) - 1) % m, int(count) % m
+            self._measure(float(k[m]), float(k[j]) * float(self.side.K[i, i]))
+        self.interrupted = True
+        z, accepted, errors = self.side.exchange(k[:m], count, self.rounding, self.exact)
+        try:
+            if good := self._accepts(errors):
+                self._fresh = False
+            else:
                 self.recover()
-            except ValueError:
-                self.interrupted = False
-                raise
+        except ValueError:
+            self.interrupted = False
+            raise
+        return z, accepted, good
 
     @property
     def rounding(self) -> float:
@@ -198,11 +203,6 @@ class Precision:
             f"in float64; raise damp to about {min(1e30, max(10 * damp, 1e-10 * largest)):.0e} or, "
             f"if that is not enough, to {min(1e30, max(100 * damp, 1e-6 * largest)):.0e}"
         )
-
-    def _new_round(self) -> None:
-        """Returns to float32 if that would have sufficed for the last m gradients."""
-        self.exact &= not self._largest < 0.75 * TOLERANCE
-        self._largest = 0.0
 
     def _accepts(self, errors: Tensor | tuple[float, float]) -> bool:
         """Whether the exchange is good. On CUDA this is True, and `settle` decides later."""

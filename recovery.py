@@ -1,5 +1,5 @@
-"""The λ that an optimizer wants, and what it does where the inverse Fisher refuses a gradient: it
-skips the step, or raises λ."""
+"""λ of an optimizer, and its reaction to a gradient that the inverse Fisher refuses: it skips the
+step, or raises λ."""
 
 import contextlib
 import math
@@ -22,15 +22,15 @@ IN_A_ROW = 100  # consecutive skipped steps, at most
 
 
 class Recovery:
-    """Continues after a refused gradient, and counts. Finds λ where it is relative.
+    """Sets λ, continues after a refused gradient, and counts.
 
     A gradient with NaN or Inf skips the step. If λ is too small, the step uses the smallest
     sufficient multiple of it by 10, 100, ... Once in a round of m steps, it tries λ itself again.
 
-    With `damp` "relative:f", λ is f·tr K/(md), the fraction f of the mean eigenvalue of GᵀG/m: a
-    factor on all gradients, or on the loss, then changes F⁻¹g by its inverse and nothing else. λ is
-    found again before steps 0, 1, 2, 4, 8, ... while the window fills, then before steps m, 2m, ...
-    The empty window of step 0 counts as one with g. Each time costs O(m³), and CUDA waits.
+    With `damp` "relative:f", λ is f·tr K/(md), the fraction f of the mean eigenvalue of GᵀG/m.
+    Scaling all gradients by a factor then scales F⁻¹g by its inverse. λ is updated before steps 0
+    (from g), 1, 2, 4, 8, ... while the window fills, then once in a round of m steps. An update
+    costs O(m³), and on CUDA the host waits.
 
     Args:
         on_nonfinite: "skip" or "raise".
@@ -42,8 +42,8 @@ class Recovery:
         self.on_nonfinite = on_nonfinite
         constant, self.fraction = damp_parts(damp)
         self.given = damp if self.fraction else check_damp(damp)  # as it was set
-        self.damp = constant or 1e-5  # λ as wanted now, before it is raised
-        self._steps = 0  # of those that may change a relative λ
+        self.damp = constant or 1e-5  # λ before it is raised
+        self._steps = 0  # steps with a relative λ
         self.skipped_steps = self.raised_steps = 0
         self._tried = 0  # raised steps when λ itself was last tried
         self.last_raised = 0.0  # the λ in use before that, to go back to
@@ -68,7 +68,7 @@ class Recovery:
             raise late
 
     def set_damp(self, fisher: "DynamicInverseFisher", damp: float | str) -> None:
-        """Makes λ what `damp` says, at once. If it is too small, raises and changes nothing."""
+        """Sets λ. If it is too small, raises DampTooSmallError and changes nothing."""
         _, fraction = damp_parts(damp)
         wanted = self._relative(fisher, fraction) if fraction else check_damp(damp)
         fisher.damp = wanted
@@ -78,7 +78,8 @@ class Recovery:
     def _relative(
         self, fisher: "DynamicInverseFisher", fraction: float, g: Tensor | None = None
     ) -> float:
-        """f·tr K/(md), or the present λ if K says nothing. For an empty window K is that of g."""
+        """f·tr K/(md), or the present λ if this is 0 or not finite. An empty window counts as one
+        with g."""
         d = fisher.ranks.sum(torch.tensor(float(fisher.shape[0]), device=fisher.device))
         trace = fisher.coefficients.K.trace()
         if g is not None and trace == 0:
@@ -87,7 +88,7 @@ class Recovery:
         return min(max(fraction * mean, 1e-30), 1e30) if 0 < mean < math.inf else self.damp
 
     def _renew(self, fisher: "DynamicInverseFisher", g: Tensor) -> bool:
-        """Finds a relative λ again if it is time to. Whether it did."""
+        """Updates a relative λ if it is due. Returns whether it was."""
         if not self.fraction or (g.is_cuda and torch.cuda.is_current_stream_capturing()):
             return False
         n, m = self._steps, fisher.num_grads
@@ -126,7 +127,7 @@ class Recovery:
             return u
 
     def state_dict(self) -> dict[str, float]:
-        """The counts, λ as wanted, and when and where it was raised last."""
+        """The counts, λ before it is raised, and when and from where it was raised last."""
         counts = {"skipped_steps": self.skipped_steps, "raised_steps": self.raised_steps}
         counts |= {"tried": self._tried, "steps": self._steps}
         return counts | {"last_raised": self.last_raised, "unraised": self.damp}
