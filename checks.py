@@ -49,59 +49,59 @@ def is_number(x: Any) -> bool:
     return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
+def require(holds: bool, name: str, value: Any, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"Invalid {name}: {value!r}; it must be {wanted}")
+
+
 def check_damp(damp: Any, least: float = 1e-30, largest: float = 1e30) -> float:
-    if not (is_number(damp) and least <= damp <= largest):
-        raise ValueError(
-            f"Invalid damp: {damp!r}; it must be a number from {least:g} to {largest:g}, such as "
-            "1e-5"
-        )
+    holds = is_number(damp) and least <= damp <= largest
+    require(holds, "damp", damp, f"a number from {least:g} to {largest:g}, such as 1e-5")
     return float(damp)
 
 
-def damp_parts(damp: Any) -> tuple[float, float]:
+def damp_parts(damp: Any, least: float = WIDE[0], largest: float = WIDE[1]) -> tuple[float, float]:
     """(λ, fraction of the mean squared gradient); one of them is 0. "relative:0.03" stands for the
-    fraction 0.03, "relative" for 0.1."""
+    fraction 0.03, "relative" for 0.1. The others are the limits of λ."""
     number = r"\d*\.?\d+(?:[eE][-+]?\d+)?"
     relative = isinstance(damp, str) and re.fullmatch(f"relative(?::({number}))?", damp)
-    return (
-        (0.0, check_damp(float(relative[1] or 0.1))) if relative else (check_damp(damp, *WIDE), 0.0)
-    )
+    if relative:
+        return 0.0, check_damp(float(relative[1] or 0.1))
+    holds = is_number(damp) and least <= damp <= largest
+    wanted = f"a number from {least:g} to {largest:g}, such as 1e-5, or 'relative:0.1'"
+    require(holds, "damp", damp, wanted)
+    return float(damp), 0.0
 
 
 def check_integer(name: str, value: Any, least: int = 1, largest: int | None = None) -> int:
     integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not (integral and least <= value <= (largest or value)):
-        limit = f"from {least} to {largest}" if largest else f"of at least {least}"
-        raise ValueError(f"Invalid {name}: {value!r}; it must be an integer {limit}")
+    limit = f"from {least} to {largest}" if largest else f"of at least {least}"
+    holds = integral and least <= value <= (largest or value)
+    require(holds, name, value, f"an integer {limit}")
     return int(value)
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> Any:
-    if value not in allowed:
-        raise ValueError(f"Invalid {name}: {value!r}; it must be one of {list(allowed)}")
+    require(value in allowed, name, value, f"one of {list(allowed)}")
     return value
 
 
 def checked_dtype(name: str, dtype: Any, compress: float | None = None) -> torch.dtype:
     """The type of a window, given as a type or by name. `compress` restricts the choice."""
-    found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    found: Any = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     allowed = [torch.float64, torch.float32, torch.bfloat16]
     if checked_compress(compress) is None:
         allowed += [torch.float16, torch.float8_e4m3fn]
-    if found not in allowed:
-        how = "" if compress is None else " with compress"
-        raise ValueError(f"Invalid {name}: {dtype!r}; it must be one of {allowed}{how}")
+    how = "" if compress is None else " with compress"
+    require(found in allowed, name, dtype, f"one of {allowed}{how}")
     return found
 
 
 def checked_compress(compress: float | None) -> float | None:
     if compress is None:
         return None
-    if not (is_number(compress) and 0.0 < compress <= 1.0):
-        raise ValueError(
-            f"Invalid compress: {compress!r}; it must be the fraction of each gradient to keep, "
-            "above 0 and at most 1, or None for all of it"
-        )
+    wanted = "the fraction of each gradient to keep, above 0 and at most 1, or None for all of it"
+    require(is_number(compress) and 0.0 < compress <= 1.0, "compress", compress, wanted)
     return float(compress)
 
 
@@ -117,8 +117,8 @@ def check_device(device: Any, name: str = "device", present: bool = True) -> tor
 
 
 def check_devices(name: str, devices: Any) -> list[torch.device]:
-    if isinstance(devices, (str, torch.device)) or not isinstance(devices, Iterable):
-        raise ValueError(f"Invalid {name}: {devices!r}; it must be a list such as ['cpu', 'cpu']")
+    several = isinstance(devices, Iterable) and not isinstance(devices, (str, torch.device))
+    require(several, name, devices, "a list such as ['cpu', 'cpu']")
     return [check_device(device, name) for device in devices]
 
 
@@ -133,28 +133,23 @@ def check_dense(grads: Iterable[Tensor]) -> None:
 
 def check_group(group: dict[str, Any], shared: dict[str, Any]) -> None:
     """Checks a group's settings and parameters. It may repeat `shared` settings, as wrappers do."""
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+    lr, momentum, decay = group["lr"], group.get("momentum", 0), group["weight_decay"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    if not 0.0 <= group["lr"]:
-        raise ValueError(f"Invalid learning rate: {group['lr']}; it must be at least 0")
-    if not 0.0 <= group.get("momentum", 0) < 1.0:
-        raise ValueError(f"Invalid momentum: {group['momentum']}; it must be in [0, 1)")
-    if not 0.0 <= group["weight_decay"]:
-        raise ValueError(f"Invalid weight_decay: {group['weight_decay']}; it must be at least 0")
-    if group.get("normalize") not in (None, "layer"):
-        raise ValueError(f"Invalid normalize: {group['normalize']!r}; it must be 'layer' or None")
+    require(0.0 <= lr, "learning rate", float(lr), "at least 0")
+    require(0.0 <= momentum < 1.0, "momentum", momentum, "in [0, 1)")
+    require(0.0 <= decay, "weight_decay", decay, "at least 0")
+    check_choice("normalize", group.get("normalize"), ("layer", None))
     for name in shared.keys() & group.keys():
         if group[name] != shared[name]:
             raise ValueError(
                 f"Invalid group: it sets {name}, which all groups share; give it to MFAC itself"
             )
     for p in group["params"]:
-        if not (p.is_complex() or p.is_floating_point()):
-            raise ValueError(f"MFAC trains floating-point parameters, got one of {p.dtype}")
-        if p.is_complex():
+        if not p.is_floating_point():
             raise ValueError(
-                f"MFAC does not support complex parameters, got one of {p.dtype}; keep real and "
-                "imaginary part as a real parameter and use torch.view_as_complex in the module"
+                f"MFAC trains real floating-point parameters, got one of {p.dtype}; keep a complex "
+                "one as real and imaginary part, and use torch.view_as_complex in the module"
             )
 
 

@@ -32,13 +32,13 @@ On CUDA everything stays on the device, so that a step can be captured in a CUDA
 """
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from checks import is_number, require
 from ranks import Ranks, local
 
 if TYPE_CHECKING:
@@ -70,14 +70,10 @@ class Control:
     def __init__(
         self, warmup: bool = False, max_step: float | None = None, max_norm: float | None = None
     ):
-        if not isinstance(warmup, bool):
-            raise ValueError(f"Invalid warmup: {warmup!r}; it must be True or False")
+        require(isinstance(warmup, bool), "warmup", warmup, "True or False")
         for name, value in (("max_step", max_step), ("max_norm", max_norm)):
-            real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            if value is not None and not (real and 0.0 < value < math.inf):
-                raise ValueError(
-                    f"Invalid {name}: {value!r}; it must be a number above 0, or None for no bound"
-                )
+            holds = value is None or (is_number(value) and 0.0 < value < math.inf)
+            require(holds, name, value, "a number above 0, or None for no bound")
         self.warmup, self.max_step, self.max_norm = warmup, max_step, max_norm
 
     def attach(self, fisher: "DynamicInverseFisher") -> None:
@@ -88,7 +84,7 @@ class Control:
         """Scales u, or a part of it, after its gradient has entered the window."""
         factors = []
         if self.warmup:
-            factors.append(fisher.counter / float(fisher.num_grads))
+            factors.append(fisher.counter.double() / fisher.num_grads)
         if self.max_step is not None:
             factors.append((self.max_step / (fisher.norms[0] * lr**2)).sqrt())
         if self.max_norm is not None:
@@ -145,8 +141,9 @@ def layerwise(
     """
     wide = torch.promote_types(params[0].dtype, torch.float32)
     weights = torch._foreach_norm([local(p).detach() for p in params], dtype=wide)
-    norms = torch.stack([torch.stack(torch._foreach_norm(parts)), torch.stack(weights).to(v)])
+    lengths = torch._foreach_norm(parts, dtype=torch.float64)  # float32 would overflow
+    norms = torch.stack([torch.stack(lengths), torch.stack(weights).to(v.device, torch.float64)])
     if ranks is not None:
         norms = ranks.sum(norms.square()).sqrt()
-    ratios = (norms[1].clamp(min=FLOOR) / norms[0]).where(norms[0] > 0, 0)
+    ratios = (norms[1].clamp(min=FLOOR) / norms[0]).where(norms[0] > 0, 0).to(v.dtype)
     return v * ratios.repeat_interleave(sizes, output_size=len(v))

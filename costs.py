@@ -95,7 +95,8 @@ def check_memory(
     needed: dict[torch.device, int] = {}
     for d, device in zip(dims, devices, strict=True):
         size = window_bytes(m, d, dtype=dtype, compress=compress)
-        needed[device] = needed.get(device, 0) + size
+        # K and P are on the first device only.
+        needed[device] = needed.get(device, 0) + size - (16 * m**2 if needed else 0)
     for device, size in needed.items():
         free = available_memory(device)
         if size > free:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import AdamW, adamw
 from torch.optim.sgd import SGD, sgd
 
-from checks import check_dense
+from checks import check_choice, check_dense, is_number, require
 from ranks import local, placed_as
 
 __all__ = ["SETTINGS", "Fallback", "mfac_groups"]
@@ -38,7 +38,7 @@ def mfac_groups(
     algorithm: str = "adamw",
     *,
     head: nn.Module | None = None,
-    others: Iterable[nn.Module | Tensor] = (),
+    others: nn.Module | Tensor | Iterable[nn.Module | Tensor] = (),
     **settings: Any,
 ) -> list[dict[str, Any]]:
     """Two groups for `MFAC`: the matrices in the middle of the net, and all else for `algorithm`.
@@ -65,9 +65,13 @@ def mfac_groups(
         >>> from optim import MFAC
         >>> optimizer = MFAC(groups, lr=3e-3, ngrads=8)
     """
-    if algorithm not in SETTINGS:
-        raise ValueError(f"Invalid algorithm: {algorithm!r}; it must be one of {list(SETTINGS)}")
-    modules, others = list(model.modules()), list(others)
+    check_choice("algorithm", algorithm, list(SETTINGS))
+    others = [others] if isinstance(others, (nn.Module, Tensor)) else list(others)
+    for x in others:
+        require(isinstance(x, (nn.Module, Tensor)), "others", x, "a module or a parameter")
+    unknown = sorted(settings.keys() - SETTINGS[algorithm].keys() - {"maximize"})
+    require(not unknown, "settings", unknown, f"among {[*SETTINGS[algorithm], 'maximize']}")
+    modules = list(model.modules())
     last = [module for module in modules if isinstance(module, nn.Linear)][-1:]
     outside: list[nn.Module] = [module for module in modules if isinstance(module, OUTSIDE)]
     outside += [module for module in others if isinstance(module, nn.Module)]
@@ -103,33 +107,25 @@ class Fallback:
                 grads = [_laid_out(local(p.grad), local(p)) for p in params]
                 if params:
                     self.parts.append((group, params, grads))
-        self.finite: float | Tensor = 1.0  # 0 if a gradient has NaN or Inf
+        self.veto: Tensor | None = None  # NaN if a gradient has NaN or Inf, else 0
         every = [g for _, _, grads in self.parts for g in grads if g.numel()]
         if every:
             largest = torch.stack([x.to(device) for x in torch._foreach_norm(every, torch.inf)])
-            self.finite = largest.isfinite().all().float()
-
-    def refuse_if_nonfinite_(self, g: Tensor) -> Tensor:
-        """g (d,), with NaN as its first number if a gradient here has NaN or Inf. Then the window
-        refuses the step, too."""
-        if self.parts:
-            g[:1] += 0 / self.finite
-        return g
+            self.veto = (0 * largest).sum()
 
     def step(self, accepted: float | Tensor = 1) -> None:
-        """The step itself. Nothing changes if `accepted` is 0 or a gradient has NaN or Inf."""
+        """The step itself. Nothing changes if `accepted` is 0."""
         for group, params, grads in self.parts:
             weights, fused = [local(p) for p in params], params[0].is_cuda
-            if not fused and not bool(accepted * self.finite):
+            if not fused and not bool(accepted):
                 continue
             entries = [prepare(group, p, self.state) for p in params]
             buffers = [[local(x[name]) for x in entries] for name in _names(group)]
             how: dict[str, Any] = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
             how |= {"maximize": group["maximize"], "foreach": False, "fused": fused}
             if fused:  # then found_inf = 1 leaves everything unchanged
-                how["found_inf"] = 1 - torch.as_tensor(
-                    accepted * self.finite, dtype=torch.float32, device=params[0].device
-                )
+                device = params[0].device
+                how["found_inf"] = 1 - torch.as_tensor(accepted, dtype=torch.float32, device=device)
             if group["algorithm"] == "adamw":
                 steps, means, squares = buffers
                 beta1, beta2 = group["betas"]
@@ -147,9 +143,7 @@ def complete(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     algorithm = group.get("algorithm", "mfac")
     if algorithm == "mfac":
         return group
-    if algorithm not in SETTINGS:
-        names = ["mfac", *SETTINGS]
-        raise ValueError(f"Invalid algorithm: {algorithm!r}; it must be one of {names}")
+    check_choice("algorithm", algorithm, ["mfac", *SETTINGS])
     unknown = {*signature(AdamW).parameters, *signature(SGD).parameters} - SETTINGS[
         algorithm
     ].keys()
@@ -166,13 +160,13 @@ def strip(group: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Removes the settings of other algorithms, which torch has added, and checks the rest."""
     for name in _foreign(group["algorithm"], defaults):
         group.pop(name, None)
-    betas = group.get("betas", (0.0, 0.0))
-    if not (len(betas) == 2 and all(0.0 <= beta < 1.0 for beta in betas)):
-        raise ValueError(f"Invalid betas: {betas}; they must be two numbers in [0, 1)")
-    if not 0.0 <= group.get("eps", 0.0):
-        raise ValueError(f"Invalid eps: {group['eps']}; it must be at least 0")
-    if group.get("nesterov") and not group["momentum"]:
-        raise ValueError("Invalid nesterov: True; it needs a momentum above 0")
+    betas, eps = group.get("betas", (0.0, 0.0)), group.get("eps", 0.0)
+    two = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(map(is_number, betas))
+    two = two and all(0.0 <= beta < 1.0 for beta in betas)
+    require(two, "betas", betas, "two numbers in [0, 1)")
+    require(is_number(eps) and 0.0 <= eps, "eps", eps, "a number of at least 0")
+    useless = group.get("nesterov") and not group["momentum"]
+    require(not useless, "nesterov", True, "False without momentum")
 
 
 def prepare(group: dict[str, Any], p: Tensor, state: dict[Any, Any]) -> dict[str, Any]:
@@ -184,6 +178,8 @@ def prepare(group: dict[str, Any], p: Tensor, state: dict[Any, Any]) -> dict[str
             entries[name] = torch.zeros((), dtype=torch.float32, device=device)
         elif name not in entries:
             entries[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        elif name != "step":  # the model may have been cast or moved
+            entries[name] = entries[name].to(p.device, p.dtype)
     return entries
 
 

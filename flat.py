@@ -74,6 +74,10 @@ class Segment:
         if [g.shape for g in grads] != self._present(self.shapes):
             self._refuse(grads)
         check_dense(grads)
+        if any(g.dtype != self.dtype for g in grads):  # `grad_dtype`: into the vector as they are
+            self.numbers.zero_()
+            torch._foreach_copy_(self._present(self.parts(self.numbers)), grads)
+            return True
         torch._foreach_copy_(self._present(self.views), grads)
         if self.staging is not self.numbers:
             self.numbers.copy_(self.staging)
@@ -105,19 +109,25 @@ class Segment:
     def normalized(self, v: Tensor, ranks: Ranks) -> Tensor:
         """`layerwise` of this segment's part v of a vector."""
         shared = sharded_dim(self.params[0]) is not None
-        parts = views(v, self.params)
+        parts = self.parts(v)
         return layerwise(v, self.params, parts, self.sizes, ranks if shared else None)
 
     def average(self, v: Tensor, u: Tensor, weight: float | Tensor) -> Tensor:
         """v ← v + weight·(u − v) where there is a gradient. v and u are vectors (d,); returns this
         segment's part of v."""
         v, u = v[self.span], u[self.span]
-        parts = views(v, self.params) if self.lacking else []
+        parts = self.parts(v) if self.lacking else []
         kept = {i: parts[i].clone() for i in self.lacking}
         v.lerp_(u, weight)
         for i, before in kept.items():
             parts[i].copy_(before)
         return v
+
+    def parts(self, v: Tensor) -> list[Tensor]:
+        """The pieces of this segment's part v of a vector, in the memory order of `views`, which
+        stays as it is if that of a parameter changes."""
+        start = v.storage_offset() - self.staging.storage_offset()
+        return [v.as_strided(x.shape, x.stride(), start + x.storage_offset()) for x in self.views]
 
     def moved(self) -> bool:
         """Whether the parameters have another type or device by now."""
@@ -150,8 +160,9 @@ class Flat:
     """The vector of d numbers, its segments, and its columns.
 
     Each number of the vector has a column of the window, except where a mask freezes it. If ranks
-    share the window of replicated parameters, each rank has a part of these columns. Columns are in
-    the order of the weights, the vector is in their order in memory.
+    share the window of replicated parameters, each rank has a part of these columns. The vector is
+    in the order of memory, so that gradients are copied fast. Columns are in the order of the
+    weights, so that a state fits any memory format.
 
     Args:
         params: (group, parameter) for each one that is trained, in the order of the columns.
@@ -216,7 +227,7 @@ class Flat:
             self._received = places[self._filled]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without segments, as copy and pickle do not preserve views; `extended` makes new ones."""
+        """Without segments, as copy and pickle do not preserve views. A new vector follows."""
         return {**self.__dict__, "segments": [], "_seen": []}
 
     def covers(self, params: list[tuple[int, Tensor]]) -> bool:
@@ -236,17 +247,6 @@ class Flat:
         self.ranks.check_same(self.params, self.vector.device)
         self._seen, self._frozen = [id(p) for _, p in params], frozen
         return True
-
-    def extended(self, params: list[tuple[int, Tensor]]) -> "Flat | None":
-        """A vector that has the parameters that are trained by now as well, at its end. None if
-        some of its parameters have gone."""
-        groups = {id(p): i for i, p in params}
-        if not all(id(p) in groups for p in self.params):
-            return None
-        known = {id(p) for p in self.params}
-        new = [(i, p) for i, p in params if id(p) not in known and is_trained(p)]
-        every = [(groups[id(p)], p) for p in self.params] + new
-        return Flat(every, self.mask, self.ranks, self.vector.device, self.vector.dtype)
 
     @property
     def size(self) -> int:

@@ -30,7 +30,7 @@ Source: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations 
 Information", NeurIPS 2021, arXiv 2107.03356, section 3.2 (dynamic algorithm).
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,7 @@ from parameter_groups import GroupedOptimizer
 from precision import DampTooSmallError, NonFiniteGradientError, Precision
 from ranks import Ranks, find_process_group
 from recovery import Recovery
-from windows import Entry, Window, gram
+from windows import Entry, Window
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -122,8 +122,7 @@ class DynamicInverseFisher:
         self.accepted = torch.ones_like(self.counter)  # 0 if the last gradient was refused
         self.measures_norms, self.norms = False, torch.empty(0)  # see `Control`
         exact = compress is not None or kinds != {"cpu"} or self.dtype == torch.float64
-        anew = partial(_gram, self.window, self.ranks)  # no method: a cycle would hold the window
-        self.precision = Precision(self.coefficients, anew, always_exact=exact)
+        self.precision = Precision(self.coefficients, self.window, self.ranks, always_exact=exact)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -151,20 +150,21 @@ class DynamicInverseFisher:
         if damp != self.damp:
             self.precision.set_damp(damp)
 
-    def update_matvec(self, g: Tensor) -> Tensor:
+    def update_matvec(self, g: Tensor, *, veto: Tensor | None = None) -> Tensor:
         """Puts the gradient g (d,) into the window and returns u = F⁻¹g (d,), with g in F.
 
         Two reads of the window. Kernels on CUDA wait for nothing: a gradient that is refused
-        changes nothing, its result is zero, and one of the next calls raises what is raised here.
+        changes nothing, its result is zero, and the fifth call after it raises what is raised
+        here. `veto`, a number, refuses g if it is NaN in any of the processes.
 
         Raises:
             NonFiniteGradientError: g has NaN or Inf.
             DampTooSmallError: λ is too small for these gradients.
             ValueError: g has another shape.
         """
-        entry, z, b = self._exchange(g)  # ĝ; k = Gĝ, then A z = e_j
+        entry, z, b = self._exchange(g, veto)  # ĝ; k = Gĝ, then A z = e_j
         y = self.num_grads * z
-        if b is not None:  # compressed: F⁻¹g = F⁻¹ĝ + F⁻¹(g − ĝ), the latter by (1)
+        if b is not None:  # plus F⁻¹(g − ĝ) by (1): −GᵀA⁻¹b/λ here, (g − ĝ)/λ in the window
             y.addcdiv_(self.coefficients.solve(b), self.coefficients.damping, value=-1)
         u = self.window.replace_and_transposed_times(  # G_j = ĝ, then u = mGᵀz
             entry, self.counter, self.accepted, y, self.coefficients.damping, self.precision.exact
@@ -180,16 +180,16 @@ class DynamicInverseFisher:
         self.window.write(entry, self.counter, self.accepted)
         self._advance()
 
-    def _exchange(self, g: Tensor) -> tuple[list[Entry], Tensor, Tensor | None]:
+    def _exchange(self, g: Tensor, veto: Tensor | None = None) -> tuple[list[Entry], Tensor, Any]:
         """Puts g into K and P, if it is accepted, but not yet into the window. Returns ĝ, which
         will be row j = count mod m, z = A⁻¹e_j (m,), and b = G(g − ĝ) (m,), None if ĝ = g."""
         g = checks.checked_vector(g, self.shape[0]).to(self.device)
         self.settle(wait=False)
         entry = self.window.entry(g)
-        self.precision.start(self.counter)
         good = False
         while not good:
             products = self.window.products(entry, self.counter, self.precision.exact)
+            products = products if veto is None else products + veto
             k, *b = self.ranks.sum_of_present(products)
             z, self.accepted, good = self.precision.exchange(k, self.counter)
         return entry, z, b[0] if b else None
@@ -202,11 +202,14 @@ class DynamicInverseFisher:
         """Reads results of exchanges on CUDA, with `wait` all of them, and raises their errors."""
         self.precision.settle(wait)
 
-    def abstain(self) -> None:
-        """Replaces an exchange if no rank has a gradient. Raises ValueError if some have one."""
-        rows, measured = 1 if self.compress is None else 2, not self.precision.always_exact
-        nothing = self.coefficients.P.new_zeros(rows, self.num_grads + measured)
-        self.ranks.sum_of_present(nothing, False)
+    def abstain(self, veto: Tensor | None = None) -> Tensor:
+        """Replaces an exchange if no rank has a gradient. Returns whether no rank has a `veto`.
+        Raises ValueError if some ranks have a gradient."""
+        rows = 1 if self.compress is None else 2
+        columns = self.num_grads + (not self.precision.always_exact)  # as in `products`
+        nothing = self.coefficients.P.new_zeros(rows, columns)
+        nothing = nothing if veto is None else nothing + veto
+        return self.ranks.sum_of_present(nothing, False).isfinite().all()
 
     def matvec(self, x: Tensor) -> Tensor:
         """F⁻¹x (d,) for x (d,), by (1), in float64: two reads of the window, or four where K is
@@ -243,7 +246,7 @@ class DynamicInverseFisher:
         m, direct = self.num_grads, self.ranks.size == 1 and self.shape[0] <= self.num_grads
         if direct:
             G = torch.cat(list(self.window.tiles()), 1)
-        A = G.T @ G if direct else _gram(self.window, self.ranks)
+        A = G.T @ G if direct else self.precision.gram()
         A.diagonal().add_(m * self.damp)
         L = factor(A)
         inverse = torch.cholesky_inverse(L).diagonal()
@@ -271,11 +274,6 @@ class DynamicInverseFisher:
         """Loads a copy of the result of `state_dict`, from any device and number of shards. If the
         window has another size or type, the newest gradients enter it one by one."""
         states.into_fisher(self, state)
-
-
-def _gram(window: Window, ranks: Ranks) -> Tensor:
-    """K (m, m) in float64, anew from the window."""
-    return ranks.sum(gram(window.tiles()))
 
 
 class MFAC(GroupedOptimizer):
@@ -320,7 +318,7 @@ class MFAC(GroupedOptimizer):
         window_dtype, compress: `dtype` and `compress` of `DynamicInverseFisher`.
         on_nonfinite: "skip" counts the step in `skipped_steps`, warns the first time, and raises
             NonFiniteGradientError after 100 in a row; "raise" raises it at once, or on CUDA at the
-            end of one of the next steps.
+            end of the fifth step after it.
         maximize: maximizes the objective. Weight decay shrinks the weights all the same.
         process_group: processes that share one window. Each calls `step` and keeps a part of the
             columns, and all end a step with the same weights. Parameters and gradients must be the
@@ -377,13 +375,13 @@ class MFAC(GroupedOptimizer):
             "dtype": checks.checked_dtype("window_dtype", window_dtype, compress),
             "compress": compress,
         }
-        shared = dict(ngrads=ngrads, damp=damp, window_dtype=window_dtype, compress=compress)
+        shared: dict[str, Any] = dict(ngrads=ngrads, damp=damp, window_dtype=window_dtype)
+        shared |= dict(compress=compress, on_nonfinite=on_nonfinite, warmup=warmup, gpus=gpus)
+        shared |= dict(max_step=max_step, max_norm=max_norm, moddev=moddev, optdev=optdev)
         defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         defaults |= {"sparse": sparse, "maximize": maximize, "normalize": normalize}
         defaults |= {"decoupled_weight_decay": decoupled_weight_decay, "algorithm": "mfac"}
-        super().__init__(
-            params, defaults, shared | {"on_nonfinite": on_nonfinite}, process_group or None
-        )
+        super().__init__(params, defaults, shared, process_group or None)
 
     @torch.compiler.disable(reason="MFAC.step is few launches already; it is not for torch.compile")
     @torch.no_grad()
@@ -397,9 +395,9 @@ class MFAC(GroupedOptimizer):
         segments = [(s, self.param_groups[s.group]) for s in self.flat.segments if s.gather()]
         others = Fallback(self.param_groups, self.state, self.fisher.device)
         if not segments:
-            self.fisher.abstain()
-            self._recovery.check_others(self.fisher, others.finite)
-            others.step()
+            finite = self._recovery.abstain(self.fisher, others.veto)
+            self._recovery.check_others(self.fisher, finite)
+            others.step(finite)
             return loss
         for segment, group in segments:
             if group["maximize"]:
@@ -407,8 +405,7 @@ class MFAC(GroupedOptimizer):
             if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
                 segment.add_weights(group["weight_decay"])
         self._recovery.settle(self.fisher, wait=False)
-        g = others.refuse_if_nonfinite_(self.flat.gradient())
-        u = self._recovery.update_matvec(self.fisher, g)
+        u = self._recovery.update_matvec(self.fisher, self.flat.gradient(), others.veto)
         if u is not None:
             u = self.flat.spread(u)
             # On CUDA nobody has read yet whether g was accepted: with 0, nothing moves.
@@ -431,16 +428,21 @@ class MFAC(GroupedOptimizer):
         # Without momentum and decay, v is 0 where g was refused.
         segment.descend(v, lr * accepted if momentum != 0 or decay != 0 else lr, decay)
 
-    def build(self, also: Collection[int] = ()) -> None:
-        """Makes an empty window for the parameters that are trained or have an id in `also`."""
+    def build(self, first: Sequence[Tensor] | None = None, grow: bool = False) -> None:
         params = self.numbered(["mfac"])
         settings = {**self._window, "damp": self._recovery.damp}
         every = [p for _, p in self.numbered()]
         ranks = Ranks(find_process_group(every, self.process_group))
         device = self._device or next((p.device for _, p in params), torch.device("cpu"))
-        trained = [(i, p) for i, p in params if is_trained(p) or id(p) in also]
+        device = self.fisher.device if grow else device
+        place = {id(p): i for i, p in enumerate(first or ())}
+        others = grow or first is None
+        trained = [(i, p) for i, p in params if id(p) in place or (others and is_trained(p))]
+        trained.sort(key=lambda pair: place.get(id(pair[1]), len(place)))
         wide = torch.float64 if settings["dtype"] == torch.float64 else torch.float32
         self.flat = Flat(trained, partial(mask_of, self.state), ranks, device, wide)
+        if grow:
+            return self.fisher.grow(self.flat.size - self.fisher.shape[0])
         self.fisher: Any = None  # the old window goes before the new one comes
         self.fisher = DynamicInverseFisher(
             dim=self.flat.size, device=device, process_group=ranks.group, **settings

@@ -2,7 +2,7 @@
 changed, parameters are frozen and replaced, states are saved and loaded.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 import fallback
 import states
 from checks import check_group, checked_masks
-from flat import Flat, is_trained, views
+from flat import Flat, is_trained
 from ranks import dtensor_like, find_process_group, local, placed_as
 from recovery import Recovery, warn_user
 
@@ -47,8 +47,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self.name_state()
         self._built = True
 
-    def build(self, also: Collection[int] = ()) -> None:
-        """Makes `flat` and an empty `fisher`, with the parameters with these ids in any case."""
+    def build(self, first: Sequence[Tensor] | None = None, grow: bool = False) -> None:
+        """Makes `flat` and an empty `fisher`, for the parameters that are trained, or for `first`
+        alone. To `grow`, keeps `fisher`, and appends the columns of those that are not `first`."""
         raise NotImplementedError
 
     def numbered(self, algorithms: Collection[str] = ALGORITHMS) -> list[tuple[int, Tensor]]:
@@ -62,8 +63,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
         if flat.momentum is None:
             flat.momentum = torch.zeros_like(flat.vector)
         if flat.params and "momentum_buffer" not in self.state[flat.params[-1]]:
-            for p, view in zip(flat.params, views(flat.momentum, flat.params), strict=True):
-                self.state[p]["momentum_buffer"] = dtensor_like(p, view)
+            parts = [x for s in flat.segments for x in s.parts(flat.momentum[s.span])]
+            for p, part in zip(flat.params, parts, strict=True):
+                self.state[p]["momentum_buffer"] = dtensor_like(p, part)
         return flat.momentum
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -79,7 +81,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 fallback.strip(group, self.defaults)
             check_group(group, self._shared)
             masks = checked_masks(group["params"], group.get("sparse", False))
-            find_process_group(group["params"], self.process_group)
+            sharing = find_process_group([p for _, p in self.numbered()], self.process_group)
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
@@ -90,7 +92,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
         for p, mask in zip(group["params"], masks, strict=True):
             if mask is not None:
                 self.state[p]["mask"] = placed_as(p, mask)
-        if self._built:
+        if self._built and sharing is not self.flat.ranks.group:
+            self._start_anew("Other processes share the window now")
+        elif self._built:
             self.follow()
 
     def follow(self) -> None:
@@ -100,15 +104,19 @@ class GroupedOptimizer(torch.optim.Optimizer):
         known = all(p in self.state for _, p in others if p.grad is not None)
         if self.flat.covers(params) and known:
             return
-        flat = self.flat.extended(params)
+        before, present = self.flat.params, {id(p) for _, p in params}
         replace_params(self.state, self._params, [p for _, p in self.numbered()])
-        if flat is None:
-            if self.fisher.count:
-                warn_user("The parameters of the optimizer have changed: its window starts anew")
-            self.build()
+        if all(id(p) in present for p in before):
+            self.build(before, grow=True)
+            self.name_state()
         else:
-            self.fisher.grow(flat.size - self.flat.size)
-            self.flat = flat
+            self._start_anew("The parameters of the optimizer have changed")
+
+    def _start_anew(self, why: str) -> None:
+        if self.fisher.count:
+            warn_user(f"{why}: its window starts anew")
+        self._recovery.start_anew()
+        self.build()
         self.name_state()
 
     def name_state(self) -> None:
@@ -154,7 +162,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
         ("grads"), the rest is in the first group ("fisher"). Tensors are references where possible.
         If ranks have parts of one, it is a DTensor, for torch.distributed.checkpoint."""
         self._recovery.settle(self.fisher)
-        return states.of_optimizer(self, super().state_dict)
+        # The first post-hook, so that other hooks see everything.
+        with self.register_state_dict_post_hook(states.add_window, prepend=True):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a copy of the result of `state_dict`. `ngrads`, `damp`, `window_dtype` and

@@ -16,17 +16,18 @@ types. r is twice the root mean square of the difference.
 
 import math
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from coefficients import SINGLE, TOLERANCE, Coefficients
+from ranks import Ranks
+from windows import Window, gram
 
 __all__ = ["DampTooSmallError", "NonFiniteGradientError", "Precision"]
 
-UNREAD = 4  # exchanges on CUDA with unread results, at most, unless the host waits
+UNREAD = 4  # exchanges on CUDA whose results are read later
 
 
 class NonFiniteGradientError(ValueError):
@@ -62,35 +63,33 @@ class Precision:
     """Keeps the error of results within `TOLERANCE`, with the fastest arithmetic that suffices.
 
     On the CPU, products start in float32. If (5) is too large, they fall back to float64 for at
-    least the rest of a round of m gradients. On CUDA everything is float64. One of the next calls
-    reads the error of an exchange, so nothing waits for the device.
+    least the rest of a round of m gradients. On CUDA everything is float64, and the error of an
+    exchange is read before the fifth one after it, so that nothing waits. If (5) is too large
+
+        with products in float32    K is recomputed in float64 from the window, and P from K,
+        in float64                  P is recomputed from K,
+        with a P as recomputed      λ is too small: DampTooSmallError.
 
     Args:
         side: K and P.
-        gram: recomputes K in float64 from the window, O(dm²).
+        window: the window.
+        ranks: the processes that share it.
         always_exact: use float64 from the start.
     """
 
-    def __init__(self, side: Coefficients, gram: Callable[[], Tensor], always_exact: bool):
-        self.side, self.gram = side, gram
+    def __init__(self, side: Coefficients, window: Window, ranks: Ranks, always_exact: bool):
+        self.side, self.window, self.ranks = side, window, ranks
         self.always_exact = self.exact = always_exact
         self.interrupted = False  # while K and the window may disagree, as after an exception
         self._mean_square, self._measured = (SINGLE / 4) ** 2, 0  # of roundings in float32
         self._largest = 0.0  # largest error of this round, as estimated for float32
         self.nonfinite = 0  # consecutive gradients that were not finite
         self._fresh = True  # whether P was computed from the present K
-        self._unread: deque[tuple[Tensor, torch.cuda.Event, bool | None]] = deque()
-
-    def start(self, count: Tensor) -> None:
-        """Before an exchange. In a new round, returns to float32 if that would have sufficed for
-        the last m gradients."""
-        if not self.always_exact and int(count) % len(self.side.K) == 0:
-            self.exact &= not self._largest < 0.75 * TOLERANCE
-            self._largest = 0.0
+        self.unread: deque[tuple[Tensor, torch.cuda.Event, bool | None]] = deque()
 
     def exchange(self, k: Tensor, count: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """`Coefficients.exchange`: z, whether it is accepted, and whether to go on. If not, K or P
-        is recomputed by now, and the next attempt is more precise.
+        """`Coefficients.exchange`: z, whether it is accepted, and whether the result is good. If
+        not, K or P has been recomputed, and another attempt is more precise.
 
         Args:
             k: the products (m,), or (m + 1,) with the error that was measured in one of them.
@@ -109,6 +108,7 @@ class Precision:
         try:
             if good := self._accepts(errors):
                 self._fresh = False
+                self._end_round(count)
             else:
                 self.recover()
         except ValueError:
@@ -139,12 +139,12 @@ class Precision:
         if self.interrupted:
             self.rebuild()
             self.interrupted = False
-        while self._unread and not torch.cuda.is_current_stream_capturing():
-            errors, arrived, fresh = self._unread[0]
-            if not (wait or len(self._unread) > UNREAD or arrived.query()):
+        while self.unread and not torch.cuda.is_current_stream_capturing():
+            errors, arrived, fresh = self.unread[0]
+            if not (wait or len(self.unread) > UNREAD):  # by number: ranks must do the same
                 return
             arrived.synchronize()
-            self._unread.popleft()
+            self.unread.popleft()
             if not self._judge(*errors.tolist()) and fresh is not None:
                 self._fresh = fresh
                 self.recover()
@@ -159,13 +159,17 @@ class Precision:
         vars(self).update({name: state.get(name, 0.0) for name in self.state_dict()})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_unread": deque()}  # events can't be copied
+        return {**vars(self), "unread": deque()}  # events can't be copied
 
     def set_damp(self, damp: float) -> None:
         """Sets λ to `damp`. Raises DampTooSmallError and keeps the present λ if it is too small."""
         # Unread errors of the old λ no longer matter, but gradients with NaN or Inf still count.
-        self._unread = deque((errors, arrived, None) for errors, arrived, _ in self._unread)
+        self.unread = deque((errors, arrived, None) for errors, arrived, _ in self.unread)
         self._invert(damp)
+
+    def gram(self) -> Tensor:
+        """K (m, m) in float64, anew from the window, O(dm²)."""
+        return self.ranks.sum(gram(self.window.tiles()))
 
     def rebuild(self) -> None:
         """Computes K in float64 from the window, O(dm²), and P."""
@@ -173,7 +177,7 @@ class Precision:
 
     def forget(self) -> None:
         """Drops the unread errors, because another window replaces this one."""
-        self._unread.clear()
+        self.unread.clear()
         self.interrupted, self._fresh, self._largest = False, False, 0.0
 
     def refuse(self) -> None:
@@ -204,6 +208,12 @@ class Precision:
             f"if that is not enough, to {min(1e30, max(100 * damp, 1e-6 * largest)):.0e}"
         )
 
+    def _end_round(self, count: Tensor) -> None:
+        """After m gradients, returns to float32 if that would have sufficed for all of them."""
+        if not self.always_exact and int(count) % len(self.side.K) == len(self.side.K) - 1:
+            self.exact &= not self._largest < 0.75 * TOLERANCE
+            self._largest = 0.0
+
     def _accepts(self, errors: Tensor | tuple[float, float]) -> bool:
         """Whether the exchange is good. On CUDA this is True, and `settle` decides later."""
         if isinstance(errors, tuple):
@@ -215,12 +225,14 @@ class Precision:
             numbers.copy_(errors, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(errors.device))
-            self._unread.append((numbers, arrived, self._fresh))
+            self.unread.append((numbers, arrived, self._fresh))
         return True
 
     def _judge(self, error: float, in_float32: float = 0.0) -> bool:
         self._largest = max(self._largest, in_float32)
-        self.nonfinite = self.nonfinite + 1 if math.isnan(error) else 0
-        if self.nonfinite:
+        if math.isnan(error):
+            self.nonfinite += 1
             raise NonFiniteGradientError("The gradient has NaN or Inf; the window is unchanged")
-        return error <= TOLERANCE
+        if good := error <= TOLERANCE:
+            self.nonfinite = 0
+        return good

@@ -43,8 +43,8 @@ class Ranks:
 
     def sum_of_present(self, x: Tensor, present: bool = True) -> Tensor:
         """`sum` of x (n, m). The same message tells which ranks are present, that is, have
-        something to add. On CUDA, present ranks do not wait for it: if some are absent, their sum
-        is NaN, and the absent ranks raise.
+        something to add. A present rank on CUDA does not wait for it: it gets NaN if another one
+        is absent, and the absent one raises.
 
         Raises:
             ValueError: some ranks are present and some are not.
@@ -58,7 +58,7 @@ class Ranks:
                 f"{int(absent[0])} of {self.size} processes that share a window have no gradients "
                 "at all; compute the loss of a batch in all of them, or in none"
             )
-        return total[:, :-1].where(absent == 0, torch.nan)
+        return total[:, :-1].where(absent % self.size == 0, torch.nan)
 
     def check_same(self, params: Sequence[Tensor], device: torch.device) -> None:
         """Raises ValueError if ranks differ in the shapes of the parameters, or in the values of

@@ -5,10 +5,12 @@ import contextlib
 import math
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, cuda
 
 from checks import check_choice, check_damp, check_integer, damp_parts
 from precision import DampTooSmallError, NonFiniteGradientError
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["Recovery", "warn_user"]
 
 IN_A_ROW = 100  # consecutive skipped steps, at most
+RANGE = 1e-30, 1e30  # of λ
+T = TypeVar("T")
 
 
 class Recovery:
@@ -40,8 +44,8 @@ class Recovery:
     def __init__(self, on_nonfinite: str, damp: float | str):
         check_choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
         self.on_nonfinite = on_nonfinite
-        constant, self.fraction = damp_parts(damp)
-        self.given = damp if self.fraction else check_damp(damp)  # as it was set
+        constant, self.fraction = damp_parts(damp, *RANGE)
+        self.given = constant or damp  # as it was set
         self.damp = constant or 1e-5  # λ before it is raised
         self._steps = 0  # steps with a relative λ
         self.skipped_steps = self.raised_steps = 0
@@ -49,14 +53,15 @@ class Recovery:
         self.last_raised = 0.0  # the λ in use before that, to go back to
         self._late: NonFiniteGradientError | None = None
 
+    def start_anew(self) -> None:
+        """Begins the schedule of a relative λ again, for an empty window."""
+        self._steps, self.last_raised = 0, 0.0
+
     def settle(self, fisher: "DynamicInverseFisher", wait: bool = True) -> None:
         """Reads the results of steps on CUDA, and keeps an error for `raise_late`."""
         while True:
             try:
-                fisher.settle(wait)
-                return
-            except DampTooSmallError:
-                self._raise_damp(fisher)
+                return self._raising(fisher, partial(fisher.settle, wait))
             except NonFiniteGradientError as error:
                 self._skip(fisher, error)
                 self._late = error if self.on_nonfinite == "raise" else None
@@ -69,8 +74,8 @@ class Recovery:
 
     def set_damp(self, fisher: "DynamicInverseFisher", damp: float | str) -> None:
         """Sets λ. If it is too small, raises DampTooSmallError and changes nothing."""
-        _, fraction = damp_parts(damp)
-        wanted = self._relative(fisher, fraction) if fraction else check_damp(damp)
+        wanted, fraction = damp_parts(damp, *RANGE)
+        wanted = wanted or self._relative(fisher, fraction)
         fisher.damp = wanted
         self.given, self.fraction = damp if fraction else wanted, fraction
         self.damp, self.last_raised = wanted, 0.0
@@ -78,53 +83,53 @@ class Recovery:
     def _relative(
         self, fisher: "DynamicInverseFisher", fraction: float, g: Tensor | None = None
     ) -> float:
-        """f·tr K/(md), or the present λ if this is 0 or not finite. An empty window counts as one
-        with g."""
-        d = fisher.ranks.sum(torch.tensor(float(fisher.shape[0]), device=fisher.device))
-        trace = fisher.coefficients.K.trace()
-        if g is not None and trace == 0:
-            trace = fisher.ranks.norm(g).square()
-        mean = float(trace / (fisher.num_grads * d))
-        return min(max(fraction * mean, 1e-30), 1e30) if 0 < mean < math.inf else self.damp
+        """f·tr K/(md), or the present λ if this is 0 or not finite. If the window is empty, g is
+        in its place."""
+        numbers = fisher.coefficients.K.new_zeros(1, 2)  # d, and ‖g‖²
+        numbers[0, 0] = fisher.shape[0]
+        if g is not None:
+            numbers[0, 1] = g.square().sum(dtype=numbers.dtype)
+        (d, square), trace = fisher.ranks.sum_of_present(numbers)[0], fisher.coefficients.K.trace()
+        mean = float(torch.where(trace == 0, square, trace) / (fisher.num_grads * d))
+        return min(max(fraction * mean, RANGE[0]), RANGE[1]) if 0 < mean < math.inf else self.damp
 
-    def _renew(self, fisher: "DynamicInverseFisher", g: Tensor) -> bool:
-        """Updates a relative λ if it is due. Returns whether it was."""
-        if not self.fraction or (g.is_cuda and torch.cuda.is_current_stream_capturing()):
+    def _is_due(self, fisher: "DynamicInverseFisher") -> bool:
+        """Whether to update a relative λ."""
+        if not self.fraction or (fisher.counter.is_cuda and cuda.is_current_stream_capturing()):
             return False
         n, m = self._steps, fisher.num_grads
-        self._steps += 1
-        if n % m if n >= m else n & (n - 1):  # n & (n − 1) is 0 for 0 and for powers of two
-            return False
-        self.damp = self._relative(fisher, self.fraction, g)
-        return True
+        return n % m == 0 if n >= m else n & (n - 1) == 0  # which holds for 0 and powers of two
 
-    def update_matvec(self, fisher: "DynamicInverseFisher", g: Tensor) -> Tensor | None:
+    def update_matvec(
+        self, fisher: "DynamicInverseFisher", g: Tensor, veto: Tensor | None = None
+    ) -> Tensor | None:
         """F⁻¹g (d,) for λ = `damp` or a multiple of it; None if the step is skipped."""
-        again = self._renew(fisher, g) or self.raised_steps - self._tried >= fisher.num_grads
+        again = self.raised_steps - self._tried >= fisher.num_grads
+        if self._is_due(fisher):
+            self.damp, again = self._relative(fisher, self.fraction, g), True
         if again and fisher.damp != self.damp:
             self._tried, self.last_raised = self.raised_steps, fisher.damp
             with contextlib.suppress(DampTooSmallError):
                 fisher.damp = self.damp
-        while True:
-            try:
-                u = fisher.update_matvec(g)
-            except DampTooSmallError:
-                self._raise_damp(fisher)
-                continue
-            except NonFiniteGradientError as error:
-                self._skip(fisher, error)
-                if self.on_nonfinite == "raise":
-                    raise
-                return None
-            if fisher.damp != self.damp:
-                self.raised_steps += 1
-                if self.raised_steps == 1:
-                    warn_user(
-                        f"damp = {self.damp:g} is too small for these gradients: {fisher.damp:g} "
-                        "is used, or more, as long as needed and without another warning; "
-                        "raised_steps counts the steps"
-                    )
-            return u
+        try:
+            u = self._raising(fisher, partial(fisher.update_matvec, g, veto=veto))
+        except NonFiniteGradientError as error:
+            self._skip(fisher, error)
+            if self.on_nonfinite == "raise":
+                raise
+            return None
+        self._steps += 1
+        if fisher.damp != self.damp:
+            self.raised_steps += 1
+            if self.raised_steps == 1:
+                warn_user(
+                    f"damp = {self.damp:g} is too small for these gradients: {fisher.damp:g} is "
+                    "used, or more, as long as needed and without another warning; raised_steps "
+                    "counts the steps"
+                )
+        elif not fisher.precision.unread:  # λ suffices
+            self.last_raised = 0.0
+        return u
 
     def state_dict(self) -> dict[str, float]:
         """The counts, λ before it is raised, and when and from where it was raised last."""
@@ -147,10 +152,16 @@ class Recovery:
         if self.fraction:
             self.damp = damp
 
-    def check_others(self, fisher: "DynamicInverseFisher", finite: float | Tensor) -> None:
+    def abstain(self, fisher: "DynamicInverseFisher", veto: Tensor | None) -> Tensor:
+        """`DynamicInverseFisher.abstain`, with the messages of `update_matvec`."""
+        if self._is_due(fisher):
+            fisher.ranks.sum_of_present(fisher.coefficients.K.new_zeros(1, 2), False)
+        return fisher.abstain(veto)
+
+    def check_others(self, fisher: "DynamicInverseFisher", finite: Tensor) -> None:
         """Counts a step without gradients for the window as skipped if others have NaN or Inf. On
         CUDA nobody waits for that."""
-        if isinstance(finite, Tensor) and finite.is_cuda:
+        if finite.is_cuda:
             return
         if bool(finite):
             fisher.precision.nonfinite = 0
@@ -174,11 +185,22 @@ class Recovery:
                 "without another warning; skipped_steps counts them"
             )
 
-    def _raise_damp(self, fisher: "DynamicInverseFisher") -> None:
+    def _raising(self, fisher: "DynamicInverseFisher", call: Callable[[], T]) -> T:
+        """The result of `call`. If λ is too small for it, raises λ and tries again."""
+        while True:
+            try:
+                return call()
+            except DampTooSmallError as error:
+                self._raise_damp(fisher, error)
+
+    def _raise_damp(self, fisher: "DynamicInverseFisher", error: DampTooSmallError) -> None:
         self._tried = self.raised_steps
         before = fisher.damp
         damp, self.last_raised = max(10 * before, self.last_raised), 0.0
         while fisher.damp == before:
+            if damp > RANGE[1]:
+                fisher.precision.nonfinite += 1
+                raise NonFiniteGradientError("The gradient is too large for any damp") from error
             with contextlib.suppress(DampTooSmallError):
                 fisher.damp = damp
             damp *= 10

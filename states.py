@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from parameter_groups import GroupedOptimizer
 
 __all__ = [
+    "add_window",
     "into_fisher",
     "into_optimizer",
     "of_fisher",
-    "of_optimizer",
 ]
 
 
@@ -116,7 +116,9 @@ def into_fisher(
 
 
 def _stored(fisher: "DynamicInverseFisher") -> Iterator[Tensor]:
-    return (tensor for block in fisher.window.blocks for tensor in block.state.values())
+    """All numbers of the window. Columns of a compressed one are none."""
+    for block in fisher.window.blocks:
+        yield from (tensor for name, tensor in block.state.items() if name != "columns")
 
 
 def _newest(count: int, saved: int, wanted: int) -> list[int]:
@@ -190,42 +192,27 @@ def _checked_block(block: Any, m: int, dtype: torch.dtype, compress: float | Non
 # --- the optimizer --------------------------------------------------------------------------------
 
 
-def of_optimizer(
-    optimizer: "GroupedOptimizer", state_dict: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """The result of `state_dict`, with the window added."""
-
-    def add(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        flat, fisher = optimizer.flat, optimizer.fisher
-        shared = of_fisher(fisher)
-        blocks = shared.pop("window")
-        if fisher.window.separable:
-            numbers = {id(p): i for i, (_, p) in enumerate(optimizer.numbered())}
-            none = fisher.window.blocks[0].G[:, :0]
-            for p, span in zip(flat.params, flat.columns, strict=True):
-                views = fisher.window.columns(span.start, span.stop)
-                G = (
-                    views[0]
-                    if len(views) == 1
-                    else torch.cat([x.to(fisher.device) for x in [none, *views]], 1)
-                )
-                entries = state["state"][numbers[id(p)]]
-                state["state"][numbers[id(p)]] = {**entries, "grads": _to_save(flat, p, G)}
-        else:
-            shared["window"] = {
-                str(i): {name: flat.ranks.as_saved(x, x.ndim - 1) for name, x in block.items()}
-                for i, block in enumerate(blocks)
-            }
-        counts = {"parameters": len(flat.params), "ranks": flat.ranks.size}
-        shared |= counts | {"wanted_damp": optimizer.damp} | optimizer._recovery.state_dict()
-        state["param_groups"][0]["fisher"] = shared
-
-    # This is the first post-hook, so that other hooks see everything.
-    handle = optimizer.register_state_dict_post_hook(cast(Any, add), prepend=True)
-    try:
-        return state_dict()
-    finally:
-        handle.remove()
+def add_window(optimizer: Any, state: dict[str, Any]) -> None:
+    """Adds the window to the result of `state_dict`: a hook of a `GroupedOptimizer`."""
+    flat, fisher = optimizer.flat, optimizer.fisher
+    shared = of_fisher(fisher)
+    blocks = shared.pop("window")
+    numbers = {id(p): i for i, (_, p) in enumerate(optimizer.numbered())}
+    order = [numbers[id(p)] for p in flat.params]  # of the columns
+    if fisher.window.separable:
+        none = fisher.window.blocks[0].G[:, :0]
+        for i, p, span in zip(order, flat.params, flat.columns, strict=True):
+            views = fisher.window.columns(span.start, span.stop)
+            if len(views) > 1:
+                views = [torch.cat([x.to(fisher.device) for x in [none, *views]], 1)]
+            state["state"][i] = {**state["state"][i], "grads": _to_save(flat, p, views[0])}
+    else:
+        shared["window"] = {
+            str(i): {name: flat.ranks.as_saved(x, x.ndim - 1) for name, x in block.items()}
+            for i, block in enumerate(blocks)
+        }
+    shared |= {"order": order, "ranks": flat.ranks.size, "wanted_damp": optimizer.damp}
+    state["param_groups"][0]["fisher"] = shared | optimizer._recovery.state_dict()
 
 
 def into_optimizer(
@@ -233,7 +220,7 @@ def into_optimizer(
     state_dict: dict[str, Any],
     load: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Loads a copy of the result of `of_optimizer`, before and after `load`.
+    """Loads a copy of a state with a window, before and after `load`.
 
     Raises:
         ValueError: it belongs to other parameters, or to another optimizer.
@@ -277,33 +264,18 @@ def into_optimizer(
             mask = entries.get("mask", mask)
             if mask is not None:
                 optimizer.state[p]["mask"] = placed_as(p, mask)
-        optimizer.build(
-            {id(p) for p, entries in zip(params, saved, strict=True) if "grads" in entries}
-        )
-        optimizer.name_state()
+        order, whole = shared["order"], "window" in shared
+        if not whole:  # torch.distributed.checkpoint may have dropped some, or be another's
+            place = {number: i for i, number in enumerate(order)}
+            order = [i for i, entries in enumerate(saved) if "grads" in entries]
+            order.sort(key=lambda i: place.get(i, len(place)))
+        optimizer.build([params[i] for i in order])
         flat, fisher = optimizer.flat, optimizer.fisher
         of = {id(p): found for p, found in zip(params, saved, strict=True)}
-        for i, p in optimizer.numbered(SETTINGS):
-            if of[id(p)]:
-                restore(optimizer.param_groups[i], p, optimizer.state, of[id(p)])
-        for p in flat.params:
-            if "momentum_buffer" in of[id(p)]:
-                optimizer.velocity()
-                value = placed_as(p, of[id(p)]["momentum_buffer"])
-                if (mask := flat.mask(p)) is not None:
-                    value *= mask  # the state may be from before the mask
-                local(optimizer.state[p]["momentum_buffer"]).copy_(local(value))
-        ranks, complete = flat.ranks, True
-        if "window" in shared:
+        if whole:
             blocks = _own_blocks(fisher, shared)
         else:
-            m = len(shared["K"])
-            dtype = getattr(torch, shared["dtype"])
-            blocks = [
-                {"G": _from_saved(flat, p, span, of[id(p)], m, dtype)}
-                for p, span in zip(flat.params, flat.columns, strict=True)
-            ]
-            complete = sum("grads" in found for found in saved) == shared["parameters"]
+            blocks = [{"G": _from_saved(flat, p, of[id(p)])} for p in flat.params]
 
         def update(g: Tensor) -> None:
             optimizer._recovery.update_matvec(fisher, g)
@@ -311,20 +283,33 @@ def into_optimizer(
         if shared.get("wanted_damp") == optimizer.damp:  # the state may use a multiple of it
             fisher.coefficients.damp = shared["damp"]
         with contextlib.suppress(DampTooSmallError):  # then the λ of the state stays
+            complete = len(order) == len(shared["order"])
             into_fisher(fisher, {**shared, "window": blocks}, update, complete)
-        if ranks.size > 1:
+        optimizer._recovery.load_state_dict(shared)  # not as `update` left it
+        if flat.ranks.size > 1:
             _check_ranks(fisher)
+        optimizer.follow()  # what is trained besides gets columns
+        optimizer.name_state()
+        if shared.get("wanted_damp") != optimizer.damp:  # a relative λ is that of this window
+            with contextlib.suppress(DampTooSmallError):
+                optimizer.damp = optimizer.damp
+        for i, p in optimizer.numbered(SETTINGS):
+            if of[id(p)]:
+                restore(optimizer.param_groups[i], p, optimizer.state, of[id(p)])
+        for p in optimizer.flat.params:
+            if "momentum_buffer" in of[id(p)]:
+                optimizer.velocity()
+                value = placed_as(p, of[id(p)]["momentum_buffer"])
+                if (mask := flat.mask(p)) is not None:
+                    value *= mask  # the state may be from before the mask
+                local(optimizer.state[p]["momentum_buffer"]).copy_(local(value))
 
     # The last pre-hook and the first post-hook, so that other hooks see everything.
-    handles = [
+    with (
         optimizer.register_load_state_dict_pre_hook(take),
         optimizer.register_load_state_dict_post_hook(put, prepend=True),
-    ]
-    try:
+    ):
         load(state_dict)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _to_save(flat: Flat, p: Tensor, G: Tensor) -> Tensor:
@@ -363,13 +348,8 @@ def _own_blocks(fisher: "DynamicInverseFisher", shared: dict[str, Any]) -> list[
     ]
 
 
-def _from_saved(
-    flat: Flat, p: Tensor, span: slice, entries: dict[str, Any], m: int, dtype: torch.dtype
-) -> Tensor:
-    """The columns (m, ·) of p in this process, from the results of `_to_save` in all processes.
-    Zeros if they are missing."""
-    if "grads" not in entries:
-        return torch.zeros(m, span.stop - span.start, dtype=dtype)
+def _from_saved(flat: Flat, p: Tensor, entries: dict[str, Any]) -> Tensor:
+    """The columns (m, ·) of p in this process, from the results of `_to_save` in all processes."""
     grads, dim, mask = entries["grads"], sharded_dim(p), flat.mask(p)
     G = local(grads).flatten(1)
     if dim is None and is_dtensor(grads):
@@ -377,8 +357,8 @@ def _from_saved(
     if dim is not None and not is_dtensor(grads):
         if G.shape[1] != p.numel():
             index = entries["mask"].flatten().nonzero()[:, 0]
-            G = G.new_zeros(m, p.numel()).index_copy_(1, index, G)
-        G = flat.ranks.own(G.view(m, *p.shape), dim + 1).flatten(1)
+            G = G.new_zeros(len(G), p.numel()).index_copy_(1, index, G)
+        G = flat.ranks.own(G.view(len(G), *p.shape), dim + 1).flatten(1)
     if mask is not None and G.shape[1] == local(p).numel():
         G = G[:, local(mask).flatten().to(G.device)]
     return flat.ranks.part(G, 1) if dim is None else G
@@ -389,6 +369,12 @@ def _check_parameters(
 ) -> None:
     """Raises ValueError if the saved entries belong to other parameters or are damaged."""
     _check_shared({**shared, "window": []})
+    order = shared.get("order")
+    if not isinstance(order, list):
+        raise ValueError(f"The state dict is damaged: its order must be a list, got {kind(order)}")
+    numbers = {check_integer("order", i, least=0) for i in order}
+    if "window" in shared and not numbers <= set(range(len(params))):
+        raise ValueError("The state dict belongs to another model, with more parameters")
     m, dtype = len(shared["K"]), getattr(torch, shared["dtype"])
     for block in shared.get("window", {}).values():
         parts = {name: local(x) for name, x in block.items()}

@@ -35,7 +35,34 @@ class Entry(NamedTuple):
     row: dict[str, Tensor]  # the tensors to store, by the names of `state`
 
 
-class DenseWindow:
+class Block:
+    """Columns of a window on one device.
+
+    `state` has all there is to save. The first tensor in it has d columns.
+    """
+
+    state: dict[str, Tensor]
+
+    @property
+    def dim(self) -> int:
+        """d"""
+        return next(iter(self.state.values())).shape[-1]
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.state.values())).device
+
+    def write(self, entry: Entry, count: Tensor, accepted: Tensor) -> None:
+        """If accepted, makes the entry row j = count mod m. A vector in `state` has one row."""
+        for name, rows in self.state.items():
+            rows = rows if rows.ndim == 2 else rows[None]
+            if rows.dtype == torch.float8_e4m3fn:  # torch does not index this type
+                rows = rows.view(torch.uint8)
+            j, row = count.view(1) % len(rows), entry.row[name].view(rows.dtype)[None]
+            rows.index_copy_(0, j, row.where(accepted != 0, rows.index_select(0, j)))
+
+
+class DenseWindow(Block):
     """G (m, d) on one device, in float64, float32, bfloat16, float16 or float8_e4m3fn.
 
     The range of the last two is small. Each of their rows has a scale, a power of two, for every
@@ -43,7 +70,8 @@ class DenseWindow:
 
     Example:
         >>> window = DenseWindow(2, 3, torch.device("cpu"), torch.float8_e4m3fn)
-        >>> window.write(window.entry(torch.tensor([1e-9, 2e-9, 3.1e-9])), torch.tensor(0))
+        >>> entry = window.entry(torch.tensor([1e-9, 2e-9, 3.1e-9]))
+        >>> window.write(entry, count=torch.tensor(0), accepted=torch.tensor(1))
         >>> window.times(torch.full((3,), 1e9))
         tensor([6.1700, 0.0000], dtype=torch.float64)
     """
@@ -52,21 +80,9 @@ class DenseWindow:
         padded = -(-d * dtype.itemsize // ALIGN) * ALIGN // dtype.itemsize
         self.G = torch.zeros(m, padded, dtype=dtype, device=device)[:, :d]
         scaled = dtype in SCALED
-        self.scales = torch.ones(m, -(-d // BLOCK), device=device) if scaled else None
-
-    @property
-    def dim(self) -> int:
-        """d"""
-        return self.G.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.G.device
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """All there is to save."""
-        return {"G": self.G} if self.scales is None else {"G": self.G, "scales": self.scales}
+        scales = torch.ones(m, -(-d // BLOCK), dtype=torch.float32, device=device)
+        self.scales = scales if scaled else None
+        self.state = {"G": self.G} if self.scales is None else {"G": self.G, "scales": self.scales}
 
     def entry(self, g: Tensor) -> Entry:
         """g (d,) rounded to the type of the window."""
@@ -79,32 +95,26 @@ class DenseWindow:
         blocks = pad(g.float(), (0, -self.dim % BLOCK)).view(-1, BLOCK)
         largest = blocks.abs().amax(1)
         exponent = largest.frexp().exponent - SCALED[self.G.dtype]
-        scales = torch.ldexp(torch.ones_like(largest), exponent.clamp(-120, 120))
+        scales = torch.ldexp(torch.ones_like(largest), exponent.clamp(-120, 120).float())
         scales += 0 * largest  # NaN where g is not finite, since 8 bits have no Inf
         rounded = (blocks / scales[:, None]).to(self.G.dtype)
         values = (rounded.float() * scales[:, None]).flatten()[: self.dim]
         return Entry(values[None], {"G": rounded.flatten()[: self.dim], "scales": scales})
 
-    def write(self, entry: Entry, count: Tensor, accepted: Tensor | None = None) -> None:
-        """Makes the entry row j = count mod m where it is accepted."""
-        for name, rows in self.state.items():
-            _replace(rows, entry.row[name], count, accepted)
-
     def products(self, entry: Entry, count: Tensor, exact: bool) -> Tensor:
-        """Gĝ (1, m) in float64. Entry j = count mod m is ĝᵀĝ, as row j is still the old one. If
-        products may be in float32 it is (1, m + 1): the last entry is their error in entry
-        j − 1 mod m, or NaN from exact ones."""
+        """Gĝ (1, m) in float64; entry j = count mod m is ĝᵀĝ, as row j is still the old one. If
+        float32 is possible, (1, m + 1): last the error of float32 in entry j − 1, NaN if exact."""
         g = entry.vectors[0]
         if kernels := cuda_kernels(self.device):
             return kernels.hinv_times(self.G, g, count, self.scales)[None]
-        exactly, n = g.double(), int(count)
+        g64, n = g.double(), int(count)
         i, j = (n - 1) % len(self.G), n % len(self.G)
         k = self.times(g, exact, _rows_in_use(self.G, count))
         error = torch.full_like(k[:1], torch.nan)
         if self._dtype(exact) == torch.float32:
             row = self._tile(slice(i, i + 1), slice(0, self.dim), torch.float64)[0]
-            error = (k[i] - row @ exactly).view(1)
-        k[j] = exactly @ exactly
+            error = (k[i] - row @ g64).view(1)
+        k[j] = g64 @ g64
         return (torch.cat([k, error]) if self.measures else k)[None]
 
     @property
@@ -116,7 +126,7 @@ class DenseWindow:
         """Gᵀy (d,) for y (m,), in float64, or in float32 if not `exact`."""
         dtype = self._dtype(exact)
         if dtype == torch.float32 and bool(((y.abs() < 2**-100) & (y != 0)).any()):
-            dtype = torch.float64  # a tiny yᵢ may belong to a row of large numbers
+            dtype = torch.float64  # a tiny yᵢ would underflow, and may belong to a large row
         x, y = torch.zeros(self.dim, dtype=dtype, device=self.device), y.to(dtype)
         with torch.autocast(self.device.type, enabled=False):
             for rows, columns, tile in self._converted(len(y), dtype):
@@ -192,7 +202,7 @@ class DenseWindow:
         return tile
 
 
-class CompressedWindow:
+class CompressedWindow(Block):
     """G (m, d) with only the largest entries of each gradient, the same number in each block of
     columns, in float64, float32 or bfloat16.
 
@@ -204,7 +214,7 @@ class CompressedWindow:
         >>> entry = window.entry(torch.tensor([1.0, -4.0, 3.0, 2.0]))
         >>> entry.vectors[0]
         tensor([ 0., -4.,  3.,  0.])
-        >>> window.write(entry, torch.tensor(0))
+        >>> window.write(entry, count=torch.tensor(0), accepted=torch.tensor(1))
         >>> window.error
         tensor([1., 0., 0., 2.])
     """
@@ -219,20 +229,7 @@ class CompressedWindow:
         self.error = torch.zeros(d, dtype=torch.promote_types(dtype, torch.float32), device=device)
         self.columns = _largest(self.error, compress).int().repeat(m, 1)
         self.values = torch.zeros(self.columns.shape, dtype=dtype, device=device)
-
-    @property
-    def dim(self) -> int:
-        """d"""
-        return len(self.error)
-
-    @property
-    def device(self) -> torch.device:
-        return self.error.device
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """All there is to save."""
-        return {"error": self.error, "columns": self.columns, "values": self.values}
+        self.state = {"error": self.error, "columns": self.columns, "values": self.values}
 
     def entry(self, g: Tensor) -> Entry:
         """The largest entries of g (d,) + error."""
@@ -246,13 +243,8 @@ class CompressedWindow:
         row = a.index_select(0, columns).to(self.values.dtype)
         largest = torch.zeros_like(a).index_copy_(0, columns, row.to(a.dtype))
         parts = {"error": a - largest, "columns": columns.int(), "values": row}
-        return Entry(torch.stack([largest, g - largest]), parts)
-
-    def write(self, entry: Entry, count: Tensor, accepted: Tensor | None = None) -> None:
-        """If accepted, makes the entry row j = count mod m, and sets the error to the rest."""
-        for name in ("columns", "values"):
-            _replace(self.state[name], entry.row[name], count, accepted)
-        _replace(self.error[None], entry.row["error"], torch.zeros_like(count), accepted)
+        largest = largest.double()  # g − ĝ may be far larger than g
+        return Entry(torch.stack([largest, g.double() - largest]), parts)
 
     def products(self, entry: Entry, count: Tensor, exact: bool) -> Tensor:
         """G [ĝ, g − ĝ] (2, m) in float64, for G with ĝ as row j = count mod m."""
@@ -324,7 +316,8 @@ class Window:
     Example:
         >>> cpu = torch.device("cpu")
         >>> window = Window(2, [1, 2], [cpu, cpu], cpu, torch.float32)
-        >>> window.write(window.entry(torch.tensor([1.0, 2.0, 3.0])), torch.tensor(1))
+        >>> entry = window.entry(torch.tensor([1.0, 2.0, 3.0]))
+        >>> window.write(entry, count=torch.tensor(1), accepted=torch.tensor(1))
         >>> window.times(torch.ones(3))
         tensor([0., 6.], dtype=torch.float64)
     """
@@ -398,17 +391,16 @@ class Window:
         return self._joined(
             [
                 block.replace_and_transposed_times(
-                    part, *(x.to(block.device) for x in (count, accepted, y)), damp, exact
+                    part, *(x.to(block.device) for x in (count, accepted, y, damp)), exact
                 )
                 for block, part in parts
             ]
         )
 
-    def write(self, entry: list[Entry], count: Tensor, accepted: Tensor | None = None) -> None:
+    def write(self, entry: list[Entry], count: Tensor, accepted: Tensor) -> None:
         """Makes ĝ row j = count mod m where it is accepted."""
         for block, part in zip(self.blocks, entry, strict=True):
-            there = None if accepted is None else accepted.to(block.device)
-            block.write(part, count.to(block.device), there)
+            block.write(part, count.to(block.device), accepted.to(block.device))
 
     def times(self, x: Tensor) -> Tensor:
         """Gx (m,) in float64."""
@@ -509,13 +501,3 @@ def _largest(a: Tensor, compress: float) -> Tensor:
 def _rows_in_use(rows: Tensor, count: Tensor) -> int:
     """The number of rows in use after the next one is written."""
     return min(int(count) + 1, len(rows))
-
-
-def _replace(rows: Tensor, row: Tensor, count: Tensor, accepted: Tensor | None) -> None:
-    """If accepted, makes `row` the row count mod m of the m rows."""
-    if rows.dtype == torch.float8_e4m3fn:  # torch does not index this type
-        rows, row = rows.view(torch.uint8), row.view(torch.uint8)
-    j, row = count.view(1) % len(rows), row[None]
-    if accepted is not None:
-        row = row.where(accepted != 0, rows.index_select(0, j))
-    rows.index_copy_(0, j, row)

@@ -243,6 +243,57 @@ def skipped(folder):
         assert_same(after, before)
 
 
+def vetoed(folder):
+    """NaN in a part of another group's gradient that one process alone has skips the step in all,
+    also where they have no columns, or no gradients for the window."""
+    mesh, rank = init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_rank()
+
+    def sharded(x):
+        return distribute_tensor(x, mesh, [Shard(0)])
+
+    for rows, gradient in ((1, True), (4, False), (4, True)):
+        w, b = (nn.Parameter(sharded(torch.ones(n, 3))) for n in (rows, 4))
+        optimizer = MFAC([{"params": [w]}, {"params": [b], "algorithm": "sgd"}], ngrads=4)
+        for bad in (False, True, False):
+            b.grad, w.grad = sharded(torch.ones(4, 3)), None
+            if gradient:
+                w.grad = sharded(torch.randn(rows, 3, generator=torch.Generator().manual_seed(0)))
+            if bad and len(b.grad.to_local()) and rank == 1:
+                b.grad.to_local()[0, 0] = torch.nan
+            before = whole(w).clone(), whole(b).clone()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                optimizer.step()
+            assert torch.equal(whole(b), before[1]) == bad
+            assert torch.equal(whole(w), before[0]) == (bad or not gradient)
+        assert optimizer.skipped_steps == 1
+
+
+def added(folder):
+    """A sharded group that is added later shares the window, which starts anew."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    (p, q), head = (nn.Parameter(torch.ones(4, 3)) for _ in range(2)), torch.zeros(4, 3)
+    sharded = nn.Parameter(distribute_tensor(head, mesh, [Shard(0)]))
+    optimizer, single = MFAC([p], **OPTIONS), MFAC([q], **OPTIONS)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(5):
+        if step == 2:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                optimizer.add_param_group({"params": [sharded]})
+            assert "starts anew" in str(caught[0].message)
+            head = nn.Parameter(head)
+            single = MFAC([q, head], **OPTIONS)
+        p.grad = q.grad = torch.randn(4, 3, generator=generator)
+        if step >= 2:
+            head.grad = torch.randn(4, 3, generator=generator)
+            sharded.grad = distribute_tensor(head.grad, mesh, [Shard(0)])
+        optimizer.step()
+        single.step()
+    assert_close(p.detach(), q.detach())
+    assert_close(whole(sharded).detach(), head.detach())
+
+
 def controlled(folder):
     """With every control, and a group of AdamW, twelve steps are those of one process; NaN in one
     process's part of that group skips the step of all; torch.distributed.checkpoint resumes it."""
@@ -293,12 +344,13 @@ def absent(folder):
     """Where windows are shared, one process without any gradient ends a step in all; where none has
     one, nothing happens. Processes with other parameters are told so at the first step."""
     rank = dist.get_rank()
-    for extra in ({}, {"compress": 0.5}):
+    for extra in ({}, {"compress": 0.5}, {"damp": "relative"}):
         model = nn.Linear(8, 4)
         with torch.no_grad():
             for p in model.parameters():
                 p.fill_(0.5)
-        optimizer = MFAC(model.parameters(), **OPTIONS, **extra, process_group=dist.group.WORLD)
+        options = {**OPTIONS, **extra, "process_group": dist.group.WORLD}
+        optimizer = MFAC(model.parameters(), **options)
         torch.manual_seed(0)
         for step in range(6):
             optimizer.zero_grad()

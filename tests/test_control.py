@@ -461,7 +461,10 @@ def test_a_state_of_another_algorithm_is_refused():
         ({"algorithm": "adamw", "betas": (0.9, 1.0)}, "Invalid betas: "),
         ({"algorithm": "adamw", "eps": -1.0}, "Invalid eps: "),
         ({"algorithm": "sgd", "nesterov": True}, "Invalid nesterov: True"),
-        ({"normalize": "group"}, "Invalid normalize: 'group'; it must be 'layer' or None"),
+        (
+            {"normalize": "group"},
+            r"Invalid normalize: 'group'; it must be one of \['layer', None\]",
+        ),
     ],
 )
 def test_wrong_groups_are_refused(group, message):
@@ -507,6 +510,60 @@ def test_the_groups_of_a_transformer():
     assert sorted(found) == sorted(map(id, model.parameters())), "each once"
     (kept,) = (g["params"] for g in mfac_groups(model, head=model.block.linear2)[:1])
     assert model.block.linear2.weight not in set(kept)
+
+
+def test_a_model_that_is_cast_after_the_optimizer_was_made():
+    models = [nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    early = MFAC(mfac_groups(models[0], lr=0.1), ngrads=M)
+    for model in models:
+        model.bfloat16()
+    late = MFAC(mfac_groups(models[1], lr=0.1), ngrads=M)
+    for _ in range(3):
+        x = torch.randn(5, 4, dtype=torch.bfloat16)
+        for model, optimizer in zip(models, (early, late), strict=True):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+
+
+def test_nan_in_another_group_is_counted_where_the_window_has_no_columns():
+    p, q = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.ones(3))
+    optimizer = MFAC([{"params": [p]}, {"params": [q], "algorithm": "sgd"}], ngrads=M)
+    p.grad, q.grad = torch.zeros(0), torch.tensor([1.0, torch.nan, 0.0])
+    with pytest.warns(UserWarning, match="NaN or Inf"):
+        optimizer.step()
+    assert optimizer.skipped_steps == 1 and torch.equal(q, torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"others": ["0.weight"]}, "Invalid others: '0.weight'; it must be a module"),
+        ({"learning_rate": 0.1}, r"Invalid settings: \['learning_rate'\]; it must be among"),
+        ({"params": []}, r"Invalid settings: \['params'\]"),
+        ({"algorithm": "sgd", "eps": 1e-3}, r"Invalid settings: \['eps'\]"),
+    ],
+)
+def test_wrong_arguments_of_mfac_groups_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        mfac_groups(Language(), **wrong)
+
+
+def test_one_layer_alone_may_be_given_as_others():
+    model = Language()
+    (matrices, _), (fewer, _) = mfac_groups(model), mfac_groups(model, others=model.block.linear1)
+    assert len(fewer["params"]) == len(matrices["params"]) - 1
+
+
+@pytest.mark.parametrize("scale", [1e15, 1e25])
+def test_the_length_of_a_layers_step_does_not_overflow(scale):
+    p = nn.Parameter(torch.ones(4))
+    optimizer = MFAC([p], lr=0.1, ngrads=M, damp=1e30, normalize="layer")
+    p.grad = scale * torch.tensor([1.0, 2.0, 3.0, 4.0])
+    optimizer.step()
+    assert float((p.detach() - 1).norm()) == pytest.approx(0.2, rel=1e-5)
 
 
 # --- the script -----------------------------------------------------------------------------------

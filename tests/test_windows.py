@@ -133,7 +133,7 @@ def test_nothing_is_lost_and_the_largest_go_first(d, compress, dtype):
     for t in range(3):
         g = torch.randn(d)
         a, entry = window.error + g, window.entry(g)
-        window.write(entry, torch.tensor(t))
+        window.write(entry, torch.tensor(t), torch.tensor(1))
         kept = entry.vectors[0] != 0
         assert torch.equal(entry.vectors[0][kept], a[kept]) and not window.error[kept].any()
         for part, of in zip(a.abs().split(windows.BLOCK), kept.split(windows.BLOCK), strict=True):
@@ -505,3 +505,35 @@ def test_parameters_on_several_devices_share_a_window(kind, devices, where, stre
             reference.step()
         for p, q in zip(parameters, plain, strict=True):
             torch.testing.assert_close(p.detach().cpu(), q.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_compressed_window_of_another_length_is_whole_after_loading():
+    source, fisher = (DynamicInverseFisher(m, 9000, 1e-3, compress=0.01) for m in (4, 512))
+    for g in torch.randn(3, 9000):
+        source.update(g)
+    fisher.load_state_dict(source.state_dict())
+    G = torch.cat(list(fisher.window.tiles()), 1)
+    A = G @ G.T + 512e-3 * torch.eye(512)
+    exact = (1 - (G * torch.linalg.solve(A, G)).sum(0)) / 1e-3
+    assert torch.allclose(fisher.diagonal(), exact)
+    fisher.precision.interrupted = True
+    fisher.update(torch.randn(9000))
+    G = torch.cat(list(fisher.window.tiles()), 1)
+    assert fisher.count == 4 and torch.allclose(fisher.coefficients.K, G @ G.T)
+
+
+@pytest.mark.parametrize("spike", [1e4, 1e8])
+def test_a_compressed_window_after_a_spike(spike):
+    """What the spike left over is far larger than the gradients after it."""
+    m, d, damp = 6, 50, 1e-3
+    fisher = DynamicInverseFisher(m, d, damp, compress=0.1)
+    fisher.measures_norms = True
+    for t in range(2 * m):
+        g = torch.randn(d) * (spike if t == 2 else 1)
+        u = fisher.update_matvec(g)
+        G = torch.cat(list(fisher.window.tiles()), 1)
+        _, s, V = torch.linalg.svd(G, full_matrices=False)  # F is too ill-conditioned to solve
+        exact = (g - V.T @ (s**2 / (m * damp + s**2) * (V @ g.double()))) / damp
+        assert (u - exact).norm() <= 2e-5 * exact.norm()
+        norms = torch.stack([g.double() @ exact, exact @ exact])
+        assert spike > 1e6 or torch.allclose(fisher.norms, norms, rtol=1e-4)  # squares cancel
