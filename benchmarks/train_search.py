@@ -240,7 +240,7 @@ GRIDS: dict[str, dict[str, list[Settings]]] = {  # as many settings for each opt
             CONTROLLED | {"lr": 0.05, "lr_adamw": 3e-3},
             CONTROLLED | {"lr": 0.1, "lr_adamw": 3e-3},
             dict(ngrads=512, lr=3e-3, momentum=0.9, damp=1e-5),  # the paper's algorithm
-            CONTROLLED | {"lr": 0.05, "lr_adamw": 1e-2},
+            CONTROLLED | {"lr": 0.02, "lr_adamw": 3e-3},
         ],
     },
 }
