@@ -100,8 +100,8 @@ class DenseBlocks:
     """
 
     def __init__(self, sums: Tensor, m: int, eps: float = 2.0**-52, scale: Tensor | None = None):
-        self.sums, self.m = sums, m
-        self.known_diagonal: tuple[float, Tensor] = (0.0, sums)  # of the last factor, with its damp
+        self.sums, self.m, self.eps = sums, m, eps
+        self.known_diagonals: dict[float, Tensor] = {}  # of F⁻¹, by the damp of the last factor
         self.error = eps * (sums.diagonal(dim1=1, dim2=2) if scale is None else scale) / m
 
     def damped(self, damp: float, kept: Tensor | None = None) -> Tensor:
@@ -118,20 +118,25 @@ class DenseBlocks:
         inverse_L = inverse_factor(self.damped(damp))
         if not condition(self.error, inverse_L) <= RESOLVABLE:
             return None
-        self.known_diagonal = damp, inverse_L.square().sum(1)
+        self.known_diagonals = {damp: inverse_L.square().sum(1)}
         return inverse_L
 
     def resolved_factor(self, damp: float) -> Tensor:
         inverse_L = self.factor(damp)
+        if inverse_L is None and self.eps > EPS[torch.float64]:
+            raise ValueError(
+                f"damp = {damp:g} is too small for sums of float32 products, which were enough for "
+                "the damp that the blocks were built with; build them anew with this damp"
+            )
         if inverse_L is None:
             trace = float(self.sums.diagonal(dim1=1, dim2=2).sum(1).max()) / self.m
             raise too_small(damp, trace)
         return inverse_L
 
     def diagonal(self, damp: float) -> Tensor:
-        if self.known_diagonal[0] != damp:
+        if damp not in self.known_diagonals:
             self.resolved_factor(damp)
-        return self.known_diagonal[1]
+        return self.known_diagonals[damp]
 
     def matvec(self, damp: float, x: Tensor) -> Tensor:
         self.diagonal(damp)  # raises ValueError if λ is too small
@@ -145,9 +150,9 @@ class DenseBlocks:
         right = (self.sums / self.m) @ (w * dropped)[:, :, None] * ~dropped[:, :, None]
         return torch.cholesky_solve(right, L)[:, :, 0]
 
-    def for_removal(self, damp: float, once: bool) -> "RemovableDenseBlocks":
+    def for_removal(self, damp: float, in_place: bool) -> "RemovableDenseBlocks":
         inverse_L = self.resolved_factor(damp)
-        place = self.sums if once else torch.empty_like(self.sums)
+        place = self.sums if in_place else torch.empty_like(self.sums)
         return RemovableDenseBlocks(torch.bmm(inverse_L.mT, inverse_L, out=place))
 
 
@@ -230,7 +235,7 @@ class LowRankBlocks:
         b = G @ (w * dropped)[:, :, None]
         return (G_R.mT @ (inverse_L.mT @ (inverse_L @ b)))[:, :, 0]
 
-    def for_removal(self, damp: float, once: bool) -> "LowRankBlocks":
+    def for_removal(self, damp: float, in_place: bool) -> "LowRankBlocks":
         return copy.copy(self)
 
     def remove_(self, damp: float, dropped: Tensor, w: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What main_prun.py does to a pruned model: training, with a teacher if wanted, and batch norm."""
+"""Fine-tuning in main_prun.py: training, with or without a teacher, and batch norm."""
 
 import copy
 import math
@@ -16,13 +16,13 @@ from optim import MFAC
 from prun import MagnitudePruner
 from ranks import Ranks
 
-TEMPERATURE = 2.0  # of the outputs that teacher and student are compared by
+TEMPERATURE = 2.0  # of the outputs of teacher and student that are compared
 
 
 def distillation_loss(outputs: Tensor, taught: Tensor, labels: Tensor, weight: float) -> Tensor:
-    """(1 − w) CE(z, y) + w T² KL(softmax(t/T) ‖ softmax(z/T)), the sum over a batch, for the
-    outputs z (n, classes) of a student, t of a teacher, and labels y (n,). Hinton, Vinyals and
-    Dean, 2015."""
+    """(1 − w) CE(z, y) + w T² KL(softmax(t/T) ‖ softmax(z/T)), the sum over a batch, for outputs
+    z (n, classes) of a student, outputs t of a teacher, and labels y (n,). Source: Hinton, Vinyals
+    and Dean, 2015."""
     student, teacher = (log_softmax(x / TEMPERATURE, 1) for x in (outputs, taught))
     divergence = kl_div(student, teacher, reduction="sum", log_target=True)
     labelled = cross_entropy(outputs, labels, reduction="sum")
@@ -32,16 +32,16 @@ def distillation_loss(outputs: Tensor, taught: Tensor, labels: Tensor, weight: f
 def estimate_batch_norm(
     model: nn.Module, loader: Iterable[Any], device: torch.device, amp: bool
 ) -> None:
-    """Sets the running statistics of batch norm to the means of those of each batch."""
+    """Sets the running statistics of batch norm to the means over all batches."""
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
         update_bn(progress(loader, "batch norm", len(loader)), model, device)
 
 
 class FineTuning:
-    """Training between pruning steps, in which pruned weights stay zero.
+    """Training between pruning steps. Pruned weights stay zero.
 
-    `optimizer` is begun anew after each step, and None from a step to the next epoch. `teacher` is
-    the dense model, with --distill.
+    Each pruning step ends the `optimizer`, which is None until the next epoch makes a new one.
+    `teacher` is the dense model, with --distill.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class FineTuning:
             self.teacher = copy.deepcopy(model).requires_grad_(False).eval()
 
     def release(self) -> None:
-        """Ends what was begun after a pruning step."""
+        """Ends the optimizer and its schedule."""
         self.optimizer = self.scheduler = self.step = None
 
     def step_before(self, epoch: int) -> int:
@@ -69,7 +69,7 @@ class FineTuning:
         return min(epoch // self.settings["prun_every"], self.steps - 1)
 
     def learning_rate(self, epoch: float) -> float:
-        """By --schedule: cosine from a pruning step to the next, or --lr and --prun_lrs with the
+        """By --schedule: a cosine from a pruning step to the next, or --lr or --prun_lrs with
         drops."""
         settings, every = self.settings, self.settings["prun_every"]
         step = self.step_before(int(epoch))
@@ -83,7 +83,7 @@ class FineTuning:
         return rates[min(int(since), len(rates) - 1)] * settings.get("drop_by", 0.1) ** drops
 
     def start_optimizer(self) -> None:
-        """A new optimizer, for the scheduler to multiply its rate of 1."""
+        """Makes a new optimizer with a rate of 1, which the scheduler multiplies."""
         settings = self.settings
         options = {"momentum": settings["momentum"], "weight_decay": settings["weightdecay"]}
         if settings["optim"] == "mfac":
@@ -97,9 +97,9 @@ class FineTuning:
         self.pruner.attach(self.optimizer)
 
     def train(self, epoch: int, device: torch.device) -> dict[str, Any]:
-        """One epoch. Returns its figures."""
+        """Trains for an epoch. Returns its figures."""
         settings, batches = self.settings, len(self.loader)
-        # Like the order of the images a function of seed and epoch, so there is none to save.
+        # Random numbers follow from seed and epoch, as the order of the images, so none are saved.
         torch.manual_seed(settings["seed"] + epoch)
         self.loader.set_epoch(epoch)
         if self.optimizer is None:
@@ -121,7 +121,7 @@ class FineTuning:
         return {**row, "lr": self.learning_rate(epoch), "training_seconds": figures["seconds"]}
 
     def loss(self, images: Tensor, outputs: Tensor, labels: Tensor) -> Tensor:
-        """The sum over a batch."""
+        """The loss, summed over a batch."""
         if self.teacher is None:
             return cross_entropy(outputs, labels, reduction="sum")
         with torch.no_grad():

@@ -28,8 +28,14 @@ class StaticInverseFisher:
 
     @damp.setter
     def damp(self, damp: float) -> None:
+        before: Any = getattr(self, "_damp", None)
         self._damp, self._diagonal = check_damp(damp, *WIDE), None
-        self._damp_changed()
+        try:
+            self._damp_changed()
+        except ValueError:  # too small for these gradients
+            self._damp = before
+            self._damp_changed()
+            raise
 
     def matvec(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -107,8 +113,8 @@ class SharedInverseFisher:
             part = update(own, self._own(w))
         return self._whole(part)
 
-    def for_removal(self, once: bool = False) -> "SharedInverseFisher":
-        return SharedInverseFisher(self.part.for_removal(once), self.ranks, self.d)
+    def for_removal(self, in_place: bool = False) -> "SharedInverseFisher":
+        return SharedInverseFisher(self.part.for_removal(in_place), self.ranks, self.d)
 
     def remove_(self, dropped: Tensor, w: Tensor) -> Tensor:
         with self.ranks.agreed():

@@ -1,10 +1,10 @@
-"""Collecting gradients for the inverse Fisher: batches, the state of the model, rows.
+"""Collecting gradients for the inverse Fisher.
 
-`Batches` draws from a loader, other samples for each recomputation; `GradientCollector` computes a
-gradient a batch and keeps the entries of the weights alive, on one device, without waiting for it.
+`Batches` draws other samples from a loader for each recomputation. `ready_for_gradients` prepares
+the model. `GradientCollector` computes the gradients and keeps their entries for the weights alive.
+It does not wait for the device.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -17,6 +17,7 @@ from torch.utils.data import SequentialSampler
 
 from checks import check_integer, is_real, kind
 from ranks import Ranks
+from reports import warn
 from samples import Factors, OuterProducts, SampleGradients, add_squares_, batch_size
 
 __all__ = ["Batches", "cross_entropy"]
@@ -41,12 +42,12 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     outputs = model(inputs)
     if not isinstance(outputs, Tensor):
         raise ValueError(
-            f"The model returns {kind(outputs)}, of which cross entropy needs one tensor; give a "
+            f"The model returns {kind(outputs)}, but cross entropy needs one tensor; give a "
             "loss(model, batch)"
         )
     if targets.is_floating_point() and targets.shape != outputs.shape:
         raise ValueError(
-            f"Targets of {targets.dtype} {tuple(targets.shape)} are no classes of outputs "
+            f"Targets of {targets.dtype} {tuple(targets.shape)} are no classes for outputs "
             f"{tuple(outputs.shape)}; give integers, probabilities of that shape, or a loss"
         )
     return nn.functional.cross_entropy(outputs, targets)
@@ -59,13 +60,14 @@ class Batches:
     """The batches of a loader, drawn anew for each recomputation.
 
     Args:
-        loader: iterated over for each recomputation. A list is shuffled. Anything else is expected
-            to draw other samples each time: by `set_epoch`, its own or of a sampler that it has,
-            which is called with the number of the recomputation, or by the random numbers of
-            torch, from its global generator or a `generator` of theirs; these are seeded. Those of
-            numpy and Python are not.
+        loader: iterated over for each recomputation. A list is shuffled. Other loaders should draw
+            other samples each time. The `set_epoch` of a loader or its sampler is called with the
+            number of the recomputation. The random numbers of torch are seeded: its global
+            generator and the `generator` of the loader or its sampler. Those of numpy and Python
+            are not.
         seed: of the samples, together with the number of the recomputation.
-        drop_smaller: leave out batches smaller than the largest of a list, or than the first.
+        drop_smaller: leave out batches smaller than the largest one of a list, or than the first
+            one of another loader.
 
     Example:
         >>> batches = Batches([torch.ones(2), torch.ones(1)], drop_smaller=True)
@@ -80,34 +82,35 @@ class Batches:
         sampler = getattr(loader if batch_sampler is None else batch_sampler, "sampler", None)
         self.loader, self.drop_smaller = loader, drop_smaller
         self.seed = check_integer("seed", seed, least=0)
-        self._sources: tuple[Any, ...] = (
-            loader,
-            batch_sampler,
-            sampler,
-        )  # of the choice of samples
+        self._sources: tuple[Any, ...] = (loader, batch_sampler, sampler)  # of random numbers
         self._repeats = isinstance(sampler, SequentialSampler)
         self._used_up = False
 
     @property
+    def samples(self) -> int:
+        """Samples in a batch, if the loader has a `batch_size` or is a list; otherwise 0."""
+        size = getattr(self.loader, "batch_size", None)
+        if isinstance(self.loader, Sequence) and len(self.loader):
+            size = batch_size(self.loader[0])
+        return size if isinstance(size, int) else 0
+
+    @property
     def generators(self) -> list[torch.Generator]:
-        """The random number generators that the loader has of its own."""
+        """The random number generators of the loader itself."""
         found = (getattr(source, "generator", None) for source in self._sources)
         return [generator for generator in found if isinstance(generator, torch.Generator)]
 
     def draw(self, number: int, ranks: Ranks | None = None) -> Iterator[Any]:
-        """The batches for recomputation `number`. Of a list, one that another rank works on is not
-        loaded, and None stands for it."""
+        """Yields the batches for recomputation `number`. Batches of a list that another rank works
+        on are not loaded; None is yielded instead."""
         if self._used_up:
             raise ValueError(
-                "The loader is an iterator, which yields its batches once only; give a list, a "
+                "The loader is an iterator, which yields its batches only once; give a list, a "
                 "DataLoader or another object that can be iterated over for each recomputation"
             )
         self._used_up = isinstance(self.loader, Iterator)
         if number == 1 and self._repeats:
-            warnings.warn(
-                "The loader does not shuffle, so that each recomputation has the same samples",
-                stacklevel=2,
-            )
+            warn("The loader does not shuffle, so all recomputations use the same samples")
         seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
         for generator in (torch.default_generator, *self.generators):
             generator.manual_seed(seed)
@@ -147,10 +150,10 @@ def ready_for_gradients(
     mode: str,
     generators: Sequence[torch.Generator],
 ) -> Iterator[None]:
-    """The model has these weights in here and is in this mode: "eval", "train" or "as is". Batch
-    norm and dropout are as in evaluation in any case. Recurrent layers, for which cuDNN has no
-    gradients in evaluation, train without dropout. Afterwards mode, weights, buffers and random
-    numbers are as before. Raises ValueError where there can be no gradients."""
+    """Sets weights and mode of the model: "eval", "train" or "as is". Batch norm and dropout are
+    always as in evaluation. Recurrent layers train without dropout, as cuDNN has no gradients for
+    them in evaluation. On exit, mode, weights, buffers and random numbers are restored. Raises
+    ValueError if there can be no gradients."""
     if torch.is_inference_mode_enabled():
         raise ValueError("torch.inference_mode allows no gradients; prune outside of it")
     for name, weight in weights.items():
@@ -194,7 +197,7 @@ def ready_for_gradients(
 
 
 class GradientCollector:
-    """Gradients of a loss for the weights alive, in rows that stay on one device.
+    """Gradients of a loss for the weights alive, as rows on one device.
 
     Args:
         model, loss: a gradient is that of loss(model, batch).
@@ -205,7 +208,7 @@ class GradientCollector:
         ranks: the processes that share the work.
         per_sample: each sample of a batch makes a gradient; see `samples`.
 
-    After `rows`, `squares` (d,) are the sums of the squared gradients of all ranks, in float64.
+    After all rows, `squares` (d,) is the sum of the squared gradients of all ranks, in float64.
     """
 
     def __init__(
@@ -224,17 +227,17 @@ class GradientCollector:
         self.checked = False
         self.samples = SampleGradients(model, loss, params, self._loss) if per_sample else None
         self.squares = torch.zeros(len(alive), dtype=torch.float64, device=like.device)
-        self.sums: list[tuple[int, Tensor]] = []  # of the numbers of a batch, until it is checked
+        self.sums: list[tuple[int, Tensor]] = []  # of batches that have not been checked yet
 
-    def rows(self, batches: Iterable[Any], buffer: Tensor, chunk: int) -> Iterator[Tensor]:
-        """The gradients (·, d), as many at a time as `buffer` (n, d) holds in each rank; of each
-        this rank's `chunk` of the weights. The buffer is used again for the next ones."""
-        return self._rows(enumerate(batches), self.count, buffer, chunk)
+    def rows(self, batches: Iterable[Any], at_once: int, columns: int) -> Iterator[Tensor]:
+        """Yields the gradients (n, columns) of all ranks for this rank's columns, about `at_once`
+        of each rank at a time. Their memory is reused for the next ones."""
+        return self._rows(enumerate(batches), self.count, at_once, columns)
 
     def rows_to_sum(
-        self, batches: Iterable[Any], buffer: Tensor, chunk: int
+        self, batches: Iterable[Any], at_once: int, columns: int
     ) -> Iterator[Tensor | OuterProducts]:
-        """The same for `sum_gradients`, in factors if they are of samples and linear layers."""
+        """The same for `sum_gradients`: in factors if they are of samples and linear layers."""
         source: Iterator[tuple[int, Any]] = enumerate(batches)
         found: list[list[Factors]] = []
         count, waiting = self.count, 0
@@ -246,7 +249,7 @@ class GradientCollector:
             found.append(factors)
             self._note(number, torch.stack([f.sum().double() for pair in factors for f in pair]))
             count, waiting = count - len(factors[0][0]), waiting + len(factors[0][0])
-            if count == 0 or waiting >= len(buffer):
+            if count == 0 or waiting >= at_once:
                 yield OuterProducts(found, self.alive, self.like, self.squares)
                 found, waiting = [], 0
             if count == 0:
@@ -254,78 +257,98 @@ class GradientCollector:
         self._check()
         if found:
             yield OuterProducts(found, self.alive, self.like, self.squares)
-        yield from self._rows(source, count, buffer, chunk)
+        yield from self._rows(source, count, at_once, columns)
 
     def _rows(
-        self, source: Iterator[tuple[int, Any]], count: int, buffer: Tensor, chunk: int
+        self, source: Iterator[tuple[int, Any]], left: int, at_once: int, columns: int
     ) -> Iterator[Tensor]:
-        ranks = self.ranks
-        shares = [len(range(rank, count, ranks.size)) for rank in range(ranks.size)]
-        own = self._own(source, shares[ranks.rank])
-        for start in range(0, max(shares), len(buffer)):
-            counts = [min(max(share - start, 0), len(buffer)) for share in shares]
-            with ranks.agreed():
-                rows = buffer[: counts[ranks.rank]]
-                if self._fill(own, rows) < len(rows):
-                    raise ValueError(
-                        f"Wanted {self.count} gradients, but the loader has fewer "
-                        f"{'samples' if self.samples else 'batches'}; ask for fewer gradients or "
-                        "smaller batches, or give more data"
-                    )
-            yield ranks.exchange(rows, counts, chunk)
-        self.squares = ranks.sum(self.squares)
+        rank, size = self.ranks.rank, self.ranks.size
+        own = (numbered for numbered in source if numbered[0] % size == rank)
+        buffer = self.like.new_empty(at_once if self.samples is None else 0, len(self.alive))
+        while left:
+            if self.samples is None:
+                counts, rows = self._rows_of_batches(own, left, buffer)
+            else:
+                counts, rows = self._rows_of_samples(self.samples, own, left, at_once)
+            left -= sum(counts)
+            yield self.ranks.exchange(rows, counts, columns)
+        self.squares = self.ranks.sum(self.squares)
+
+    def _rows_of_batches(
+        self, own: Iterator[tuple[int, Any]], left: int, buffer: Tensor
+    ) -> tuple[list[int], Tensor]:
+        """The numbers of the next gradients of each rank, as many as a buffer holds, and the
+        gradients of this rank."""
+        rank, size = self.ranks.rank, self.ranks.size
+        counts = [min(len(buffer), len(range(other, left, size))) for other in range(size)]
+        rows, filled = buffer[: counts[rank]], 0
+        with self.ranks.agreed():
+            for number, batch in islice(own, len(rows)):
+                rows[filled : filled + 1].copy_(self._gradients(number, batch))
+                filled += 1
+            self._check()
+            if filled < len(rows):
+                raise self._too_few("batches")
+        return counts, rows
+
+    def _rows_of_samples(
+        self, samples: SampleGradients, own: Iterator[tuple[int, Any]], left: int, at_once: int
+    ) -> tuple[list[int], Tensor]:
+        """The same for samples, from a batch of each rank, then the next ones. The order of the
+        batches decides which samples are left out, so one process would take the same ones."""
+        counts, parts = [0] * self.ranks.size, [self.like.new_empty(0, len(self.alive))]
+        while sum(counts) < min(left, at_once * self.ranks.size):
+            with self.ranks.agreed():
+                numbered = next(own, None)
+                size = samples.size(numbered[1]) if numbered else 0
+            sizes = self.ranks.gather(torch.tensor([size], device=self.like.device))
+            if not bool(sizes.any()):
+                raise self._too_few("samples")
+            for rank, n in enumerate(sizes.flatten().tolist()):
+                added = min(n, left - sum(counts))
+                counts[rank] += added
+                if rank == self.ranks.rank:
+                    most = added
+            with self.ranks.agreed():
+                if numbered and most:
+                    parts.append(self._gradients(*numbered, most))
+                    self._check()
+        return counts, torch.cat(parts)
+
+    def _too_few(self, things: str) -> ValueError:
+        return ValueError(
+            f"Wanted {self.count} gradients, but the loader has fewer {things}; ask for fewer "
+            "gradients or smaller batches, or give more data"
+        )
 
     def mean_square(self, masks: Mapping[str, Tensor]) -> float:
-        """Of all gradients. Warns of parameters, with these masks, that have none, and raises
-        ValueError if all are zero."""
+        """The mean square of all gradients. Warns of parameters with these masks whose gradients
+        are zero. Raises ValueError if all are zero."""
         mean_square = float(self.squares.mean()) / self.count
         if mean_square == 0.0:
             raise ValueError(
-                "All gradients are zero; the loss does not depend on the weights, as cross entropy "
-                "of a single output, or float16 does not hold numbers so small"
+                "All gradients are zero; check that the loss depends on the weights (the cross "
+                "entropy of a single output does not), and in float16 that it is large enough"
             )
         parts = self.squares.split([int(mask.sum()) for mask in masks.values()])
         without = [
             name for name, part in zip(masks, parts, strict=True) if len(part) and not part.any()
         ]
         if without:
-            warnings.warn(
-                f"The gradients of {', '.join(without)} are zero, so that the magnitude alone "
-                "decides which of these weights go",
-                stacklevel=6,
+            warn(
+                f"The gradients of {', '.join(without)} are zero, so the magnitude alone decides "
+                "which of these weights are pruned"
             )
         return mean_square
 
-    def _fill(self, gradients: Iterator[Tensor], buffer: Tensor) -> int:
-        """Writes gradients into rows, and returns how many there were."""
-        filled = 0
-        for gradient in islice(gradients, len(buffer)):
-            buffer[filled].copy_(gradient, non_blocking=True)
-            filled += 1
-        self._check()
-        return filled
-
-    def _own(self, source: Iterator[tuple[int, Any]], count: int) -> Iterator[Tensor]:
-        """`count` gradients of this rank's batches, or as many as there are."""
-        while count and (numbered := next(source, None)):
-            number, batch = numbered
-            if number % self.ranks.size != self.ranks.rank:
-                continue
-            rows = self._gradients(batch)[:count]
-            count -= len(rows)
-            add_squares_(self.squares, rows)
-            self._note(number, self.squares)
-            yield from rows
-
     def _note(self, number: int, numbers: Tensor) -> None:
-        """Has numbers of a batch checked, if not at once."""
+        """Takes note of numbers from a batch, and checks several batches at once."""
         self.sums.append((number, numbers.sum()))
         if numbers.device.type == "cpu" or number == 0 or len(self.sums) == CHECK_EVERY:
             self._check()
 
     def _check(self) -> None:
-        """Raises ValueError if gradients of the last batches are not finite. Waits for the GPU,
-        after which rows in main memory have arrived."""
+        """Raises ValueError if gradients of the batches noted are not finite. Waits for a GPU."""
         totals = [total for _, total in self.sums]
         finite = torch.stack(totals).isfinite().tolist() if totals else []
         if not all(finite):
@@ -335,8 +358,8 @@ class GradientCollector:
             )
         self.sums.clear()
 
-    def _gradients(self, batch: Any) -> Tensor:
-        """The gradients (n, d) of a batch, or of the samples in it."""
+    def _gradients(self, number: int, batch: Any, most: int = 1) -> Tensor:
+        """The gradient (1, d) of a batch, or the gradients (n, d) of its first `most` samples."""
         torch.clear_autocast_cache()  # casts of other weights, or without a graph
         if self.samples is None:
             with torch.enable_grad():
@@ -348,11 +371,15 @@ class GradientCollector:
         else:
             with torch.enable_grad():
                 parts = self.samples(batch)
-        rows = torch.cat([part.to(self.like) for part in parts], dim=1)
-        return rows if rows.shape[1] == len(self.alive) else rows.index_select(1, self.alive)
+        rows = torch.cat([part.to(self.like) for part in parts], dim=1)[:most]
+        if rows.shape[1] > len(self.alive):
+            rows = rows.index_select(1, self.alive)
+        add_squares_(self.squares, rows)
+        self._note(number, self.squares)
+        return rows
 
     def _factors(self, batch: Any, most: int) -> list[Factors] | None:
-        """The gradients of at most so many samples in a batch, if linear layers give them."""
+        """The gradients of the first `most` samples in a batch, if linear layers give them."""
         torch.clear_autocast_cache()
         with torch.enable_grad():
             factors = self.samples.factors(batch) if self.samples else None

@@ -230,6 +230,14 @@ int format(const Tensor& tensor, const char* name) {
   }
 }
 
+// The same for the values of a compressed window, which have no scales.
+int compressed_format(const Tensor& values) {
+  const int type = format(values, "values");
+  require(type != 2 && type != 4, "values is ", values.scalar_type(),
+          "; it must be float32, bfloat16 or float64");
+  return type;
+}
+
 ScalarType real(const Tensor& window) {
   return window.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
@@ -325,7 +333,7 @@ void check_row(const Tensor& columns, const Tensor& row, const Tensor& values) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> largest(const Tensor& error, const Tensor& g,
                                                    const Tensor& values, int64_t kept) {
-  const int type = format(values, "values");
+  const int type = compressed_format(values);
   const int64_t d = error.numel();
   require(values.dim() == 2, "values has shape ", values.sizes(), "; it must be (m, k)");
   const int64_t k = values.size(1), blocks = (d + 4095) / 4096, rest = k - (blocks - 1) * kept;
@@ -349,7 +357,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> largest(const Tensor& error, const Te
 
 Tensor sparse_times(const Tensor& columns, const Tensor& values, const Tensor& X,
                     const Tensor& count, const Tensor& row_columns, const Tensor& row) {
-  const int type = format(values, "values");
+  const int type = compressed_format(values);
   check_compressed(columns, values);
   check_row(row_columns, row, values);
   require(X.dim() == 2 && (X.size(0) == 1 || X.size(0) == 2), "X has shape ", X.sizes(),
@@ -372,7 +380,7 @@ Tensor sparse_replace(const Tensor& columns, const Tensor& values, const Tensor&
                       const Tensor& error, const Tensor& row_columns, const Tensor& row,
                       const Tensor& new_error, const Tensor& rest, const Tensor& damp,
                       const Tensor& count, const Tensor& accepted) {
-  const int type = format(values, "values");
+  const int type = compressed_format(values);
   const int64_t d = error.numel();
   check_compressed(columns, values);
   check_row(row_columns, row, values);

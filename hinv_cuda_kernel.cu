@@ -998,21 +998,21 @@ __global__ __launch_bounds__(THREADS) void largest_entries(
     const double a = begin + n < d ? double(Real(error[begin + n] + g[begin + n])) : 0;
     size[n] = begin + n < d ? __double_as_longlong(fabs(a)) : -1;
   }
-  const auto in_block = [&](long long least) {
+  const auto larger_than = [&](long long bound) {
     int found = 0;
 #pragma unroll
-    for (int n = 0; n < EACH; n++) found += size[n] >= least;
+    for (int n = 0; n < EACH; n++) found += size[n] > bound;
     return found;
   };
   long long threshold = 0;  // becomes the size of the last entry that is kept
   for (int bit = 62; bit >= LOWEST; bit--) {
     const long long candidate = threshold | 1ll << bit;
-    const int own = in_block(candidate);
+    const int own = larger_than(candidate - 1);
     if (reduce<1>(THREADS, [=](int) { return Numbers<1>{{double(own)}}; }).at[0] >= entries)
       threshold = candidate;
     __syncthreads();  // the sum has been read
   }
-  const int above = in_block(threshold + 1), equal = in_block(threshold) - above;
+  const int above = larger_than(threshold), equal = larger_than(threshold - 1) - above;
   const auto of_thread = [=](int) { return Numbers<1>{{double(above)}}; };
   const int spare = entries - int(reduce<1>(THREADS, of_thread).at[0]);  // places of equal ones
   int above_before = sum_before(above);
@@ -1042,16 +1042,24 @@ __global__ __launch_bounds__(THREADS) void largest_entries(
 
 #ifndef __CUDACC_RTC__
 
-// call(F()) for number `format` of the types of windows.
+// call(F()) for number `format` of the types that have no scales.
 template <class Call>
-cudaError_t with_format(int format, Call call) {
+cudaError_t with_plain_format(int format, Call call) {
   switch (format) {
     case 0: return call(Float32());
     case 1: return call(BFloat16());
-    case 2: return call(Float16());
     case 3: return call(Float64());
-    case 4: return call(Float8());
     default: return cudaErrorInvalidValue;
+  }
+}
+
+// The same for all types of windows.
+template <class Call>
+cudaError_t with_format(int format, Call call) {
+  switch (format) {
+    case 2: return call(Float16());
+    case 4: return call(Float8());
+    default: return with_plain_format(format, call);
   }
 }
 
@@ -1150,7 +1158,7 @@ cudaError_t hinv_round(int format, const float* g, long long d, void* row, float
 cudaError_t hinv_largest(int format, const void* error, const void* g, int kept, long long k,
                          long long d, int* columns, void* values, void* new_error, void* X,
                          cudaStream_t stream) {
-  return with_format(format, [=](auto f) {
+  return with_plain_format(format, [=](auto f) {
     using F = decltype(f);
     using Real = typename F::Real;
     const dim3 grid(std::max(1, ceil_div(d, BLOCK)));
@@ -1167,7 +1175,7 @@ cudaError_t hinv_sparse_times(int format, const int* columns, const void* values
                               const int* new_columns, const void* new_values,
                               const long long* count, int n, int m, long long k, long long d,
                               double* scratch, double* y, cudaStream_t stream) {
-  return with_format(format, [=](auto f) {
+  return with_plain_format(format, [=](auto f) {
     using F = decltype(f);
     const int blocks = std::max(SPARSE_PARTS * ceil_div(m, SPARSE_ROWS), 1);
     return launch_together(sparse_times<F>, blocks, stream, columns,
@@ -1185,7 +1193,7 @@ cudaError_t hinv_sparse_replace(int format, int* columns, void* values, const do
                                 const double* damp, const long long* count,
                                 const long long* accepted, int m, long long k,
                                 long long d, void* u, cudaStream_t stream) {
-  return with_format(format, [=](auto f) {
+  return with_plain_format(format, [=](auto f) {
     using F = decltype(f);
     using Real = typename F::Real;
     const dim3 grid(std::max(1, ceil_div(d, SPARSE_COLUMNS)));

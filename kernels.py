@@ -32,8 +32,6 @@ __all__ = ["cuda_kernels"]
 logger = logging.getLogger("optim")
 
 SOURCE = Path(__file__).with_name("hinv_cuda_kernel.cu")
-KERNELS = ["window_times", "window_transposed_times", "sparse_times", "sparse_replace"]
-KERNELS += ["largest_entries"]
 # As in the source: types of windows, threads of a block, a block's share of G, scratch memory.
 FORMATS = {
     torch.float32: "Float32",
@@ -42,7 +40,12 @@ FORMATS = {
     torch.float64: "Float64",
     torch.float8_e4m3fn: "Float8",
 }
-WITH_SCALES = "Float16", "Float8"
+WITHOUT_SCALES, WITH_SCALES = ("Float32", "BFloat16", "Float64"), ("Float16", "Float8")
+KERNELS = {  # and the types they are compiled for: compressed windows have no scales
+    **dict.fromkeys(("window_times", "window_transposed_times"), WITHOUT_SCALES + WITH_SCALES),
+    **dict.fromkeys(("sparse_times", "sparse_replace", "largest_entries"), WITHOUT_SCALES),
+    "round_row": WITH_SCALES,
+}
 THREADS, BYTES, SPARSE_COLUMNS, BLOCK = 256, 512, 512, 4096
 SCRATCH, SPARSE_PARTS = 2**16, 128
 TOGETHER = "exchange", "window_times", "sparse_times"  # these call grid.sync()
@@ -223,8 +226,7 @@ def compiled(architecture: int) -> tuple[dict[str, str], bytes]:
 
 
 def _compile(nvrtc: Any, source: bytes, *options: str) -> tuple[dict[str, str], bytes]:
-    names = ["exchange", *(f"{name}<{type}>" for name in KERNELS for type in FORMATS.values())]
-    names += [f"round_row<{type}>" for type in WITH_SCALES]
+    names = ["exchange", *(f"{name}<{type}>" for name in KERNELS for type in KERNELS[name])]
     program = _checked(nvrtc.nvrtcCreateProgram(source, SOURCE.name.encode(), 0, [], []))
     for name in names:
         _checked(nvrtc.nvrtcAddNameExpression(program, name.encode()))

@@ -1,4 +1,4 @@
-"""Levels: how sparse which parameters become, and which of them are pruned at once."""
+"""Levels: the sparsities of parameters, and the parameters that are pruned at once."""
 
 import contextlib
 import re
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from checks import check_integer
 
-Wanted = list[tuple[list[str], int]]  # parameters that compete, and the number of zeros among them
+Wanted = list[tuple[list[str], int]]  # parameters that compete, and the number of their zeros
 
 
 def matching(known: Iterable[str], argument: str, patterns: Any) -> list[str]:
-    """The names that are equal to one of the patterns or match it as a glob or else as a regular
-    expression, in the order of the patterns."""
+    """The names that match one of the patterns, in the order of the patterns. A pattern is a name,
+    else a glob, else a regular expression."""
     known = list(known)
     if isinstance(patterns, str) or not isinstance(patterns, Iterable):
         raise ValueError(f"Invalid {argument}: {patterns!r}; it must be a list of names")
@@ -39,8 +39,8 @@ def matching(known: Iterable[str], argument: str, patterns: Any) -> list[str]:
 
 
 def matching_once(known: Iterable[str], argument: str, parts: Iterable[Any]) -> list[list[str]]:
-    """The names that each part matches: one pattern, or a list of them. Raises ValueError if two
-    parts match the same name."""
+    """The names that each part matches. A part is a pattern or a list of patterns. Raises
+    ValueError if two parts match the same name."""
     found: list[list[str]] = []
     part_of: dict[str, Any] = {}
     for part in parts:
@@ -57,8 +57,8 @@ def matching_once(known: Iterable[str], argument: str, parts: Iterable[Any]) -> 
 def split_into_portions(
     sizes: Mapping[str, int], portions: int | Sequence[Any] | None
 ) -> list[list[str]]:
-    """The names of parameters in portions: those that the entries match, or at most so many, in
-    order, of which the largest has as few weights as possible.
+    """The names of parameters in portions: those that the entries match, or at most so many
+    portions in the order of the parameters, the largest with as few weights as possible.
 
     Example:
         >>> split_into_portions({"a": 2, "b": 1, "c": 3}, 2)
@@ -73,7 +73,7 @@ def split_into_portions(
     if isinstance(portions, Iterable):
         found = matching_once(sizes, "portions", portions)
         if left_out := sizes.keys() - {name for names in found for name in names}:
-            raise ValueError(f"Invalid portions: no entry matches {min(left_out)}; all must be in")
+            raise ValueError(f"Invalid portions: no entry matches {min(left_out)}; add one")
         return found
     count = check_integer("portions", portions)
 
@@ -97,8 +97,8 @@ def levels_of_groups(
     target: Any, groups: Sequence[list[str]]
 ) -> list[tuple[list[str], float | None]]:
     """[(names that compete, their sparsity)] from one sparsity for all groups, a list with one for
-    each, or a dict by name, glob or regular expression, which splits the groups; a parameter that
-    no key matches is on its own, with None: it loses no more weights.
+    each group, or a dict by name, glob or regular expression. Keys of a dict split groups; a
+    parameter that no key matches is on its own, with None: it loses no more weights.
 
     Example:
         >>> levels_of_groups({"b*": 0.5}, [["a", "b1", "b2"]])
@@ -123,7 +123,7 @@ def levels_of_groups(
 
 
 def numbers(values: Iterable[Any], target: Any) -> list[float]:
-    """These sparsities of `target`."""
+    """The values as floats. Raises ValueError, with `target`, if they are no numbers."""
     try:
         given = list(values)
         if any(isinstance(value, bool) for value in given):
@@ -137,8 +137,8 @@ def numbers(values: Iterable[Any], target: Any) -> list[float]:
 
 
 def zeros_on_the_way(masks: Mapping[str, Tensor], wanted: Wanted, share: float) -> Wanted:
-    """[(names, number of zeros)] after a `share` of the way from these masks to those wanted: the
-    fraction of the weights that stay falls by the same factor in equal shares."""
+    """[(names, number of zeros)] after a `share` of the way from these masks to those wanted. Equal
+    shares multiply the number of weights that stay by the same factor."""
     found = []
     for names, zeros in wanted:
         n = sum(masks[name].numel() for name in names)

@@ -1,7 +1,7 @@
 """What main_optim.py and main_prun.py share: flags, files that survive a kill, training, pictures.
 
-Mistakes of the user and limits of the machine are a `UserError`, one sentence, with which `execute`
-ends the process with exit status 2.
+A mistake of the user or a limit of the machine is a `UserError` with one sentence. `execute` prints
+it and ends the process with exit status 2.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import csv
 import io
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -34,37 +35,37 @@ from ranks import Ranks, is_dtensor, local, padded, sharded_dim
 
 ALONE = Ranks()
 FORMAT = torch.channels_last  # of images
-LOOK = 32  # batches on a GPU from one look at loss and accuracy to the next
+LOOK = 32  # a GPU's loss and accuracy are read every so many batches
 
 
 class UserError(Exception):
-    """A mistake of the user or a limit of the machine: one sentence, exit status 2."""
+    """A mistake of the user or a limit of the machine, in one sentence: exit status 2."""
 
 
 # --- the command line -----------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence, without the usage, from one process a machine."""
+    """A parser that reports an error as one sentence without the usage, once a machine."""
 
     def error(self, message: str):
         raise UserError(message)
 
     def fail(self, message: str):
-        """Ends the process with that sentence."""
+        """Prints `message` and ends the process."""
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(5)  # if the first process says the same, torchrun ends this one meanwhile
+            time.sleep(5)  # the first process may say the same; then torchrun ends this one
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def number(kind: type, rule: str, allowed: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """An argparse type: an int or float for which `allowed`, which `rule` says in words, holds."""
+    """An argparse type: an int or float for which `allowed` holds. `rule` says that in words."""
 
     def convert(text: str):
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan  # which no comparison allows
+            value = math.nan  # no comparison with it holds
         if not allowed(value):
             raise argparse.ArgumentTypeError(f"{text} is not {rule}")
         return value
@@ -81,11 +82,26 @@ FRACTION = number(float, "a number from 0 and below 1", lambda value: 0 <= value
 WORKERS = number(int, "a whole number from 0 to 1024", lambda value: 0 <= value <= 1024)
 
 
+def model_name(text: str) -> str:
+    """An argparse type: a model of the registry, or module:function."""
+    if text not in models.MODELS and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", text):
+        names = ", ".join(models.MODELS)
+        raise argparse.ArgumentTypeError(f"{text} is none of {names}, and no module:function")
+    return text
+
+
+def add_model_flag(group: argparse._ArgumentGroup) -> None:
+    """--model."""
+    text = f"default: resnet20; others: {', '.join(models.MODELS)}; or module:function, a function "
+    text += "that makes your own model from the number of classes"
+    group.add_argument("--model", type=model_name, metavar="MODEL", help=text)
+
+
 def add_figure_flags(group: argparse._ArgumentGroup) -> None:
     """--plot and --tensorboard."""
-    text = "CSV files of earlier runs, to be drawn into the same picture; default: none"
+    text = "CSV files of earlier runs, for the same picture; default: none"
     group.add_argument("--plot", type=Path, nargs="+", metavar="CSV", default=[], help=text)
-    text = "write the figures of the CSV for TensorBoard, too, into a folder of this run in DIR; "
+    text = "also write the numbers of the CSV for TensorBoard, into a folder of this run in DIR; "
     text += "default: off"
     group.add_argument("--tensorboard", type=Path, metavar="DIR", help=text)
 
@@ -93,8 +109,7 @@ def add_figure_flags(group: argparse._ArgumentGroup) -> None:
 def saved_settings(
     saved: Any, parser: Parser, choose: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Saved settings, with the defaults of what came later; None if `choose` makes them of no
-    command line."""
+    """The saved settings with defaults for newer flags, or None if no command line gives them."""
     flags = []
     try:
         for name, value in saved.items():
@@ -114,20 +129,20 @@ def saved_settings(
 
 
 def check_same(given: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Raises UserError if a flag asks for something else than the run that is gone on with."""
+    """Raises UserError if a flag differs from the saved run."""
     for name, value in given.items():
         if saved.get(name) != value:
             raise UserError(
                 f"--{name} {value} differs from the saved run, which has {saved.get(name)}: leave "
-                "it out, or begin another run"
+                "it out, or start another run"
             )
 
 
 def execute(
     parser: Parser, start: Callable[[argparse.Namespace], Any], argv: list[str] | None, remedy: str
 ) -> None:
-    """Has the run that `start` makes of the flags go to its end. What stops it is said in one
-    sentence; `remedy` is for a GPU without memory."""
+    """Makes a run of the flags with `start`, and runs it to its end. If it stops early, prints the
+    reason in one sentence. `remedy` is the advice if the GPU's memory is full."""
     run = None
     try:
         args = parser.parse_args(argv)
@@ -145,11 +160,11 @@ def execute(
             parser.fail(f"{reason}: leave out --deterministic")
         if not lost_connection(error):
             raise
-        lost = "another process of this run has ended, see its message; --resume goes on"
+        lost = "another process of this run has ended, see its message; continue with --resume"
         parser.exit(1, f"{parser.prog}: error: {lost}\n")
     except KeyboardInterrupt:
         saved = run is not None and run.history
-        found = f"; go on with {run.flag} --resume" if saved else " before anything was saved"
+        found = f"; continue with {run.flag} --resume" if saved else " before anything was saved"
         note(f"\ninterrupted{found}")
         parser.exit(130)
 
@@ -158,8 +173,8 @@ def execute(
 
 
 def save_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Replace `path` by what `write` puts into a file: after a crash at any moment `path` holds
-    the old content or the new, never a part. Raises UserError if it can't be written."""
+    """Replaces `path` by a file that `write` fills. After a crash at any moment, `path` has the old
+    content or the new, never a part. Raises UserError if it can't be written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -169,41 +184,44 @@ def save_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save wraps the one in the other
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise UserError(f"cannot write {path}, which is as it was before: {reason}") from error
+        raise UserError(f"cannot write {path}, which is unchanged: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_saved(path: Path) -> Any:
-    """What torch.save wrote to `path`, on the CPU: mapped, so that a window is not in memory twice.
-    What is kept of it must be copied: until then the file may be replaced, but not written to, and
-    takes its space on the disk. Raises UserError if it is damaged."""
+    """The content of a file of torch.save, on the CPU. Its tensors are mapped, so that a window is
+    not in memory twice. Copy the tensors that you keep: until then the file may be replaced but not
+    written to, and its space on the disk stays in use. Raises UserError if it is damaged."""
     try:
         return models.read_tensors(path, zipped=True, mmap=True)
-    except Exception as error:  # there is no end to what a damaged file can set off
+    except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{path} is damaged, or was not saved by this script") from error
 
 
 def check_folder(path: Path, flag: str) -> None:
-    """Raises UserError if `path`, of `flag`, neither is nor can become a folder to write into."""
+    """Raises UserError unless `path`, given by `flag`, is or can become a writable folder."""
     path = path.absolute()
     folder = next(folder for folder in (path, *path.parents) if folder.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise UserError(f"{folder} is no folder that can be written into: see {flag}")
+        raise UserError(f"{folder} is not a writable folder: choose another {flag}")
 
 
 def check_existing(
     exist: list[Path], state: Path, flag: str, resume: bool, overwrite: bool
 ) -> bool:
-    """Whether there is a state to go on from, where these files of the run exist. Raises UserError
-    if some would be lost."""
+    """Whether to resume from `state`. `exist` are the files of the run that exist. Raises UserError
+    if files would be lost."""
     if folders := [path for path in exist if path.is_dir()]:
         raise UserError(f"{folders[0]} is a folder: choose another {flag}")
     if resume and exist and state not in exist:
-        raise UserError(f"{exist[0]} is there but {state}, to go on from, is not")
+        raise UserError(
+            f"{exist[0]} exists, but not {state}, which --resume needs: choose another {flag}, or "
+            "start over with --overwrite"
+        )
     if exist and not (resume or overwrite):
         raise UserError(
-            f"{exist[0]} exists: go on with --resume, replace it with --overwrite, or choose "
+            f"{exist[0]} exists: continue with --resume, replace it with --overwrite, or choose "
             f"another {flag}"
         )
     return resume and bool(exist)
@@ -215,8 +233,8 @@ def load_state(
     parser: Parser,
     choose: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> dict[str, Any]:
-    """A state with these parts, and settings that `choose` may make of a command line. Raises
-    UserError if the file is none."""
+    """A state with these parts, and with settings that a command line can give. Raises UserError if
+    the file is not one."""
     state = load_saved(path)
     settings = None
     if isinstance(state, dict) and state.keys() == {"settings", "classes", "history", *parts}:
@@ -227,8 +245,8 @@ def load_state(
 
 
 def alike(saved: Any, present: Any) -> bool:
-    """Whether what was loaded has the keys, the types, and the tensors of the shapes and types of
-    `present`, whatever their numbers."""
+    """Whether `saved` has the keys and types of `present`, and tensors of its shapes and types.
+    Numbers may differ."""
     if isinstance(present, torch.Tensor):
         kinds = [
             (tensor.shape, tensor.dtype) for tensor in (saved, present) if torch.is_tensor(tensor)
@@ -258,27 +276,27 @@ def are_rows(saved: Any, columns: Iterable[str], most: int) -> bool:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Has a new optimizer go on from a state. Raises ValueError if it is not of such an one."""
+    """Loads a state into a new optimizer. Raises ValueError if it is the state of another one."""
     expected = optimizer.state_dict()
     for group, numbers in zip(optimizer.param_groups, expected["param_groups"], strict=True):
         for weight, number in zip(group["params"], numbers["params"], strict=True):
-            entries = {}  # that the first step makes
+            entries = {}  # the first step makes these
             if isinstance(optimizer, torch.optim.Adam):
                 entries = {"step": torch.tensor(0.0), "exp_avg": weight, "exp_avg_sq": weight}
             elif isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
                 entries = {"momentum_buffer": weight}
             if entries:
                 expected["state"][number] = {**expected["state"].get(number, {}), **entries}
-    others = {"lr": 0.0, "initial_lr": 0.0, "fisher": None}  # rates may differ, and the window does
+    others = {"lr": 0.0, "initial_lr": 0.0, "fisher": None}  # these may differ
     groups = [[group | others for group in state["param_groups"]] for state in (saved, expected)]
     if not alike(saved, expected) or groups[0] != groups[1]:
         compressed = isinstance(optimizer, MFAC) and optimizer.fisher.compress is not None
-        reason = ", or it was in another number of processes, which --compress does not allow"
+        reason = ", or the number of processes differs, which --compress does not allow"
         raise ValueError("the optimizer is another one" + (reason if compressed else ""))
     optimizer.load_state_dict(saved)
     if isinstance(optimizer, MFAC):
         return
-    for entries in optimizer.state.values():  # SGD and Adam take what they load uncopied
+    for entries in optimizer.state.values():  # SGD and Adam do not copy what they load
         tensors = {name: x for name, x in entries.items() if isinstance(x, torch.Tensor)}
         entries.update({name: tensor.clone() for name, tensor in tensors.items()})
 
@@ -307,7 +325,7 @@ def check_space(path: Path, size: int) -> None:
     if (free := shutil.disk_usage(folder).free) < size:
         raise UserError(
             f"{folder} has {free / 2**30:.2f} GiB of free space, but the state of the run needs "
-            f"{size / 2**30:.2f} GiB, as it is there twice while it is replaced: make space"
+            f"{size / 2**30:.2f} GiB, as there are two copies while it is replaced: make space"
         )
 
 
@@ -315,8 +333,8 @@ def check_space(path: Path, size: int) -> None:
 
 
 def find_device(name: str) -> torch.device:
-    """The device called `name`, of CUDA devices the one of this process. Raises UserError if it
-    can't compute, or if processes would have to share it."""
+    """The device `name`, or for "cuda" the GPU of this process. Raises UserError if it does not
+    work, or if several processes would share it."""
     try:
         device = torch.device(name)
         processes, found = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
@@ -336,7 +354,7 @@ def find_device(name: str) -> torch.device:
 
 
 def make_deterministic() -> None:
-    """Makes this process deterministic, on CUDA too; an operation that can't be so raises
+    """Makes this process deterministic, on CUDA too. An operation that can't be raises
     RuntimeError."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.use_deterministic_algorithms(True)
@@ -344,12 +362,12 @@ def make_deterministic() -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the process that prints and writes."""
+    """Whether this is the process that prints and writes files."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def find_ranks(device: torch.device | None = None) -> Ranks:
-    """The processes that torchrun has started, which compute on `device`, or this one alone. Raises
+    """The processes that torchrun has started, or this one alone. They compute on `device`. Raises
     UserError if they can't connect."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
@@ -370,14 +388,14 @@ def find_ranks(device: torch.device | None = None) -> Ranks:
 
 
 def distributed(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """The model with gradients, and statistics of batch norm, of the batches of all `ranks`."""
+    """The model, with gradients and batch norm statistics over the batches of all `ranks`."""
     if ranks.size == 1:
         return model
     return DistributedDataParallel(sync_batch_norm(model))
 
 
 def lost_connection(error: RuntimeError) -> bool:
-    """Whether this is what the others find when one of the processes is gone."""
+    """Whether the error means that another process is gone."""
     if not (dist.is_available() and dist.is_initialized()):
         return False
     text = str(error)
@@ -385,8 +403,8 @@ def lost_connection(error: RuntimeError) -> bool:
 
 
 def gathered(state: Any, ranks: Ranks) -> Any:
-    """A state dict with DTensors made whole, to be called by all processes; the first one alone
-    keeps them."""
+    """A state dict with whole tensors in place of DTensors. All processes must call this, and only
+    the first one gets the tensors."""
 
     def whole(x: Any) -> Any:
         if not is_dtensor(x):
@@ -410,12 +428,12 @@ def say(line: str) -> None:
     try:
         print(line, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for its unwritten rest
         raise UserError(f"cannot write to standard output: {error.strerror}") from error
 
 
 def note(message: str) -> None:
-    """Tells the user what is no result, from the first process."""
+    """Prints a message to standard error, from the first process. Results go through `say`."""
     if is_first():
         print(message, file=sys.stderr, flush=True)
 
@@ -429,8 +447,8 @@ def progress(batches: Iterable, title: str, total: int | None = None) -> tqdm:
 
 
 def batches(loader: datautils.Loader, device: torch.device, title: str) -> Iterator[tuple]:
-    """Yields the progress bar, images and labels on `device`, the size of the whole batch in all
-    processes, and whether to read figures now: reading them at each batch would stall a GPU."""
+    """Yields the progress bar, images and labels on `device`, the size of the batch over all
+    processes, and whether to read the figures now. Reading at each batch would stall a GPU."""
     bar, last = progress(loader, title), len(loader) - 1
     for number, (images, labels) in enumerate(bar):
         images = images.to(device, memory_format=FORMAT, non_blocking=True)
@@ -446,13 +464,13 @@ class Figures:
         self.ranks, self.unread, self.seen, self.sums = ranks, [], 0, 0.0
 
     def add(self, sums: torch.Tensor, size: int) -> None:
-        """Adds a batch of `size` images in all ranks, with the sums of the losses and of each kind
-        of right answers in this one."""
+        """Adds a batch of `size` images over all ranks. `sums` are of this rank: of the losses, and
+        of each kind of right answer."""
         self.unread.append(sums)
         self.seen += size
 
     def read(self, bar: tqdm) -> list[float]:
-        """Waits for the device, adds up over ranks, and shows the figures in `bar`."""
+        """Waits for the device, sums over ranks, and shows the figures in `bar`."""
         new = torch.stack(self.unread).cpu().double().sum(0)
         self.sums += self.ranks.sum(new)
         self.unread.clear()
@@ -469,7 +487,7 @@ class Stopwatch:
         self.marks, self.on_gpu = [], device.type == "cuda"
 
     def mark(self, *_: Any) -> None:
-        if self.on_gpu:  # an event is read later, so that nothing waits now
+        if self.on_gpu:  # an event, which is read later: nothing waits now
             self.marks.append(torch.cuda.Event(enable_timing=True))
             self.marks[-1].record()
         else:
@@ -478,7 +496,7 @@ class Stopwatch:
     __enter__ = __exit__ = mark
 
     def seconds(self) -> float:
-        """The sum; on a GPU only after the device has finished."""
+        """The sum. On a GPU, call it after the device has finished."""
         pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
         if self.on_gpu:
             return sum(start.elapsed_time(end) for start, end in pairs) / 1000
@@ -491,15 +509,15 @@ def summed_cross_entropy(
     labels: torch.Tensor,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """The loss of a batch by default."""
+    """The default loss: summed over the batch."""
     return cross_entropy(outputs, labels, reduction="sum", label_smoothing=label_smoothing)
 
 
 class TrainingStep:
-    """Forward, backward and optimizer step for a batch. With `graph` the first calls are eager, and
-    later ones replay one CUDA graph, which saves the time of launching each kernel."""
+    """Forward, backward and optimizer step for a batch. With `graph`, the first calls are eager and
+    later ones replay one CUDA graph. This saves the time to launch each kernel."""
 
-    EAGER = 3  # calls in which libraries and optimizers allocate their buffers
+    EAGER = 3  # calls, in which libraries and optimizers allocate their buffers
 
     def __init__(
         self,
@@ -519,13 +537,13 @@ class TrainingStep:
         if graph:
             device = next(model.parameters()).device
             self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
-            self.stream = torch.cuda.Stream(device)  # the default stream cannot be captured
+            self.stream = torch.cuda.Stream(device)  # the default stream can't be captured
 
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor, size: int, eager: bool = False
     ) -> torch.Tensor:
-        """Returns the sums (2,) of losses and right answers in this process, for its part of a
-        batch of `size` images. `eager` forbids the graph, which has one batch size."""
+        """Returns the sums (2,) of losses and of right answers for this process's part of a batch
+        of `size` images. `eager` forbids the graph, which has a fixed batch size."""
         if not self.wanted:
             return self.run(images, labels, size)
         with self.rates_on_device():
@@ -554,14 +572,14 @@ class TrainingStep:
         try:
             with self.watch:
                 self.optimizer.step()
-        except ValueError as error:  # mfac: too little damping for these gradients
+        except ValueError as error:  # mfac: damping is too small for these gradients
             raise UserError(str(error)) from error
         return torch.stack([loss.detach(), (outputs.argmax(1) == labels).sum()])
 
     @contextlib.contextmanager
     def rates_on_device(self) -> Iterator[None]:
-        """Makes learning rates tensors, as a graph needs. Eager steps use them too, so that they
-        have the same bits as replayed ones."""
+        """Makes the learning rates tensors, which a graph needs. Eager steps use them too, so that
+        they give the same bits as replayed steps."""
         groups = self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
         for group, on_device in zip(groups, self.rates, strict=True):
@@ -573,7 +591,7 @@ class TrainingStep:
                 group["lr"] = rate
 
     def capture(self, images: torch.Tensor, labels: torch.Tensor, size: int) -> None:
-        """Captures the graph, or reports the reason why that fails."""
+        """Captures the graph, or prints why that fails."""
         self.images, self.labels = images.clone(), labels.clone()
         self.optimizer.zero_grad()  # the graph allocates its own gradients
         watch, self.watch = self.watch, contextlib.nullcontext()
@@ -606,17 +624,19 @@ def train_epoch(
     step: TrainingStep | None = None,
     title: str = "train",
 ) -> dict[str, float | None]:
-    """One pass over `loader`, which yields the part of this rank, by `step` or else eagerly;
-    `scheduler` takes a step a batch. Returns the mean loss and the accuracy (%) of the batches as
-    they were trained on, the seconds, images a second, and the seconds within optimizer.step(),
-    None if that is part of a graph. Raises UserError if the loss is no longer finite, or if the
-    optimizer refuses the gradients."""
+    """One pass over `loader`, which yields this rank's part of each batch. Steps are by `step`, or
+    eager without it; `scheduler` steps once a batch.
+
+    Returns the mean loss and accuracy (%) during training, the seconds, images a second, and the
+    seconds in optimizer.step(), or None if that is part of a graph. Raises UserError if loss or
+    weights are no longer finite, or if the optimizer refuses the gradients.
+    """
     model.train()
     step = step or TrainingStep(model, optimizer, ranks=ranks)
     step.watch = Stopwatch(device)
     figures, start = Figures(ranks), time.perf_counter()
     for bar, images, labels, size, look in batches(loader, device, title):
-        # The last batch may be smaller, and only an eager step lets the optimizer raise errors.
+        # The last batch may be smaller, and the optimizer can raise errors in eager steps only.
         last = figures.seen + size == loader.num_samples
         figures.add(step(images, labels, size, eager=last), size)
         scheduler.step()
@@ -637,7 +657,7 @@ def train_epoch(
 
 
 def lower_rate(optimizer: torch.optim.Optimizer) -> str:
-    """What to do if a training diverges."""
+    """The advice if a training diverges."""
     return "use a lower --lr" + (", or a higher --damp" if isinstance(optimizer, MFAC) else "")
 
 
@@ -651,8 +671,8 @@ def evaluate(
     amp: bool = False,
     tops: tuple[int, ...] = (1,),
 ) -> list[float]:
-    """Mean loss and accuracy (%) over `loader`, of which each of `ranks` has its part; an answer is
-    right if it is among the first of each of `tops`. The model is left as it was found."""
+    """Mean loss, and for each k of `tops` the top-k accuracy (%), over the parts of `loader` that
+    all `ranks` have. The model's training mode stays the same."""
     training = model.training
     model.eval()
     figures = Figures(ranks)
@@ -672,39 +692,39 @@ def evaluate(
 # --- figures of runs ------------------------------------------------------------------------
 
 
-# A run, by its name: rows of figures. Lines that the colour-blind tell apart, and anyone in print.
+# The name of each run, and its rows of figures. Lines differ for the colour-blind, and in print.
 Runs = list[tuple[str, list[dict[str, Any]]]]
 COLORS = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 STYLES = tuple(zip(COLORS, "os^Dvx", ("-", "--", "-.", ":", "-", "--"), strict=True))
 
 
 def read_runs(paths: list[Path], largest: dict[str, float | None]) -> Runs:
-    """From the CSVs of earlier runs the columns in `largest`, which says what they may hold beside
-    0 at least (None: anything), where all are filled. Raises UserError if a file is no such CSV."""
+    """The columns `largest` of the CSVs of earlier runs, in rows where none is empty. Values must
+    be from 0 to `largest`, or any number for None. Raises UserError if a file is no such CSV."""
     runs = []
     for path in paths:
         if path.exists() and not path.is_file():  # such as a pipe, which may never end
-            raise UserError(f"--plot {path} is no file")
+            raise UserError(f"--plot {path} is not a file: give the CSV of a run")
         try:
             with open(path, newline="") as file:
                 texts = [[row[name] for name in largest] for row in csv.DictReader(file)]
             rows = [dict(zip(largest, map(float, row), strict=True)) for row in texts if all(row)]
         except OSError as error:
-            raise UserError(f"--plot {path} cannot be read: {error.strerror}") from error
+            raise UserError(f"--plot {path} can't be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, csv.Error) as error:
-            raise UserError(f"--plot {path} is no CSV that this script has written") from error
+            raise UserError(f"--plot {path} is not a CSV of this script") from error
         limits = [(row[name], most) for row in rows for name, most in largest.items()]
         if not rows or not all(most is None or 0 <= value <= most for value, most in limits):
-            raise UserError(f"--plot {path} does not hold {', '.join(largest)} of a run")
+            raise UserError(f"--plot {path} does not have {', '.join(largest)} of a run")
         runs.append((str(path.with_suffix("")), rows))
     return runs
 
 
 class TensorBoard:
-    """The figures of a run as scalars, row by row, in a folder that a resumed run goes on with."""
+    """Writes the figures of a run as scalars, row by row. A resumed run continues the folder."""
 
     def __init__(self, folder: Path | None, run: str):
-        """In the folder `run` of `folder`, or nowhere. Raises UserError if that can't be."""
+        """Writes into `folder`/`run`, or nowhere if `folder` is None. Raises UserError."""
         self.folder, self.writer = folder and folder / run, None
         if folder is None:
             return
@@ -719,8 +739,8 @@ class TensorBoard:
         check_folder(self.folder, "--tensorboard")
 
     def write(self, history: list[dict[str, Any]]) -> None:
-        """Adds the last row, and those before it to a folder that has none. To be called before the
-        state is saved: a row that was written but not saved is replaced when the run goes on."""
+        """Adds the last row, or all rows to a new folder. Call this before the state is saved: a
+        row that was written but not saved is then replaced when the run is resumed."""
         if self.folder is None or not is_first():
             return
         first = len(history)

@@ -3,19 +3,23 @@
     python3 main_optim.py --model resnet20 --dataset DATASET --optim mfac --ngrads 512 \\
         --weightdecay .003 --batchsize 128 --save rn20-mfac.pth > rn20-mfac.txt
 
-One line an epoch goes to standard output. Four files lie side by side, all but the curves
-rewritten after each epoch: the model (--save), and with the same stem the training state
-(.state), the figures of each epoch (.csv) and the curves (.png, at the end, with those of other
-runs if --plot names their CSVs). Every file is derived from the training state, which is written
-first: a run killed at any moment goes on with --resume to the same bits as an uninterrupted one (on
-the CPU with as many threads, on CUDA with --deterministic). --state_every and --light_state save
-time and space where the window is large. With --resume, flags of CHANGEABLE may be given anew: more
---epochs, another --lr or --damp.
+Prints one line an epoch to standard output. Writes four files side by side:
+
+- the model (--save);
+- the training state (.state), from which all other files can be made again;
+- the figures of each epoch (.csv);
+- the curves (.png), with those of other runs if --plot names their CSVs.
+
+The curves are drawn at the end, the others are written after each epoch, the state first. So a run
+that is killed at any moment continues with --resume to the bits of an uninterrupted one: on the CPU
+with the same number of threads, on CUDA with --deterministic. --state_every and --light_state save
+time and space if the window is large. With --resume, the flags in CHANGEABLE may have other values:
+more --epochs, another --lr or --damp. --model module:function trains your own model.
 
     torchrun --nproc-per-node N main_optim.py ...
 
-does the same in N processes, each of which has its part of every batch and of the window. The
-first one writes; a run may go on in another number of processes.
+does the same in N processes. Each has its part of every batch and of the window. The first one
+prints and writes. A run may be resumed in another number of processes.
 """
 
 import argparse
@@ -78,7 +82,7 @@ from ranks import Ranks
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "seconds", "images_per_second")
 COLUMNS += ("optimizer_seconds", "test_loss", "test_accuracy")  # of the CSV
 
-# The figures that are drawn, and how large they may be in the CSV of an earlier run.
+# The figures that are drawn, and their limits in the CSV of an earlier run.
 DRAWN = dict(epoch=1e9, seconds=1e9, train_loss=None, test_loss=None)
 DRAWN |= dict(train_accuracy=100, test_accuracy=100)
 
@@ -87,7 +91,7 @@ DRAWN |= dict(train_accuracy=100, test_accuracy=100)
 
 
 def learning_rate_factor(settings: dict[str, Any], steps_per_epoch: int) -> Callable[[int], float]:
-    """The factor of the learning rate as a function of the steps done."""
+    """The factor of the learning rate as a function of the number of steps done."""
     total, rise = settings["epochs"] * steps_per_epoch, settings.get("warmup_steps", 1)
     drops = [epoch * steps_per_epoch for epoch in settings.get("drop_at", ())]
     fall = {
@@ -106,8 +110,8 @@ def start_rates(settings: dict[str, Any]) -> list[float]:
 def build_optimizer(
     model: nn.Module, settings: dict[str, Any], device: torch.device, ranks: Ranks
 ) -> tuple[torch.optim.Optimizer, str]:
-    """The optimizer of `settings`, and what to tell of its memory. Raises UserError if the window
-    of mfac can't fit."""
+    """The optimizer of `settings`, and a sentence about its memory, which may be empty. Raises
+    UserError if the window of mfac does not fit."""
     options = {"lr": settings["lr"], "weight_decay": settings["weightdecay"]}
     fused = device.type == "cuda" or None  # as a CUDA graph needs
     if settings["optim"] == "adam":
@@ -194,19 +198,19 @@ def save_curves(runs: Runs, path: Path) -> None:
 
 
 class Run:
-    """A training run: all that a step needs, and the files that keep it."""
+    """A training run: the parts of a step, and the files."""
 
     STATEFUL = ("model", "optimizer", "tested")
 
     def __init__(self, args: argparse.Namespace):
-        """Begins a run or goes on with a saved one. Whatever can be checked is checked here, and
-        nothing is written but the folder. Raises UserError, and OSError or ValueError from what it
-        uses."""
+        """Starts a run or resumes a saved one. Makes all checks, and writes nothing except the
+        folder. Raises UserError, and OSError or ValueError from what it uses."""
         files = ("save", "resume", "overwrite", "plot", "tensorboard")
         given = {k: v for k, v in vars(args).items() if v is not None and k not in files}
         names = {**COMMON, **given}
         data = Path(names["dataset"]).resolve().name
-        self.path = args.save or Path("runs", f"{names['model']}-{data}-{names['optim']}.pth")
+        model = names["model"].replace(":", "-")
+        self.path = args.save or Path("runs", f"{model}-{data}-{names['optim']}.pth")
         self.flag = f"--save {self.path}"
         if self.path.suffix not in (".pth", ".pt"):
             raise UserError(f"--save {self.path} must end in .pth or .pt")
@@ -233,7 +237,7 @@ class Run:
                 f"{self.train_loader.num_samples:,} images, too few for batch norm: choose another"
             )
         torch.manual_seed(settings["seed"])
-        model = models.build(settings["model"], self.data.num_classes)
+        model = models.build(settings["model"], self.data.num_classes, self.data.shape)
         if "checkpoint" in settings and not state:
             models.load_checkpoint(model, settings["checkpoint"])
         self.model = model.to(self.device, memory_format=torch.channels_last)
@@ -264,6 +268,8 @@ class Run:
         check_space(self.state_path, size if state else 2 * size)
         if memory:
             note(memory)
+        if self.device.type == "cuda" and not settings["amp"]:
+            note("faster: --amp, which computes in bfloat16 where that is safe")
         if state:
             note(self.describe_resumption(state))
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -279,7 +285,7 @@ class Run:
         )
 
     def clip(self, norm: float) -> None:
-        """Has the gradients scaled down to `norm` before each optimizer step."""
+        """Scales the gradients down to `norm` before each optimizer step."""
 
         def scale_down(*_: Any) -> None:
             nn.utils.clip_grad_norm_(self.model.parameters(), norm)
@@ -287,7 +293,7 @@ class Run:
         self.optimizer.register_step_pre_hook(scale_down)
 
     def check_files(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-        """The saved state, if there is one to go on with. Raises UserError if it is none, or if
+        """The state to resume from, or None. Raises UserError if the file is not a state, or if
         files would be lost."""
         check_folder(self.path.parent, "--save")
         beside = [self.path.with_suffix(suffix) for suffix in (".csv", ".png")]
@@ -297,17 +303,22 @@ class Run:
         return None
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was saved. Raises UserError if it does not fit."""
+        """Takes over a saved state. Raises UserError if it does not fit."""
         if state["classes"] != self.data.classes:
-            raise UserError(f"{self.settings['dataset']} has other classes than the saved run")
+            raise UserError(
+                f"{self.settings['dataset']} has other classes than the saved run: choose its data "
+                "set, or another --save"
+            )
         saved, epochs = state["settings"], self.settings["epochs"]
         for group in self.optimizer.param_groups:
-            group["initial_lr"] = 0.0  # as a saved one has some
+            group["initial_lr"] = 0.0  # a saved group has one
         try:
             if not are_rows(state["history"], COLUMNS, saved["epochs"]):
                 raise ValueError("the figures of the epochs are others")
             if epochs < (done := len(state["history"])):
-                raise UserError(f"--epochs {epochs} is less than the {done} that are done")
+                raise UserError(
+                    f"--epochs {epochs} is less than the {done} that are done: give at least {done}"
+                )
             for part in self.STATEFUL:
                 if part == "optimizer":
                     if state[part] is not None or not saved.get("light_state"):
@@ -324,9 +335,9 @@ class Run:
             self.optimizer.damp = self.settings["damp"]
 
     def describe_resumption(self, state: dict[str, Any]) -> str:
-        """From which epoch the run goes on, and with which changes."""
+        """The epoch from which the run continues, and the settings that have changed."""
         saved = state["settings"]
-        text = f"going on after epoch {len(self.history)} of {self.settings['epochs']}"
+        text = f"resumed after epoch {len(self.history)} of {self.settings['epochs']}"
         for name, value in self.settings.items():
             if saved.get(name) != value:
                 text += f", with --{name} {value}, before {saved.get(name)}"
@@ -339,13 +350,13 @@ class Run:
         return None if self.settings.get("light_state") else self.optimizer.state_dict()
 
     def go(self) -> None:
-        """All epochs that are left, then the curves."""
+        """Runs the remaining epochs, then draws the curves."""
         shown = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         say(f"# {shown}")
         epochs = self.settings["epochs"]
         how = {"device": self.device, "ranks": self.ranks}
         for epoch in range(len(self.history), epochs):
-            # Like the order of the images a function of seed and epoch, so there is none to save.
+            # A function of seed and epoch, as is the order of the images: no generator to save.
             torch.manual_seed(self.settings["seed"] + epoch)
             self.train_loader.set_epoch(epoch)
             title = f"epoch {epoch + 1}/{epochs}"
@@ -369,17 +380,17 @@ class Run:
                 + (f"optimizer {optimizer:.1f} s  " if optimizer is not None else "")
                 + f"saving {time.perf_counter() - began:.1f} s"
             )
-        self.save_results()  # again: a run that goes on may have been killed before it came to it
+        self.save_results()  # again, as a resumed run may have been killed before this
         if self.ranks.rank == 0:
             runs = [(str(self.path.with_suffix("")), self.history), *self.others]
             save_curves(runs, self.path.with_suffix(".png"))
 
     def is_due(self, flag: str, epoch: int) -> bool:
-        """Whether to save after this epoch: always after the first one, so that --resume works."""
+        """Whether to save after this epoch. The first always counts, so that --resume works."""
         return epoch in (1, self.settings["epochs"]) or epoch % self.settings[flag] == 0
 
     def save_state(self, history: list[dict[str, float]]) -> None:
-        """Writes what --resume needs, from which the other files can be made again."""
+        """Writes the state, which --resume needs and from which all other files can be made."""
         state = {"settings": self.settings, "classes": self.data.classes, "history": history}
         state |= {"model": self.model.state_dict(), "tested": self.tested.state_dict()}
         state["optimizer"] = gathered(self.saved_optimizer(), self.ranks)
@@ -404,7 +415,7 @@ class Run:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains as the command line, or `argv`, says."""
+    """Trains as the command line says, or `argv` in place of it."""
     execute(build_parser(), Run, argv, "use a smaller --batchsize or --ngrads")
 
 

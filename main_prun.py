@@ -2,21 +2,21 @@
 
     python3 main_prun.py --model resnet20 --dataset DATASET --pruner mfac --sparsities 0.5 0.9
 
-One line for the model as it is, then one a pruning step and one an epoch of fine-tuning go to
-standard output. Beside each other lie, all with names that begin as --out says, the model pruned
-to each level with its masks (-step0.pth, ...), the figures of every line (.csv), accuracy against
-sparsity (.png, at the end, with those of other runs if --plot names their CSVs), and the state of
-the run (.state). The state is written first and all else is derived from it: a run killed at any
-moment goes on with --resume to the same bits, on the CPU with as many threads, on CUDA with
+Standard output has one line for the model as it is, one for each pruning step, and one for each
+epoch of fine-tuning. All files begin with --out: the model with its masks after each step
+(-step0.pth, ...), the figures of all lines (.csv), a plot of accuracy against sparsity (.png, at
+the end, together with other runs if --plot names their CSVs), and the state of the run (.state).
+The state is written first, and all other files follow from it. A run that was killed at any moment
+continues with --resume to the same bits: on the CPU with as many threads, on CUDA with
 --deterministic.
 
     torchrun --nproc-per-node N main_prun.py ...
 
-does the same in N processes, which share gradients, F⁻¹, tests and fine-tuning. The first writes.
+runs N processes that share gradients, F⁻¹, tests and fine-tuning. The first one writes.
 
-Gradients for the inverse Fisher F⁻¹ are those of training images as a model is trained on them,
-augmented, like in the paper's code. F⁻¹ is computed anew before each step; --recomps 0 computes it
-once, for all of them. --model module:function prunes a model of one's own.
+Gradients for the inverse Fisher F⁻¹ are of training images with the augmentation of training, as in
+the paper's code. F⁻¹ is computed anew before each step; --recomps 0 computes it once for all steps.
+--model module:function prunes your own model.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from torch import nn
 
 import datautils
 import models
-from costs import available_memory
+from costs import check_memory
 from finetune import FineTuning, estimate_batch_norm
 from gradients import cross_entropy
 from main_common import (
@@ -65,7 +65,7 @@ from main_common import (
     tensor_bytes,
 )
 from optim import window_bytes
-from prun import MagnitudePruner, MFACPruner, inverse_bytes
+from prun import MagnitudePruner, MFACPruner
 from prun_settings import (
     COLUMNS,
     COMMON,
@@ -87,14 +87,13 @@ __all__ = ["COMMON", "MFAC_PRUNER", "build_parser", "current_name", "main"]
 
 
 class Run:
-    """A pruning run: all that a step needs, and the files that keep it."""
+    """A pruning run, and its files."""
 
     STATEFUL = ("model", "pruner", "optimizer", "teacher")
 
     def __init__(self, args: argparse.Namespace):
-        """Begins a run or goes on with a saved one. Whatever can be checked is checked here, and
-        nothing is written but the folder. Raises UserError, and OSError or ValueError from what it
-        uses."""
+        """Begins a run or continues a saved one. All checks are made here, and nothing but the
+        folder is written. Raises UserError, OSError or ValueError."""
         output = ("out", "resume", "overwrite", "plot", "tensorboard", "verbose")
         given = {k: v for k, v in vars(args).items() if v is not None and k not in output}
         names = {**COMMON, **given}
@@ -151,21 +150,21 @@ class Run:
     # --- before it starts
 
     def beside(self, ending: str) -> Path:
-        """The file of this run whose name ends so."""
+        """The file of this run with this ending."""
         return self.out.with_name(self.out.name + ending)
 
     def files(self) -> list[Path]:
-        """The files of this run, or another at the same place, that exist. The state is first."""
+        """The files at --out that exist, of this run or another one. The state is first."""
         names = [self.beside(ending) for ending in (".state", ".csv", ".png")]
         model = re.compile(re.escape(self.out.name) + r"-step\d+\.pth")
         models = sorted(path for path in self.out.parent.glob("*") if model.fullmatch(path.name))
         return [path for path in names + models if path.exists()]
 
     def check_files(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-        """The saved state, if there is one to go on with. Raises UserError if it is none, or if
+        """The saved state, if there is one to continue. Raises UserError if it is not valid, or if
         files would be lost."""
         if self.out.is_dir() or self.out.name in ("", ".."):
-            raise UserError(f"--out {self.out} is a folder: add how the files in it shall begin")
+            raise UserError(f"--out {self.out} is a folder: add the beginning of the file names")
         check_folder(self.out.parent, "--out")
         state = self.beside(".state")
         if check_existing(self.files(), state, "--out", resume, overwrite):
@@ -173,7 +172,7 @@ class Run:
         return None
 
     def make_loaders(self) -> None:
-        """Sets the loaders, and the images a gradient if that is left open."""
+        """Sets the loaders, and --npergrad if it was not given."""
         settings = self.settings
         options = {"seed": settings["seed"], "workers": settings.get("workers")}
         self.loading = options = {**options, "device": self.device}
@@ -199,7 +198,7 @@ class Run:
         self.gradients = self.data.loader("train", settings["npergrad"], **options)
 
     def build_pruner(self, keep_zeros: bool) -> MagnitudePruner:
-        """The pruner of `settings`; zeros may be masks already. Raises ValueError."""
+        """The pruner of `settings`. Raises ValueError."""
         options = {name: self.settings[name] for name in ("scope", "pattern")}
         options["keep_zeros"] = keep_zeros
         if self.settings["pruner"] == "magnitude":
@@ -213,12 +212,12 @@ class Run:
         return MFACPruner(self.model, self.gradients, device=self.device, **options)
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        """The loss of a batch, whose gradients make F."""
+        """The loss of a batch for the gradients in F."""
         with torch.autocast(self.device.type, torch.bfloat16, self.settings["amp"]):
             return cross_entropy(model, batch)
 
     def check_levels(self) -> None:
-        """Raises ValueError if a level can't be reached."""
+        """Raises ValueError if a level cannot be reached."""
         for level in self.levels:
             if level >= 1:
                 raise UserError(
@@ -229,57 +228,24 @@ class Run:
         if self.settings.get("pages", 1) > self.prunable:
             raise UserError(f"--pages {self.settings['pages']} is more than a page a weight")
 
-    def bytes_needed(self, blocksize: int, pages: int, place: str) -> dict[torch.device, int]:
-        """The memory that gradients, kept in `place`, and F⁻¹ take, or the window, as F⁻¹ is
-        released before."""
-        settings, needed = self.settings, {self.device: 0}
-        if settings["pruner"] == "mfac":
-            d = self.ranks.chunk(sum(int(mask.sum()) for mask in self.pruner.masks.values()))
-            options = {"pages": pages, "device": self.device, "grads_device": place}
-            options |= {name: settings.get(name) for name in ("perbatch", "rounds")}
-            options["blocksize"] = None if blocksize == -1 else blocksize
-            needed = inverse_bytes(max(self.ngrads), d, **options)
-        if settings.get("optim") == "mfac":
-            window = window_bytes(settings["ngrads"], self.total, world_size=self.ranks.size)
-            needed[self.device] = max(needed[self.device], window)
-        if self.ranks.size > 1:  # gradients before they are exchanged
-            needed = {device: 2 * size for device, size in needed.items()}
-        return needed
-
     def check_memory(self, resumed: bool = False) -> None:
-        """Says how much memory the run takes. Raises UserError with advice if it can't fit, or if
-        the state has no space."""
-        free = {where: available_memory(where) for where in (self.device, torch.device("cpu"))}
-
-        def fitting(*choice: int) -> dict[torch.device, int] | None:
-            for place in (self.device, torch.device("cpu")):
-                needed = self.bytes_needed(*choice, place)
-                if all(size <= free[device] for device, size in needed.items()):
-                    return needed
-            return None
-
-        def shown(sizes: dict[torch.device, int]) -> str:
-            return " and ".join(f"{size / 2**30:.2f} GiB on {x}" for x, size in sizes.items())
-
-        blocksize, pages = self.settings.get("blocksize", -1), self.settings.get("pages", 1)
-        needed = fitting(blocksize, pages)
-        if needed is None:
-            others = {f"--pages {n}": (-1, n) for n in (4, 16, 64) if blocksize == -1 and n > pages}
-            others |= {f"--blocksize {b}": (b, 1) for b in (128, 16)}
-            advice = [flag for flag, choice in others.items() if fitting(*choice)]
-            advice.append(f"fewer {self.ngrads_flag}")
-            least = self.bytes_needed(blocksize, pages, "cpu")
-            left = shown({device: free[device] for device in least})
-            raise UserError(f"M-FAC takes {shown(least)}, but free are {left}: use {advice[0]}")
-        saved = tensor_bytes([self.state_of(name) for name in ("model", "pruner", "teacher")])
-        if self.settings.get("optim") == "mfac":
-            saved += window_bytes(self.settings["ngrads"], self.total)
+        """Says how much memory the inverse Fisher takes. Raises UserError if it, or the window of
+        fine-tuning that comes after it, does not fit, or if the state has no space on the disk."""
+        settings, saved = self.settings, 0
+        try:
+            if isinstance(self.pruner, MFACPruner):
+                note(str(self.pruner.memory_plan(max(self.ngrads))))
+            if settings.get("optim") == "mfac":
+                m, d = settings["ngrads"], self.ranks.chunk(self.total)
+                check_memory(m, [d], [self.device], torch.float32, None)
+                saved = window_bytes(m, self.total)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        saved += tensor_bytes([self.state_of(name) for name in ("model", "pruner", "teacher")])
         check_space(self.out, saved if resumed else 2 * saved)
-        if any(needed.values()):
-            note(f"M-FAC takes {shown(needed)}")
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was saved. Raises UserError if it does not fit."""
+        """Continues where `state` was saved. Raises UserError if it does not fit."""
         if state["classes"] != self.data.classes:
             raise UserError(f"{self.settings['dataset']} has other classes than the saved run")
         try:
@@ -310,7 +276,7 @@ class Run:
         self.history = state["history"]
 
     def load_pruner(self, saved: dict[str, Any]) -> None:
-        """Has the pruner go on with the model. Raises ValueError if masks do not fit."""
+        """Loads the state of the pruner. Raises ValueError if masks do not fit the model."""
         pruner, expected = self.pruner, self.pruner.state_dict()
         if "start_weights" in expected and saved["start_weights"]:
             expected |= {"start_weights": pruner.params, "start_masks": pruner.masks}
@@ -319,14 +285,14 @@ class Run:
         weights, masks = pruner.params.items(), saved["masks"]
         if any((weight[~masks[name]] != 0).any() for name, weight in weights):
             raise ValueError("the masks are of other weights")
-        pruner.load_state_dict(copy.deepcopy(saved))  # it keeps masks and weights as they are
+        pruner.load_state_dict(copy.deepcopy(saved))  # the pruner keeps masks and weights
 
     # --- while it runs
 
     def go(self) -> None:
-        """All that is left of the plan, then the picture."""
+        """Runs the rest of the plan, then draws the plot."""
         say(f"# {as_command(self.settings)}")
-        if self.history:  # again: the run may have been killed before it came to it
+        if self.history:  # again, as the run may have been killed before
             self.save_results()
         elif self.ranks.rank == 0:
             for path in self.files():
@@ -353,7 +319,7 @@ class Run:
             save_plot([(str(self.out), self.history), *self.others], self.beside(".png"))
 
     def measure(self, _: int) -> dict[str, Any]:
-        """The model as it is, with statistics of batch norm as asked for."""
+        """The model as it is, with new statistics of batch norm by --reset_bn."""
         if self.settings["reset_bn"]:
             self.estimate_batch_norm()
         if self.tuning.teacher is not None:
@@ -361,7 +327,7 @@ class Run:
         return {}
 
     def estimate_batch_norm(self) -> None:
-        """On all training images, in each process."""
+        """Estimates the statistics of batch norm on all training images, in each process."""
         torch.manual_seed(self.settings["seed"])  # of dropout
         loader = self.data.loader("train", self.settings["batchsize"], **self.loading)
         estimate_batch_norm(self.model, loader, self.device, self.settings["amp"])
@@ -387,7 +353,7 @@ class Run:
             raise UserError(str(error)) from error
         self.tuning.release()
         if self.settings["nepochs"]:
-            pruner.release()  # every step recomputes, and fine-tuning needs the memory
+            pruner.release()  # fine-tuning needs the memory, and every step recomputes
         seconds = {name: pruner.seconds[name] - before[name] for name in before}
         rest = time.perf_counter() - began - sum(seconds.values())
         if self.settings["reestimate_bn"]:
@@ -413,12 +379,12 @@ class Run:
         return "\n".join(lines)
 
     def state_of(self, name: str) -> dict[str, Any] | None:
-        """That of the model, the pruner, the optimizer or the teacher, if there is one now."""
+        """The state of the model, the pruner, the optimizer or the teacher, if there is one now."""
         part = getattr(self if hasattr(self, name) else self.tuning, name)
         return None if part is None else part.state_dict()
 
     def save_state(self, history: list[dict[str, Any]]) -> None:
-        """Writes what --resume needs, from which the other files can be made again."""
+        """Writes the state for --resume, from which the other files can be made again."""
         state = {"settings": self.settings, "classes": self.data.classes, "history": history}
         state |= {name: gathered(self.state_of(name), self.ranks) for name in self.STATEFUL}
         if self.ranks.rank == 0:
@@ -445,13 +411,13 @@ class Run:
 
 
 def curve(history: list[dict[str, Any]]) -> list[tuple[float, float]]:
-    """(sparsity, accuracy) in order of sparsity: at each the last that was measured."""
+    """(sparsity, accuracy) in order of sparsity, the last accuracy at each."""
     tested = [row for row in history if row["test_accuracy"] is not None]
     return sorted({row["sparsity"]: row["test_accuracy"] for row in tested}.items())
 
 
 def save_plot(runs: Runs, path: Path) -> None:
-    """Draws accuracy against sparsity, a line a run."""
+    """Draws accuracy against sparsity, one line for each run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
@@ -466,8 +432,8 @@ def save_plot(runs: Runs, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prunes as the command line, or `argv`, says."""
-    execute(build_parser(), Run, argv, "use more --pages, a --blocksize or fewer gradients")
+    """Prunes by the command line, or by `argv`."""
+    execute(build_parser(), Run, argv, "use a --blocksize or fewer gradients")
 
 
 if __name__ == "__main__":

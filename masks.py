@@ -1,13 +1,12 @@
-"""Which weights are pruned: layers, patterns, and masks that stay in force.
+"""Which weights are pruned: layers, patterns, and masks.
 
-`select_weights` finds the weights of a model, `Pattern` chooses which of them go, and
-`MagnitudePruner` keeps the masks, True for the weights that stay.
+`select_weights` finds the weights of a model, `Pattern` chooses those that go, and
+`MagnitudePruner` keeps the masks, which are True for the weights that stay.
 """
 
 import contextlib
 import copy
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -19,17 +18,17 @@ from torch.nn.utils import prune as torch_prune
 
 from checks import check_choice, kind
 from levels import Wanted, levels_of_groups, matching, split_into_portions
-from reports import Reporter
+from reports import Reporter, warn
 
 __all__ = ["MagnitudePruner", "Pattern", "select_weights"]
 
-LARGE = 0.01  # a weight with this fraction of all parameters is not left out without a warning
+LARGE = 0.01  # the fraction of all parameters from which leaving out a weight is worth a warning
 
 
 # --- which layers ---------------------------------------------------------------------------------
 
-# Layers that are pruned, also those that derive from them, and the dimension of the input in their
-# weights. Conv1D is the linear layer of transformers' GPT-2, and is known by its name.
+# Layers that are pruned, with their subclasses, and the dimension of the input in their weights.
+# Conv1D is the linear layer of transformers' GPT-2, known by its name.
 INPUT_DIMENSION = {
     **dict.fromkeys(("Linear", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention"), 1),
     **dict.fromkeys(("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Conv1D"), 0),
@@ -54,9 +53,9 @@ def select_weights(
 ) -> dict[str, int]:
     """The names of the parameters to prune, each with the dimension of its input.
 
-    Without `params`: the weights of linear, convolution and attention layers that fit the pattern,
-    but for those that an embedding shares. A warning names large weights that are left out and are
-    not in `ignore`. Both lists may hold names, globs and regular expressions, compiled or not.
+    Without `params` these are the weights of linear, convolution and attention layers that fit the
+    pattern and are not shared with an embedding. A warning names other large weights that are not
+    in `ignore`. Both lists may hold names, globs and regular expressions, compiled or not.
 
     Raises:
         ValueError: for lists that match no parameter, and if there is nothing to prune.
@@ -96,11 +95,10 @@ def select_weights(
             if name not in suitable | ignored and p.ndim > 1 and p.numel() >= LARGE * total
         ]
         if left_out and chosen:
-            warnings.warn(
-                f"Not pruned: {', '.join(left_out)}. Their layers are of another kind, share the "
-                "weights of an embedding or do not fit the pattern; name them in params to prune "
-                "them, or in ignore to leave them out without this warning",
-                stacklevel=4,
+            warn(
+                f"Not pruned: {', '.join(left_out)}. Their layers are of another kind, share their "
+                "weights with an embedding or do not fit the pattern; name them in params to prune "
+                "them, or in ignore to leave them out without this warning"
             )
     if not chosen:
         advice = "name them in params"
@@ -115,8 +113,8 @@ def select_weights(
 
 @dataclass(frozen=True)
 class Pattern:
-    """Of every `group` weights along the input at most `kept` stay (if it is not 0); they go
-    `block` at a time.
+    """At most `kept` of every `group` weights along the input stay, if `kept` is not 0. Weights go
+    in blocks of `block`.
 
     Example:
         >>> Pattern.parse("2:4")
@@ -129,7 +127,7 @@ class Pattern:
 
     @staticmethod
     def parse(pattern: str) -> "Pattern":
-        """From "unstructured", "N:M" (at most N nonzeros of M) or "Bx1" (all B zero or none)."""
+        """From "unstructured", "N:M" (at most N nonzeros in M) or "Bx1" (B zeros or none)."""
         name = str(pattern)
         sizes = [int(n) for n in re.findall(r"\d+", name)]
         if name == "unstructured":
@@ -145,15 +143,15 @@ class Pattern:
 
     @property
     def least_sparsity(self) -> float:
-        """The sparsity from which all groups of N:M can have their zeros."""
+        """The least sparsity at which all groups of N:M have their zeros."""
         return 1 - self.kept / self.group if self.kept else 0.0
 
     def fits(self, weight: Tensor, dimension: int) -> bool:
-        """Whether the groups divide the input of the weight, which is this dimension."""
+        """Whether the size of groups divides this dimension of the weight, the input."""
         return self.group == 1 or (weight.ndim > 1 and weight.shape[dimension] % self.group == 0)
 
     def zeros_needed(self, mask: Tensor, dimension: int) -> int:
-        """How many zeros the parameter has once each group has those that N:M asks for."""
+        """The zeros of the parameter once each group has the zeros of N:M."""
         if not self.kept:
             return 0
         zeros = (~self._split(mask, dimension)).sum((1, 2))
@@ -162,10 +160,10 @@ class Pattern:
     def choose(
         self, saliencies: list[Tensor], alive: list[Tensor], dimensions: list[int], count: int
     ) -> list[Tensor]:
-        """Masks (True stays) once `count` of the weights alive are gone, or a part of a block less.
+        """Masks (True stays) once `count` weights alive are gone, or fewer by a part of a block.
 
-        The lowest saliency goes first, the sum of a block, and of equal ones the first. Of N:M the
-        weights that the pattern asks for go before all others.
+        Blocks go in the order of their summed saliencies, the lowest first; equal ones by position.
+        With N:M, weights that the pattern demands go before all others.
         """
         largest = max((float(s.max()) for s in saliencies if s.numel()), default=0.0) or 1.0
         device = saliencies[0].device
@@ -186,8 +184,8 @@ class Pattern:
         ]
 
     def _stays(self, score: Tensor, size: Tensor, demanded: list[Tensor], count: int) -> Tensor:
-        """Which of the blocks of all layers stay, from their scores and numbers of weights alive
-        (n,), once `count` weights are gone."""
+        """The blocks of all layers (n,) that stay once `count` weights are gone, from their scores
+        and their numbers of weights alive."""
         alive = size > 0
         if self.block > 1:  # they differ in size
             order = score.where(alive, torch.inf).argsort(stable=True)
@@ -215,11 +213,11 @@ class Pattern:
 
 
 def lowest(score: Tensor, among: Tensor, count: int) -> Tensor:
-    """Which (n,) are the `count` lowest `among` these; of equal ones the first."""
+    """The `count` lowest scores (n,) `among` these, as a mask; equal ones by position."""
     if count <= 0:
         return torch.zeros_like(among)
     candidates = score.where(among, torch.inf)
-    if score.is_cuda:  # whose kthvalue of one long row keeps a single multiprocessor busy
+    if score.is_cuda:  # where kthvalue of one long row uses a single multiprocessor
         threshold = candidates.sort().values[count - 1]
     else:
         threshold = candidates.kthvalue(count).values
@@ -229,7 +227,7 @@ def lowest(score: Tensor, among: Tensor, count: int) -> Tensor:
 
 
 def _ranks(score: Tensor) -> Tensor:
-    """How many in the same row (n, group) come before each: those lower, and equal ones earlier."""
+    """The rank of each score in its row (n, group); equal ones by position."""
     position = torch.arange(score.shape[1], device=score.device)
     ranks = torch.zeros(score.shape, dtype=torch.int16, device=score.device)
     for j, other in enumerate(score.split(1, dim=1)):
@@ -243,24 +241,24 @@ def _ranks(score: Tensor) -> Tensor:
 class MagnitudePruner:
     """Zeroes the smallest weights of a model and keeps them zero.
 
-    Which weights are pruned is in `masks`, by parameter name, True for those that stay. What is
-    pruned stays so. Parameters are looked up by name each time, as frameworks may replace them.
+    `masks` are True for the weights that stay, by parameter name. Pruned weights stay pruned.
+    Parameters are looked up by name each time, as frameworks may replace them.
 
     Args:
         model: any module. It is pruned in place.
-        params: the parameters to prune: names, globs or regular expressions for those of
-            `model.named_parameters()`. By default the weights of Linear, Conv, ConvTranspose and
-            MultiheadAttention layers and of transformers' Conv1D, as far as they fit the pattern
-            and no embedding shares them.
+        params: the parameters to prune: names in `model.named_parameters()`, globs or regular
+            expressions. By default the weights of Linear, Conv, ConvTranspose and
+            MultiheadAttention layers and of transformers' Conv1D that fit the pattern and are not
+            shared with an embedding.
         ignore: parameters to leave out, likewise.
-        scope: "global", weights of all layers compete, or "layer", each has a sparsity of its own.
+        scope: "global": the weights of all layers compete; "layer": each layer has a sparsity.
         pattern: "unstructured"; "N:M" such as "2:4", at most N of every M weights along the input
             stay; "Bx1" such as "4x1", every B weights along the input go or stay together.
-        masks: weights that are pruned already, by parameter name, False for those.
+        masks: by parameter name, False for weights that are pruned already.
         keep_zeros: weights that are exactly zero count as pruned, too.
-        portions: prune at most so many portions of the parameters, of about the same size, or those
-            in a list, one after the other: ["stem.weight", ["layers.0.*", "layers.1.*"]].
-            Weights of different portions do not compete.
+        portions: parts of the parameters that are pruned one after the other: a list such as
+            ["stem.weight", ["layers.0.*", "layers.1.*"]], or the largest number of parts of about
+            the same size. Weights of different portions do not compete.
 
     Raises:
         ValueError: for arguments outside these ranges. So do all methods.
@@ -275,7 +273,7 @@ class MagnitudePruner:
         tensor([[ 0.,  0.,  3., -4.]])
     """
 
-    _once = False  # whether one level only is pruned with what is computed
+    _one_level = False  # whether only one level is pruned, as by the pruner of a portion
 
     def __init__(
         self,
@@ -340,17 +338,17 @@ class MagnitudePruner:
     ) -> dict[str, Tensor]:
         """Prunes to the sparsity `target` in [0, 1] and returns the masks.
 
-        Exactly round(target·n) of n weights are pruned then, of all or of each layer by `scope`; in
-        blocks as many as fit in. With scope "layer", `target` may be a list in the order of
-        `masks`. A target below the present sparsity is refused.
+        Exactly round(target·n) of n weights are pruned, of all layers or of each layer by `scope`;
+        with blocks, as many blocks as fit. With scope "layer", `target` may be a list in the order
+        of `masks`. A target below the present sparsity is refused.
 
-        By layer: a dict such as {"encoder.*": 0.5, re.compile("head.*"): 0.8} from names,
-        globs or regular expressions to sparsities. What one key matches competes, or each
-        layer has that sparsity, by `scope`; what no key matches loses no more weights.
+        By layer: a dict such as {"encoder.*": 0.5, re.compile("head.*"): 0.8} from names, globs or
+        regular expressions to sparsities. The weights that one key matches compete, or each layer
+        has that sparsity, by `scope`. Weights that no key matches stay as they are.
 
-        The least target of N:M is 1 − N/M. Where groups have more zeros than the pattern asks for,
-        more weights may be pruned than by the target. `partial`: a lower target is allowed on the
-        way, of which some groups have more than N weights left.
+        The least target for N:M is 1 − N/M. If groups already have more zeros than the pattern
+        demands, more weights may be pruned than the target says. With `partial`, a lower target is
+        allowed, which leaves more than N weights in some groups.
         """
         wanted = self.zeros_wanted(target, partial)
         if all(zeros == self._zeros(names) for names, zeros in wanted):
@@ -372,8 +370,8 @@ class MagnitudePruner:
             p.masked_fill_(~self.masks[name].to(p.device), 0)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Has the masks applied after each step of any optimizer, also one that Accelerate or
-        Lightning has wrapped; the handle's remove() ends it."""
+        """Applies the masks after each step of any optimizer, also of one that Accelerate or
+        Lightning wraps, until remove() of the handle that it returns."""
         given = optimizer
         while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = optimizer.optimizer  # type: ignore[attr-defined]
@@ -384,8 +382,8 @@ class MagnitudePruner:
     def register(self) -> None:
         """Shows the masks to other tools as those of torch.nn.utils.prune, until `remove`.
 
-        Until then the weights of the layers are results of a computation, which torch can't copy
-        and stores under other names: call `remove` before copy.deepcopy and before saving.
+        Meanwhile the weights of the layers are computed from masks. torch cannot copy them and
+        saves them under other names: call `remove` before copy.deepcopy and before saving.
         """
         self.remove()
         for name, p in self.params.items():
@@ -395,42 +393,42 @@ class MagnitudePruner:
                         torch_prune.custom_from_mask(module, attribute, self.masks[name])
 
     def remove(self) -> None:
-        """Makes it a plain model again, with the same weights, after `register`."""
+        """Ends `register`: the model is a plain one again, with the same weights."""
         for module, attribute in self._registered():
             torch_prune.remove(module, attribute)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the model's own state."""
+        """The state for a resumed run; save the model's own state at the same time."""
         return {"masks": {name: mask.clone() for name, mask in self.masks.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a state; load the model's own state before."""
+        """Loads a state; load the model's own state before."""
         self._check_fit(state)
         self._write(state["masks"])
 
     # --- what MFACPruner does differently
 
     def _pruned(self, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Masks with as many zeros as wanted, and new weights, if these change."""
+        """Masks with as many zeros as wanted, and the weights that change."""
         self.apply_masks()
         saliencies = {name: p.double().square() for name, p in self.params.items()}
         return self._choose(self.masks, saliencies, wanted), {}
 
     def release(self) -> None:
-        """Frees memory that is kept from level to level; there is none."""
+        """Frees memory that is kept between levels: none, here."""
 
     # --- internals
 
     def _pruned_in_portions(self, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The same of portions, each by a pruner of its own. They write to the model, as later ones
-        need it; if one fails, it gets back the weights that it had."""
+        """The same for portions. A pruner for each writes to the model, as later ones compute its
+        gradients. If one fails, the model gets back the weights that it had."""
         before, masks = self._copied_weights(), dict(self.masks)
         try:
             for number, names in enumerate(self.portions, start=1):
                 part = copy.copy(self)
                 part.input_dimensions = {name: self.input_dimensions[name] for name in names}
                 part.masks = {name: self.masks[name] for name in names}
-                part.portions, part._once = [names], True
+                part.portions, part._one_level = [names], True
                 part._report = self._report.within(f"portion {number} of {len(self.portions)}")
                 part.release()
                 own = [(group, zeros) for group, zeros in wanted if group[0] in part.masks]
@@ -445,7 +443,7 @@ class MagnitudePruner:
         return masks, {}
 
     def _registered(self) -> list[tuple[nn.Module, str]]:
-        """The layers whose masks torch.nn.utils.prune has, with the names of their weights."""
+        """The layers that torch.nn.utils.prune masks, with the names of their weights."""
         ours = set(map(id, self.params.values()))
         return [
             (module, name.removesuffix("_orig"))
@@ -457,7 +455,7 @@ class MagnitudePruner:
 
     @contextlib.contextmanager
     def _unregistered(self) -> Iterator[dict[str, nn.Parameter]]:
-        """The parameters of the plain model; what was registered before is so again afterwards."""
+        """Yields the parameters of the plain model. On exit it is registered as before."""
         registered = bool(self._registered())
         self.remove()
         try:
@@ -472,7 +470,7 @@ class MagnitudePruner:
         saliencies: dict[str, Tensor],
         wanted: Wanted,
     ) -> dict[str, Tensor]:
-        """These masks with more zeros, as many as wanted."""
+        """The masks with more zeros, as many as wanted."""
         if not all(bool(values.isfinite().all()) for values in saliencies.values()):
             raise ValueError("The weights or their saliencies have NaN or Inf; nothing was pruned")
         chosen: dict[str, Tensor] = {}
@@ -490,8 +488,8 @@ class MagnitudePruner:
     def zeros_wanted(
         self, target: float | Iterable[float] | Mapping[Any, float], partial: bool = False
     ) -> Wanted:
-        """[(names of parameters that compete, number of zeros among them)] that `prune` would make.
-        Raises what it would raise of the target."""
+        """[(names of parameters that compete, number of their zeros)] that `prune` would make.
+        Raises ValueError for targets that `prune` refuses."""
         groups = self.portions if self.scope == "global" else [[name] for name in self.masks]
         least = 0.0 if partial else self.pattern.least_sparsity
         wanted = []
@@ -522,7 +520,7 @@ class MagnitudePruner:
         return wanted
 
     def _check_fit(self, state: Any) -> None:
-        """Raises ValueError if this is no state of such a pruner for the same parameters."""
+        """Raises ValueError if this is no state of a pruner for the same parameters."""
         names, maker = list(self.state_dict()), type(self).__name__
         if not (isinstance(state, Mapping) and state.keys() == set(names)):
             found = list(state) if isinstance(state, Mapping) else kind(state)
@@ -533,12 +531,12 @@ class MagnitudePruner:
             if {name: getattr(value, "shape", None) for name, value in saved.items()} != shapes:
                 raise ValueError(f"The saved {part} belong to other parameters than this pruner's")
 
-    START: tuple[str, ...] = ()  # parts of a state that may be empty or have an entry a parameter
+    START: tuple[str, ...] = ()  # parts of a state with an entry for each parameter, or empty
 
     def _write(
         self, masks: dict[str, Tensor], weights: Mapping[str, Tensor] = MappingProxyType({})
     ) -> None:
-        """Makes these the masks in force, and writes new weights of some parameters."""
+        """Sets the masks, and writes new weights of some parameters."""
         params = self.params
         registered = bool(self._registered())
         rounded = {name: value.to(params[name]) for name, value in weights.items()}
@@ -559,12 +557,12 @@ class MagnitudePruner:
         return {name: p.detach().clone() for name, p in self.params.items()}
 
     def _zeros(self, names: Iterable[str]) -> int:
-        """How many weights of these parameters are pruned."""
+        """The number of pruned weights of these parameters."""
         return sum(self.masks[name].numel() - int(self.masks[name].sum()) for name in names)
 
 
 class WeightsAlive:
-    """The weights of some parameters that masks leave, as one vector (d,) on a device."""
+    """The weights of some parameters that are alive by masks, as one vector (d,) on a device."""
 
     def __init__(self, masks: Mapping[str, Tensor], device: torch.device):
         self.shapes = {name: mask.shape for name, mask in masks.items()}
@@ -572,12 +570,12 @@ class WeightsAlive:
         self.index, self.total = flat.nonzero()[:, 0], len(flat)  # of those alive, among all
 
     def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The entries of the weights alive (d,)."""
+        """The entries (d,) of the weights alive."""
         flat = [tensors[name].to(self.index.device).flatten() for name in self.shapes]
         return torch.cat(flat).index_select(0, self.index)
 
     def scatter(self, values: Tensor) -> dict[str, Tensor]:
-        """Such a vector in the shapes of the parameters, with 0 for the weights not alive."""
+        """A vector (d,) in the shapes of the parameters, with 0 for weights that are not alive."""
         flat = values.new_zeros(self.total).index_copy_(0, self.index, values)
         parts = flat.split([shape.numel() for shape in self.shapes.values()])
         shaped = zip(self.shapes.items(), parts, strict=True)
@@ -585,12 +583,12 @@ class WeightsAlive:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises ValueError for a model that can't be pruned where it is."""
+    """Raises ValueError for a model that cannot be pruned as it is."""
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise ValueError("FSDP has sharded the model; prune it before it is wrapped")
     for name, p in model.named_parameters():
         if hasattr(p, "to_local"):
-            raise ValueError(f"{name} is a DTensor, as of FSDP2; prune the model before sharding")
+            raise ValueError(f"{name} is a DTensor, as in FSDP2; prune the model before sharding")
         if p.is_meta or nn.parameter.is_lazy(p):
             raise ValueError(f"{name} has no storage yet; load or initialise the weights first")
         if p.is_inference():

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-import models
 from checks import damp_parts
 from fallback import SETTINGS
 from main_common import (
@@ -20,12 +19,13 @@ from main_common import (
     Parser,
     UserError,
     add_figure_flags,
+    add_model_flag,
     check_same,
 )
 
-# What a flag is when it is not given. First what holds for all runs, then by data and optimizer:
-# the paper's values, and for the digits those of a small search. A row has all the settings of its
-# optimizer: one that it lacks is refused. The paper's number of epochs depends on the model.
+# Defaults of the flags. First those of all runs, then those by data and optimizer: the paper's
+# values, and for the digits those of a small search. A row has all settings of its optimizer, and
+# other settings are refused. The paper's number of epochs depends on the model.
 COMMON = dict(model="resnet20", dataset="digits", optim="mfac", schedule="step", seed=0, amp=False)
 COMMON |= dict(compile=False, deterministic=False, save_every=1, state_every=1)
 WINDOW = dict(window_dtype="float32", compress=None, light_state=False)
@@ -48,7 +48,7 @@ DEFAULTS = {
     ("digits", "muon"): dict(epochs=10, batchsize=64) | MUON,
 }
 FALLBACK_LR = {"adamw": 3e-3, "sgd": 0.1}
-# Flags that do nothing unless they are given, and the optimizers that have them.
+# Flags without a default, and the optimizers that have them.
 CONTROLS = {
     **dict.fromkeys(("window_warmup", "max_step", "max_norm", "normalize"), ("mfac",)),
     "decoupled": ("mfac", "adam"),
@@ -85,44 +85,42 @@ def default(name: str) -> str:
 
 
 def build_parser() -> Parser:
-    """All flags. One that is not given is None, so that defaults and --resume can tell."""
+    """All flags. A flag that is not given is None, and later gets its default or saved value."""
     parser = Parser(
         prog="main_optim.py",
-        description="Train an image classifier with M-FAC, SGD, Adam or Muon. Defaults are the "
-        "paper's, and others for the digits.",
-        epilog="Beside the model of --save lie a .state for --resume, a .csv and a .png.",
+        description="Train an image classifier with M-FAC, SGD, Adam or Muon. Defaults are those "
+        "of the paper; the digits have their own.",
+        epilog="Files beside the model of --save: a .state for --resume, a .csv and a .png.",
         allow_abbrev=False,
     )
     on, off = {"action": "store_true", "default": None}, "; default: off"
-    add = parser.add_argument_group("model and data").add_argument
-    text = f"default: resnet20; others: {', '.join(models.MODELS)}"
-    add("--model", choices=models.MODELS, metavar="MODEL", help=text)
+    group = parser.add_argument_group("model and data")
+    add_model_flag(group)
+    add = group.add_argument
     add("--dataset", help="a folder, or 'digits', the default: handwritten digits, embedded")
-    text = "begin with the weights in it; default: with random ones"
+    text = "start from the weights in this file; default: random weights"
     add("--checkpoint", metavar="FILE", help=text)
 
     add = parser.add_argument_group("optimizer").add_argument
-    text = "muon is for comparison, and has AdamW for what is no matrix; default: mfac"
+    text = "muon is for comparison, with AdamW for parameters that are not matrices; default: mfac"
     add("--optim", choices=OPTIMIZERS, help=text)
     compressed = f"mfac with --compress {COMPRESSED['lr']:g}"  # and so is --damp
     add("--lr", type=POSITIVE, help=f"learning rate at the start; {default('lr')}, {compressed}")
     text = f"of sgd; of mfac and muon, as an exponential moving average; {default('momentum')}"
     add("--momentum", type=FRACTION, help=text)
-    text = f"L2 decay: part of the gradient; of muon decoupled; {default('weightdecay')}"
+    text = f"weight decay, added to the gradient (L2), for muon decoupled; {default('weightdecay')}"
     add("--weightdecay", type=NOT_NEGATIVE, help=text)
-    text = f"mfac, adam: the decay is no part of the gradient, as in AdamW{off}"
+    text = f"mfac, adam: decoupled weight decay, as in AdamW{off}"
     add("--decoupled", **on, help=text)
-    text = f"mfac: gradients in the window, of 4 bytes a weight; {default('ngrads')}"
+    text = f"mfac: gradients in the window, 4 bytes a weight each; {default('ngrads')}"
     add("--ngrads", type=COUNT, help=text)
-    text = (
-        "mfac: type of the numbers in the window; default: float32, bfloat16 takes half of that, "
-    )
+    text = "mfac: type of the window; default: float32; bfloat16 needs half the memory, "
     text += "float8_e4m3fn a quarter"
     add("--window_dtype", choices=("float32", "bfloat16", "float8_e4m3fn"), help=text)
     text = (
-        "mfac: keep only this part of each gradient, its largest entries, and add the rest to the "
+        "mfac: keep this fraction of each gradient, its largest entries, and add the rest to the "
     )
-    text += "next one; 0.01 takes 2%% of the memory; default: keep all"
+    text += "next gradient; 0.01 needs 2%% of the memory; default: keep all"
     add("--compress", type=FACTOR, metavar="FRACTION", help=text)
     text = "mfac: damping of the Fisher matrix, or relative:0.1, this part of the mean squared "
     text += f"gradient, found again once a round of --ngrads steps; {default('damp')}, {compressed}"
@@ -131,72 +129,71 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("control of the step").add_argument
     text = "mfac: while the window has n < ngrads gradients, scale steps by n/ngrads" + off
     add("--window_warmup", **on, help=text)
-    text = "mfac: bound of a step's squared length lr^2 gF^-1g in the norm of F; default: none"
+    text = "mfac: limit of a step's squared length in the norm of F, lr^2 gF^-1g; default: none"
     add("--max_step", type=POSITIVE, metavar="DELTA", help=text)
-    text = "mfac: bound of the norm of F^-1g; default: none"
+    text = "mfac: limit of the norm of F^-1g; default: none"
     add("--max_norm", type=POSITIVE, metavar="NORM", help=text)
-    text = "mfac: give each parameter's step the norm of its weights, times --lr; default: as it is"
+    text = "mfac: scale each parameter's step to the norm of its weights times --lr; default: off"
     add("--normalize", choices=("layer",), help=text)
-    text = "mfac: what trains norms, biases and the last linear layer, outside of the window; "
-    text += "default: mfac itself, and adamw with muon"
+    text = "mfac: optimizer of norms, biases and the last linear layer, outside the window; "
+    text += "default: mfac itself; muon has adamw"
     add("--fallback", choices=FALLBACK_LR, help=text)
     rates = ", ".join(f"{name} {rate:g}" for name, rate in FALLBACK_LR.items())
-    text = f"its learning rate at the start; default: {rates}, with momentum 0.9 for sgd"
+    text = f"learning rate of --fallback at the start; default: {rates} (momentum 0.9)"
     add("--fallback_lr", type=POSITIVE, metavar="LR", help=text)
     decays = ", ".join(f"{name} {SETTINGS[name]['weight_decay']:g}" for name in FALLBACK_LR)
-    text = f"its weight decay, of adamw decoupled; default: {decays}"
+    text = f"weight decay of --fallback, decoupled for adamw; default: {decays}"
     add("--fallback_weightdecay", type=NOT_NEGATIVE, metavar="DECAY", help=text)
-    text = "scale gradients down to this norm, all together, before the step; default: off"
+    text = "scale the gradient down to this norm before the step; default: off"
     add("--clip", type=POSITIVE, metavar="NORM", help=text)
 
     add = parser.add_argument_group("schedule").add_argument
     epochs = ", ".join(f"{name} {epochs}" for name, epochs in PAPER_EPOCHS.items())
     digits = DEFAULTS["digits", "mfac"]["epochs"]
-    text = f"passes over the training images; default: {epochs}, for the digits {digits}"
+    text = f"passes over the training images; default: {epochs}, your own model as resnet, "
+    text += f"for the digits {digits}"
     add("--epochs", type=COUNT, help=text)
     add("--batchsize", type=COUNT, help=f"images a step; {default('batchsize')}")
-    text = "of the learning rate: the steps of --drop_at (default), or falling to zero"
+    text = "of the learning rate: drops at --drop_at (default), or a fall to zero"
     add("--schedule", choices=("step", "linear", "cosine"), help=text)
-    text = "epochs after which it drops; default: 50%% and 75%% of all"
+    text = "the learning rate drops after these epochs; default: 50%% and 75%% of --epochs"
     add("--drop_at", type=COUNT, nargs="+", metavar="EPOCH", help=text)
-    add("--drop_by", type=FACTOR, help=f"the factor of a drop; default: {DROP_BY}")
-    text = "let the learning rate rise in the first so many steps, linearly; default: none"
+    add("--drop_by", type=FACTOR, help=f"factor of each drop; default: {DROP_BY}")
+    text = "steps in which the learning rate rises linearly at the start; default: none"
     add("--warmup_steps", type=COUNT, metavar="STEPS", help=text)
-    text = "share of a label that goes to all classes alike, in training; default: 0"
+    text = "label smoothing in training: this share goes to all classes equally; default: 0"
     add("--label_smoothing", type=FRACTION, metavar="SHARE", help=text)
-    text = (
-        "test and save a moving average of the weights, which keeps this part of itself each step; "
-    )
+    text = "test and save an exponential moving average of the weights with this decay a step; "
     text += "default: the weights themselves"
     add("--ema", type=FRACTION, metavar="DECAY", help=text)
 
     add = parser.add_argument_group("machine").add_argument
-    add("--seed", type=SEED, help="of the weights and of the order of the images; default: 0")
+    add("--seed", type=SEED, help="seed of weights, image order and augmentation; default: 0")
     add("--device", help="default: cuda if there is one, otherwise cpu")
-    text = "processes that read images, if these are not held in memory; default: one a core, at "
-    text += "most 8"
+    text = "processes that read images, if images are not held in memory; default: one a core, "
+    text += "at most 8"
     add("--workers", type=WORKERS, help=text)
-    text = "cuda: run each step as one CUDA graph, which is faster; default: yes, where it works"
+    text = "cuda: run each step as one CUDA graph, which is faster; default: yes, if it works"
     add("--graph", choices=("yes", "no"), help=text)
-    add("--amp", **on, help=f"forward in bfloat16 where that is safe{off}")
-    add("--compile", **on, help=f"compile the model by torch.compile{off}")
-    text = f"the same call, or --resume, gives the same bits on CUDA, too, at some cost{off}"
+    add("--amp", **on, help=f"compute in bfloat16 where that is safe; faster on GPUs{off}")
+    add("--compile", **on, help=f"compile the model with torch.compile{off}")
+    text = f"same bits from the same call, or with --resume, on CUDA too; slower{off}"
     add("--deterministic", **on, help=text)
 
     group = parser.add_argument_group("files")
     text = "the model file, .pth or .pt; default: runs/MODEL-DATASET-OPTIM.pth"
     group.add_argument("--save", type=Path, help=text)
-    text = "write the model after the first epoch, the last, and each that this divides; default: 1"
+    text = "write the model every so many epochs, and after the first and the last; default: 1"
     group.add_argument("--save_every", type=COUNT, metavar="EPOCHS", help=text)
-    text = "write the state, in which mfac has its window, as often; default: 1"
+    text = "the same for the state, which includes the window of mfac; default: 1"
     group.add_argument("--state_every", type=COUNT, metavar="EPOCHS", help=text)
-    text = f"mfac: write a state without momentum and window, which begin empty on --resume{off}"
+    text = f"mfac: states without momentum and window, which start empty after --resume{off}"
     group.add_argument("--light_state", **on, help=text)
     add = group.add_mutually_exclusive_group().add_argument
-    text = "go on with the run of --save, if there is one, after the last epoch of its state, with "
-    text += f"the same flags, or others of --{', --'.join(sorted(CHANGEABLE))}{off}"
+    text = "continue the run of --save from its state, if there is one; flags may change: "
+    text += f"--{', --'.join(sorted(CHANGEABLE))}{off}"
     add("--resume", action="store_true", help=text)
-    add("--overwrite", action="store_true", help=f"begin anew, whatever is at --save{off}")
+    add("--overwrite", action="store_true", help=f"start over and replace the files of --save{off}")
     add_figure_flags(group)
     return parser
 
@@ -211,7 +208,9 @@ def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
         if relative and settings["graph"] == "yes":
             raise UserError("--damp relative goes with --graph no: a graph keeps its damping")
     elif settings.get("graph") == "yes":
-        raise UserError(f"--graph yes is for CUDA only, and --device is {settings['device']}")
+        raise UserError(
+            f"--graph yes is for CUDA, but --device is {settings['device']}: leave it out"
+        )
     optim, schedule = settings["optim"], settings["schedule"]
     defaults = DEFAULTS["digits" if settings["dataset"] == "digits" else "paper", optim]
     for name in ("momentum", "ngrads", "damp", *WINDOW):
@@ -226,7 +225,9 @@ def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
     if "fallback" in settings:
         settings = {"fallback_lr": FALLBACK_LR[settings["fallback"]], **settings}
     elif settings.keys() & {"fallback_lr", "fallback_weightdecay"}:
-        raise UserError("--fallback_lr and --fallback_weightdecay go with --fallback adamw or sgd")
+        raise UserError(
+            "--fallback_lr and --fallback_weightdecay go with --fallback: add adamw or sgd"
+        )
     if (optim, settings.get("fallback")) == ("muon", "sgd"):
         raise UserError("--fallback sgd is no setting of --optim muon, which goes with adamw")
     if schedule == "step":
@@ -238,7 +239,9 @@ def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
                 f"{settings['epochs']}"
             )
     elif given.keys() & {"drop_at", "drop_by"}:
-        raise UserError(f"--drop_at and --drop_by are not for --schedule {schedule}")
+        raise UserError(
+            f"--drop_at and --drop_by are not for --schedule {schedule}: leave them out"
+        )
     return settings
 
 

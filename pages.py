@@ -1,25 +1,26 @@
-"""Gradients G (m, d), read a few columns at a time, on the device where the work is done."""
+"""Gradients G (m, d), read a few columns at a time, and products with them."""
 
 from collections.abc import Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from blocks import tile_size
+from blocks import STRIP, tile_size
 
 PARTIAL_SUM = 2**12  # columns, at most, that are summed in float32 before float64 takes over
 
 
 class Pages:
-    """G, which stays where it is and is never written to, in pages and tiles of columns.
+    """G in pages and tiles of columns. G stays where it is and is never written to.
 
-    To a CUDA device a page travels through pinned memory, on a stream of its own. As kernels are
-    asynchronous, this goes on while the device still works on the page before.
+    A page for a CUDA device is copied through pinned memory on a stream of its own, while the
+    device still works on the page before.
 
     Args:
         G: (m, d)
-        pages: how many are made of G; it need not divide d.
-        device: where tiles come.
+        pages: the number of pages; it need not divide d.
+        device: for tiles and products.
     """
 
     def __init__(self, G: Tensor, pages: int, device: torch.device):
@@ -27,12 +28,36 @@ class Pages:
         to_cuda = device.type == "cuda" and G.device.type == "cpu"
         self._copying = torch.cuda.Stream(device) if to_cuda else None
 
+    def gram(
+        self, dtype: torch.dtype, among: Tensor, x: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """GGᵀ (m, m) of the columns `among` (d,) bool, the lower triangle from products in `dtype`,
+        and Gx (m,) of these columns; sums are in float64."""
+        m = len(self.G)
+        K = torch.zeros(m, m, dtype=torch.float64, device=self.device)
+        Gx = K.new_zeros(m)
+        index = None if bool(among.all()) else among.nonzero()[:, 0]
+        x_among = x if index is None or x is None else x[index]
+        with torch.autocast(self.device.type, enabled=False):
+            for columns, tile in self.tiles(dtype, index):
+                for i in range(0, m, STRIP):
+                    stop = i + STRIP
+                    K[i:stop, :stop] += tile[i:stop] @ tile[:stop].T
+                if x_among is not None:
+                    Gx += tile.double() @ x_among[columns]
+        return K, Gx
+
+    def times(self, x: Tensor) -> Tensor:
+        """Gx (m,) in float64."""
+        tiles = self.tiles(torch.float64)
+        return reduce(torch.add, (tile @ x[columns] for columns, tile in tiles))
+
     def tiles(
         self, dtype: torch.dtype, index: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
-        """(positions, columns) in `dtype` for all columns of G in their order, or for those of
-        `index`. The memory of a tile is used again for the next one."""
-        width = max(1, tile_size(self.device) // len(self.G))
+        """Yields (positions, columns) in `dtype` for all columns of G or those of `index`, in their
+        order. The memory of a tile is used again for the next one."""
+        width = max(1, min(tile_size(self.device) // len(self.G), self.G.shape[1]))
         if dtype == torch.float32:
             width = min(PARTIAL_SUM, width)
         buffer = torch.empty(len(self.G), width, dtype=dtype, device=self.device)
@@ -44,11 +69,11 @@ class Pages:
                 yield slice(start + i, start + i + tile.shape[1]), tile
 
     def _pages(self, index: Tensor | None, width: int) -> Iterator[tuple[int, Tensor]]:
-        """(position of its first column, page on the device) for each page."""
+        """Yields (position of the first column, page on the device)."""
         n = self.G.shape[1] if index is None else len(index)
         pages = self.pages
         if index is not None and self._copying is None:
-            pages = max(pages, -(-n // width))  # what is gathered is a copy
+            pages = max(pages, -(-n // width))  # gathering makes a copy, so tile by tile
         for i in range(pages):
             start, stop = n * i // pages, n * (i + 1) // pages
             if index is None:

@@ -10,13 +10,13 @@ Let K = GGᵀ (m, m), A = mλI + K = LLᵀ (Cholesky) and W = L⁻¹G. Then, by 
     diag(F⁻¹)ⱼ = (1 − cⱼ) / λ ,  cⱼ = Σᵢ Wᵢⱼ²                                               (2)
 
 Both need only some columns of G at a time: one Gram and one triangular product, O(dm²), and two
-reads of G. To remove the weights Q and adjust those that are kept, R, at the least cost ½ δᵀFδ is
-ridge regression of G_Q w_Q on G_R, the dual of which is (m, m):
+reads of G. The joint update δ removes the weights Q and adjusts the weights R that stay, at the
+least cost ½ δᵀFδ. It is ridge regression of G_Q w_Q on G_R, and its dual is (m, m):
 
     δ_R = G_Rᵀ (mλI + G_R G_Rᵀ)⁻¹ G_Q w_Q ,   δ_Q = −w_Q                                    (4)
 
-A block H (b, b) of F, b ≤ m, is formed instead. There δ_R = H_RR⁻¹ H_RQ w_Q is the same, and the
-inverse V = H⁻¹ without Q is
+A block H (b, b) of F with b ≤ m is formed instead. There δ_R = H_RR⁻¹ H_RQ w_Q, and removing Q
+changes the inverse V = H⁻¹ to
 
     V ← V − V_{:Q} V_QQ⁻¹ V_{Q:}                                                            (5)
 
@@ -24,12 +24,12 @@ Symbols: m gradients, d weights, b block size, G (m, d), K (m, m) Gram matrix, A
 Cholesky factor, W (m, d), H (b, b) a block of F, V = H⁻¹, λ = `damp` (always λ itself).
 
 Differences from the paper's reference code:
-1. G is paged by columns and used in matrix-matrix products; any number of pages gives one result.
-2. Sums are in float64, what is left by subtraction is compared with its error, and what cannot be
-   resolved is refused, so that no saliency consists of rounding errors.
+1. G is read by pages of columns, in matrix-matrix products. Their number does not change results.
+2. Sums are in float64. Differences are compared with their rounding errors, and a damping that
+   float64 does not resolve is refused, so that no saliency consists of rounding errors.
 3. `joint_update` is exact for any number of weights; the paper's is `independent_update`.
-4. Gradients of blocks of at most m weights are added up as they come and never stored.
-5. Samples differ between recomputations; counts are exact; ties go by position.
+4. Blocks of at most m weights add gradients up as they come and do not store them.
+5. Each recomputation draws other samples. Counts are exact. Ties are broken by position.
 
 Source: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order
 Information", NeurIPS 2021, arXiv 2107.03356, sections 3.1 (static algorithm) and 4 (pruning).
@@ -45,10 +45,8 @@ import torch
 from torch import Tensor, nn
 
 from blocks import (
-    BATCH,
     EPS,
     RESOLVABLE,
-    STRIP,
     condition,
     fast_type,
     inverse_factor,
@@ -64,7 +62,7 @@ from fisher import SharedInverseFisher, StaticInverseFisher, as_matrix, check_ve
 from gradients import Batches, GradientCollector, cross_entropy, ready_for_gradients
 from levels import Wanted, zeros_on_the_way
 from masks import MagnitudePruner, WeightsAlive, check_model
-from memory import check_sizes, gradient_buffer, inverse_bytes
+from memory import Plan, check_sizes, fewest_pages, inverse_bytes, make_plan
 from pages import Pages
 from ranks import Ranks, find_process_group, or_default
 from reports import Reporter, timed
@@ -87,25 +85,25 @@ __all__ = [
 class PagedInverseFisher(StaticInverseFisher):
     """F⁻¹ for F = λI + (1/m) GᵀG and gradients G (m, d) that stay where they are.
 
-    G is read by pages of columns and never written: twice to build F⁻¹ and its diagonal, whatever
-    the number of pages. On a CPU, products are in float32 if that leaves an error of about 1e-5 in
-    any result, else, and on a GPU, in float64; where that does not do either, damping is called too
-    small. For d ≤ m, `BlockedInverseFisher` with one block is faster and resolves more.
+    F⁻¹ and its diagonal take two reads of G, by pages of columns. Products on a CPU are in float32
+    as long as errors of results stay at about 1e-5, otherwise in float64. On a GPU they are in
+    float64. A λ that float64 does not resolve is refused. For d ≤ m, `BlockedInverseFisher` with
+    one block is faster and resolves smaller λ.
 
-    Memory beside G: 16·m² bytes and 8·d for the diagonal; for a moment 80·m² and a few vectors; and
-    if G is not on `device` up to three pages there of 4·m·d/pages bytes.
+    Memory beside G: 16·m² bytes, and 8·d for the diagonal. Meanwhile 80·m² bytes and a few vectors.
+    If G is not on `device`, up to three pages of 4·m·d/pages bytes there.
 
     Args:
         grads: G (m, d) as a tensor or array. No copy is made.
         damp: λ > 0, in units of squared gradients.
-        pages: from 1 to d; it need not divide anything.
-        device: where to compute, that of `grads` if None.
-        process_group: processes that have some columns of G each and make the same calls at the
-            same time; d and all vectors are those of this process. None: this process alone.
+        pages: from 1 to d; it need not divide d. None: as few as fit on `device`.
+        device: to compute on; that of `grads` if None.
+        process_group: its processes hold some columns of G each and make the same calls. d and all
+            vectors are those of this process. None: this process alone.
 
     Raises:
-        ValueError: for arguments outside these ranges, gradients that are not finite, and where λ
-            is too small beside the gradients for float64. So do all methods.
+        ValueError: for arguments outside these ranges, gradients that are not finite, and a λ too
+            small for these gradients in float64. All methods raise it, too.
 
     Example:
         >>> G = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
@@ -123,15 +121,16 @@ class PagedInverseFisher(StaticInverseFisher):
         grads: Any,
         damp: float = 1e-5,
         *,
-        pages: int = 1,
+        pages: int | None = None,
         device: torch.device | str | None = None,
         process_group: "ProcessGroup | None" = None,
     ):
         self.ranks, self.G = Ranks(process_group), as_matrix(grads)
         d = self.G.shape[1]
         self.shape, self.damp = (d, d), damp
-        self.pages = check_integer("pages", pages, largest=d)
         self.device = check_device(device or self.G.device)
+        pages = fewest_pages(self.G, self.device) if pages is None else pages
+        self.pages = check_integer("pages", pages, largest=d)
         self._pages = Pages(self.G, self.pages, self.device)
         self.dtype = fast_type(self.G, self.device)
         self.kept = torch.ones(d, dtype=torch.bool, device=self.device)  # R, which `remove_` sets
@@ -139,9 +138,9 @@ class PagedInverseFisher(StaticInverseFisher):
         self._factorise()
 
     def matvec(self, x: Tensor) -> Tensor:
-        """F⁻¹x (d,) for x (d,), by (1), in float64: it cancels where x resembles the gradients."""
+        """F⁻¹x (d,) for x (d,), by (1). In float64, as (1) cancels where x resembles gradients."""
         x64 = check_vector("x", x, self.shape[0], self.device) * self.kept
-        left = x64 - self._transposed_solve(self._times(x64))
+        left = x64 - self._transposed_solve(self.ranks.sum(self._pages.times(x64)))
         # The refinement squares the error of the solution, but not beyond what float64 allows.
         finest = self._roundings * EPS[torch.float64] / EPS[self.dtype]
         error = max((4 * self._roundings) ** 2, finest)
@@ -150,19 +149,19 @@ class PagedInverseFisher(StaticInverseFisher):
             return self.matvec(x)
         return in_type_of(x, left / self.damp)
 
-    def for_removal(self, once: bool = False) -> "PagedInverseFisher":
+    def for_removal(self, in_place: bool = False) -> "PagedInverseFisher":
         """F⁻¹ to remove weights from, on the same gradients."""
         return copy.copy(self)
 
     def remove_(self, dropped: Tensor, w: Tensor) -> Tensor:
-        """Goes on with the weights that are left when those `dropped` (d,) go. Returns δ (d,), of
-        which the part at all that are gone does not matter."""
+        """Removes the weights `dropped` (d,) from F and returns the joint update δ (d,) of `w` for
+        those that are left. Its other entries have no meaning."""
         removed, kept = torch.where(dropped, w, 0), self.kept & ~dropped
         if self.ranks.sum(dropped.sum() - kept.sum()) <= 0:  # the Gram matrix of fewer columns
-            K, b = self._gram(dropped, removed)
+            K, b = map(self.ranks.sum, self._pages.gram(self.dtype, dropped, removed))
             self._K, self._subtracted = self._K - K, True
         else:
-            b = self._times(removed)
+            b = self.ranks.sum(self._pages.times(removed))
             self._set_gram(kept)
         self.kept, self._diagonal = kept, None
         self._factorise()
@@ -179,7 +178,7 @@ class PagedInverseFisher(StaticInverseFisher):
         inverse_L, tiles = self._inverse_L.to(self.dtype), self._pages.tiles(self.dtype)
         with torch.autocast(self.device.type, enabled=False):
             c = self._assemble((columns, leverage(inverse_L, tile)) for columns, tile in tiles)
-        c *= self.kept  # of columns that are gone it may be anything
+        c *= self.kept  # it has no meaning for columns that are gone
         if not self.ranks.all(self._roundings * c <= RESOLVABLE * (1 - c)):
             self._to_float64()
             return self._compute_diagonal()
@@ -188,18 +187,18 @@ class PagedInverseFisher(StaticInverseFisher):
     # --- the (m, m) side
 
     def _factorise(self) -> None:
-        """Sets L⁻¹ of A = mλI + K and how far it is off, from products in float64 if need be."""
+        """Sets L⁻¹ of A = mλI + K and its error. Falls back to products in float64."""
         A = self._K.clone()
         A.diagonal().add_(self._shift)
         self._inverse_L = inverse_factor(A)
         self._roundings = EPS[self.dtype] * condition(self._scale + self._shift, self._inverse_L)
-        # What is solved with an L⁻¹ from float32 is refined once, which squares the error.
+        # A solution with L⁻¹ from float32 products is refined once, which squares its error.
         limit = RESOLVABLE if self.dtype == torch.float64 else RESOLVABLE**0.5 / 8
         if not self._roundings <= limit:
             self._to_float64()
 
     def _to_float64(self) -> None:
-        """The way out when K does not resolve something, or the error if nothing does."""
+        """Falls back to products in float64. Raises ValueError if K is of these already."""
         if self.dtype == torch.float64 and not self._subtracted:
             raise too_small(self.damp, float(self._scale.mean()))
         self.dtype = torch.float64
@@ -207,8 +206,8 @@ class PagedInverseFisher(StaticInverseFisher):
         self._factorise()
 
     def _set_gram(self, kept: Tensor) -> None:
-        """Sets K of the columns kept, and the size of the numbers that it is computed from."""
-        self._K, self._subtracted = self._gram(kept)[0], False
+        """Sets K of the columns kept, and the size of the numbers in its sums."""
+        self._K, self._subtracted = self.ranks.sum(self._pages.gram(self.dtype, kept)[0]), False
         self._scale = self._K.diagonal().clone()
 
     @property
@@ -216,32 +215,9 @@ class PagedInverseFisher(StaticInverseFisher):
         """mλ"""
         return len(self.G) * self.damp
 
-    # --- passes over G
-
-    def _gram(self, kept: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """GGᵀ (m, m) of these columns, the lower triangle by products in `dtype`, and Gx (m,)."""
-        m = len(self.G)
-        K = torch.zeros(m, m, dtype=torch.float64, device=self.device)
-        Gx = K.new_zeros(m)
-        index = None if bool(kept.all()) else kept.nonzero()[:, 0]
-        x_kept = x if index is None or x is None else x[index]
-        with torch.autocast(self.device.type, enabled=False):
-            for columns, tile in self._pages.tiles(self.dtype, index):
-                for i in range(0, m, STRIP):
-                    stop = i + STRIP
-                    K[i:stop, :stop] += tile[i:stop] @ tile[:stop].T
-                if x_kept is not None:
-                    Gx += tile.double() @ x_kept[columns]
-        return self.ranks.sum(K), self.ranks.sum(Gx)
-
-    def _times(self, x: Tensor) -> Tensor:
-        """Gx (m,) in float64."""
-        tiles = self._pages.tiles(torch.float64)
-        return self.ranks.sum(reduce(torch.add, (tile @ x[columns] for columns, tile in tiles)))
-
     def _transposed_solve(self, b: Tensor) -> Tensor:
-        """G_RᵀA⁻¹b (d,) in float64, 0 beside R, with a step of refinement by G itself. In `dtype`
-        is what that adds, as it is smaller by far."""
+        """G_RᵀA⁻¹b (d,) in float64, 0 outside R, with a step of refinement by G itself. Products in
+        `dtype` are precise enough for the correction, which is small."""
         y = self._inverse_L.T @ (self._inverse_L @ b)
         x = torch.empty(self.shape[0], dtype=torch.float64, device=self.device)
         Gx = torch.zeros_like(b)
@@ -262,25 +238,25 @@ class PagedInverseFisher(StaticInverseFisher):
 
 
 class BlockedInverseFisher(StaticInverseFisher):
-    """F⁻¹ for F = λI + (1/m) GᵀG, of which only blocks of b x b on the diagonal are kept.
+    """F⁻¹ for F = λI + (1/m) GᵀG without its entries outside the b x b blocks on the diagonal.
 
-    A block of at most m weights is formed, O(b²m + b³), to 8·d·b bytes on `device` in all. On a
-    CPU, G in memory is multiplied in float32 where that leaves an error of less than 1e-5 in the
-    diagonal, else, and on a GPU, in float64. Gradients that are iterated over are added up in
-    float64 as they come and never kept. A larger block goes by (1), O(m²b + m³), and G is kept.
+    Blocks of at most m weights are formed, O(b²m + b³) each, and take 8·d·b bytes on `device`. On a
+    CPU, products of stored gradients are in float32 as long as errors of the diagonal stay below
+    1e-5, otherwise, and on a GPU, in float64. Gradients that are iterated over are summed in
+    float64 and not kept. Larger blocks use (1), O(m²b + m³) each, and keep G.
 
     Args:
-        grads: G (m, d) as a tensor or array; or anything else that can be iterated over and yields
-            gradients (d,) or, faster, many at a time (n, d). It may use its memory again for the
-            next ones. In this case blocks are always formed.
+        grads: G (m, d) as a tensor or array; or an iterable of gradients (d,) or, faster, of
+            several at a time (n, d), which may reuse its memory. From an iterable, blocks of any
+            size are formed.
         blocksize: b ≥ 1. The last block is smaller where b does not divide d.
         damp: λ > 0, in units of squared gradients.
-        perbatch: blocks worked on at once; by default as many as suit the device.
-        device: where to compute, that of `grads` if None (the CPU if that is no tensor).
+        perbatch: blocks that are worked on at once; by default as many as suit the device.
+        device: to compute on; that of `grads`, or the CPU for an iterable, if None.
 
     Raises:
-        ValueError: for arguments outside these ranges, gradients that are not finite, and where λ
-            is too small beside the gradients for float64. So do all methods.
+        ValueError: for arguments outside these ranges, gradients that are not finite, and a λ too
+            small for these gradients in float64. All methods raise it, too.
 
     Example:
         >>> G = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
@@ -321,15 +297,16 @@ class BlockedInverseFisher(StaticInverseFisher):
         x64 = check_vector("x", x, self.shape[0], self.device)
         return in_type_of(x, self._each("matvec", x64))
 
-    def for_removal(self, once: bool = False) -> "BlockedInverseFisher":
-        """F⁻¹ to remove weights from: another 8·d·b bytes, or instead of this one if but `once`."""
-        removable, how = copy.copy(self), (self.damp, once)
+    def for_removal(self, in_place: bool = False) -> "BlockedInverseFisher":
+        """F⁻¹ to remove weights from. It takes another 8·d·b bytes, or, if `in_place`, the memory
+        of this one, which must not be used any more."""
+        removable, how = copy.copy(self), (self.damp, in_place)
         removable._diagonal = None
         removable._parts = [(*where, part.for_removal(*how)) for *where, part in self._parts]
         return removable
 
     def remove_(self, dropped: Tensor, w: Tensor) -> Tensor:
-        """The same as of `PagedInverseFisher`, after `for_removal` only."""
+        """See `PagedInverseFisher.remove_`. Only the result of `for_removal` has it."""
         self._diagonal = None
         return self._each("remove_", dropped, w)
 
@@ -340,7 +317,8 @@ class BlockedInverseFisher(StaticInverseFisher):
         return self._each("diagonal")
 
     def _each(self, method: str, *vectors: Tensor) -> Tensor:
-        """A vector (d,) in float64 from a method of all blocks, given their parts of vectors."""
+        """Calls a method of all blocks with their parts of vectors. Returns the results as one
+        vector (d,) in float64."""
 
         def result(columns: slice, size: int, blocks: Any) -> Tensor:
             parts = (vector[columns].view(-1, size) for vector in vectors)
@@ -355,34 +333,35 @@ class BlockedInverseFisher(StaticInverseFisher):
 class MFACPruner(MagnitudePruner):
     """Prunes by saliency ρᵢ = wᵢ² / 2[F⁻¹]ᵢᵢ and adjusts the weights that stay.
 
-    F⁻¹ is of the weights alive, at the last recomputation: done before the first pruning, by
-    `recompute`, and whenever the parameters in `masks`, others are not watched, have changed since
-    the pruner last wrote them. Until the next one, every level is pruned from the weights of that
-    recomputation, not from the level before. F⁻¹ is kept until `release`, see `inverse_bytes`.
+    F⁻¹ is that of the weights alive at the last recomputation. The pruner recomputes it before the
+    first pruning, in `recompute`, and whenever the parameters in `masks` have changed since it last
+    wrote them. It does not watch other parameters. Until the next recomputation, every level starts
+    from the weights of the last one, not from the level before. F⁻¹ stays in memory until
+    `release`; see `inverse_bytes`.
 
     Args:
         model, params, ignore, scope, pattern, masks, keep_zeros: as for `MagnitudePruner`.
-        portions: likewise; each has an F⁻¹ of its own, of the model that those before have left,
-            one in memory at a time; and every level starts from the level before.
-        loader: yields batches, each of which makes one gradient; see `gradients.Batches`.
-        loss: the mean loss of a batch, loss(model, batch), by default the cross entropy of
+        portions: likewise. Each portion has an F⁻¹ of its own, at the weights that the portions
+            before have left. One F⁻¹ is in memory at a time. Levels start from the level before.
+        loader: yields batches. Each batch makes one gradient; see `gradients.Batches`.
+        loss: loss(model, batch), the mean loss of a batch; by default the cross entropy of
             (inputs, targets).
         ngrads: m, the number of gradients.
-        per_sample: each sample of a batch makes one, not the batch as a whole; samples are along
-            dimension 0, and the loss is a mean over them. See `samples`.
+        per_sample: each sample of a batch makes a gradient, not the batch as a whole. Samples are
+            along dimension 0, and the loss is a mean over them. See `samples`.
         damp: λ > 0; or "relative", a tenth of the mean squared gradient, or "relative:0.03", that
             fraction of it. It may be changed between levels.
-        blocksize: of a block-diagonal F; None for the full one.
+        blocksize: b of a block-diagonal F; None for the full F.
         perbatch, pages: see `BlockedInverseFisher` and `PagedInverseFisher`.
         update: of the weights that stay: "joint", "independent" or "none".
-        rounds: choose the weights of a level in so many parts, with the exact joint update of the
-            others and of F⁻¹ after each; the fraction that stays falls by one factor in each.
-        mode: of the model while gradients are computed: "eval", "train" or "as is"; batch norm and
+        rounds: parts in which the weights of a level are chosen, with the exact joint update of the
+            others and of F⁻¹ after each. The fraction that stays falls by the same factor in each.
+        mode: of the model while gradients are computed: "eval", "train" or "as is". Batch norm and
             dropout are always as in evaluation.
         drop_smaller: leave out batches smaller than the others; see `gradients.Batches`.
-        grads_dtype: of gradients that are kept; None for float32, or float64 as the model has it.
+        grads_dtype: of stored gradients; None for float32, or float64 for a float64 model.
         seed: of the samples, together with the number of the recomputation.
-        device: for the inverse Fisher; that of the first parameter if None.
+        device: for F⁻¹; that of the first parameter if None.
         process_group: processes that share the work; None for the default group, False for none.
 
     Example:
@@ -396,10 +375,10 @@ class MFACPruner(MagnitudePruner):
 
     START = "start_weights", "start_masks"
     _start_weights: dict[str, Tensor]  # at the last recomputation, or empty
-    _start_masks: dict[str, Tensor]  # then; a weight alive may happen to be 0
+    _start_masks: dict[str, Tensor]  # at that time; a weight alive may happen to be 0
     _last_written: dict[str, Tensor]  # weights as the pruner left them
-    _weights_alive: WeightsAlive  # then
-    _inverse: Any  # F⁻¹ for these, or None
+    _weights_alive: WeightsAlive  # by _start_masks
+    _inverse: Any  # F⁻¹ of these, or None
     _mean_square: float  # of their gradients
 
     def __init__(
@@ -420,7 +399,7 @@ class MFACPruner(MagnitudePruner):
         damp: float | str = 1e-5,
         blocksize: int | None = None,
         perbatch: int | None = None,
-        pages: int = 1,
+        pages: int | None = None,
         update: str = "joint",
         rounds: int = 1,
         mode: str = "eval",
@@ -459,9 +438,16 @@ class MFACPruner(MagnitudePruner):
 
     @damp.setter
     def damp(self, damp: float | str) -> None:
-        self._damp, self._damp_parts = damp, damp_parts(damp)
-        if self._inverse is not None:
-            self._inverse.damp = self._absolute_damp()
+        constant, fraction = damp_parts(damp)
+        if (inverse := self._inverse) is not None:
+            before = inverse.damp
+            try:
+                inverse.damp = constant + fraction * self._mean_square
+                inverse.diagonal()  # blocks find out here whether λ is too small
+            except ValueError:
+                inverse.damp = before
+                raise
+        self._damp, self._damp_parts = damp, (constant, fraction)
 
     @torch.no_grad()
     def recompute(self) -> None:
@@ -476,19 +462,19 @@ class MFACPruner(MagnitudePruner):
         self._start_weights, self._start_masks, self._last_written = start, self.masks, start
 
     def release(self) -> None:
-        """Forgets F⁻¹ and frees its memory, as before fine-tuning; the next pruning recomputes."""
+        """Frees the memory of F⁻¹, as before fine-tuning. The next pruning recomputes it."""
         self._start_weights, self._start_masks, self._last_written = {}, {}, {}
         self._inverse = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the model's own state, saved at the same time. F⁻¹ is
-        computed again from it, at the weights of the last recomputation if they still count."""
-        counts = self._is_unchanged()
-        start = {part: dict(getattr(self, f"_{part}")) if counts else {} for part in self.START}
+        """The state for a resumed run; save the model's own state at the same time. A resumed
+        pruner computes F⁻¹ again, at the weights of the last recomputation if it is still valid."""
+        valid = self._is_unchanged()
+        start = {part: dict(getattr(self, f"_{part}")) if valid else {} for part in self.START}
         return {**super().state_dict(), "recomputations": self.recomputations, **start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a state; load the model's own state before."""
+        """Loads a state; load the model's own state before."""
         self._check_fit(state)
         recomputations = check_integer("recomputations", state["recomputations"], least=0)
         super().load_state_dict(state)
@@ -502,26 +488,31 @@ class MFACPruner(MagnitudePruner):
             self.recompute()
         elif self._inverse is None:  # resumed
             self._invert(self._start_weights, self._start_masks, self.recomputations - 1)
-        start, weights = self._start_masks, self._weights_alive
-        masks, w = start, weights.gather(self._start_weights).double()
-        alive = torch.ones_like(w, dtype=torch.bool)
-        gone = ~weights.gather(self.masks)  # since then; they go first, so that none comes back
-        inverse = self._inverse if self.rounds == 1 else self._inverse.for_removal(self._once)
+        inverse, alive = self._inverse, self._weights_alive
+        if self.rounds > 1:
+            inverse = inverse.for_removal(in_place=self._one_level)
+        masks, w = self._start_masks, alive.gather(self._start_weights).double()
+        kept = torch.ones_like(w, dtype=torch.bool)
+        pruned_since = ~alive.gather(self.masks)
         for part in range(1, self.rounds + 1):
             self._report.say(f"choice and update, {part} of {self.rounds}")
-            saliency = torch.where(alive, w.square() / (2 * inverse.diagonal()), 0)
-            saliency[gone] = -1
-            zeros = zeros_on_the_way(start, wanted, part / self.rounds)
-            masks = self._choose(masks, weights.scatter(saliency), zeros)
-            dropped = alive & ~weights.gather(masks)
-            alive = alive & ~dropped
-            if self.rounds > 1:
-                w = w + inverse.remove_(dropped, w)
-            elif self.update != "none":
-                update = getattr(inverse, f"{self.update}_update")
-                w = w + update(dropped.nonzero()[:, 0], w)
-            w = torch.where(alive, w, 0)
-        return masks, weights.scatter(w)
+            saliency = torch.where(kept, w.square() / (2 * inverse.diagonal()), 0)
+            saliency[pruned_since] = -1  # these go first, so that none comes back
+            zeros = zeros_on_the_way(self._start_masks, wanted, part / self.rounds)
+            masks = self._choose(masks, alive.scatter(saliency), zeros)
+            dropped = kept & ~alive.gather(masks)
+            kept &= ~dropped
+            w = torch.where(kept, w + self._adjustment(inverse, dropped, w), 0)
+        return masks, alive.scatter(w)
+
+    def _adjustment(self, inverse: Any, dropped: Tensor, w: Tensor) -> Tensor:
+        """The update of the weights that are kept."""
+        if self.rounds > 1:
+            return inverse.remove_(dropped, w)
+        if self.update == "none":
+            return torch.zeros_like(w)
+        update = inverse.joint_update if self.update == "joint" else inverse.independent_update
+        return update(dropped.nonzero()[:, 0], w)
 
     def _pruned_in_portions(self, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         found = super()._pruned_in_portions(wanted)
@@ -533,62 +524,77 @@ class MFACPruner(MagnitudePruner):
         self._last_written = self._copied_weights()
 
     def _is_unchanged(self) -> bool:
-        """Whether F⁻¹ still counts: the weights are as the pruner left them."""
+        """Whether F⁻¹ is still valid, as the weights are those that the pruner left."""
         return bool(self._start_weights) and all(
             torch.equal(p, self._last_written[name].to(p)) for name, p in self.params.items()
         )
 
     # --- from gradients to F⁻¹
 
-    def _invert(self, start: dict[str, Tensor], masks: dict[str, Tensor], number: int) -> None:
-        """Inverts F for weights alive by `masks`, at `start`, for recomputation `number`."""
-        self._inverse = None  # not two sets of gradients at once
-        self._weights_alive = alive = WeightsAlive(masks, self.device)
-        d, m, ranks = len(alive.index), self.ngrads, self._ranks
-        if d == 0:
+    def memory_plan(
+        self, ngrads: int | None = None, masks: Mapping[str, Tensor] | None = None
+    ) -> Plan:
+        """How F⁻¹ of the weights alive in the largest portion is computed from `ngrads` gradients.
+        str(plan) is its memory. Raises ValueError if it does not fit."""
+        of_portions = [[(masks or self.masks)[name] for name in names] for names in self.portions]
+        alive, params = max(
+            (sum(int(mask.sum()) for mask in portion), sum(mask.numel() for mask in portion))
+            for portion in of_portions
+        )
+        if alive == 0:
             raise ValueError("All weights are pruned; there is no Fisher matrix to invert")
-        b = min(self.blocksize or d, d)
-        # As one block F⁻¹ can't be shared, however few the weights are.
-        whole = b == d and (d > m or ranks.size > 1)
-        chunk = ranks.chunk(d) if whole else b * ranks.chunk(-(-d // b))  # of columns for a rank
-        kept = whole or b > m  # G; else blocks are formed from some gradients at a time
-        options: dict[str, Any] = {"device": self.device, "perbatch": self.perbatch}
-        rounds = 1 if self._once else self.rounds
-        sizes = {"blocksize": self.blocksize, "pages": self.pages, "rounds": rounds, **options}
-        n = ranks.chunk(m) if kept else min(BATCH, ranks.chunk(m))
+        return make_plan(
+            ngrads or self.ngrads,
+            alive,
+            blocksize=self.blocksize,
+            perbatch=self.perbatch,
+            pages=self.pages,
+            rounds=1 if self._one_level or len(self.portions) > 1 else self.rounds,
+            grads_dtype=self.grads_dtype,
+            device=self.device,
+            world_size=self._ranks.size,
+            samples=self.batches.samples if self.per_sample else 0,
+            params=params,
+        )
+
+    def _invert(self, start: dict[str, Tensor], masks: dict[str, Tensor], number: int) -> None:
+        """Inverts F for the weights alive in `masks`, at the weights `start`, from the samples of
+        recomputation `number`."""
+        self._inverse = None  # and with it the gradients of the last recomputation
+        m, ranks = self.ngrads, self._ranks
         with ranks.agreed():
-            buffer = gradient_buffer(n, m, d, self.grads_dtype, processes=ranks.size, **sizes)
+            plan = self.memory_plan(masks=masks)
+        form, b = plan.form, plan.form.blocksize
+        self._report.say(str(plan))
+        self._weights_alive = alive = WeightsAlive(masks, self.device)
+        d, like = len(alive.index), torch.empty(0, dtype=self.grads_dtype, device=self.device)
+        blocks: dict[str, Any] = {"perbatch": self.perbatch, "device": self.device}
         with (
             timed(self.seconds, "gradients"),
-            self._unregistered() as params,  # weights that are pruned now may be alive in here
+            self._unregistered() as params,  # weights that are pruned now may be alive in `masks`
             ready_for_gradients(self.model, params, start, self.mode, self.batches.generators),
         ):
-            like = buffer.new_empty(0, device=self.device)
             collector = GradientCollector(
                 self.model, self.loss, params, alive.index, m, like, ranks, self.per_sample
             )
             drawn, total = self.batches.draw(number, ranks), None if self.per_sample else m
-            rows = collector.rows if kept else collector.rows_to_sum
-            grads: Any = rows(self._report.counted(drawn, "gradients", total), buffer, chunk)
-            if kept:
-                (grads,) = grads
+            parts = self._report.counted(drawn, "gradients", total), form.at_once, form.columns
+            if form.stored:
+                G = plan.store(collector.rows(*parts), m, like)
             else:
-                inverse: Any = BlockedInverseFisher(grads, b, **options)
+                inverse: Any = BlockedInverseFisher(collector.rows_to_sum(*parts), b, **blocks)
         self._mean_square = collector.mean_square(masks)
-        damp = self._absolute_damp()
+        constant, fraction = self._damp_parts
+        damp = constant + fraction * self._mean_square
         self._report.say(f"inverse Fisher of {d:,} weights")
         with timed(self.seconds, "inverse"), ranks.agreed():
-            if whole:
-                how: dict[str, Any] = {"pages": min(self.pages, chunk), "device": self.device}
-                inverse = PagedInverseFisher(grads, damp, process_group=ranks.group, **how)
-            elif kept:
-                inverse = BlockedInverseFisher(grads, b, damp, **options)
+            if form.paged:
+                inverse = PagedInverseFisher(
+                    G, damp, pages=plan.pages, device=self.device, process_group=ranks.group
+                )
+            elif form.stored:
+                inverse = BlockedInverseFisher(G, b, damp, **blocks)
             else:
                 inverse.damp = damp
             inverse.diagonal()
         self._inverse = inverse if ranks.size == 1 else SharedInverseFisher(inverse, ranks, d)
-
-    def _absolute_damp(self) -> float:
-        """λ"""
-        constant, fraction = self._damp_parts
-        return constant + fraction * self._mean_square if fraction else constant

@@ -1,7 +1,5 @@
-"""The command line of main_prun.py: flags, the settings that they make, levels and steps."""
+"""The command line of main_prun.py: flags, settings, levels and steps."""
 
-import argparse
-import re
 import shlex
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +7,6 @@ from typing import Any
 
 import torch
 
-import models
 from main_common import (
     COUNT,
     FACTOR,
@@ -21,10 +18,11 @@ from main_common import (
     Parser,
     UserError,
     add_figure_flags,
+    add_model_flag,
     number,
 )
 
-# What a flag is when it is not given, for all runs, for --pruner mfac, and for fine-tuning.
+# Defaults of flags: for all runs, for --pruner mfac, and for fine-tuning.
 COMMON = dict(model="resnet20", dataset="digits", pruner="mfac", pattern="unstructured")
 COMMON |= dict(scope="global", nepochs=0, batchsize=128, seed=0, amp=False, deterministic=False)
 COMMON |= dict(reset_bn=False, reestimate_bn=False)
@@ -37,7 +35,7 @@ FINE_TUNING = {
 }
 DISTILL = 0.5
 
-# The columns of the CSV, and how each is shown in a line where it is not empty.
+# The columns of the CSV, with their format in a line of output.
 COLUMNS = {
     "step": "step {}",
     "epoch": "epoch {}",
@@ -56,7 +54,7 @@ COLUMNS = {
     "evaluation_seconds": "evaluation {:.1f} s",
 }
 
-# The figures that are drawn, and how large they may be in the CSV of an earlier run.
+# The figures that are drawn, with the largest values that a CSV may have.
 DRAWN = {"sparsity": 1, "test_accuracy": 100}
 
 STEP = number(int, "a whole number from 0 to 1,000,000", lambda value: 0 <= value <= 10**6)
@@ -65,37 +63,24 @@ BLOCK = number(
 )
 
 
-def model_name(text: str) -> str:
-    """An argparse type: a model of the registry, or module:function."""
-    if text not in models.MODELS and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", text):
-        names = ", ".join(models.MODELS)
-        raise argparse.ArgumentTypeError(f"{text} is none of {names}, and no module:function")
-    return text
-
-
 # --- the command line -----------------------------------------------------------------------
 
 
 def build_parser() -> Parser:
-    """All flags. One that is not given is None, so that defaults and --resume can tell."""
+    """The parser of all flags. Flags that are not given are None."""
     parser = Parser(
         prog="main_prun.py",
         description="Prune an image classifier, at once (--nepochs 0) or with fine-tuning.",
         epilog="Steps count from 0: step K prunes to level K of --sparsities or --cubic.",
         allow_abbrev=False,
     )
-    add = parser.add_argument_group("model and data").add_argument
+    group = parser.add_argument_group("model and data")
     on, off = {"action": "store_true", "default": None}, "; default: off"
-    text = (
-        f"default: resnet20; others: {', '.join(models.MODELS)}; or module:function, which makes "
-    )
-    text += "a model of one's own from the number of classes"
-    add("--model", type=model_name, metavar="MODEL", help=text)
+    add_model_flag(group)
+    add = group.add_argument
     add("--dataset", help="a folder, or 'digits', the default: handwritten digits, embedded")
-    text = (
-        "the trained model; default: the one in checkpoints/ for this model and data; a model of "
-    )
-    text += "one's own may come with its weights"
+    text = "the trained model; default: the one in checkpoints/ for this model and data; your own "
+    text += "model may have its weights already"
     add("--checkpoint", metavar="FILE", help=text)
     text = f"estimate the statistics of batch norm anew before pruning, on the training images{off}"
     add("--reset_bn", **on, help=text)
@@ -104,19 +89,19 @@ def build_parser() -> Parser:
 
     group = parser.add_argument_group("levels")
     levels = group.add_mutually_exclusive_group().add_argument
-    text = "fractions of the prunable weights that are zero after each step; default: 0.1 to 0.9"
+    text = "sparsity of the prunable weights after each step; default: 0.1 to 0.9"
     levels("--sparsities", type=FRACTION, nargs="+", metavar="LEVEL", help=text)
-    text = f"instead: STEPS levels, from the first to the last, that rise by a falling cubic{off}"
+    text = f"instead: STEPS levels that rise from FROM to TO by a cubic, ever more slowly{off}"
     names = ("FROM", "TO", "STEPS")
     levels("--cubic", type=NOT_NEGATIVE, nargs=3, metavar=names, help=text)
     add = group.add_argument
-    text = f"levels are fractions of all parameters, not the prunable ones{off}"
+    text = f"levels are fractions of all parameters, not of the prunable ones{off}"
     add("--adjust_sparsities", **on, help=text)
-    text = "what competes: the weights of all layers, or of each; default: global"
+    text = "weights of all layers compete, or each layer has the sparsity; default: global"
     add("--scope", choices=("global", "layer"), help=text)
     text = "unstructured (default), N:M such as 2:4, or Bx1 such as 4x1: blocks along the input"
     add("--pattern", help=text)
-    text = "steps after which accuracy is measured, which changes nothing; default: all"
+    text = "steps after which accuracy is measured; it does not change the run; default: all"
     add("--tests", type=STEP, nargs="*", metavar="STEP", help=text)
 
     add = parser.add_argument_group("pruner").add_argument
@@ -126,70 +111,70 @@ def build_parser() -> Parser:
     add("--ngrads", type=COUNT, help=text)
     text = f"instead of --ngrads: gradients for the inverse Fisher, one number a step{off}"
     add("--ngrads_schedule", type=COUNT, nargs="+", metavar="NGRADS", help=text)
-    text = "images a gradient; default: 32, or as many as the training images allow"
+    text = "images in a gradient; default: 32, or as many as the training images allow"
     add("--npergrad", type=COUNT, help=text)
     add("--damp", type=POSITIVE, help="damping of the Fisher matrix; default: 1e-5")
-    text = "steps before which the inverse Fisher is computed anew, of the weights then: step 0, "
-    text += "and by default all; the others prune from the weights of the last such step, so that "
+    text = "steps that compute the inverse Fisher anew, of the present weights: step 0 and these; "
+    text += "the others start from the weights of the last such step; default: all steps; "
     text += "--recomps 0 computes it once"
     add("--recomps", type=STEP, nargs="*", metavar="STEP", help=text)
-    text = "do each such step in this many parts, the fraction of weights that stay falling by "
-    text += "the same factor in each, with the inverse Fisher anew before each; default: 1"
+    text = "do each such step in this many parts, with the inverse Fisher computed anew before "
+    text += "each; the weights that stay fall by the same factor in each; default: 1"
     add("--nrecomps", type=COUNT, help=text)
     text = (
-        "choose the weights of a step in this many parts from one inverse Fisher, with the update "
+        "choose the weights of a step in this many parts from one inverse Fisher, with an update "
     )
     text += "of weights and inverse after each; default: 1"
     add("--rounds", type=COUNT, help=text)
-    text = "of the weights that stay: for all that go together (default), for each as if alone "
-    text += "as in the paper, or none"
+    text = "update of the weights that stay: for all removed weights together (default), for each "
+    text += "of them as if alone, as in the paper, or none"
     add("--update", choices=("joint", "independent", "none"), help=text)
-    text = "keep blocks of this size on the diagonal of F only; default: -1, all of F"
+    text = "use only the blocks of this size on the diagonal of F; default: -1, all of F"
     add("--blocksize", type=BLOCK, help=text)
-    text = "with --blocksize: blocks worked on at once; default: as many as suit the device"
+    text = "with --blocksize: blocks that are worked on at once; default: by the device"
     add("--perbatch", type=COUNT, help=text)
-    text = "without --blocksize: work on gradients in this many pages; default: 1"
+    text = "without --blocksize: work on gradients in this many pages; default: as few as fit"
     add("--pages", type=COUNT, help=text)
 
     group = parser.add_argument_group("fine-tuning (step K comes before epoch K x EVERY)")
     add, rates = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    add("--nepochs", type=STEP, help="epochs in all; default: 0, one-shot pruning")
+    add("--nepochs", type=STEP, help="epochs in total; default: 0, one-shot pruning")
     add("--prun_every", type=COUNT, metavar="EVERY", help="epochs from step to step; default: 1")
-    add("--optim", choices=("sgd", "mfac"), help="begun anew after each step; default: sgd")
-    text = "of the learning rate after each step: that of the flags below (default), or falling to "
-    text += "zero by a cosine until the next step"
+    add("--optim", choices=("sgd", "mfac"), help="optimizer, new after each step; default: sgd")
+    text = "learning rate after each step: by the flags below (default), or a cosine that ends at "
+    text += "zero at the next step"
     add("--schedule", choices=("step", "cosine"), help=text)
     rates("--lr", type=POSITIVE, help="learning rate; default: 0.01 for sgd, 0.001 for mfac")
-    text = f"instead: those of the epochs after a step; the last one goes on{off}"
+    text = f"instead: one for each epoch after a step; the last one stays{off}"
     rates("--prun_lrs", type=POSITIVE, nargs="+", metavar="LR", help=text)
     add("--momentum", type=FRACTION, help="default: 0.9")
     add("--weightdecay", type=NOT_NEGATIVE, help="L2 decay; default: 5e-4")
     text = "epochs after which the learning rate drops; default: none"
     add("--drop_at", type=COUNT, nargs="+", metavar="EPOCH", help=text)
     add("--drop_by", type=FACTOR, help="the factor of a drop; default: 0.1")
-    text = f"learn from the dense model, too: this part of the loss, {DISTILL} if left out, is its "
-    text += f"divergence from the outputs of that model{off}"
+    text = "learn from the dense model, too: the weight of the divergence from its outputs in the "
+    text += f"loss, {DISTILL} if no number is given{off}"
     add("--distill", type=FACTOR, nargs="?", const=DISTILL, metavar="WEIGHT", help=text)
 
     add = parser.add_argument_group("machine").add_argument
     add("--batchsize", type=COUNT, help="images in training and testing; default: 128")
-    add("--seed", type=SEED, help="of the choice and the order of the images; default: 0")
+    add("--seed", type=SEED, help="for the choice and the order of the images; default: 0")
     add("--device", help="default: cuda if there is one, otherwise cpu")
-    text = "processes that read images, if these are not held in memory; default: one a core, at "
-    text += "most 8"
+    text = "processes that read images that are not held in memory; default: one for each core, "
+    text += "at most 8"
     add("--workers", type=WORKERS, help=text)
-    text = "forward in bfloat16 where that is safe, for gradients, fine-tuning and tests"
+    text = "autocast to bfloat16, for gradients, fine-tuning and tests"
     add("--amp", **on, help=text + off)
-    text = f"the same call, or --resume, gives the same bits on CUDA, too, at some cost{off}"
+    text = f"same bits on CUDA for the same call, and for --resume; somewhat slower{off}"
     add("--deterministic", **on, help=text)
 
     group = parser.add_argument_group("output")
-    text = "how all files begin; default: runs/MODEL-DATASET-pruned-PRUNER"
+    text = "beginning of all file names; default: runs/MODEL-DATASET-pruned-PRUNER"
     group.add_argument("--out", type=Path, metavar="STEM", help=text)
-    text = f"go on with the run of --out, if there is one, after the last line that it saved{off}"
+    text = f"continue the run at --out, if there is one, after its last saved line{off}"
     add = group.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help=text)
-    add("--overwrite", action="store_true", help=f"begin anew, whatever is at --out{off}")
+    add("--overwrite", action="store_true", help=f"start again, and lose the files at --out{off}")
     add_figure_flags(group)
     group.add_argument(
         "--verbose", action="store_true", help=f"print the sparsity of each layer{off}"
@@ -198,12 +183,12 @@ def build_parser() -> Parser:
 
 
 def current_name(pruner: str) -> str:
-    """The name of a pruner, of which one had another."""
+    """The name of a pruner, or the present one for an old name."""
     return {"gmp": "magnitude"}.get(pruner.lower(), pruner)
 
 
 def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
-    """All settings of a new run, where `given` are those of the command line. Raises UserError."""
+    """All settings of a new run, from those that are `given` by flags. Raises UserError."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = {**COMMON, "device": device, **given}
     mfac, gradual = settings["pruner"] == "mfac", settings["nepochs"] > 0
@@ -235,13 +220,13 @@ def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
     if mfac:
         settings = {**MFAC_PRUNER, **settings}
         if scheduled and optim != "mfac":
-            del settings["ngrads"]  # which nothing uses then
+            del settings["ngrads"]  # not used in this case
     check_steps(settings, len(choose_levels(settings)))
     return settings
 
 
 def choose_levels(settings: dict[str, Any]) -> list[float]:
-    """The sparsities to prune to, one a step. Raises UserError if they don't rise."""
+    """The sparsity after each step. Raises UserError if they do not rise."""
     levels = settings.get("sparsities", LEVELS)
     if "cubic" in settings:  # Zhu and Gupta, 2017
         start, end, steps = settings["cubic"]
@@ -262,10 +247,10 @@ def choose_levels(settings: dict[str, Any]) -> list[float]:
 
 
 def check_steps(settings: dict[str, Any], steps: int) -> None:
-    """Raises UserError if a flag names a step or an epoch that never comes."""
+    """Raises UserError if a flag names a step or an epoch that does not exist."""
     for name in ("recomps", "tests"):
         if beyond := [step for step in settings.get(name, []) if step >= steps]:
-            raise UserError(f"--{name} {beyond[0]} is no step: they go from 0 to {steps - 1}")
+            raise UserError(f"--{name} {beyond[0]} is no step: steps are 0 to {steps - 1}")
     schedule = settings.get("ngrads_schedule")
     if schedule and len(schedule) != steps:
         raise UserError(f"--ngrads_schedule has {len(schedule)} numbers for {steps} steps")
@@ -285,7 +270,7 @@ def check_steps(settings: dict[str, Any], steps: int) -> None:
 
 
 def make_plan(settings: dict[str, Any], steps: int) -> list[tuple[str, int]]:
-    """What a run does, one line of output each: ("measure", 0) for the model as it is, then
+    """The tasks of a run, each with one line of output: ("measure", 0) for the model as it is, then
     ("prune", step) and ("tune", epoch)."""
     plan, every = [("measure", 0)], settings.get("prun_every")
     if not settings["nepochs"]:
@@ -298,8 +283,8 @@ def make_plan(settings: dict[str, Any], steps: int) -> list[tuple[str, int]]:
 
 
 def find_checkpoint(settings: dict[str, Any], data: str) -> Path | None:
-    """The checkpoint of `settings`, or the one that comes along; a model of one's own needs none.
-    Raises UserError."""
+    """The checkpoint of `settings`, or the one in checkpoints/; your own model needs none. Raises
+    UserError."""
     if "checkpoint" in settings:
         return Path(settings["checkpoint"])
     if ":" in settings["model"]:
@@ -314,7 +299,7 @@ def find_checkpoint(settings: dict[str, Any], data: str) -> Path | None:
 
 
 def as_command(settings: dict[str, Any]) -> str:
-    """The call that makes these settings."""
+    """The command for these settings."""
     words = ["python3", "main_prun.py"]
     for name, value in settings.items():
         if value is not False:

@@ -1,10 +1,10 @@
-"""What a pruner says while it works, in a line on a terminal, by the logger "prun" otherwise; and
-how long it takes."""
+"""Progress of a pruner: a line on a terminal, otherwise the logger "prun"; warnings; times."""
 
 import logging
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,9 +13,31 @@ from typing import Any
 LOGGER = logging.getLogger("prun")
 
 
+# Modules of the pruner; the last is that of torch.no_grad.
+INSIDE = [
+    "blocks",
+    "gradients",
+    "masks",
+    "memory",
+    "prun",
+    "reports",
+    "rows",
+    "samples",
+    "_contextlib",
+]
+
+
+def warn(message: str) -> None:
+    """Warns at the line that called the pruner."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").rpartition(".")[2] in INSIDE:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the time in here to seconds[name]."""
+    """Adds the time of the block to seconds[name]."""
     began = time.perf_counter()
     try:
         yield
@@ -25,11 +47,11 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Reporter:
-    """Says what goes on: on a terminal in a line of stderr that changes, otherwise at level INFO of
-    the logger "prun". `LOGGER.setLevel("ERROR")` silences both.
+    """Shows progress: on a terminal in one line of stderr, otherwise at level INFO of the logger
+    "prun". `LOGGER.setLevel("ERROR")` silences both.
 
     Args:
-        speaks: whether it says anything, as in the first of several processes.
+        speaks: whether it shows anything, as in the first of several processes.
         prefix: before each message.
     """
 
@@ -37,11 +59,11 @@ class Reporter:
     prefix: str = ""
 
     def within(self, part: str) -> "Reporter":
-        """For a part of the work."""
+        """A reporter for a part of the work."""
         return replace(self, prefix=f"{self.prefix}{part}: ")
 
     def say(self, text: str) -> None:
-        """What begins, or what was found."""
+        """Shows what begins, or a result."""
         if not self.speaks:
             return
         if self._on_terminal():
@@ -51,7 +73,7 @@ class Reporter:
             LOGGER.info("%s%s", self.prefix, text)
 
     def counted(self, things: Iterable[Any], title: str, total: int | None) -> Iterator[Any]:
-        """The things, while a terminal shows how many of them have come, of a total if known."""
+        """Yields the things. A terminal shows their number, and time left if `total` is known."""
         self.say(title if total is None else f"{title} of {total:,}")
         began = shown = time.perf_counter()
         for number, thing in enumerate(things):
@@ -65,7 +87,7 @@ class Reporter:
             yield thing
 
     def clear(self) -> None:
-        """Takes the line away."""
+        """Removes the line."""
         if self.speaks and self._on_terminal():
             print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
 

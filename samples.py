@@ -12,7 +12,6 @@ one after the other. Numbers are the same where the loss is a mean over samples.
 """
 
 import math
-import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from checks import kind
 from masks import layer_input_dimension
+from reports import warn
 
 TILE = 2**21  # numbers that are formed at once
 AGREE = 0.01  # relative error that the mean over samples of a batch may have; half precision
@@ -202,7 +202,7 @@ class SampleGradients:
             self.ways.append(self._by_layers)
 
     def __call__(self, batch: Any) -> list[Tensor]:
-        n = self._size(batch)
+        n = self.size(batch)
         while True:
             try:
                 found = self.ways[-1](batch, n)
@@ -220,12 +220,12 @@ class SampleGradients:
         if self.ways[-1] != self._by_layers:
             return None
         try:
-            return self._factors(batch, self._size(batch))
+            return self._factors(batch, self.size(batch))
         except NotPossible:
             self.ways.pop()
             return None
 
-    def _size(self, batch: Any) -> int:
+    def size(self, batch: Any) -> int:
         n = batch_size(batch)
         if n == 0:
             raise ValueError(
@@ -287,12 +287,11 @@ class SampleGradients:
             size = math.hypot(size, expected.norm())
             typical = math.hypot(typical, rows.norm(dtype=torch.float64) / math.sqrt(n))
         if error > AGREE * max(size, typical):
-            warnings.warn(
+            warn(
                 "The mean of the gradients of samples differs from the gradient of their batch by "
                 f"{error / max(size, typical):.0%}; the loss should be a mean over samples, and "
                 "tensors of a batch that are not samples, such as masks, should not have length "
-                f"{n} in dimension 0 (give mask[None])",
-                stacklevel=2,
+                f"{n} in dimension 0 (give mask[None])"
             )
         self.compared = True
 

@@ -2,14 +2,16 @@
 
     PYTHON=.venv/bin/python benchmarks/gpu_check.sh [--minutes 4] [--json FILE]
 
-Builds the extension for this machine's card alone, or says why not, and compiles the kernels by
-NVRTC. Runs the tests marked `cuda` and the kernels under compute-sanitizer, then, alone on the
-card, the benchmarks that the tables of docs/cuda.md come from. Each part is a process of its own
-with a limit of time: what becomes of one does not stop the others. What a part prints is shown and,
-with its status, seconds and figures, written to the JSON file.
+Builds the extension for this machine's card alone and compiles the kernels by NVRTC. Runs the tests
+marked `cuda`, and the kernels under compute-sanitizer. Then runs the benchmarks of docs/cuda.md,
+one at a time. Each part is a process with a time limit, so a part that fails or hangs does not stop
+the others. The output of each part is shown. The JSON file gets it too, with status, seconds and
+figures.
 
-Needs torch and pytest, and no network. A part is left out, with the reason, where something is
-missing. Exit status: 0 if nothing failed, 1 if a part failed or ran out of time, 2 without a GPU.
+Needs torch, numpy and pytest, and no network. A part that lacks something is left out, with the
+reason: tests and epochs of the scripts need the packages of requirements-test.txt.
+
+Exit status: 0 if nothing failed, 1 if a part failed or ran out of time, 2 without a GPU.
 """
 
 import argparse
@@ -29,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "gpu_check.json"
-TAIL = 6000  # characters that the JSON file keeps of a part's output
-# Run in another process: a torch that cannot be imported is a reason, too.
+RESULTS = ROOT / "runs" / "gpu_check.json"
+TAIL = 6000  # characters of a part's output in the JSON file
+# In another process, because importing torch may fail.
 MACHINE = """
 import json, platform, torch
 found = {"python": platform.python_version()}
@@ -47,12 +49,12 @@ SANITIZED = "same_input_same_bits and not 300 or same_input_same_bits_for_the_re
 
 @dataclass
 class Part:
-    """A command, how many seconds it may take, and what became of it."""
+    """A command, its limit in seconds, and its result."""
 
     name: str
     command: list[str]
     limit: float
-    measures: bool = False  # it prints a table, and takes --json FILE
+    measures: bool = False  # prints a table and takes --json FILE
     status: str = "left out"
     reason: str = ""
     seconds: float = 0
@@ -60,7 +62,7 @@ class Part:
     figures: Any = None
 
     def run(self, end: float) -> Iterator[None]:
-        """Runs the command until `end`, of time.monotonic(), at most. Yields while it runs."""
+        """Runs the command, at most until time.monotonic() is `end`. Yields while it runs."""
         start = time.monotonic()
         limit = min(self.limit, end - start)
         if limit <= 0:
@@ -72,14 +74,18 @@ class Part:
         with tempfile.TemporaryDirectory() as folder:
             table, output = Path(folder, "figures.json"), Path(folder, "output")
             with open(output, "w") as file:
-                process = subprocess.Popen(
-                    self.command + (["--json", str(table)] if self.measures else []),
-                    cwd=ROOT,
-                    stdin=subprocess.DEVNULL,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,  # to be ended with all that it starts
-                )
+                try:
+                    process = subprocess.Popen(
+                        self.command + (["--json", str(table)] if self.measures else []),
+                        cwd=ROOT,
+                        stdin=subprocess.DEVNULL,
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,  # so that killpg ends its children too
+                    )
+                except OSError as error:
+                    self.reason = f"{self.command[0]} does not run: {error.strerror}"
+                    return
                 try:
                     while process.poll() is None and time.monotonic() < start + limit:
                         yield
@@ -95,7 +101,7 @@ class Part:
         self.status, self.reason = judge(status, self.output, limit)
 
     def report(self) -> None:
-        """Prints what became of it, and what it printed: of tests, the end."""
+        """Prints the result and the output. Of tests that passed, only reasons of skips."""
         print(f"\n## {self.name}: {self.status}, {self.seconds} s", end="")
         print(f": {self.reason}" if self.reason else "", flush=True)
         lines = self.output.rstrip().splitlines()
@@ -108,14 +114,16 @@ class Part:
 
 
 def judge(status: int | None, output: str, limit: float) -> tuple[str, str]:
-    """Status and reason of a command with this exit status; None: it ran out of time. Status 2 is
-    what a script ends with where something is missing, after one sentence."""
+    """Status and reason of a command with this exit status, None if it ran out of time. Scripts end
+    with status 2 and one sentence if something is missing."""
     lines = output.strip().splitlines() or [""]
-    missing = re.search(r"^E? *ModuleNotFoundError: (No module named .*)$", output, re.MULTILINE)
+    importing = r"^(?:E? *ModuleNotFoundError|\S*python\S*): (No module named .*)$"
+    missing = re.search(importing, output, re.MULTILINE)
+    nothing = re.search(r"^\d+ skipped.* in [\d.]+s.*$", output, re.MULTILINE)  # and none passed
     if status is None:
         return "out of time", f"it was ended after {limit:.0f} s"
     if status == 0:
-        return "passed", ""
+        return ("left out", nothing[0]) if nothing else ("passed", "")
     if missing and status in (1, 2) and " failed" not in lines[-1]:
         return "left out", missing[1]
     if status == 5 or (status == 2 and "error" not in lines[-1].lower()):
@@ -124,8 +132,8 @@ def judge(status: int | None, output: str, limit: float) -> tuple[str, str]:
 
 
 def stages(python: str) -> list[list[list[Part]]]:
-    """What to run one after the other. The lanes of a stage run side by side, and the parts of a
-    lane one after the other: what is measured is alone on the card."""
+    """The stages, to run one after the other. The lanes of a stage run side by side, and the parts
+    of a lane one after the other. Benchmarks have the card for themselves."""
     files = sorted((ROOT / "tests").glob("test_*.py"))
     marked = [
         path.relative_to(ROOT) for path in files if re.search(r"mark\.cuda\b", path.read_text())
@@ -156,7 +164,7 @@ def stages(python: str) -> list[list[list[Part]]]:
 
 
 def run_side_by_side(lanes: list[list[Part]], end: float) -> None:
-    """Runs the parts of each lane one after the other. What runs when this is interrupted, ends."""
+    """Runs the parts of each lane one after the other. An interrupt ends all that run."""
 
     def run(lane: list[Part]) -> Iterator[None]:
         for part in lane:
@@ -174,11 +182,11 @@ def run_side_by_side(lanes: list[list[Part]], end: float) -> None:
 
 
 def machine(python: str) -> tuple[dict[str, Any], str]:
-    """What the figures depend on, and the reason why there is no GPU, if there is none."""
+    """The machine and versions, and the reason if there is no GPU."""
 
     def said(*command: str) -> str | None:
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
             return (done.stdout if done.returncode == 0 else done.stderr).strip() or None
         return None
 
@@ -196,13 +204,24 @@ def machine(python: str) -> tuple[dict[str, Any], str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=4, help="for all parts together")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="the file to write")
+    text = "limit for all parts together; default: 4"
+    parser.add_argument("--minutes", type=float, default=4, help=text)
+    text = "the file to write; default: runs/gpu_check.json"
+    parser.add_argument("--json", type=Path, default=RESULTS, help=text)
     args = parser.parse_args()
+    try:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.touch()
+    except OSError as error:
+        parser.error(
+            f"--json {args.json} cannot be written ({error.strerror}): choose another file"
+        )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the parts, as Ctrl-C does
+    sys.stdout.reconfigure(errors="replace")
     end, start = time.monotonic() + 60 * args.minutes, time.monotonic()
     found, reason = machine(sys.executable)
     print(" ".join(f"{name}: {value}" for name, value in found.items()))
-    # Builds are for this card alone, and what a part has printed is there when it is ended.
+    # Build for this card alone. Unbuffered, so that a part that is ended has shown all its output.
     os.environ |= {"TORCH_CUDA_ARCH_LIST": found.get("capability") or "", "PYTHONUNBUFFERED": "1"}
     done: list[Part] = []
     for lanes in stages(sys.executable):

@@ -5,7 +5,8 @@
 The baselines, in float32: the row-at-a-time recursion of the paper (tests/reference.py), and the
 bare matrix products that are needed, 2·m²·d operations at the rate of a large float32 product
 measured in the same run. Contestants take turns; each figure is the median over `--rounds`, of the
-slow ones a single run. "Peak" is resident memory in a process of its own, less what it had before.
+slow ones a single run. A level of pruning is in seconds of the processor. "Peak" is resident
+memory in a process of its own, less what it had before.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from optim_step import environment
 from reference import recursion_diagonal
 
 from blocks import BATCH
+from masks import lowest
 from prun import BlockedInverseFisher, PagedInverseFisher
 
 DAMP = 1e-5
@@ -42,10 +44,10 @@ def random_gradients(m: int, d: int) -> torch.Tensor:
     return 0.01 * (0.1 + torch.randn(m, d, generator=generator)) * spread
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def exact_diagonal(G: torch.Tensor) -> torch.Tensor:
@@ -113,6 +115,28 @@ def blocked(G: torch.Tensor, rounds: int, sample: int) -> dict[str, float]:
     }
 
 
+def levels(G: torch.Tensor, rounds: int) -> dict[str, float]:
+    """Saliencies, choice and joint update of a level, in seconds of the processor, for a tenth and
+    for half of the weights at once."""
+    figures, w = {}, torch.randn(G.shape[1], generator=torch.Generator().manual_seed(1)).double()
+    for name, fisher in (
+        ("full", PagedInverseFisher(G, DAMP)),
+        (f"blocks of {BLOCK}", BlockedInverseFisher(G, BLOCK, DAMP)),
+    ):
+        fisher.diagonal()
+        for share in (0.1, 0.5):
+
+            def prune(fisher=fisher, share=share) -> None:
+                saliency = w.square() / (2 * fisher.diagonal())
+                among = torch.ones_like(w, dtype=torch.bool)
+                dropped = lowest(saliency.float(), among, round(share * len(w)))
+                fisher.joint_update(dropped.nonzero()[:, 0], w)
+
+            times = [seconds(prune, time.process_time) for _ in range(rounds + 1)]
+            figures[f"{name}, {share:.0%} of the weights, s"] = statistics.median(times[1:])
+    return figures
+
+
 # --- memory: each in a process of its own ---------------------------------------------------------
 
 
@@ -171,6 +195,7 @@ def main() -> None:
     for title, part in {
         "full": lambda: full(G, args.rounds),
         "blocked": lambda: blocked(G, args.rounds, args.blocks),
+        "a level": lambda: levels(G, args.rounds),
         "blocked, accumulated": lambda: in_a_process(str(m), str(d)),
     }.items():
         result[title] = figures = part()

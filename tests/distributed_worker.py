@@ -671,6 +671,45 @@ def pruning(folder):
         assert_same_everywhere(together)
 
 
+class Noted(list):
+    """A list that knows which of its items were asked for."""
+
+    def __init__(self, items):
+        super().__init__(items)
+        self.asked = []
+
+    def __getitem__(self, i):
+        self.asked.append(i)
+        return super().__getitem__(i)
+
+
+def samples(folder):
+    """Gradients of samples are those that one process takes from the same batches, which m cuts
+    through, and which differ in size. Each process loads its own."""
+    sizes = [4, 1, 3, 4, 2, 4, 4, 3, 4, 4]  # 33
+    data = [(x[:n], y[:n]) for n, (x, y) in zip(sizes, batches(len(sizes)), strict=True)]
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for options in (
+        {"ngrads": 13},
+        {"ngrads": 30, "blocksize": 40},
+        {"ngrads": 33, "blocksize": 7, "damp": "relative"},
+    ):
+        models, found = [network(), network()], []
+        for model, group in zip(models, (dist.group.WORLD, False), strict=True):
+            found.append(Noted(data))
+            how = {"damp": 1e-3, "per_sample": True, "process_group": group, **options}
+            MFACPruner(model, found[-1], **how).prune(0.6)
+        together, alone = (weights(model) for model in models)
+        assert torch.equal(together == 0, alone == 0)
+        assert_close(together, alone)
+        assert_same_everywhere(together)
+        (first, *own), (_, *all_of_them) = (noted.asked for noted in found)
+        assert first == 0  # for its size
+        assert set(own) <= set(all_of_them[rank::size]) | set(own[-1:]), (own, all_of_them)
+    pruner = MFACPruner(network(), data, ngrads=34, per_sample=True)
+    raises("Wanted 34 gradients, but the loader has fewer samples", lambda: pruner.prune(0.5))
+
+
 def disagreement(folder):
     """What one process alone cannot do is an error in all of them."""
     model = nn.Linear(8, 4, bias=False)

@@ -20,8 +20,8 @@ HARNESS = Path(__file__).parent / "cuda_on_cpu"
 SOURCE = Path(__file__).parents[1] / "hinv_cuda_kernel.cu"
 FLAGS = {
     "plain": ["-O2"],
-    "race": ["-O1", "-g", "-fsanitize=thread"],
-    "sanitized": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "race": ["-O1", "-g1", "-fsanitize=thread"],
+    "sanitized": ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
 }
 BLOCK = 4096  # columns with a scale, or with their share of a compressed row
 

@@ -160,6 +160,7 @@ class Mode:
         shutil.copytree(folder, copy)
         end = forked(self.call, copy)
         self.expect(end.status == 0, f"not resumed: {end.err}")
+        self.expect(not any(copy.glob("*.tmp")), "a part of a file is left")
         equal = forked(lambda: check_same(self.whole, copy), folder)
         self.expect(equal.status == 0, f"other bits: {equal.err}")
 

@@ -44,7 +44,7 @@ def output(process, timeout=300):
 
 CHECKS = ["steps", "mixed", "messages", "skipped", "absent", "lost", "zero", "fsdp1", "swapped"]
 CHECKS += ["controlled", "vetoed", "added", "checkpoints", "thawed"]
-CHECKS += ["batch_norm", "found", "inverses", "pruning", "disagreement", "save"]
+CHECKS += ["batch_norm", "found", "inverses", "pruning", "samples", "disagreement", "save"]
 
 
 def test_every_process_gets_what_one_process_would(tmp_path):

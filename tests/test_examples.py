@@ -58,6 +58,7 @@ def run(arguments, folder):
         "HF_HOME": str(folder / "cache"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else it starts a process for each core
+        "TORCHINDUCTOR_VEC_ISA_OK": "0",  # scalar code, which takes less time to compile
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }

@@ -38,7 +38,6 @@ needs_gxx = pytest.mark.skipif(
 )
 # In one process, so that each library is built once.
 in_one_process = pytest.mark.xdist_group("kernels")
-needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 
 
 # --- the kernels on a GPU -------------------------------------------------------------------------
@@ -430,6 +429,7 @@ def test_update_changes_nothing_without_a_positive_schur_complement(kernels, bad
 
 SHAPES = [(5, 0), (1, 1), (3, 7), (9, 4099), (33, 130), (17, 9001)]
 SCALED = ("float16", "float8_e4m3fn")
+PLAIN = [dtype for dtype in CODES if dtype not in SCALED]  # those of compressed windows
 ROUNDING = 2e-15  # of float64 sums, relative to the sum of absolute values
 
 
@@ -485,6 +485,11 @@ class Window:
         codes = decode(self.dtype, self.codes[: self.rows, : self.d])
         scales = self.scales if self.scales is not None else [None] * self.m
         return np.stack([self.of_row(row, scales[i]) for i, row in enumerate(codes)])
+
+
+def windows_of(compress):
+    """Types of dense windows, and of compressed ones with this part of each gradient."""
+    return [*((dtype, None) for dtype in CODES), *((dtype, compress) for dtype in PLAIN)]
 
 
 def assert_sums(actual, terms, rounding=0.0):
@@ -628,7 +633,7 @@ COMPRESSED = [(5, 0, 1), (1, 1, 1), (3, 10, 0.3), (40, 4096, 0.01), (130, 9000, 
 COMPRESSED += [(300, 13000, 0.1)]
 
 
-@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("dtype", PLAIN)
 @pytest.mark.parametrize(("m", "d", "part"), COMPRESSED)
 def test_sparse_times(kernels, m, d, part, dtype):
     for count, n in [(0, 2), (m // 2, 1), (m, 2)]:
@@ -640,7 +645,7 @@ def test_sparse_times(kernels, m, d, part, dtype):
         assert (y[:, w.rows :] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("dtype", PLAIN)
 @pytest.mark.parametrize(("m", "d", "part"), COMPRESSED)
 def test_sparse_replace(kernels, m, d, part, dtype):
     for count, accepted in [(0, 1), (2 * m - 1, 1), (m + m // 2, 0)]:
@@ -662,7 +667,7 @@ def test_sparse_replace(kernels, m, d, part, dtype):
             assert (u == 0).all()
 
 
-@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("dtype", PLAIN)
 @pytest.mark.parametrize(("m", "d", "part"), COMPRESSED)
 def test_largest(kernels, m, d, part, dtype):
     w = Compressed(m, d, dtype, part, 0)
@@ -709,28 +714,40 @@ def everything(kernels, m, dtypes=tuple(PRECISION), windows=tuple(CODES)):
     yield from step_kernels(kernels, m, windows)
 
 
-def step_kernels(kernels, m, windows=tuple(CODES), kinds=tuple(DAMP)):
+def step_kernels(kernels, m, windows=tuple(CODES)):
     """The same of what a step uses."""
     rng = np.random.default_rng(m)
-    for kind in kinds:  # with refinement and without
+    for kind in DAMP:  # with refinement and without
         K, P, k, j = window(rng, m, kind)
         results = updated(kernels, P, K, k, j, DAMP[kind])
         yield [np.asarray(result).tobytes() for result in results]
     for dtype in windows:
-        w = Window(m, 9000, dtype, m // 2)
-        z = rng.normal(size=m)
-        yield kernels.times(dtype, w.codes, w.d, w.x, w.count, w.scales).tobytes()
-        yield kernels.transposed_times(dtype, w.codes, w.d, z, w.scales, *w.new, 1).tobytes()
-        yield w.codes[:, : w.d].tobytes()
-        w = Compressed(m, 5000, dtype, 0.05, m)
-        X = rng.normal(size=(2, w.d)).astype(real(dtype))
-        if dtype in SCALED:
-            yield [x.tobytes() for x in kernels.round(dtype, X[0].astype(np.float32))]
-        yield [x.tobytes() for x in kernels.largest(dtype, *X, len(w.row), w.kept)]
-        yield kernels.sparse_times(dtype, w.columns, w.values, X, m, *w.new).tobytes()
-        new = *w.new, X[1].copy(), X[1], 2.0, w.count, 1
-        yield kernels.sparse_replace(dtype, w.columns, w.values, z, X[0], *new).tobytes()
-        yield [x.tobytes() for x in (w.columns, w.values, X)]
+        yield from dense_kernels(kernels, m, dtype)
+        if dtype in PLAIN:
+            yield from compressed_kernels(kernels, m, dtype)
+
+
+def dense_kernels(kernels, m, dtype):
+    """The same for a dense window."""
+    w = Window(m, 9000, dtype, m // 2)
+    z = w.rng.normal(size=m)
+    yield kernels.times(dtype, w.codes, w.d, w.x, w.count, w.scales).tobytes()
+    yield kernels.transposed_times(dtype, w.codes, w.d, z, w.scales, *w.new, 1).tobytes()
+    yield w.codes[:, : w.d].tobytes()
+    if dtype in SCALED:
+        g = w.rng.normal(size=5000).astype(np.float32)
+        yield [x.tobytes() for x in kernels.round(dtype, g)]
+
+
+def compressed_kernels(kernels, m, dtype):
+    """The same for a compressed window."""
+    w = Compressed(m, 5000, dtype, 0.05, m)
+    X, z = w.rng.normal(size=(2, w.d)).astype(real(dtype)), w.rng.normal(size=m)
+    yield kernels.sparse_times(dtype, w.columns, w.values, X, m, *w.new).tobytes()
+    new = *w.new, X[1].copy(), X[1], 2.0, w.count, 1
+    yield kernels.sparse_replace(dtype, w.columns, w.values, z, X[0], *new).tobytes()
+    yield [x.tobytes() for x in (w.columns, w.values, X)]
+    yield [x.tobytes() for x in kernels.largest(dtype, *X, len(w.row), w.kept)]
 
 
 @pytest.mark.parametrize("m", [33, 300])
@@ -822,9 +839,12 @@ def test_every_barrier_is_needed(line):
     before = kernels.library.cpucuda_races()
     # 130: two tiles in a sum of hinv_setup, two panels in hinv_mul
     cases = everything(kernels, 130, [np.float32], ["float32"])
-    if line > line_of("--- hinv_update"):
-        kinds = [] if line > line_of("--- hinv_times") else DAMP
-        cases = step_kernels(kernels, 130, ["float32"], kinds)
+    if line > line_of("--- compressed windows"):
+        cases = compressed_kernels(kernels, 130, "float32")
+    elif line > line_of("--- hinv_times"):
+        cases = dense_kernels(kernels, 130, "float32")
+    elif line > line_of("--- hinv_update"):
+        cases = step_kernels(kernels, 130, [])
     process = os.fork()
     if process == 0:
         seen = None
@@ -881,19 +901,13 @@ int main() {
 @needs_gxx
 @in_one_process
 def test_no_access_out_of_bounds():
-    square = "(setup or mul or test_update) and (cpu-1- or cpu-33- or cpu-96-) and not float64"
-    cases = f"{square} or times and cpu and (5-0 or 3-7 or 33-130 or 3-10 or 40-4096)"
-    done = sanitized(
-        "-m",
-        "pytest",
-        "--noconftest",
-        "-p",
-        "no:cacheprovider",
-        "-x",
-        __file__,
-        "-k",
-        cases,
-    )
+    square = "(setup or mul) and (1- or 33- or 96-) and not float64"
+    update = "test_update and (1- or 33-)"
+    windows = "(times or replace or largest) and not float16"
+    windows += " and (5-0 or 3-7 or 3-10 or 40-4096 or 33-130 and float8)"
+    cases = f"cpu and ({square} or {update} or {windows} or row_of_what)"
+    options = ["--noconftest", "-p", "no:cacheprovider", "-x", "-s"]
+    done = sanitized("-m", "pytest", *options, __file__, "-k", cases)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
     assert "skipped" not in done.stdout
@@ -968,16 +982,13 @@ def test_which_kernels_are_taken_is_logged_once(
 @needs_gxx
 @in_one_process
 @pytest.mark.parametrize("kind", DAMP)
-@pytest.mark.parametrize("compress", [None, 0.3])
-@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize(("dtype", "compress"), windows_of(0.3))
 def test_the_optimizer_takes_the_kernels(monkeypatch, dtype, compress, kind):
     """The results of torch operations in float64, in a window that is filled, exchanged, damped
     anew, and given a gradient that is not finite."""
     torch = pytest.importorskip("torch")
     import optim
 
-    if compress and dtype in SCALED:
-        pytest.skip("compressed windows have no scales")
     m, on_cpu = 12, KernelsOnCpu()
     G = torch.tensor(gradients(np.random.default_rng(0), 3 * m, kind), dtype=torch.float32)
     plain, fisher = (
@@ -1005,8 +1016,8 @@ def test_the_optimizer_takes_the_kernels(monkeypatch, dtype, compress, kind):
 
 
 @needs_gxx
-@pytest.mark.parametrize("compress", [None, 0.01])
-@pytest.mark.parametrize("dtype", CODES)
+@in_one_process
+@pytest.mark.parametrize(("dtype", "compress"), windows_of(0.01))
 def test_a_step_is_few_launches_however_many_parameters_there_are(monkeypatch, dtype, compress):
     """Operations that make a view or memory, or ask for a type, launch nothing."""
     torch = pytest.importorskip("torch")
@@ -1014,8 +1025,6 @@ def test_a_step_is_few_launches_however_many_parameters_there_are(monkeypatch, d
 
     import optim
 
-    if compress and dtype in SCALED:
-        pytest.skip("compressed windows have no scales")
     quiet = "view", "slice", "select", "unbind", "as_strided", "detach", "alias", "squeeze"
     quiet += "record_function", "lift_fresh", "empty", "promote_types", "local_scalar"
     quiet += ("fill_",)  # in the stand-in
@@ -1061,7 +1070,7 @@ def test_nvrtc_compiles_without_a_gpu_and_once(module, nvrtc, monkeypatch, tmp_p
     architecture = 120  # below, nvcc compiles for others
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     symbols, binary = module.compiled(architecture)
-    assert len(symbols) == 1 + 5 * len(CODES) + len(SCALED)
+    assert len(symbols) == 1 + 2 * len(CODES) + len(SCALED) + 3 * len(PLAIN)
     assert binary[:4] == b"\x7fELF"
     assert all(symbol.encode() in binary for symbol in symbols.values())
     assert len(list((tmp_path / "mfac").iterdir())) == 1
@@ -1119,7 +1128,7 @@ def test_launches_through_the_driver_have_the_arguments_of_the_kernels(module, m
     kernels.driver, kernels.device = Driver(on_cpu.library), torch.device("cpu")
     kernels.functions, kernels.resident = {"exchange": ("update", None)}, {"exchange": 4}
     for name, kind in module.FORMATS.items():
-        for kernel in [*module.KERNELS, "round_row"]:
+        for kernel in module.KERNELS:
             key, launcher = f"{kernel}<{kind}>", kernel.removeprefix("window_")
             launcher = {"round_row": "round", "largest_entries": "largest"}.get(kernel, launcher)
             kernels.functions[key] = launcher, str(name).removeprefix("torch.")
@@ -1130,103 +1139,6 @@ def test_launches_through_the_driver_have_the_arguments_of_the_kernels(module, m
     through_driver = list(step_kernels(OnGpu(kernels, "cpu"), 33, [dtype]))
     assert through_driver == list(step_kernels(on_cpu, 33, [dtype]))
     assert kernels.hinv_transposed_times(torch.ones(3, 0), torch.ones(3).double()).shape == (0,)
-
-
-# --- the build ------------------------------------------------------------------------------------
-
-
-@needs_nvcc
-def test_nvcc_compiles_without_warnings_and_spills(tmp_path):
-    newest = max(int(n) for n in re.findall(r"compute_(\d+)", run("nvcc", "--list-gpu-arch")))
-    report = run(
-        *["nvcc", "-std=c++17", "-O3", "-Werror", "all-warnings", "-c", SOURCE],
-        *["-Xptxas", "-v,-warn-spills,-warn-lmem-usage", "-o", tmp_path / "kernels.o"],
-        *["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90"],
-        f"-gencode=arch=compute_{newest},code=compute_{newest}",
-    )
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", report)
-    assert len(spills) == report.count("Compiling entry function")
-    assert set(spills) == {("0", "0")}
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """A copy of the project in which `python setup_cuda.py build_ext --inplace` has run."""
-    torch = pytest.importorskip("torch")
-    version = torch.version.cuda or "none"
-    if f"release {version.split('.')[0]}." not in run("nvcc", "--version"):
-        pytest.skip(f"needs the nvcc of torch's CUDA version, {version}")
-    directory = tmp_path_factory.mktemp("project")
-    for path in ROOT.glob("[!.]*"):
-        if path.is_file():
-            shutil.copy(path, directory)
-    shutil.copytree(ROOT / "models", directory / "models")
-    in_project(directory, "setup_cuda.py", "build_ext", "--inplace")
-    return directory
-
-
-def in_project(directory, *arguments):
-    quickly = {"TORCH_CUDA_ARCH_LIST": "9.0", "CFLAGS": "-O0", "CXXFLAGS": "-O0"}
-    environment = {**os.environ, **quickly, "MFAC_CUDA": "1"}
-    return run(sys.executable, *arguments, cwd=directory, env=environment)
-
-
-@needs_nvcc
-def test_the_extension_builds_and_is_importable_without_a_gpu(project):
-    program = """
-import torch, hinv_cuda
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-def message(call, *arguments):
-    try:
-        call(*arguments)
-    except RuntimeError as error:
-        return str(error)
-
-matrix, vector = torch.eye(3), torch.ones(3)
-expected = "tmp is on cpu; hinv_cuda works on CUDA tensors"
-assert expected in message(hinv_cuda.hinv_setup, matrix, matrix)
-assert expected in message(torch.ops.hinv_cuda.hinv_setup, matrix, matrix)
-assert "D is on cpu" in message(hinv_cuda.hinv_mul, 3, matrix, vector)
-double, count = matrix.double(), torch.tensor(0)
-arguments = double, double, vector, count, count.double(), 1e-5, vector, vector, count
-assert "P is on cpu" in message(hinv_cuda.hinv_update, *arguments)
-assert "P has shape (3,)" in message(hinv_cuda.hinv_update, vector, *arguments[1:])
-assert "G is on cpu" in message(hinv_cuda.hinv_times, matrix, vector, count)
-columns = matrix.int()
-assert "G is Int; it must be float32" in message(hinv_cuda.hinv_times, columns, vector, count)
-row = count, columns[0], vector
-assert "values is on cpu" in message(hinv_cuda.hinv_sparse_times, columns, matrix, matrix, *row)
-assert "g has shape (3,) on cpu" in message(hinv_cuda.hinv_round, vector, matrix.half())
-assert "error is on cpu" in message(hinv_cuda.hinv_largest, vector, vector, matrix, 4)
-for name in ("setup", "mul", "update", "times", "transposed_times", "round", "largest",
-             "sparse_times", "sparse_replace"):
-    assert "hinv_" + name in hinv_cuda.__doc__
-
-def halve_and_multiply(D, t):
-    t = t / 2
-    torch.ops.hinv_cuda.hinv_mul(3, D, t)
-    return t + 1
-
-with FakeTensorMode():
-    D, t = torch.empty(3, 3, device="cuda"), torch.empty(3, device="cuda")
-    compiled = torch.compile(halve_and_multiply, fullgraph=True, backend="aot_eager")
-    assert compiled(D, t).device.type == "cuda"
-    G, count = torch.empty(3, 8, device="cuda").double(), torch.empty((), device="cuda").long()
-    assert torch.ops.hinv_cuda.hinv_times(G, G[0], count).shape == (3,)
-    assert torch.ops.hinv_cuda.hinv_transposed_times(G, t).dtype == torch.float64
-    new = G[0].int(), G[0]
-    assert torch.ops.hinv_cuda.hinv_sparse_times(G.int(), G, G[:2], count, *new).shape == (2, 3)
-    replaced = *new, G[0], G[0], count.double(), count, count
-    u = torch.ops.hinv_cuda.hinv_sparse_replace(G.int(), G, t, G[0], *replaced)
-    assert u.shape == (8,)
-    found = torch.ops.hinv_cuda.hinv_round(G[0].float(), G.half())
-    assert [tuple(x.shape) for x in found] == [(8,), (1,), (8,)]
-    found = torch.ops.hinv_cuda.hinv_largest(G[0], G[0], G[:, :2].contiguous(), 2)
-    assert [tuple(x.shape) for x in found] == [(2,), (2,), (8,), (2, 8)]
-print("all is well")
-"""
-    assert "all is well" in in_project(project, "-c", program)
 
 
 # --- on a GPU only --------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import os
 import random
+import re
 import resource
 import shlex
 import subprocess
@@ -21,6 +22,7 @@ import torch
 from PIL import Image
 from test_main_optim import assert_shown
 
+import costs
 import datautils
 import finetune
 import main_common
@@ -183,7 +185,7 @@ def test_the_published_command(tmp_path):
         for part in (" test ", "top-5 ", "gradients ", "inverse ", "evaluation "):
             assert part in line
     assert len(lines) - 1 - len(figures) == (1 + 9) * 22  # layers
-    assert "GiB on cpu" in errors and errors.count("\n") == 1
+    assert "GB on cpu" in errors and errors.count("\n") == 1
     stem = tmp_path / "runs" / "resnet20-digits-pruned-mfac"
     names = {f"{stem.name}{end}" for end in (".state", ".csv", ".png")}
     names |= {f"{stem.name}-step{step}.pth" for step in range(9)}
@@ -694,24 +696,6 @@ def test_interrupted_while_a_state_is_loaded(run, monkeypatch, capsys):
     assert run("--out", "net", "--resume") == 0
 
 
-def test_killed_at_any_moment(run, dataset, checkpoint, tmp_path):
-    """SIGKILL, twice, and --resume from the first call on, as in a batch queue."""
-    flags = [*RUNS["gradual mfac"].split(), "--dataset", dataset, "--checkpoint", checkpoint]
-    chance = random.Random(time.time_ns())
-    for _ in range(2):
-        process = start(*flags, "--out", "killed", "--resume", cwd=tmp_path)
-        process.stdout.readline()  # the settings: pruning begins
-        time.sleep(chance.uniform(0, 2))
-        process.kill()
-        process.communicate()
-        for path in tmp_path.glob("*[eh]"):  # .state, .pth
-            main_common.load_saved(path)
-    assert run(*flags, "--out", "killed", "--resume") == 0
-    assert run(*flags, "--out", "whole") == 0
-    assert_same_run("whole", "killed")
-    assert not list(tmp_path.glob("*.tmp"))
-
-
 @pytest.mark.parametrize("lost", ["net-step1.pth", "net.csv", "net.png"])
 def test_results_come_back_from_the_state(run, lost):
     """As after a kill between the writing of the state and that of the results."""
@@ -864,7 +848,7 @@ BAD_FLAGS = [
     ),
     ("--cubic -1 0.9 3", "from 0"),
     ("--sparsities 0.999 --adjust_sparsities --ngrads 8", "can be pruned"),
-    ("--tests 9", "--tests 9 is no step: they go from 0 to 8"),
+    ("--tests 9", "--tests 9 is no step: steps are 0 to 8"),
     ("--recomps 0 4 --sparsities 0.1 0.2", "--recomps 4 is no step"),
     ("--recomps -1", "--recomps: -1 is not"),
     *(
@@ -931,18 +915,18 @@ BAD_FLAGS = [
     ("--device tpu9", "--device tpu9 is not one of cpu"),
     ("--device cuda:99", "--device cuda:99 is not one of cpu"),
     ("--out .", "is a folder"),
-    ("--out /dev/null/net", "/dev/null is no folder"),
+    ("--out /dev/null/net", "/dev/null is not a writable folder"),
     (f"--out {'x' * 300}", "too long"),
     ("--checkpoint missing.pth --ngrads 8", "missing.pth"),
-    ("--plot missing.csv", "--plot missing.csv cannot be read: No such file or directory"),
-    ("--tensorboard /dev/null/tb", "/dev/null is no folder"),
+    ("--plot missing.csv", "--plot missing.csv can't be read: No such file or directory"),
+    ("--tensorboard /dev/null/tb", "/dev/null is not a writable folder"),
     ("--sparsities 0.5 --tests 0 x", "x"),
     ("extra", "extra"),
     ("--dataset /dev/null", "is a file"),
     ("--checkpoint . --ngrads 8", "There is no checkpoint file"),
     ("--checkpoint /dev/zero --ngrads 8", "There is no checkpoint file /dev/zero"),
-    ("--plot /dev/zero", "--plot /dev/zero is no file"),
-    ("--plot .", "--plot . is no file"),
+    ("--plot /dev/zero", "--plot /dev/zero is not a file"),
+    ("--plot .", "--plot . is not a file"),
     *((f"--nepochs 9 --prun_lrs {value}", "--prun_lrs: ") for value in ("0", "0.1 -1", "nan", "x")),
     *((f"--nepochs 9 --{flag} x", f"--{flag}: x is not") for flag in ("lr", "momentum", "drop_by")),
     *((f"--{flag} x", f"--{flag}: x is not") for flag in ("weightdecay", "seed", "nepochs")),
@@ -960,7 +944,7 @@ BAD_FLAGS = [
     ("--nepochs 9 --optim mfac --batchsize 32 --ngrads 1000000", "more than the 80"),
     (
         f"--pruner magnitude --sparsities 0.5 --nepochs 1 --optim mfac --ngrads {10**9}",
-        "but free are",
+        "GB free; take fewer gradients",
     ),
 ]
 
@@ -1042,8 +1026,9 @@ def test_without_tensorboard(run, monkeypatch, capsys):
 
 
 def test_gradients_that_can_not_fit(run, monkeypatch, capsys):
-    """With the advice it fits; where none helps, fewer gradients are advised."""
+    """With the advice they fit; where none helps, fewer gradients are advised."""
     monkeypatch.setattr(memory, "BATCH", 8)  # so that blocks take less for so few gradients
+    monkeypatch.setattr(memory, "free_in_folder", lambda: 0)
     flags = ["--ngrads", 80, "--sparsities", 0.5, "--out", "net"]
     d = sum(
         weight.numel() for weight in models.build("resnet20", 4).parameters() if weight.ndim > 1
@@ -1051,28 +1036,26 @@ def test_gradients_that_can_not_fit(run, monkeypatch, capsys):
     full, blocked = (
         inverse_bytes(80, d, blocksize=size)[torch.device("cpu")] for size in (None, 16)
     )
-    monkeypatch.setattr(main_prun, "available_memory", lambda device: blocked - 1)
+    monkeypatch.setattr(memory, "available_memory", lambda device: blocked - 1)
     assert run(*flags) == 2
-    assert "use fewer --ngrads" in capsys.readouterr().err
-    monkeypatch.setattr(main_prun, "available_memory", lambda device: full - 1)
+    assert "use fewer gradients" in capsys.readouterr().err
+    monkeypatch.setattr(memory, "available_memory", lambda device: full - 1)
     assert run(*flags, "--pages", 64) == 2
     printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.count("\n") == 1 and "GiB on cpu" in printed.err
-    advised = printed.err.split(": use ")[1].split()
-    assert advised == ["--blocksize", "16"]
-    assert run(*flags, *advised) == 0
+    assert printed.out == "" and printed.err.count("\n") == 1 and "GB on cpu" in printed.err
+    assert "use a blocksize of 16, fewer gradients" in printed.err
+    assert run(*flags, "--blocksize", 16) == 0
+    monkeypatch.setattr(memory, "free_in_folder", lambda: 2**40)
+    assert run(*flags, "--overwrite") == 0
+    assert re.search(
+        r"inverse Fisher: .* GB on cpu and 0\.\d+ GB in a file", capsys.readouterr().err
+    )
 
 
-def test_on_a_gpu_pages_are_advised(run, monkeypatch, dataset, checkpoint):
-    args = ["--dataset", dataset, "--checkpoint", checkpoint, "--ngrads", 40, "--out", "net"]
-    parsed = main_prun.build_parser().parse_args(list(map(str, args)))
-    started = main_prun.Run(parsed)
-    started.device = torch.device("cuda")
-    needed = started.bytes_needed(-1, 4, "cpu")[started.device]
-    free = {"cuda": needed, "cpu": 2**40}
-    monkeypatch.setattr(main_prun, "available_memory", lambda device: free[device.type])
-    with pytest.raises(main_prun.UserError, match="use --pages 4"):
-        started.check_memory()
+def test_a_window_that_can_not_fit(run, monkeypatch, capsys):
+    monkeypatch.setattr(costs, "available_memory", lambda device: 10**6)
+    assert run(*RUNS["gradual mfac"].split(), "--out", "net") == 2
+    assert "A window of" in capsys.readouterr().err
 
 
 def test_fine_tuning_has_the_memory_of_the_inverse(run, monkeypatch):

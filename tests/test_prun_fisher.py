@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from reference import dense_fisher, independent_removal, joint_removal
 
 import blocks
+import memory
 import prun
 from blocks import float32_sums
 from pages import Pages
@@ -134,6 +135,37 @@ def test_damping_that_cannot_be_resolved_is_refused_with_a_value_that_can():
         error = fisher.diagonal() - 1 / damp  # nearly all directions are not in G
         assert (error <= 0).all()
         fisher.matvec(G[0])  # this one is
+
+
+@pytest.mark.parametrize("form", ["full", "blocks", "large blocks"])
+def test_damping_lowered_far_gives_right_numbers_or_a_true_sentence(form):
+    """Blocks of stored gradients may have been summed in float32, which was enough at first."""
+    G = torch.randn(40, 32) + 3
+
+    def build(damp):
+        return PagedInverseFisher(G, damp) if form == "full" else BlockedInverseFisher(G, b, damp)
+
+    b = {"blocks": 32, "large blocks": 48}.get(form)
+    G = torch.randn(40, b or 96) + 3
+    fisher = build(1e2)
+    fisher.damp = 1e-9
+    exact = torch.linalg.inv(dense_fisher(G, 1e-9))
+    if form == "blocks":
+        with pytest.raises(ValueError, match="damp = 1e-09 is too small for sums of float32"):
+            fisher.diagonal()
+        fisher = build(1e-9)
+    torch.testing.assert_close(fisher.diagonal(), exact.diagonal(), rtol=1e-5, atol=0)
+    fisher.damp = 1e2
+    torch.testing.assert_close(fisher.diagonal(), build(1e2).diagonal(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("damp", [-1.0, 1e-290])
+def test_a_damping_that_is_refused_changes_nothing(damp):
+    fisher = PagedInverseFisher(torch.randn(9).expand(4, 9), 1e-2)
+    before = fisher.diagonal()
+    with pytest.raises(ValueError, match=r"damp"):
+        fisher.damp = damp
+    assert fisher.damp == 1e-2 and torch.equal(fisher.diagonal(), before)
 
 
 def test_the_default_device_of_torch_does_not_matter():
@@ -287,7 +319,7 @@ def test_any_number_of_pages_gives_the_same_numbers(pages):
         assert relative_error(getattr(many, method)(drop, w), expected) < 1e-6
 
 
-@pytest.mark.parametrize("pages", [0, -1, 10, 2.0, None])
+@pytest.mark.parametrize("pages", [0, -1, 10, 2.0])
 def test_page_counts_out_of_range_are_refused(pages):
     with pytest.raises(ValueError, match=r"Invalid pages.*from 1 to 9"):
         PagedInverseFisher(torch.randn(4, 9), pages=pages)
@@ -572,10 +604,12 @@ def resident(line):
     with open("/proc/self/status") as status:
         return next(int(text.split()[1]) * 1024 for text in status if text.startswith(line))
 
-def pruned(d, **options):
+def pruned(d, ngrads, samples=1, **options):
     model = torch.nn.Linear(d, 1, bias=False)
-    loss = lambda model, batch: model.weight @ (batch * torch.randn(d))
-    pruner = MFACPruner(model, [torch.ones(1)] * options["ngrads"], loss=loss, damp=1.0, **options)
+    loss = lambda model, batch: (model.weight @ (batch[:, :1] * torch.randn(d)).T).mean()
+    batches = [torch.ones(samples, 1)] * -(-ngrads // samples)
+    options |= {"ngrads": ngrads, "per_sample": samples > 1, "loss": loss}
+    pruner = MFACPruner(model, batches, damp=1.0, **options)
     for target in (0.2, 0.5, 0.9):
         pruner.prune(target)
 
@@ -600,6 +634,8 @@ print(resident("VmHWM") - before, *inverse_bytes(options.pop("ngrads"), d, **opt
         (500_000, {"ngrads": 40, "blocksize": 32}),
         (100_000, {"ngrads": 128, "blocksize": 64, "perbatch": 2000}),
         (150_000, {"ngrads": 64, "blocksize": 100}),
+        (200_000, {"ngrads": 96, "blocksize": 8, "samples": 64}),  # by vmap
+        (200_000, {"ngrads": 96, "samples": 48}),
     ],
 )
 def test_memory_is_known_in_advance(d, options):
@@ -630,3 +666,48 @@ def test_memory_goes_to_the_device_but_for_the_gradients():
     assert there[1][cuda] > 4 * m * d > there[16][cuda]
     assert inverse_bytes(m, d, pages=16) == here  # nothing is copied
     assert inverse_bytes(m, d, blocksize=16)[cpu] < 4 * m * d
+    file = {pages: inverse_bytes(m, d, pages=pages, grads_device="file") for pages in (1, 16)}
+    assert file[1] == file[16] and file[1][cpu] < here[cpu] - 4 * m * d + 1
+
+
+def test_memory_of_processes_is_that_of_their_weights():
+    cpu, m, d = torch.device("cpu"), 1024, 10**6
+    for options in ({}, {"blocksize": 128}):
+        one, four = (inverse_bytes(m, d, world_size=n, **options)[cpu] for n in (1, 4))
+        assert one / 4 < four < one / 2
+
+
+def test_toys_take_little():
+    assert inverse_bytes(20, 100)[torch.device("cpu")] < 2**20
+    cuda = torch.device("cuda")
+    assert inverse_bytes(20, 100, blocksize=4, device=cuda)[cuda] < 2**20
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "place", "pages"),
+    [
+        ({"cuda": 20, "cpu": 9}, "cuda", 1),
+        ({"cuda": 5.5, "cpu": 9}, "cpu", 4),
+        ({"cuda": 3.1, "cpu": 9}, "cpu", 16),
+        ({"cuda": 3.1, "cpu": 3, "file": 5}, "file", 16),
+        ({"cuda": 3.1, "cpu": 3, "file": 4}, None, None),
+        ({"cuda": 1, "cpu": 9, "file": 9}, None, None),
+    ],
+)
+def test_gradients_go_where_they_fit_in_as_few_pages(gigabytes, place, pages, monkeypatch):
+    """4.1 GB of them; the device needs 1.65 GB beside them, or beside three pages of them."""
+    free = {"file": 0, **gigabytes}
+    monkeypatch.setattr(memory, "available_memory", lambda device: 1e9 * free[device.type])
+    monkeypatch.setattr(memory, "free_in_folder", lambda: 1e9 * free["file"])
+    how = {"device": torch.device("cuda")}
+    if place is None:
+        with pytest.raises(ValueError, match=r"but free are .* GB on cuda and .* GB on cpu: use"):
+            memory.make_plan(1024, 10**6, **how)
+        return
+    plan = memory.make_plan(1024, 10**6, **how)
+    assert (str(plan.place), plan.pages) == (place, pages)
+    assert memory.make_plan(1024, 10**6, pages=64, **how).pages == 64
+    G = torch.empty(1024, 1).expand(1024, 10**6)
+    if place != "cuda":
+        assert memory.fewest_pages(G, torch.device("cuda")) == pages
+    assert memory.fewest_pages(G, torch.device("cpu")) == 1

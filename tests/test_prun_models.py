@@ -3,6 +3,7 @@
 import copy
 import doctest
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import gradients
 import masks
 import memory
+import prun
 from masks import lowest, select_weights
 from prun import MagnitudePruner, MFACPruner, cross_entropy
 
@@ -403,7 +406,7 @@ def test_a_dtensor_is_a_sentence():
     try:
         mesh, model = init_device_mesh("cpu", (1,)), nn.Linear(4, 4)
         model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(0)]))
-        with pytest.raises(ValueError, match="weight is a DTensor, as of FSDP2"):
+        with pytest.raises(ValueError, match="weight is a DTensor, as in FSDP2"):
             mfac(model)
     finally:
         dist.destroy_process_group()
@@ -421,7 +424,7 @@ def test_an_expanded_buffer_is_left_alone():
 @pytest.mark.parametrize("blocksize", [None, 8, 30])
 def test_damping_may_change_between_levels(blocksize):
     model = network()
-    twin, batches = copy.deepcopy(model), data()
+    twin, batches = copy.deepcopy(model), 8 * data(3)  # so that F is singular but for λ
     pruner = mfac(model, batches, blocksize=blocksize)
     pruner.prune(0.3)
     pruner.damp = 1e-1
@@ -432,9 +435,24 @@ def test_damping_may_change_between_levels(blocksize):
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p == 0, q == 0)
         torch.testing.assert_close(p, q)
-    with pytest.raises(ValueError, match="Invalid damp: -1"):
-        pruner.damp = -1
-    assert pruner.damp == 1e-1
+    for bad, message in ((-1, "Invalid damp: -1"), (1e-280, "damp = 1e-280 is too small")):
+        with pytest.raises(ValueError, match=message):
+            pruner.damp = bad
+        assert pruner.damp == pruner._inverse.damp == 1e-1
+    before = pruner._inverse.diagonal()
+    pruner.damp = 1e-1
+    torch.testing.assert_close(pruner._inverse.diagonal(), before)
+
+
+def test_warnings_are_at_the_line_that_called_the_pruner():
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 4), nn.Linear(8, 4))
+    batches = [(x.abs().long().clamp(max=8)[:, 0], y) for x, y in data()]
+    loader = DataLoader(batches, batch_size=None)  # which does not shuffle
+    with pytest.warns(UserWarning) as found:
+        pruner = mfac(model, loader, loss=lambda m, b: cross_entropy(m[:2], b), blocksize=4)
+        pruner.prune(0.2)
+        pruner.recompute()
+    assert len(found) == 4 and {warning.filename for warning in found} == {__file__}
 
 
 @pytest.mark.parametrize("blocksize", [None, 8])
@@ -587,9 +605,10 @@ def test_gradients_may_be_kept_in_bfloat16(blocksize):
 
 def test_memory_that_is_not_there_is_a_sentence(monkeypatch):
     monkeypatch.setattr("memory.available_memory", lambda device: 1000)
+    monkeypatch.setattr("memory.free_in_folder", lambda: 2**40)
     model = network()
     before = flat(model.parameters())
-    with pytest.raises(ValueError, match=r"takes .* GiB on cpu, but free are 0\.00 GiB on cpu"):
+    with pytest.raises(ValueError, match=r"takes .* GB on cpu, but free are 1e-06 GB on cpu"):
         mfac(model).prune(0.5)
     assert torch.equal(flat(model.parameters()), before)
 
@@ -599,12 +618,17 @@ def test_memory_that_is_not_there_is_a_sentence(monkeypatch):
 @pytest.mark.parametrize("blocksize", [None, 9, 30])
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_on_a_gpu_it_is_the_same(blocksize, rounds, monkeypatch):
-    """With gradients on the GPU, and in main memory where they do not fit."""
+    """With gradients on the GPU, and elsewhere where they do not fit."""
     model, batches = network(), data()
     results = []
-    for place in ("cpu", "cuda", "main memory"):
-        if place == "main memory":
-            monkeypatch.setattr(memory, "place_for_gradients", lambda *_, **__: torch.device("cpu"))
+    for place in ("cpu", "cuda", "main memory", "file"):
+        if place in ("main memory", "file"):
+            elsewhere = {"main memory": torch.device("cpu"), "file": "file"}[place]
+
+            def plan(*sizes, elsewhere=elsewhere, **how):
+                return replace(memory.make_plan(*sizes, **how), place=elsewhere, pages=3)
+
+            monkeypatch.setattr(prun, "make_plan", plan)
         net = copy.deepcopy(model).to("cpu" if place == "cpu" else "cuda")
         mfac(net, batches, blocksize=blocksize, rounds=rounds).prune(0.6)
         results.append(flat(net.cpu().parameters()))

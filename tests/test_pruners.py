@@ -1,6 +1,5 @@
 """The pruners, against counts, orders and updates worked out from the definitions."""
 
-import contextlib
 import copy
 import doctest
 import io
@@ -20,7 +19,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import levels
 import masks
-import memory
 from main_prun import COMMON, MFAC_PRUNER
 from optim import MFAC, DynamicInverseFisher
 from prun import (
@@ -746,7 +744,7 @@ def test_an_iterator_is_good_for_one_recomputation():
     pruner = mfac(network(), (samples(4)[:] for _ in range(20)))
     pruner.prune(0.3)
     pruner.prune(0.5)
-    with pytest.raises(ValueError, match="is an iterator, which yields its batches once only"):
+    with pytest.raises(ValueError, match="is an iterator, which yields its batches only once"):
         pruner.recompute()
     assert zeros(pruner) == 448
 
@@ -1302,25 +1300,41 @@ def test_memory_is_asked_for_before_any_gradient(monkeypatch):
     cpu, batches = torch.device("cpu"), []
     needed = inverse_bytes(20, 896)[cpu]
     monkeypatch.setattr("memory.available_memory", lambda device: needed - 1)
+    monkeypatch.setattr("memory.free_in_folder", lambda: 0)
     pruner = mfac(network(), loss=recording(batches))
-    with pytest.raises(ValueError, match=r"takes .* but free are .* a blocksize, portions"):
+    with pytest.raises(ValueError, match=r"takes .* but free are .* use .*gradients, portions"):
         pruner.prune(0.5)
     assert not batches and zeros(pruner) == 0
     pruner = mfac(network(), portions=3, loss=recording(batches))
+    assert pruner.memory_plan().needed[cpu] < needed
     pruner.prune(0.5)
     assert len(batches) == 60 and zeros(pruner) == 448
-    # Processes have their share, twice while gradients are exchanged.
-    share = 2 * inverse_bytes(20, 299)[cpu]
-    for free, fits in ((share - 1, False), (share, True)):
-        monkeypatch.setattr("memory.available_memory", lambda device, free=free: free)
-        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="but free are"):
-            memory.place_for_gradients(20, 896, device=cpu, processes=3)
+
+
+@pytest.mark.parametrize("options", [{}, {"rounds": 3}, {"blocksize": 32}, {"update": "none"}])
+def test_gradients_go_to_a_file_where_memory_is_short(options, monkeypatch, tmp_path, caplog):
+    """Nothing is left of it, and the bits are the same."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    model, data = network(), list(loader())
+    twin = copy.deepcopy(model)
+    mfac(model, data, **options).prune(0.5)
+    needed = inverse_bytes(20, 896, blocksize=options.get("blocksize"))[torch.device("cpu")]
+    monkeypatch.setattr("memory.available_memory", lambda device: needed - 1)
+    pruner = mfac(twin, data, **options)
+    assert pruner.memory_plan().in_file == 20 * 896 * 4
+    with caplog.at_level("INFO", "prun"):
+        pruner.prune(0.5)
+    assert f"7.17e-05 GB in a file in {tmp_path}" in caplog.messages[0]
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_logger_is_told_what_is_done(caplog, capsys):
     with caplog.at_level("INFO", "prun"):
         mfac(network(), rounds=2).prune(0.5)
         assert caplog.messages == [
+            "inverse Fisher: 0.00102 GB on cpu",
             "gradients of 20",
             "inverse Fisher of 896 weights",
             "choice and update, 1 of 2",
@@ -1329,8 +1343,8 @@ def test_a_logger_is_told_what_is_done(caplog, capsys):
         ]
         caplog.clear()
         mfac(network(), portions=["0.*", "[46].*"]).prune(0.25)
-        assert caplog.messages[0] == "portion 1 of 2: gradients of 20"
-        assert caplog.messages[3] == "portion 2 of 2: gradients of 20"
+        assert caplog.messages[1] == "portion 1 of 2: gradients of 20"
+        assert caplog.messages[5] == "portion 2 of 2: gradients of 20"
         caplog.clear()
         MagnitudePruner(network()).prune(0.25)
         assert caplog.messages == ["pruned 224 of 896 weights, sparsity 0.2500"]

@@ -252,25 +252,72 @@ def test_ninja_missing(machine, monkeypatch):
 
 # --- with a real nvcc -----------------------------------------------------------------------------
 
+with_nvcc = pytest.mark.xdist_group("nvcc")  # which compiles the sources once
+# What `import hinv_cuda` gives without a GPU: checks of arguments, and shapes for torch.compile.
+IMPORT = """
+import torch, hinv_cuda
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-@pytest.fixture
-def project(tmp_path):
-    """A copy of the project, where an nvcc of torch's CUDA version is at hand."""
-    if not shutil.which("nvcc") or torch.version.cuda is None:
-        pytest.skip("needs nvcc and a CUDA build of torch")
-    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
-    if f"release {VERSION.split('.')[0]}." not in said:
-        pytest.skip(f"needs the nvcc of torch's CUDA version, {VERSION}")
-    kept = shutil.ignore_patterns(".*", "runs", "build", "docs", "*.so", "tests", "benchmarks")
-    return shutil.copytree(ROOT, tmp_path / "project", ignore=kept)
+def message(call, *arguments):
+    try:
+        call(*arguments)
+    except RuntimeError as error:
+        return str(error)
+
+matrix, vector = torch.eye(3), torch.ones(3)
+expected = "tmp is on cpu; hinv_cuda works on CUDA tensors"
+assert expected in message(hinv_cuda.hinv_setup, matrix, matrix)
+assert expected in message(torch.ops.hinv_cuda.hinv_setup, matrix, matrix)
+assert "D is on cpu" in message(hinv_cuda.hinv_mul, 3, matrix, vector)
+double, count = matrix.double(), torch.tensor(0)
+arguments = double, double, vector, count, count.double(), 1e-5, vector, vector, count
+assert "P is on cpu" in message(hinv_cuda.hinv_update, *arguments)
+assert "P has shape (3,)" in message(hinv_cuda.hinv_update, vector, *arguments[1:])
+assert "G is on cpu" in message(hinv_cuda.hinv_times, matrix, vector, count)
+columns = matrix.int()
+assert "G is Int; it must be float32" in message(hinv_cuda.hinv_times, columns, vector, count)
+row = count, columns[0], vector
+assert "values is on cpu" in message(hinv_cuda.hinv_sparse_times, columns, matrix, matrix, *row)
+assert "g has shape (3,) on cpu" in message(hinv_cuda.hinv_round, vector, matrix.half())
+assert "error is on cpu" in message(hinv_cuda.hinv_largest, vector, vector, matrix, 4)
+expected = "values is Half; it must be float32, bfloat16 or float64"
+assert expected in message(hinv_cuda.hinv_largest, vector, vector, matrix.half(), 4)
+for name in ("setup", "mul", "update", "times", "transposed_times", "round", "largest",
+             "sparse_times", "sparse_replace"):
+    assert "hinv_" + name in hinv_cuda.__doc__
+
+def halve_and_multiply(D, t):
+    t = t / 2
+    torch.ops.hinv_cuda.hinv_mul(3, D, t)
+    return t + 1
+
+with FakeTensorMode():
+    D, t = torch.empty(3, 3, device="cuda"), torch.empty(3, device="cuda")
+    compiled = torch.compile(halve_and_multiply, fullgraph=True, backend="aot_eager")
+    assert compiled(D, t).device.type == "cuda"
+    G, count = torch.empty(3, 8, device="cuda").double(), torch.empty((), device="cuda").long()
+    assert torch.ops.hinv_cuda.hinv_times(G, G[0], count).shape == (3,)
+    assert torch.ops.hinv_cuda.hinv_transposed_times(G, t).dtype == torch.float64
+    new = G[0].int(), G[0]
+    assert torch.ops.hinv_cuda.hinv_sparse_times(G.int(), G, G[:2], count, *new).shape == (2, 3)
+    replaced = *new, G[0], G[0], count.double(), count, count
+    u = torch.ops.hinv_cuda.hinv_sparse_replace(G.int(), G, t, G[0], *replaced)
+    assert u.shape == (8,)
+    found = torch.ops.hinv_cuda.hinv_round(G[0].float(), G.half())
+    assert [tuple(x.shape) for x in found] == [(8,), (1,), (8,)]
+    found = torch.ops.hinv_cuda.hinv_largest(G[0], G[0], G[:, :2].contiguous(), 2)
+    assert [tuple(x.shape) for x in found] == [(2,), (2,), (8,), (2, 8)]
+print("all is well")
+"""
 
 
-def build(project, *arguments):
+def build(project, *arguments, **environment):
+    """Exit status and output of a process that builds for one architecture."""
     quickly = {"TORCH_CUDA_ARCH_LIST": "9.0", "CFLAGS": "-O0", "CXXFLAGS": "-O0", "MFAC_CUDA": "1"}
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=project,
-        env={**os.environ, **quickly},
+        env={**os.environ, **quickly, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -278,7 +325,43 @@ def build(project, *arguments):
     return done.returncode, done.stdout
 
 
-def test_the_extension_lies_in_the_package(project, tmp_path):
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project, where an nvcc of torch's CUDA version is at hand."""
+    if not shutil.which("nvcc") or torch.version.cuda is None:
+        pytest.skip("needs nvcc and a CUDA build of torch")
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    if f"release {VERSION.split('.')[0]}." not in said:
+        pytest.skip(f"needs the nvcc of torch's CUDA version, {VERSION}")
+    kept = shutil.ignore_patterns(".*", "runs", "build", "docs", "*.so", "tests", "benchmarks")
+    return shutil.copytree(ROOT, tmp_path_factory.mktemp("copy") / "project", ignore=kept)
+
+
+@pytest.fixture(scope="module")
+def built(project):
+    """What setup_cuda.py and nvcc printed while they built the extension in `project`."""
+    strictly = "-Werror all-warnings -Xptxas -v,-warn-spills,-warn-lmem-usage"
+    arguments = "setup_cuda.py", "build_ext", "--inplace"
+    status, said = build(project, *arguments, NVCC_APPEND_FLAGS=strictly)
+    assert status == 0, said
+    return said
+
+
+@with_nvcc
+def test_nvcc_compiles_without_warnings_and_spills(built):
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", built)
+    assert len(spills) == built.count("Compiling entry function") > 0
+    assert set(spills) == {("0", "0")}
+
+
+@with_nvcc
+def test_the_extension_is_importable_without_a_gpu(project, built):
+    status, said = build(project, "-c", IMPORT)
+    assert status == 0 and "all is well" in said, said
+
+
+@with_nvcc
+def test_the_extension_lies_in_the_package(project, built, tmp_path):
     target = tmp_path / "packages"
     offline = ["--no-build-isolation", "--no-deps", "--no-index"]
     status, said = build(project, "-m", "pip", "install", ".", *offline, f"--target={target}")
@@ -294,6 +377,7 @@ def test_the_extension_lies_in_the_package(project, tmp_path):
     assert len(list((tmp_path / "alone").rglob("hinv_cuda.*.so"))) == 1
 
 
+@with_nvcc
 def test_a_compiler_that_nvcc_refuses(project, tmp_path, monkeypatch):
     compiler = executable(tmp_path / "g++", 'exec g++ -U__GNUC__ -D__GNUC__=99 "$@"')
     monkeypatch.setenv("CC", str(compiler))
