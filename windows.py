@@ -213,7 +213,7 @@ class CompressedWindow(Block):
         >>> window = CompressedWindow(2, 4, torch.device("cpu"), torch.float32, compress=0.5)
         >>> entry = window.entry(torch.tensor([1.0, -4.0, 3.0, 2.0]))
         >>> entry.vectors[0]
-        tensor([ 0., -4.,  3.,  0.])
+        tensor([ 0., -4.,  3.,  0.], dtype=torch.float64)
         >>> window.write(entry, count=torch.tensor(0), accepted=torch.tensor(1))
         >>> window.error
         tensor([1., 0., 0., 2.])
