@@ -75,7 +75,7 @@ class Coefficients:
     ) -> tuple[Tensor, Tensor, Tensor | tuple[float, float]]:
         """Makes k (m,) row and column j = count mod m of K: O(m²).
 
-        Returns z = A⁻¹e_j (m,), accepted (1 or 0), and the relative error of F⁻¹g by (5), for
+        Returns z = A⁻¹e_j (m,), accepted (1 or 0), and the relative error of F⁻¹g by (6), for
         products in float64 (`exact`) or in float32 with this `rounding`. Kernels return this error
         as a tensor (1,) on their device. Elsewhere it is a pair with the error for float32. If the
         error exceeds `TOLERANCE` or k_j is not finite, nothing changes and z is zero.
@@ -137,7 +137,7 @@ class Coefficients:
             errors = 0.0, 0.0
         elif not math.isfinite(k_j):
             errors = math.nan, math.nan
-        elif s > 0 and 0 < trace < math.inf and 0 < left < math.inf and off < math.inf:  # (5)
+        elif s > 0 and 0 < trace < math.inf and 0 < left < math.inf and off < math.inf:  # (6)
             float64 = (off * trace) ** 0.5 + terms**0.5 * DOUBLE * trace**0.5
             float32 = (off * trace) ** 0.5 + terms**0.5 * (
                 rounding * trace**0.5 + SINGLE / 2 * (1 + m / 16) ** 0.5

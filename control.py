@@ -4,7 +4,7 @@ With the newest gradient g, row j of the window, A z = e_j and u = F⁻¹g = mG�
 step are known from the (m, m) side alone, without another pass over d numbers and, where processes
 share the window, without a message:
 
-    gᵀF⁻¹g = m (1 − mλ z_j),        ‖u‖² = m² zᵀKz                                          (6)
+    gᵀF⁻¹g = m (1 − mλ z_j),        ‖u‖² = m² zᵀKz                                          (7)
 
 In a compressed window r = g − ĝ is not in the row. With b = Gr and y = mz − A⁻¹b/λ then
 u = Gᵀy + r/λ, and
@@ -96,7 +96,7 @@ class Control:
 def squared_norms(
     fisher: "DynamicInverseFisher", z: Tensor, b: Tensor | None, rest: list[Tensor]
 ) -> Tensor:
-    """gᵀF⁻¹g and ‖F⁻¹g‖² (2,) in float64 by (6), zeros if g is refused; before g is counted.
+    """gᵀF⁻¹g and ‖F⁻¹g‖² (2,) in float64 by (7), zeros if g is refused; before g is counted.
 
     Args:
         fisher: whose K and P are those with g.

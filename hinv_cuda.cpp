@@ -47,14 +47,14 @@
 //
 //   hinv_largest(error, g, values, kept) -> columns, row, new_error, X
 //       the largest entries of error + g, `kept` in each whole block of columns, with their values
-//       in the type of `values` (k,); X (2, d): the vector that has them, and g less it
+//       in the type of `values` (k,); X (2, d), float64: the vector that has them, and g less it
 //   hinv_sparse_times(columns, values, X, count, row_columns, row) -> (n, m)          float64
-//       X G^T over the rows in use, 0 elsewhere, for vectors X (n, d), n <= 2, with the new row as
-//       row j of G
+//       X G^T over the rows in use, 0 elsewhere, for vectors X (n, d), float64, n <= 2, with the new
+//       row as row j of G
 //   hinv_sparse_replace(columns, values, y, error, row_columns, row, new_error, rest, damp, count,
 //       accepted) -> u (d,)
-//       the new row becomes row j, and new_error the error; u is G^T y + rest / damp. Where accepted
-//       is 0, nothing changes and u is 0
+//       the new row becomes row j, and new_error the error; u is G^T y + rest / damp, for a rest in
+//       float64. Where accepted is 0, nothing changes and u is 0
 //
 // All are registered as torch.ops.hinv_cuda, those with outputs among the arguments without return
 // values, so that fake tensors and torch.compile know them.
@@ -89,12 +89,12 @@ cudaError_t hinv_transposed_times(int, void*, const double*, float*, const void*
                                   void*, cudaStream_t);
 cudaError_t hinv_round(int, const float*, long long, void*, float*, float*, cudaStream_t);
 cudaError_t hinv_largest(int, const void*, const void*, int, long long, long long, int*, void*,
-                         void*, void*, cudaStream_t);
-cudaError_t hinv_sparse_times(int, const int*, const void*, const void*, const int*, const void*,
+                         void*, double*, cudaStream_t);
+cudaError_t hinv_sparse_times(int, const int*, const void*, const double*, const int*, const void*,
                               const long long*, int, int, long long, long long, double*, double*,
                               cudaStream_t);
 cudaError_t hinv_sparse_replace(int, int*, void*, const double*, const int*, const void*, void*,
-                                const void*, const void*, const double*, const long long*,
+                                const void*, const double*, const double*, const long long*,
                                 const long long*, int, long long, long long, void*, cudaStream_t);
 }
 
@@ -347,10 +347,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> largest(const Tensor& error, const Te
   const Tensor columns = at::empty({k}, values.options().dtype(at::kInt));
   const Tensor row = at::empty({k}, values.options());
   const Tensor new_error = at::empty({d}, error.options());
-  const Tensor X = at::empty({2, d}, error.options());
+  const Tensor X = at::empty({2, d}, error.options().dtype(at::kDouble));
   C10_CUDA_CHECK(hinv_largest(type, error.const_data_ptr(), g.const_data_ptr(), kept, k, d,
                               columns.mutable_data_ptr<int>(), row.mutable_data_ptr(),
-                              new_error.mutable_data_ptr(), X.mutable_data_ptr(),
+                              new_error.mutable_data_ptr(), X.mutable_data_ptr<double>(),
                               c10::cuda::getCurrentCUDAStream()));
   return {columns, row, new_error, X};
 }
@@ -362,14 +362,14 @@ Tensor sparse_times(const Tensor& columns, const Tensor& values, const Tensor& X
   check_row(row_columns, row, values);
   require(X.dim() == 2 && (X.size(0) == 1 || X.size(0) == 2), "X has shape ", X.sizes(),
           "; it must be (1, d) or (2, d)");
-  check(X, "X", X.sizes(), values, real(values));
+  check(X, "X", X.sizes(), values, at::kDouble);
   const Count* const seen = number(count, "count", values);
   const int64_t m = values.size(0), n = X.size(0);
   const c10::cuda::CUDAGuard guard(values.device());
   const Tensor y = at::empty({n, m}, values.options().dtype(at::kDouble));
   const Tensor scratch = at::empty({128 * n * m}, y.options());
   C10_CUDA_CHECK(hinv_sparse_times(
-      type, columns.const_data_ptr<int>(), values.const_data_ptr(), X.const_data_ptr(),
+      type, columns.const_data_ptr<int>(), values.const_data_ptr(), X.const_data_ptr<double>(),
       row_columns.const_data_ptr<int>(), row.const_data_ptr(), seen, n, m, values.size(1),
       X.size(1), scratch.mutable_data_ptr<double>(), y.mutable_data_ptr<double>(),
       c10::cuda::getCurrentCUDAStream()));
@@ -387,7 +387,7 @@ Tensor sparse_replace(const Tensor& columns, const Tensor& values, const Tensor&
   check(y, "y", {values.size(0)}, values, at::kDouble);
   check(error, "error", {d}, values, real(values));
   check(new_error, "new_error", {d}, values, real(values));
-  check(rest, "rest", {d}, values, real(values));
+  check(rest, "rest", {d}, values, at::kDouble);
   check(damp, "damp", {}, values, at::kDouble);
   const Count* const seen = number(count, "count", values);
   const Count* const write = number(accepted, "accepted", values);
@@ -396,8 +396,9 @@ Tensor sparse_replace(const Tensor& columns, const Tensor& values, const Tensor&
   C10_CUDA_CHECK(hinv_sparse_replace(
       type, columns.mutable_data_ptr<int>(), values.mutable_data_ptr(), y.const_data_ptr<double>(),
       row_columns.const_data_ptr<int>(), row.const_data_ptr(), error.mutable_data_ptr(),
-      new_error.const_data_ptr(), rest.const_data_ptr(), damp.const_data_ptr<double>(), seen, write,
-      values.size(0), values.size(1), d, u.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+      new_error.const_data_ptr(), rest.const_data_ptr<double>(), damp.const_data_ptr<double>(),
+      seen, write, values.size(0), values.size(1), d, u.mutable_data_ptr(),
+      c10::cuda::getCurrentCUDAStream()));
   return u;
 }
 
@@ -462,7 +463,7 @@ TORCH_LIBRARY_IMPL(hinv_cuda, Meta, library) {
     const int64_t k = values.size(1);
     return std::tuple(at::empty({k}, values.options().dtype(at::kInt)),
                       at::empty({k}, values.options()), at::empty(error.sizes(), error.options()),
-                      at::empty({2, error.size(0)}, error.options()));
+                      at::empty({2, error.size(0)}, error.options().dtype(at::kDouble)));
   });
   library.impl("hinv_sparse_times", [](const Tensor&, const Tensor& values, const Tensor& X,
                                        const Tensor&, const Tensor&, const Tensor&) {

@@ -826,10 +826,10 @@ constexpr int VECTORS = 2;
 template <class F>
 __global__ __launch_bounds__(THREADS, 3) void sparse_times(
     const int* __restrict__ columns, const typename F::Code* __restrict__ values,
-    const typename F::Real* __restrict__ X, const int* __restrict__ new_columns,
+    const double* __restrict__ X, const int* __restrict__ new_columns,
     const typename F::Code* __restrict__ new_values, const long long* __restrict__ count, int n,
     int m, long long k, long long d, double* __restrict__ partial, double* __restrict__ y) {
-  __shared__ typename F::Real x[BLOCK];
+  __shared__ double x[BLOCK];
   const auto grid = cooperative_groups::this_grid();
   const int j = Place(count, m).j, rows = Place(count, m).rows;
   const int kept = kept_in_block(new_columns, k);
@@ -894,10 +894,9 @@ __global__ __launch_bounds__(THREADS, 2) void sparse_replace(
     int* columns, typename F::Code* values, const double* __restrict__ y,
     const int* __restrict__ new_columns, const typename F::Code* __restrict__ new_values,
     typename F::Real* __restrict__ error, const typename F::Real* __restrict__ new_error,
-    const typename F::Real* __restrict__ rest, const double* __restrict__ damp,
-    const long long* __restrict__ count,
-    const long long* __restrict__ accepted, int m, long long k, long long d,
-    typename F::Real* __restrict__ u) {
+    const double* __restrict__ rest, const double* __restrict__ damp,
+    const long long* __restrict__ count, const long long* __restrict__ accepted, int m,
+    long long k, long long d, typename F::Real* __restrict__ u) {
   __shared__ double sums[WARPS][SPARSE_COLUMNS];
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const int kept = kept_in_block(new_columns, k), j = Place(count, m).j;
@@ -981,12 +980,13 @@ __device__ int sum_before(int x) {
 
 // What a compressed window keeps of a = error + g (d,): in each block of columns as many entries as
 // are `kept`, fewer in the last, those of the largest magnitude, of equal ones the first. They are
-// `columns` and `values` (k,), X (2, d) has them and g less them, and `new_error` is a less them.
+// `columns` and `values` (k,), X (2, d) has them and g less them, which may be far larger than g, and
+// `new_error` is a less them.
 template <class F>
 __global__ __launch_bounds__(THREADS) void largest_entries(
     const typename F::Real* __restrict__ error, const typename F::Real* __restrict__ g, int kept,
     long long k, long long d, int* __restrict__ columns, typename F::Code* __restrict__ values,
-    typename F::Real* __restrict__ new_error, typename F::Real* __restrict__ X) {
+    typename F::Real* __restrict__ new_error, double* __restrict__ X) {
   using Real = typename F::Real;
   constexpr int EACH = BLOCK / THREADS, LOWEST = sizeof(Real) == 4 ? 29 : 0;  // bit that floats use
   const long long begin = blockIdx.x * (long long)(BLOCK) + threadIdx.x * EACH;
@@ -1036,7 +1036,7 @@ __global__ __launch_bounds__(THREADS) void largest_entries(
     equal_before += same;
     new_error[c] = a - value;
     X[c] = value;
-    X[d + c] = g[c] - value;
+    X[d + c] = double(g[c]) - value;
   }
 }
 
@@ -1156,7 +1156,7 @@ cudaError_t hinv_round(int format, const float* g, long long d, void* row, float
 
 // error, g, new_error (d,), X (2, d), columns, values (k,). `kept` entries of a whole block.
 cudaError_t hinv_largest(int format, const void* error, const void* g, int kept, long long k,
-                         long long d, int* columns, void* values, void* new_error, void* X,
+                         long long d, int* columns, void* values, void* new_error, double* X,
                          cudaStream_t stream) {
   return with_plain_format(format, [=](auto f) {
     using F = decltype(f);
@@ -1164,14 +1164,13 @@ cudaError_t hinv_largest(int format, const void* error, const void* g, int kept,
     const dim3 grid(std::max(1, ceil_div(d, BLOCK)));
     return launch(largest_entries<F>, grid, THREADS, false, stream,
                   static_cast<const Real*>(error), static_cast<const Real*>(g), kept, k, d, columns,
-                  static_cast<typename F::Code*>(values), static_cast<Real*>(new_error),
-                  static_cast<Real*>(X));
+                  static_cast<typename F::Code*>(values), static_cast<Real*>(new_error), X);
   });
 }
 
 // columns, values (m, k), new_columns, new_values (k,). X (n, d) with n <= 2, y (n, m). scratch:
 // 128 n m numbers.
-cudaError_t hinv_sparse_times(int format, const int* columns, const void* values, const void* X,
+cudaError_t hinv_sparse_times(int format, const int* columns, const void* values, const double* X,
                               const int* new_columns, const void* new_values,
                               const long long* count, int n, int m, long long k, long long d,
                               double* scratch, double* y, cudaStream_t stream) {
@@ -1179,8 +1178,7 @@ cudaError_t hinv_sparse_times(int format, const int* columns, const void* values
     using F = decltype(f);
     const int blocks = std::max(SPARSE_PARTS * ceil_div(m, SPARSE_ROWS), 1);
     return launch_together(sparse_times<F>, blocks, stream, columns,
-                           static_cast<const typename F::Code*>(values),
-                           static_cast<const typename F::Real*>(X), new_columns,
+                           static_cast<const typename F::Code*>(values), X, new_columns,
                            static_cast<const typename F::Code*>(new_values), count, n, m, k, d,
                            scratch, y);
   });
@@ -1189,7 +1187,7 @@ cudaError_t hinv_sparse_times(int format, const int* columns, const void* values
 // y (m,), new_columns, new_values (k,), error, new_error, rest, u (d,), damp, count, accepted ().
 cudaError_t hinv_sparse_replace(int format, int* columns, void* values, const double* y,
                                 const int* new_columns, const void* new_values,
-                                void* error, const void* new_error, const void* rest,
+                                void* error, const void* new_error, const double* rest,
                                 const double* damp, const long long* count,
                                 const long long* accepted, int m, long long k,
                                 long long d, void* u, cudaStream_t stream) {
@@ -1200,8 +1198,8 @@ cudaError_t hinv_sparse_replace(int format, int* columns, void* values, const do
     return launch(sparse_replace<F>, grid, THREADS, false, stream, columns,
                   static_cast<typename F::Code*>(values), y, new_columns,
                   static_cast<const typename F::Code*>(new_values), static_cast<Real*>(error),
-                  static_cast<const Real*>(new_error), static_cast<const Real*>(rest), damp,
-                  count, accepted, m, k, d, static_cast<Real*>(u));
+                  static_cast<const Real*>(new_error), rest, damp, count, accepted, m, k, d,
+                  static_cast<Real*>(u));
   });
 }
 

@@ -141,7 +141,7 @@ class Compiled:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         d, k = len(error), values.shape[1]
         columns, row = values.new_empty(k, dtype=torch.int32), values.new_empty(k)
-        new_error, X = torch.empty_like(error), error.new_empty(2, d)
+        new_error, X = torch.empty_like(error), error.new_empty(2, d, dtype=torch.float64)
         name = f"largest_entries<{FORMATS[values.dtype]}>"
         self._launch(name, -(-d // BLOCK), error, g, kept, k, d, columns, row, new_error, X)
         return columns, row, new_error, X

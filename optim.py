@@ -12,7 +12,7 @@ Let K = GGᵀ (m, m) and A = mλI + K. Woodbury's identity gives every inverse-H
 
 Cost of a step: O(dm + m²), two reads of the window.
 
-Equations are numbered through all modules: (2) and (4) are in prun.py, (5) in precision.py.
+Equations are numbered through all modules: (2), (4) and (5) are in prun.py, (6) in precision.py.
 
 Symbols: m gradients in the window, d weights, G (m, d) window, K (m, m) Gram matrix,
 A = mλI + K, P = A⁻¹, λ = `damp` (always λ itself); ĝ is g as the window's type rounds it, k = Gĝ,
@@ -231,7 +231,7 @@ class DynamicInverseFisher:
                 image = self.ranks.sum(window.times(window.transposed_times(y).double()))
                 y += side.solve(b - image - m * self.damp * y)
             u = (x - window.transposed_times(y)) / self.damp
-            # As in (5), with y for z. Refinement squares the error of K.
+            # As in (6), with y for z. Refinement squares the error of K.
             rounding = DOUBLE + (0 if exact else SINGLE**2 * trace)
             terms = (trace * (y.square() @ side.K.diagonal())).sqrt() + self.ranks.norm(x)
             if rounding * float(terms) <= TOLERANCE * self.damp * float(self.ranks.norm(u)):

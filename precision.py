@@ -4,7 +4,7 @@ K (m, m) is a sum of rounded products, so its entries have errors of up to r‖g
 A = mλI + K, P = A⁻¹ and D = diag(A)^½, the error of u = mGᵀz, A z = e_j, is δu = −m GᵀP δK z.
 ‖GᵀP^½‖ ≤ 1 and ‖P^½D‖² ≤ Σᵢ PᵢᵢAᵢᵢ, so for independent roundings
 
-    ‖δu‖/‖u‖ ≲ (r (Σᵢ PᵢᵢAᵢᵢ)^½ + q) (Σᵢ zᵢ²Kᵢᵢ / zᵀKz)^½                             (5)
+    ‖δu‖/‖u‖ ≲ (r (Σᵢ PᵢᵢAᵢᵢ)^½ + q) (Σᵢ zᵢ²Kᵢᵢ / zᵀKz)^½                             (6)
 
 The root of the trace measures how nearly parallel the gradients are. The last factor measures the
 cancellation in Gᵀz, and q is the relative error of this product. The residual e_j − Az of the solve
@@ -62,9 +62,9 @@ class DampTooSmallError(ValueError):
 class Precision:
     """Keeps the error of results within `TOLERANCE`, with the fastest arithmetic that suffices.
 
-    On the CPU, products start in float32. If (5) is too large, they fall back to float64 for at
+    On the CPU, products start in float32. If (6) is too large, they fall back to float64 for at
     least the rest of a round of m gradients. On CUDA everything is float64, and the error of an
-    exchange is read before the fifth one after it, so that nothing waits. If (5) is too large
+    exchange is read before the fifth one after it, so that nothing waits. If (6) is too large
 
         with products in float32    K is recomputed in float64 from the window, and P from K,
         in float64                  P is recomputed from K,

@@ -5,18 +5,18 @@ A (T, q), and gradients δₜ of the outputs, the rows of Δ (T, p), at T positi
 gradient ΔᵀA (p, q), with rows gᵢ. All blocks Fᵢ = E[gᵢgᵢᵀ] of F, one a row of W, are taken to be
 the same one but for a factor,
 
-    Fᵢ ≈ (rᵢ / tr S) S ,   S = Σᵢ E[gᵢgᵢᵀ] = E[AᵀΔΔᵀA] ,   rᵢ = E‖gᵢ‖²                        (6)
+    Fᵢ ≈ (rᵢ / tr S) S ,   S = Σᵢ E[gᵢgᵢᵀ] = E[AᵀΔΔᵀA] ,   rᵢ = E‖gᵢ‖²                        (8)
 
 so that their traces are exact, S is an average over the gradients of all rows, and (q, q) is all
 that is stored and inverted. Columns are pruned from left to right, a few at a time, B, and those
 after them, C, make up for it. With S + λI = RRᵀ and U = R⁻¹, both upper triangular, the inverse of
 S + λI of the columns B and C has the blocks
 
-    V_BB = U_BBᵀ U_BB ,   V_BC = U_BBᵀ U_BC                                                  (7)
+    V_BB = U_BBᵀ U_BB ,   V_BC = U_BBᵀ U_BC                                                  (9)
 
 To remove the weights Q of a row in B at the least cost is then (5), and of it follow the rest:
 
-    δ_B = −V_{BQ} V_QQ⁻¹ w_Q ,   δ_C = V_CB V_BB⁻¹ δ_B = (U_BB⁻¹ U_BC)ᵀ δ_B                   (8)
+    δ_B = −V_{BQ} V_QQ⁻¹ w_Q ,   δ_C = V_CB V_BB⁻¹ δ_B = (U_BB⁻¹ U_BC)ᵀ δ_B                   (10)
 
 Cost: O(T q²) a sample, O(q³) a layer, and O(b² + q) a weight with b columns at a time.
 
@@ -45,7 +45,7 @@ COLUMNS = 32  # at a time, or a multiple of the pattern's groups
 
 
 class SharedRows:
-    """S (q, q) and r (p,) of (6), as sums over samples."""
+    """S (q, q) and r (p,) of (8), as sums over samples."""
 
     def __init__(self, p: int, q: int, like: Tensor):
         self.S, self.r = like.new_zeros(q, q), like.new_zeros(p)
@@ -94,7 +94,7 @@ class SharedRows:
 
 
 def removal(V: Tensor, W: Tensor, gone: Tensor) -> Tensor:
-    """δ_B (p, b) of (8) for the rows of W (p, b), of which `gone` (p, b) go, and V_BB (b, b)."""
+    """δ_B (p, b) of (10) for the rows of W (p, b), of which `gone` (p, b) go, and V_BB (b, b)."""
     V_QQ = V * (gone[:, :, None] & gone[:, None, :])
     V_QQ.diagonal(dim1=1, dim2=2).add_(~gone)
     solved = torch.cholesky_solve((W * gone)[:, :, None], torch.linalg.cholesky(V_QQ))
@@ -102,7 +102,7 @@ def removal(V: Tensor, W: Tensor, gone: Tensor) -> Tensor:
 
 
 class MFACRowPruner(MFACPruner):
-    """Prunes linear layers with one inverse for all rows of a weight, (6), column after column.
+    """Prunes linear layers with one inverse for all rows of a weight, (8), column after column.
 
     Of F it keeps the products of weights of one row, as an average over rows. That takes the memory
     of the layers' inputs squared, not of a block for each weight, and is less noisy than blocks of

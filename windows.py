@@ -31,7 +31,7 @@ SCALED = {torch.float16: 15, torch.float8_e4m3fn: 8}  # types with scales, their
 class Entry(NamedTuple):
     """A gradient g as a window stores it."""
 
-    vectors: Tensor  # ĝ (1, d), the stored numbers; if compressed, ĝ and g − ĝ (2, d)
+    vectors: Tensor  # ĝ (1, d), the stored numbers; if compressed, ĝ and g − ĝ (2, d) in float64
     row: dict[str, Tensor]  # the tensors to store, by the names of `state`
 
 
@@ -213,7 +213,7 @@ class CompressedWindow(Block):
         >>> window = CompressedWindow(2, 4, torch.device("cpu"), torch.float32, compress=0.5)
         >>> entry = window.entry(torch.tensor([1.0, -4.0, 3.0, 2.0]))
         >>> entry.vectors[0]
-        tensor([ 0., -4.,  3.,  0.])
+        tensor([ 0., -4.,  3.,  0.], dtype=torch.float64)
         >>> window.write(entry, count=torch.tensor(0), accepted=torch.tensor(1))
         >>> window.error
         tensor([1., 0., 0., 2.])

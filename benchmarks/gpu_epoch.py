@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_epoch.py [--ngrads 512] [--batches 200] [--without_compile] [--json FILE]
 
-A line for each way to take a step: the milliseconds of a batch of 128, the seconds of an epoch of
-391 batches, and M-FAC as a multiple of SGD. Images are random and lie on the device. The first pass
-over the batches sets everything up; the second one counts.
+Prints a line for each way to run a step: milliseconds a batch of 128, seconds an epoch of 391
+batches, and the ratio of M-FAC to SGD. The images are random and on the device. The first pass over
+the batches is a warm-up, the second one is timed.
 """
 
 import argparse
@@ -43,11 +43,11 @@ WAYS = {
 
 
 def milliseconds(data: datautils.Data, optim: str, ngrads: int, device, **way) -> float:
-    """Of a step."""
+    """Milliseconds of a step."""
     main_common.FORMAT = way.get("format", torch.channels_last)
     torch.backends.cudnn.benchmark = way.get("benchmark", False)
     if way.get("deterministic"):
-        main_common.make_deterministic()  # for the rest of the process: the last of the ways
+        main_common.make_deterministic()  # for the rest of the process, so this way is the last
     given = {"dataset": "cifar10", "optim": optim, "device": str(device)}
     settings = optim_settings.choose_settings(
         given | ({"ngrads": ngrads} if optim == "mfac" else {})
@@ -69,12 +69,12 @@ def milliseconds(data: datautils.Data, optim: str, ngrads: int, device, **way) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time of an epoch.")
-    parser.add_argument("--ngrads", type=int, default=512)
-    parser.add_argument("--batches", type=int, default=200)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ngrads", type=int, default=512, help="gradients in the window")
+    parser.add_argument("--batches", type=int, default=200, help="batches a pass")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--without_compile", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--without_compile", action="store_true", help="no ways with torch.compile")
+    parser.add_argument("--json", type=Path, help="write the times")
     args = parser.parse_args()
     n = 128 * args.batches
     images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8)
@@ -90,7 +90,7 @@ def main() -> None:
         for optim in ("sgd", "mfac"):
             try:
                 row[optim] = milliseconds(data, optim, args.ngrads, device, **way)
-            except Exception as error:  # whatever fails, the others are still of interest
+            except Exception as error:  # the other ways still count
                 row[optim] = float("nan")
                 print(f"{name}, {optim}: {type(error).__name__}: {error}", file=sys.stderr)
         rows.append(row)

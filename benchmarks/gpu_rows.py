@@ -2,10 +2,12 @@
 
     python benchmarks/gpu_rows.py [--large] [--json FILE]
 
-Rows of steps are for the parameters of ResNet-20: median milliseconds with fresh random gradients,
-eagerly and replayed as a CUDA graph, and two reads of the window at the bandwidth of a copy. The
-window is full. Before, results are compared with float64, and 3m replays of a captured step with as
-many eager ones. Rows of the static inverse are for random gradients on the GPU or in main memory.
+First, results are compared with float64, and 3m replays of a captured step with 3m eager steps.
+
+Rows of steps are for the parameters of ResNet-20 and a full window: median milliseconds with fresh
+random gradients, eager and replayed as a CUDA graph, and the time of two reads of the window at the
+bandwidth of a copy. Rows of the static inverse are for random gradients, on the GPU or in main
+memory.
 """
 
 import argparse
@@ -39,7 +41,7 @@ LARGE = [
 
 
 def milliseconds(run: Callable[[], object], rounds: int = 9, repeats: int = 20) -> float:
-    """Median over rounds of the time of a run, among `repeats` in a row."""
+    """Median over rounds of the mean time of `repeats` runs in a row."""
     times = []
     for _ in range(rounds + 1):
         torch.cuda.synchronize()
@@ -59,7 +61,7 @@ def bandwidth() -> float:
 
 
 def launches(run: Callable[[], object]) -> int:
-    """Kernels, copies and fills that a run puts on the device."""
+    """The number of kernels, copies and fills that a run launches."""
     from torch.profiler import ProfilerActivity, profile
 
     run()
@@ -70,7 +72,7 @@ def launches(run: Callable[[], object]) -> int:
 
 
 def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """`run` as a CUDA graph, which captures without running."""
+    """`run` as a CUDA graph. The capture does not run it."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
@@ -78,7 +80,7 @@ def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def on_side_stream(run: Callable[[], object], times: int) -> None:
-    """Runs before a capture, on another stream, as torch asks."""
+    """Warms up on another stream, which torch requires before a capture."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -88,7 +90,7 @@ def on_side_stream(run: Callable[[], object], times: int) -> None:
 
 
 def check_results(m: int = 96, d: int = 20_001, damp: float = 1e-3) -> None:
-    """Relative errors of results against float64, for nearly parallel gradients too."""
+    """Prints relative errors against float64, also for nearly parallel gradients."""
     for dtype, noise in itertools.product((*DTYPES, torch.float16), (1.0, 1e-2)):
         fisher = DynamicInverseFisher(m, d, damp, device=DEVICE, dtype=dtype)
         base, rows = torch.randn(d, device=DEVICE), []
@@ -189,7 +191,7 @@ def static_row(
 
 
 def static_rows(m: int = 1024, d: int = 270_896) -> Iterator[tuple[str, dict[str, float]]]:
-    """A name and times for each way to have m gradients, and half of d weights to remove."""
+    """Names and times of ways to store m gradients. Joint updates remove half of d weights."""
     there = torch.randn(m, d, device=DEVICE) * torch.randn(d, device=DEVICE).exp() / 100
     drop, y = torch.randperm(d, device=DEVICE)[: d // 2], torch.randn(m, m, device=DEVICE)
     least = milliseconds(lambda: (there @ there.T, y @ there), 5, 3)
@@ -204,7 +206,7 @@ def static_rows(m: int = 1024, d: int = 270_896) -> Iterator[tuple[str, dict[str
 
 
 def measured(rate: float, large: bool) -> Iterator[tuple[str, dict[str, float]]]:
-    """All rows, by their names."""
+    """Names and times of all rows."""
     cases = [(m, dtype, {}) for dtype in DTYPES for m in (512, 1024)]
     for m, dtype, options in (*cases, (1024, torch.float32, {"compress": 0.01})):
         yield f"m = {m}, {dtype} {options or ''}", row(m, dtype, rate, **options)
@@ -232,7 +234,7 @@ def main() -> None:
     for name, found in measured(rate, args.large):
         rows[name] = found
         print(name, {key: round(value, 3) for key, value in found.items()}, flush=True)
-        if args.json:  # after each row: whatever becomes of the next
+        if args.json:  # after each row, as the next one may fail
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 

@@ -1,9 +1,9 @@
-"""Time of each kernel of a step on a GPU, in both ways in, after a check of what it computes.
+"""Time of each kernel of a step on a GPU, from NVRTC and from the extension, after a check.
 
     python benchmarks/gpu_step.py [--large] [--rounds 21] [--json FILE]
 
-Medians of milliseconds with random windows that are full, the time of a bare read of the window at
-the bandwidth of a copy, and the ratio of both. benchmarks/gpu_rows.py has whole steps.
+Prints median milliseconds for full random windows, the time of one read of the window at the
+bandwidth of a copy, and the ratio of both. benchmarks/gpu_rows.py has whole steps.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def milliseconds(run: Callable[[], object], rounds: int) -> float:
     """Median time on the device of `run`, by CUDA events."""
     run()
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
-    torch.cuda._sleep(10**7)  # the host is ahead from here on: no launch is waited for
+    torch.cuda._sleep(10**7)  # puts the host ahead, so that no launch makes the device wait
     for start, end in events:
         start.record()
         run()
@@ -50,7 +50,7 @@ def milliseconds(run: Callable[[], object], rounds: int) -> float:
 
 
 class Case:
-    """A full window of random numbers in padded rows, and what a step makes of it."""
+    """A full window of random numbers in padded rows, and the operands of a step."""
 
     def __init__(self, m: int, d: int, dtype: torch.dtype):
         self.m, self.d, self.dtype = m, d, dtype
@@ -81,7 +81,7 @@ class Case:
         return G
 
     def check(self, kernels: Any) -> None:
-        """All products, against float64 in torch: some rows in full, some columns in full."""
+        """Compares the products with float64 in torch: Gx in full, and Gᵀz for some columns."""
         k = kernels.hinv_times(self.G, self.x, self.count, self.scales)
         j = int(self.count) % self.m
         expected, size = torch.zeros_like(k), torch.zeros_like(k)
@@ -130,8 +130,9 @@ class Compressed:
         values = torch.randn(columns.shape, device=DEVICE).to(dtype)
         self.columns, self.row_columns = columns[:m], columns[m].clone()
         self.values, self.row = values[:m], values[m].clone()
-        self.X = torch.randn(2, d, device=DEVICE, dtype=self.real)
-        self.error, self.new_error, self.rest, self.g = torch.randn_like(self.X.repeat(2, 1))
+        self.X = torch.randn(2, d, device=DEVICE, dtype=torch.float64)
+        self.rest = torch.randn_like(self.X[0])
+        self.error, self.new_error, self.g = torch.randn(3, d, device=DEVICE, dtype=self.real)
         self.y = torch.randn(m, device=DEVICE, dtype=torch.float64)
         self.count = torch.tensor(3 * m, device=DEVICE)
         one = torch.ones((), dtype=torch.int64, device=DEVICE)
@@ -151,11 +152,11 @@ class Compressed:
         values, indices = self.values.to(self.real).double(), self.columns.long()
         assert torch.equal(self.columns[int(self.count) % self.m], self.row_columns), "no new row"
         assert torch.equal(self.error, self.new_error), "no new error"
-        for x, row in zip(self.X.double(), y, strict=True):
+        for x, row in zip(self.X, y, strict=True):
             error = (row - (x[indices] * values).sum(1)).abs()
             assert (error <= 1e-13 * (x[indices] * values).abs().sum(1)).all(), "sparse_times"
         terms = (values * self.y[:, None]).flatten()
-        rest = self.rest.double() / self.when[0]
+        rest = self.rest / self.when[0]
         expected = rest.index_add(0, indices.flatten(), terms)
         size = rest.abs().index_add(0, indices.flatten(), terms.abs())
         allowed = 2.0**-24 * expected.abs() * (self.real == torch.float32)
@@ -211,8 +212,7 @@ class Exchange:
 
 
 def table_of_kernels(rounds: int, large: bool, file: Path | None) -> None:
-    """Checks each kernel in both ways in, then prints a row for each kernel and size, which `file`
-    gets too."""
+    """Checks each kernel, then prints a row for each kernel and size. `file` gets the rows too."""
     import kernels
 
     start = time.perf_counter()

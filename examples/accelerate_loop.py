@@ -2,8 +2,8 @@
 
     python -m examples.accelerate_loop --output runs/accelerate
 
-`--resume runs/accelerate/epoch-4` goes on from a checkpoint, to the same bits on a CPU. The data
-are the handwritten digits that come with scikit-learn.
+`--resume runs/accelerate/epoch-4` resumes from a checkpoint, to the same bits on a CPU. The data
+are the handwritten digits of scikit-learn.
 """
 
 import argparse
@@ -22,13 +22,13 @@ EPOCHS = 8
 
 
 def train(output: Path, resume: Path | None = None) -> float:
-    """Test accuracy after the last epoch; a checkpoint an epoch goes to `output`."""
+    """Trains, and writes a checkpoint each epoch to `output`. Returns the final test accuracy."""
     torch.manual_seed(0)
     accelerator = Accelerator(
         cpu=True,
         mixed_precision="bf16",
         gradient_accumulation_steps=2,
-        # The order of an epoch depends on its number alone, so that a resumed run has it, too.
+        # The order depends only on the number of the epoch, so a resumed run has the same one.
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )
     images, labels = map(torch.from_numpy, load_digits(return_X_y=True))

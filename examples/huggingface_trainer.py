@@ -2,7 +2,7 @@
 
     python -m examples.huggingface_trainer --output runs/bert
 
-`--resume runs/bert/checkpoint-80` goes on from a checkpoint, to the same bits on a CPU. The texts
+`--resume runs/bert/checkpoint-80` resumes from a checkpoint, to the same bits on a CPU. The texts
 are the docstrings of four packages of Python's standard library; tokenizer and model are made here.
 """
 
@@ -80,7 +80,7 @@ def make_trainer(output: Path) -> Trainer:
         intermediate_size=128,
         max_position_embeddings=32,
         num_labels=len(PACKAGES),
-        initializer_range=0.1,  # as this network is narrow
+        initializer_range=0.1,  # because this network is narrow
     )
     model = BertForSequenceClassification(config)
     # Trainer's own rule: no weight decay for biases and norms.

@@ -2,8 +2,8 @@
 
     python -m examples.lightning_module --output runs/lightning
 
-`--resume runs/lightning/epoch-3.ckpt` goes on from a checkpoint, to the same bits on a CPU. The
-data are the handwritten digits that come with scikit-learn.
+`--resume runs/lightning/epoch-3.ckpt` resumes from a checkpoint, to the same bits on a CPU. The
+data are the handwritten digits of scikit-learn.
 """
 
 import argparse
@@ -47,12 +47,12 @@ class Classifier(lightning.LightningModule):
 
 
 def train(output: Path, resume: Path | None = None) -> float:
-    """Test accuracy after the last epoch; a checkpoint an epoch goes to `output`."""
+    """Trains, and writes a checkpoint each epoch to `output`. Returns the final test accuracy."""
     lightning.seed_everything(0, verbose=False)
     images, labels = map(torch.from_numpy, load_digits(return_X_y=True))
     data = TensorDataset((images / 16).float(), labels)
     training, test = torch.utils.data.random_split(data, [1408, len(data) - 1408])
-    # Its order depends on the number of the epoch alone, so that a resumed run has it, too.
+    # Its order depends only on the number of the epoch, so a resumed run has the same one.
     sampler = DistributedSampler(training, num_replicas=1, rank=0)
     trainer = lightning.Trainer(
         max_epochs=8,

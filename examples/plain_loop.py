@@ -2,9 +2,9 @@
 
     python -m examples.plain_loop
 
-`--dtype float16` needs the gradient scaler, which skips steps whose gradients overflow; M-FAC's
-window never sees those, and sees the others unscaled and clipped. `--compile` compiles the model.
-The data are the handwritten digits that come with scikit-learn.
+`--dtype float16` needs the gradient scaler, which skips steps whose gradients overflow. These do
+not enter M-FAC's window. The others enter it unscaled and clipped. `--compile` compiles the model.
+The data are the handwritten digits of scikit-learn.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from optim import MFAC
 
-MICRO_BATCHES = 2  # of 32 images each, to a step
+MICRO_BATCHES = 2  # a step, of 32 images each
 EPOCHS = 12
 
 
@@ -27,7 +27,7 @@ def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> fl
 
 
 def train(dtype: torch.dtype = torch.bfloat16, compiled: bool = False) -> dict[str, float]:
-    """Test accuracy of the last weights and of their moving average, and the steps taken."""
+    """Trains. Returns the test accuracy of the last weights and of their average, and the steps."""
     torch.manual_seed(0)
     images, labels = map(torch.from_numpy, load_digits(return_X_y=True))
     images = (images / 16).float()

@@ -142,7 +142,7 @@ class OnCpu:
     def largest(self, dtype, error, g, k, kept):
         d, kind = len(g), real(dtype)
         columns, row = np.full(k, -1, np.int32), np.empty(k, CODES[dtype])
-        new_error, X = np.full(d, np.nan, kind), np.full((2, d), np.nan, kind)
+        new_error, X = np.full(d, np.nan, kind), np.full((2, d), np.nan)
         sizes = kept, ctypes.c_longlong(k), ctypes.c_longlong(d)
         arguments = error, g, *sizes, columns, row, new_error, X
         self._call("hinv_largest", FORMATS[dtype], *arguments)

@@ -455,7 +455,7 @@ def judge(case: Case, end: End, before: dict[Path, bytes], folder: Path) -> str:
     if end.status not in (0, 2):
         return f"ended with {end.status}: {end.err[-600:]}"
     lines = end.err.splitlines()
-    note = re.compile(r"(a window of|inverse Fisher:|going on after) .*")
+    note = re.compile(r"(a window of|inverse Fisher:|going on after|resumed after) .*")
     if end.status == 2 and (case.name.endswith("as it was") or "argument" in end.err):
         return f"was refused: {end.err}"
     if end.status == 2:

@@ -638,9 +638,9 @@ COMPRESSED += [(300, 13000, 0.1)]
 def test_sparse_times(kernels, m, d, part, dtype):
     for count, n in [(0, 2), (m // 2, 1), (m, 2)]:
         w = Compressed(m, d, dtype, part, count)
-        X = w.rng.normal(size=(n, d)).astype(real(dtype))
+        X = w.rng.normal(size=(n, d))
         y = kernels.sparse_times(dtype, w.columns, w.values, X, count, *w.new)
-        for x, row in zip(X.astype(float), y, strict=True):
+        for x, row in zip(X, y, strict=True):
             assert_sums(row[: w.rows], (w.numbers(True)[: w.rows] * x).T)
         assert (y[:, w.rows :] == 0).all()
 
@@ -651,7 +651,8 @@ def test_sparse_replace(kernels, m, d, part, dtype):
     for count, accepted in [(0, 1), (2 * m - 1, 1), (m + m // 2, 0)]:
         w = Compressed(m, d, dtype, part, count)
         y, rounding = w.rng.normal(size=m), 0 if dtype == "float64" else 2.0**-24
-        error, new_error, rest = w.rng.normal(size=(3, d)).astype(real(dtype))
+        error, new_error = w.rng.normal(size=(2, d)).astype(real(dtype))
+        rest = w.rng.normal(size=d)
         expected, before = w.numbers(bool(accepted)), error.copy()
         if not accepted:
             y[:] = np.nan  # as all is then
@@ -661,7 +662,7 @@ def test_sparse_replace(kernels, m, d, part, dtype):
         assert (np.diff(w.columns[w.j]) > 0).all()
         assert (error == (new_error if accepted else before)).all()
         if accepted:
-            terms = np.vstack([expected * y[:, None], rest.astype(float) / 3])
+            terms = np.vstack([expected * y[:, None], rest / 3])
             assert_sums(u, terms, rounding)
         else:
             assert (u == 0).all()
@@ -685,7 +686,7 @@ def test_largest(kernels, m, d, part, dtype):
         dense = np.zeros(d, kind)
         dense[columns] = values
         assert (X[0] == dense).all()
-        assert (X[1] == g - dense).all()
+        assert (X[1] == g.astype(float) - dense).all()
         assert (new_error == a - dense).all()
         if dtype in ("float32", "float64"):
             assert (values == a[columns]).all()
@@ -742,12 +743,13 @@ def dense_kernels(kernels, m, dtype):
 def compressed_kernels(kernels, m, dtype):
     """The same for a compressed window."""
     w = Compressed(m, 5000, dtype, 0.05, m)
-    X, z = w.rng.normal(size=(2, w.d)).astype(real(dtype)), w.rng.normal(size=m)
+    X, z = w.rng.normal(size=(2, w.d)), w.rng.normal(size=m)
+    error, g = X.astype(real(dtype))
     yield kernels.sparse_times(dtype, w.columns, w.values, X, m, *w.new).tobytes()
-    new = *w.new, X[1].copy(), X[1], 2.0, w.count, 1
-    yield kernels.sparse_replace(dtype, w.columns, w.values, z, X[0], *new).tobytes()
-    yield [x.tobytes() for x in (w.columns, w.values, X)]
-    yield [x.tobytes() for x in kernels.largest(dtype, *X, len(w.row), w.kept)]
+    new = *w.new, g, X[1], 2.0, w.count, 1
+    yield kernels.sparse_replace(dtype, w.columns, w.values, z, error, *new).tobytes()
+    yield [x.tobytes() for x in (w.columns, w.values, error)]
+    yield [x.tobytes() for x in kernels.largest(dtype, error, g, len(w.row), w.kept)]
 
 
 @pytest.mark.parametrize("m", [33, 300])
@@ -792,9 +794,9 @@ def test_launches(m, doublings):
                 lambda: kernels.transposed_times("float32", G, 8, np.ones(m)),
                 lambda: kernels.round("float16", x),
                 lambda: kernels.largest("float32", x, x, 3, 3),
-                lambda: kernels.sparse_times("float32", columns, G, np.stack([x, x]), 0, *new),
+                lambda: kernels.sparse_times("float32", columns, G, np.ones((2, 8)), 0, *new),
                 lambda: kernels.sparse_replace(
-                    "float32", columns, G, np.ones(m), x, *new, x, x, 1.0, 0, 1
+                    "float32", columns, G, np.ones(m), x, *new, x, np.ones(8), 1.0, 0, 1
                 ),
             ]
         ),
@@ -1201,7 +1203,7 @@ class Step:
         self.count += self.accepted
         values, columns = self.G[:, ::5].contiguous(), self.columns[0].clone()
         new = columns, row[::5].contiguous()
-        X = row.float()[None]
+        X = row.double()[None]
         y = self.kernels.hinv_sparse_times(self.columns, values, X, self.count, *new)
         return u, y
 
@@ -1287,8 +1289,9 @@ def test_arguments_are_checked(gpu):
         ("G is Float; it must be float16", lambda: gpu.hinv_round(t, matrix)),
         ("g is Double", lambda: gpu.hinv_round(vector, matrix.half())),
         ("kept is 3", lambda: gpu.hinv_largest(t, t, matrix[:, :2].contiguous(), 3)),
-        ("columns is Long", lambda: sparse_times(matrix.long(), matrix)),
-        ("X has shape", lambda: sparse_times(matrix.int(), matrix)),
+        ("columns is Long", lambda: sparse_times(matrix.long(), matrix.double())),
+        ("X has shape", lambda: sparse_times(matrix.int(), matrix.double())),
+        ("X is Float", lambda: sparse_times(matrix.int(), matrix[:2])),
     ]:
         with pytest.raises(RuntimeError, match=message):
             call()

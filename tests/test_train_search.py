@@ -40,8 +40,10 @@ def test_search_goes_on_where_it_was_and_reports(monkeypatch, tmp_path, capsys):
     path, figure = tmp_path / "search.csv", tmp_path / "search.png"
     flags = ["--csv", str(path), "--table", "--plot", str(figure)]
     with pytest.raises(SystemExit, match="2"):  # there is nothing to draw yet
-        search(monkeypatch, *flags, "--rounds", "broad")
+        search(monkeypatch, *flags, "--rounds")
     assert "--plot needs runs" in capsys.readouterr().err
+    search(monkeypatch, *flags, "--rounds", "broad")
+    assert capsys.readouterr().out.count(" (1 of 2 seeds) |") == 3 * 4
     begun = path.read_text()
     search(monkeypatch, *flags, "--rounds", "broad", "best", "without")
     done = path.read_text()
@@ -57,6 +59,8 @@ def test_search_goes_on_where_it_was_and_reports(monkeypatch, tmp_path, capsys):
     assert list(rows[0]) == train_search.COLUMNS
     # 8 of the grid; 4 best x 6, whose middle with seed 0 is there; 5 without x 2 lengths x 2 seeds
     assert len(rows) == 8 + 4 * 5 + 5 * 4
+    turns = [row["optimizer"] for row in rows]  # fair wherever it is cut off
+    assert turns[: 8 + 4 * 5] == list(GRIDS) * 7
     (diverged,) = [row for row in rows if row["loss"] == "inf"]
     assert diverged["settings"] == "lr=1e+30 momentum=0.9"
     for row in rows:
@@ -64,6 +68,26 @@ def test_search_goes_on_where_it_was_and_reports(monkeypatch, tmp_path, capsys):
             assert float(row["loss"]) < 2.3  # log 10 is 2.303
             assert row["steps"].split()[-1] == str(LENGTHS[row["length"]])
             assert row["losses"].split()[-1] == f"{float(row['loss']):.5g}"
+
+
+def test_images_are_searched_with_squares_of_pixels_averaged():
+    whole, pooled = (train_search.images("digits", pool=pool) for pool in (1, 2))
+    (x, y), (small, labels) = next(whole.batches(3)), next(pooled.batches(3))
+    assert x.shape == (128, 3, 32, 32) and torch.equal(y, labels)
+    expected = x.unflatten(3, (16, 2)).unflatten(2, (16, 2)).mean((3, 5))
+    torch.testing.assert_close(small, expected)
+    assert pooled.lengths == whole.lengths == {"short": 24, "middle": 96, "long": 360}
+    assert sum(len(y) for _, y in pooled.validation) == 360
+
+
+def test_images_take_the_settings_of_the_pooled_ones(tmp_path):
+    record, grid = train_search.Record(tmp_path / "search.csv"), train_search.GRIDS["pooled"]["sgd"]
+    for i, settings in enumerate(grid):
+        key = "pooled", "sgd", train_search.as_text(settings), "short", "0"
+        record.rows[key] = {"loss": str(2.0 - i)}
+    best = [train_search.as_text(settings) for settings in grid[:1:-1]]
+    assert record.best("images", "sgd", 2) == record.best("pooled", "sgd", 2) == best
+    assert not train_search.plan("broad", record, "images", "sgd")
 
 
 def test_text_is_in_one_split_only(tmp_path):
