@@ -77,9 +77,9 @@ class SharedRows:
     def prune_(
         self, W: Tensor, alive: Tensor, chosen: Tensor, pattern: Pattern, size: int
     ) -> Tensor:
-        """Prunes W (p, q), of which the mask `alive` (p, q) has been left so far, and returns the
-        new mask. Columns B lose as many weights as by the mask `chosen`, those of the lowest
-        saliencies after the columns before have been pruned."""
+        """Prunes W (p, q), from the mask `alive` (p, q), and returns the new mask. Columns B lose
+        as many weights as in the mask `chosen`: those of the lowest saliencies, once the columns
+        before have been pruned."""
         U, masks = self.U, []
         alive, chosen = alive.to(W.device), chosen.to(W.device)
         for B in self.blocks(size):
@@ -179,7 +179,7 @@ class MFACRowPruner(MFACPruner):
 
     @property
     def damp(self) -> float | str:
-        """What λ is relative to S."""
+        """λ, as a fraction of the mean of S's diagonal."""
         return self._damp
 
     @damp.setter
@@ -194,17 +194,28 @@ class MFACRowPruner(MFACPruner):
             self.recompute()
         elif self._inverse is None:  # resumed
             self._invert(self._start_weights, self._start_masks, self.recomputations - 1)
-        assert self._inverse is not None
+        try:
+            return self._swept(self._inverse or {}, wanted)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"damp = {self.damp!r} is too small for {self.ngrads:,} gradients; use more of "
+                "either"
+            ) from error
+
+    def _swept(
+        self, layers: dict[str, SharedRows], wanted: Wanted
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Masks and weights after a sweep over each layer."""
         self._report.say("choice and update")
         size = -(-COLUMNS // self.pattern.group) * self.pattern.group
         weights, saliencies = {}, {}
-        for name, rows in self._inverse.items():
+        for name, rows in layers.items():
             rows.prepare(self._fraction, size)
             weights[name] = self._by_rows(name, self._start_weights[name]).to(rows.S, copy=True)
             saliencies[name] = self._by_rows(name, rows.saliency(weights[name]))
         chosen = self._choose(self.masks, saliencies, wanted)
         masks = {}
-        for name, rows in self._inverse.items():
+        for name, rows in layers.items():
             alive, then = (self._by_rows(name, of[name]) for of in (self.masks, chosen))
             alive = rows.prune_(weights[name], alive, then, self.pattern, size)
             masks[name] = self._by_rows(name, alive)

@@ -199,6 +199,11 @@ REFUSED = {
         {},
         "The gradients of 0.weight, 2.weight are zero; leave them out with ignore",
     ),
+    "too little damping": (
+        nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 4)),
+        {"damp": "relative:1e-30"},
+        "damp = 'relative:1e-30' is too small for 8 gradients",
+    ),
     "too few": (nn.Linear(4, 4), {"ngrads": 9}, "Wanted 9 gradients, but the loader has fewer"),
     "groups": (nn.Linear(6, 4), {"pattern": "2:4"}, "There are no weights to prune"),
 }
