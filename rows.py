@@ -189,6 +189,10 @@ class MFACRowPruner(MFACPruner):
             raise ValueError(f"Invalid damp: {damp!r}; it must be relative, as 'relative:0.01'")
         self._damp, self._fraction = damp, fraction
 
+    def memory_plan(self, *_: Any, **__: Any) -> Any:
+        """Raises ValueError: it is of blocks and pages, and there are none."""
+        raise ValueError("No plan: MFACRowPruner takes 20 bytes a pair of inputs of a weight")
+
     def _pruned(self, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if not self._is_unchanged():
             self.recompute()

@@ -229,3 +229,10 @@ def test_columns_go_in_multiples_of_groups():
     )
     pruner.prune(5 / 6)
     assert COLUMNS % 6 and (pruner.masks["0.weight"].view(-1, 6).sum(1) == 1).all()
+
+
+def test_memory_is_not_that_of_blocks():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    pruner = MFACRowPruner(model, [(torch.randn(8, 4), torch.randint(2, (8,)))], ngrads=8)
+    with pytest.raises(ValueError, match="bytes a pair of inputs"):
+        pruner.memory_plan()
