@@ -1,7 +1,7 @@
-"""Blocks of the static inverse Fisher, many at once, and how precise the inverse of a matrix is.
+"""Blocks of the static inverse Fisher, many at once, and the precision of an inverse.
 
-Equation numbers and symbols are those of `prun`. Blocks of at most m weights are formed; larger
-ones go by Woodbury's identity.
+Equation numbers and symbols are those of `prun`. Blocks of at most m weights are formed. Larger
+ones use Woodbury's identity.
 """
 
 import copy
@@ -24,7 +24,7 @@ EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)
 
 
 def usual_perbatch(b: int, m: int | None, device: torch.device) -> int:
-    """How many blocks of b columns suit a device; of m gradients that are stored, or of sums, to
+    """How many blocks of b columns suit a device: of m stored gradients, or, with None, of sums to
     which gradients are added in several passes."""
     share = 32 if m is None and device.type == "cpu" else 4
     return max(1, tile_size(device) // share // (b * (b if m is None else min(b, m))))
@@ -37,7 +37,7 @@ def layout(d: int, b: int, perbatch: int) -> Layout:
 
 
 def tile_size(device: torch.device) -> int:
-    """Numbers that are worked on at once: a processor's cache holds them, or few kernels do it."""
+    """The size of a tile: it fits in the cache of a CPU, and keeps kernels on a GPU few."""
     return 2**21 if device.type == "cpu" else 2**25
 
 
@@ -58,7 +58,7 @@ def fast_type(G: Tensor, device: torch.device) -> torch.dtype:
 
 
 def inverse_factor(A: Tensor) -> Tensor:
-    """L⁻¹ (..., m, m) of A = LLᵀ, the lower triangles of which are read; NaN if there is none."""
+    """L⁻¹ (..., m, m) of A = LLᵀ, from the lower triangles of A; NaN if there is no L."""
     L, failed = torch.linalg.cholesky_ex(A)
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     inverse_L = torch.linalg.solve_triangular(L, eye.expand_as(A), upper=False)
@@ -80,7 +80,7 @@ def leverage(inverse_L: Tensor, tile: Tensor) -> Tensor:
 
 
 def too_small(damp: float, trace: float) -> ValueError:
-    """The error for a λ that cannot be resolved beside (1/m) GᵀG, the trace of which is given."""
+    """The error for a λ that is too small beside (1/m) GᵀG with this trace."""
     if not np.isfinite(trace):
         return ValueError("The gradients have NaN, Inf or squares that overflow; check the loss")
     enough = (EPS[torch.float64] / RESOLVABLE) ** 0.5 * trace
@@ -157,7 +157,7 @@ class DenseBlocks:
 
 
 class RemovableDenseBlocks:
-    """V = H⁻¹ (k, b, b) of the weights that are left of k blocks; about 0 where they are gone."""
+    """V = H⁻¹ (k, b, b) of the remaining weights of k blocks, about 0 for the others."""
 
     def __init__(self, V: Tensor):
         self.V = V
@@ -166,8 +166,8 @@ class RemovableDenseBlocks:
         return self.V.diagonal(dim1=1, dim2=2)
 
     def remove_(self, damp: float, dropped: Tensor, w: Tensor) -> Tensor:
-        """(5), and δ = −V_{:Q} V_QQ⁻¹ w_Q, on the rows of Q alone: as many as the block has that
-        loses most, with zeros for the others."""
+        """(5), and δ = −V_{:Q} V_QQ⁻¹ w_Q, with the rows of Q alone. Blocks that lose fewer weights
+        than others have zeros in place of rows."""
         k, b = dropped.shape
         most = int(dropped.sum(1).max())
         Q = dropped.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # (k, most)
@@ -188,16 +188,16 @@ class RemovableDenseBlocks:
 
 
 class LowRankBlocks:
-    """F⁻¹ of k blocks of b > m weights by (1), (2) and (4), from their gradients G (m, k·b), which
-    stay where they are."""
+    """F⁻¹ of k blocks of b > m weights by (1), (2) and (4), from references to their gradients
+    G (m, k·b)."""
 
     def __init__(self, G: Tensor, b: int, device: torch.device):
         self.G, self.b, self.device = G, b, device
         self.kept: Tensor | None = None  # (k, b); None for all
 
     def factor(self, damp: float, kept: Tensor | None) -> tuple[Tensor, Tensor, float]:
-        """G_R (k, m, b) in float64, with zeros beside R, L⁻¹ of A (k, m, m), and how far it is
-        off."""
+        """G_R (k, m, b) in float64, with zeros beside R, L⁻¹ of A (k, m, m), and its relative
+        error."""
         G = self.G.to(self.device, torch.float64).unflatten(1, (-1, self.b)).transpose(0, 1)
         if kept is not None:
             G = G * kept[:, None, :]
@@ -210,7 +210,7 @@ class LowRankBlocks:
         return G, inverse_L, roundings
 
     def trace(self, G: Tensor) -> float:
-        """The largest of a block of (1/m) GᵀG."""
+        """The largest trace of a block of (1/m) GᵀG."""
         return float(G.square().sum((1, 2)).max()) / len(self.G)
 
     def diagonal(self, damp: float) -> Tensor:
@@ -250,8 +250,8 @@ def sum_gradients(
     perbatch: int,
     device: torch.device,
 ) -> tuple[int, list[tuple[slice, int, DenseBlocks]]]:
-    """d and, for the columns of each batch of blocks and their size, F⁻¹ from gradients that are
-    iterated over: (d,) or some of them (n, d), in memory that may be used again for the next."""
+    """d and a list of (columns, block size, F⁻¹) for each batch of blocks, from an iterable of
+    gradients (d,) or (n, d). Their memory may be used again for the next ones."""
     sums: list[tuple[slice, int, Tensor]] = []
     m = d = 0
     for rows in gradients:
@@ -285,7 +285,7 @@ def add_block_sums_(sums: Tensor, G: Tensor) -> None:
 
 
 def float32_sums(G: Tensor, b: int) -> tuple[Tensor, int, float, Tensor]:
-    """What `DenseBlocks` takes, with sums in float64 of products in float32, for G (m, k·b)."""
+    """The arguments of `DenseBlocks` for G (m, k·b): float64 sums of float32 products."""
     blocks = G.unflatten(1, (-1, b)).permute(1, 2, 0)
     sums = torch.zeros(len(blocks), b, b, dtype=torch.float64, device=G.device)
     partial = torch.empty_like(sums, dtype=torch.float32)
@@ -295,10 +295,9 @@ def float32_sums(G: Tensor, b: int) -> tuple[Tensor, int, float, Tensor]:
             X = X.float()
             sums += torch.bmm(X, X.mT, out=partial)
             diagonals.append(partial.diagonal(dim1=1, dim2=2).clone())
-    # Errors of partial sums are independent: one large gradient counts in full, many alike do not.
-    # Beside them, `tiny` stands for products that float32 cannot hold. Measured: the diagonal of
-    # the inverse is off by at most 12 roundings of this size times the condition, as RESOLVABLE
-    # leaves room for two.
+    # Errors of partial sums are independent, so they add up as squares. `tiny` stands for products
+    # that underflow in float32. Measured: the diagonal of the inverse is off by at most 12 times
+    # this size times the condition, and RESOLVABLE leaves room for two.
     scale = torch.stack(diagonals).double().norm(dim=0)
     scale += len(G) * torch.finfo(torch.float32).tiny
     return sums, len(G), 6 * EPS[torch.float32], scale
@@ -307,7 +306,7 @@ def float32_sums(G: Tensor, b: int) -> tuple[Tensor, int, float, Tensor]:
 def stored_blocks(
     G: Tensor, b: int, damp: float, device: torch.device
 ) -> "DenseBlocks | LowRankBlocks":
-    """F⁻¹ of the blocks of b columns each that G (m, k·b) consists of, in the cheaper form."""
+    """F⁻¹ of the k blocks of b columns of G (m, k·b), in the cheaper form."""
     m = len(G)
     if b > m:
         return LowRankBlocks(G, b, device)

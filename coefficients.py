@@ -101,9 +101,9 @@ class Coefficients:
             y[j] = 0
             return y
 
-        def residual() -> Tensor:
+        def residual(u: Tensor, Ku: Tensor) -> Tensor:
             """k' − A'u"""
-            r = (others - image).sub_(u, alpha=shift)
+            r = (others - Ku).sub_(u, alpha=shift)
             r[j] = 0
             return r
 
@@ -111,26 +111,26 @@ class Coefficients:
         K_diagonal[j] = k_j
         A_diagonal = K_diagonal + shift
         u = solve_without_j(others)
-        image = self.K @ u
+        Ku = self.K @ u
         # One step of refinement, unless only rounding is left: P'k' cancels for nearly parallel
         # gradients, and P would keep the error.
-        r = residual()
+        r = residual(u, Ku)
         if not float((r.square() / A_diagonal).max()) < REFINED**2 * (k_j + shift):
             u += solve_without_j(r)
-            image = self.K @ u
-            r = residual()
+            Ku = self.K @ u
+            r = residual(u, Ku)
         projected = float(others @ u)
         s = k_j + shift - projected  # Schur complement, s ≥ mλ
         # All squares from here on are s² times those of the formulas, as u = −sz.
         off = float((r.square() / A_diagonal).sum())  # ‖D⁻¹(e_j − Az)‖²
-        image -= k
-        image[j] = projected - k_j  # Kũ, with the new row of K
+        Ku -= k
+        Ku[j] = projected - k_j  # now Kũ, with the new row of K
         u[j] = -1
         P_diagonal = self.P.diagonal() - p.square() / p[j] + u.square() / s
         P_diagonal[j] = 1 / s if s else 0
         trace, terms = float(P_diagonal @ A_diagonal), float(u.square() @ K_diagonal)
         # zᵀKz may cancel down to its own rounding error. Then the error is unknown, and infinite.
-        left = float(u @ image) - m * DOUBLE / 2 * terms
+        left = float(u @ Ku) - m * DOUBLE / 2 * terms
 
         errors = math.inf, math.inf
         if k_j == 0:  # then F⁻¹g is 0

@@ -1,34 +1,34 @@
-"""What scales or bounds a step of M-FAC. All is off unless it is asked for.
+"""Scales and bounds of a step of M-FAC. All are off by default.
 
 With the newest gradient g, row j of the window, A z = e_j and u = F⁻¹g = mGᵀz, two norms of the
-step are known from the (m, m) side alone, without another pass over d numbers and, where processes
-share the window, without a message:
+step follow from the (m, m) side alone. They need no further pass over d numbers and, if processes
+share the window, no message:
 
     gᵀF⁻¹g = m (1 − mλ z_j),        ‖u‖² = m² zᵀKz                                          (7)
 
-In a compressed window r = g − ĝ is not in the row. With b = Gr and y = mz − A⁻¹b/λ then
+In a compressed window, r = g − ĝ is not in the row. With b = Gr and y = mz − A⁻¹b/λ, the step is
 u = Gᵀy + r/λ, and
 
     gᵀF⁻¹g = m (1 − mλ z_j) + 2m zᵀb + (‖r‖² − bᵀA⁻¹b)/λ,   ‖u‖² = yᵀKy + 2yᵀb/λ + ‖r‖²/λ²
 
-where ‖r‖² is one sum over d numbers, and a message of one number.
+where ‖r‖² takes one sum over d numbers, and a message of one number.
 
 The controls multiply u by the smallest of these, before momentum takes it:
 
     warmup      n/m         while n < m gradients are in the window. F is defined with 1/m from the
-                            first gradient on, so that F⁻¹g is m/n times the result for the estimate
-                            (1/n) Σ gᵢgᵢᵀ with damping mλ/n, which this makes the step. Use it when
+                            first gradient on, so F⁻¹g is m/n times the result for the estimate
+                            (1/n) Σ gᵢgᵢᵀ with damping mλ/n. The factor takes that back. Use it if
                             the loss jumps in the first m steps.
     max_step    √δ/(lr‖u‖_F), so that lr² gᵀF⁻¹g ≤ δ, where ‖u‖_F² = uᵀFu = gᵀF⁻¹g: the clip of
                             the KL divergence of K-FAC (Martens and Grosse 2015, arXiv 1503.05671;
                             as a clip Ba et al. 2017). gᵀF⁻¹g ≤ m, so δ ≥ lr²m changes nothing. A
-                            group with another lr has its own factor. Use it where single gradients
-                            throw a run off.
-    max_norm    c/‖u‖       so that ‖u‖ ≤ c over all groups. Use it where ‖g‖ changes by orders of
-                            magnitude: as long as mλ is small, ‖u‖ is about m/‖g‖, so that small
+                            group with another lr has its own factor. Use it if single gradients
+                            make a run diverge.
+    max_norm    c/‖u‖       so that ‖u‖ ≤ c over all groups. Use it if ‖g‖ changes by orders of
+                            magnitude: as long as mλ is small, ‖u‖ is about m/‖g‖, and small
                             gradients make large steps.
 
-On CUDA everything stays on the device, so that a step can be captured in a CUDA graph.
+On CUDA everything stays on the device, and a step can be captured in a CUDA graph.
 """
 
 import math
@@ -77,7 +77,7 @@ class Control:
         self.warmup, self.max_step, self.max_norm = warmup, max_step, max_norm
 
     def attach(self, fisher: "DynamicInverseFisher") -> None:
-        """Has the inverse Fisher find the norms that this needs."""
+        """Makes the inverse Fisher compute the norms that are needed."""
         fisher.measures_norms = self.max_step is not None or self.max_norm is not None
 
     def scale_(self, u: Tensor, fisher: "DynamicInverseFisher", lr: float | Tensor) -> None:

@@ -1,4 +1,5 @@
-"""What both forms of the static inverse Fisher share: arguments, damping, updates, processes."""
+"""The common part of both forms of the static inverse Fisher: arguments, damping, updates,
+processes."""
 
 import warnings
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ from ranks import Ranks
 
 
 class StaticInverseFisher:
-    """What both forms share: damping, and the updates."""
+    """Damping and the updates, for both forms."""
 
     shape: tuple[int, int]
     device: torch.device
@@ -22,8 +23,8 @@ class StaticInverseFisher:
 
     @property
     def damp(self) -> float:
-        """λ. It may be changed at any time, which costs a new factorisation of (m, m) or (b, b)
-        matrices and, if it is asked for again, the diagonal."""
+        """λ. It may be changed at any time. That costs a new factorisation of (m, m) or (b, b)
+        matrices and, when it is needed again, the diagonal."""
         return self._damp
 
     @damp.setter
@@ -54,7 +55,7 @@ class StaticInverseFisher:
 
     def independent_update(self, drop: Any, w: Tensor) -> Tensor:
         """The paper's update δ (d,) of the weights w (d,) when those at the indices `drop` are
-        removed, each as if alone: δ = −F⁻¹ Σᵢ eᵢwᵢ/[F⁻¹]ᵢᵢ, and then δ = −w at `drop`."""
+        removed as if each were alone: δ = −F⁻¹ Σᵢ eᵢwᵢ/[F⁻¹]ᵢᵢ, and then δ = −w at `drop`."""
         dropped, weights = check_removal(drop, w, self.shape[0], self.device)
         delta = -self.matvec(torch.where(dropped, weights / self.diagonal(), 0))
         return in_type_of(w, torch.where(dropped, -weights, delta))
@@ -66,12 +67,12 @@ class StaticInverseFisher:
         raise NotImplementedError
 
     def _adjustment(self, dropped: Tensor, weights: Tensor) -> Tensor:
-        """δ_R, where what is at Q does not matter."""
+        """δ_R. Entries at Q are ignored."""
         raise NotImplementedError
 
     def _assemble(self, parts: Iterable[tuple[slice, Tensor]]) -> Tensor:
-        """A vector (d,) in float64 from [(columns, values)]. Each is copied before the next is
-        made, as small tensors that stay between large ones that go would fragment the memory."""
+        """A vector (d,) in float64 from [(columns, values)]. Each part is copied before the next is
+        made: small tensors that stay between large ones would fragment the memory."""
         x = torch.empty(self.shape[0], dtype=torch.float64, device=self.device)
         for columns, values in parts:
             x[columns] = values
@@ -79,7 +80,7 @@ class StaticInverseFisher:
 
 
 class SharedInverseFisher:
-    """F⁻¹ of which each rank has `part`, that of its chunk of the columns; of d weights in all."""
+    """F⁻¹ of d weights. Each rank has a `part`, for its chunk of the columns."""
 
     def __init__(self, part: Any, ranks: Ranks, d: int):
         self.part, self.ranks, self.d = part, ranks, d

@@ -198,6 +198,8 @@ class Flat:
         self._find_columns(sizes)
 
     def _find_columns(self, sizes: list[int]) -> None:
+        """The columns of this rank. Three ranks have 3, 3 and 1 of the 7 columns of a replicated
+        parameter. In messages each has 3 places, −1 where there is no column."""
         ranks, device = self.ranks, self.vector.device
         masks = [self.mask(p) for p in self.params]
         ordered = all(local(p).is_contiguous() for p in self.params)

@@ -113,15 +113,8 @@ class Compiled:
         self._launch(name, SCRATCH, G, x, count, scales, m, d, stride, scratch, k)
         return k
 
-    def hinv_transposed_times(
-        self,
-        G: Tensor,
-        z: Tensor,
-        scales: Tensor | None = None,
-        row: Tensor | None = None,
-        row_scales: Tensor | None = None,
-        count: Tensor | None = None,
-        accepted: Tensor | None = None,
+    def hinv_transposed_times(  # type: ignore
+        self, G, z, scales=None, row=None, row_scales=None, count=None, accepted=None
     ) -> Tensor:
         (m, d), stride = G.shape, G.stride(0)
         u = torch.empty(d, dtype=_real(G), device=G.device)
@@ -146,15 +139,7 @@ class Compiled:
         self._launch(name, -(-d // BLOCK), error, g, kept, k, d, columns, row, new_error, X)
         return columns, row, new_error, X
 
-    def hinv_sparse_times(
-        self,
-        columns: Tensor,
-        values: Tensor,
-        X: Tensor,
-        count: Tensor,
-        row_columns: Tensor,
-        row: Tensor,
-    ) -> Tensor:
+    def hinv_sparse_times(self, columns, values, X, count, row_columns, row) -> Tensor:  # type: ignore
         (m, k), (n, d) = values.shape, X.shape
         y = count.new_empty(n, m, dtype=torch.float64)
         scratch = y.new_empty(SPARSE_PARTS * n * m)
@@ -162,21 +147,9 @@ class Compiled:
         self._launch(name, SCRATCH, columns, values, X, *new, n, m, k, d, scratch, y)
         return y
 
-    def hinv_sparse_replace(
-        self,
-        columns: Tensor,
-        values: Tensor,
-        y: Tensor,
-        error: Tensor,
-        row_columns: Tensor,
-        row: Tensor,
-        new_error: Tensor,
-        rest: Tensor,
-        damp: Tensor,
-        count: Tensor,
-        accepted: Tensor,
-    ) -> Tensor:
-        new = row_columns, row, error, new_error, rest, damp, count, accepted
+    def hinv_sparse_replace(self, columns, values, y, error, row_columns, row, *more) -> Tensor:  # type: ignore
+        """`more`: new_error, rest, damp, count, accepted."""
+        new = row_columns, row, error, *more
         (m, k), d = values.shape, len(error)
         u = torch.empty_like(error)
         name = f"sparse_replace<{FORMATS[values.dtype]}>"

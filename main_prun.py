@@ -231,10 +231,10 @@ class Run:
     def check_memory(self, resumed: bool = False) -> None:
         """Says how much memory the inverse Fisher takes. Raises UserError if it, or the window of
         fine-tuning that comes after it, does not fit, or if the state has no space on the disk."""
-        settings, saved = self.settings, 0
+        settings, saved, plan = self.settings, 0, None
         try:
             if isinstance(self.pruner, MFACPruner):
-                note(str(self.pruner.memory_plan(max(self.ngrads))))
+                plan = self.pruner.memory_plan(max(self.ngrads))
             if settings.get("optim") == "mfac":
                 m, d = settings["ngrads"], self.ranks.chunk(self.total)
                 check_memory(m, [d], [self.device], torch.float32, None)
@@ -243,6 +243,8 @@ class Run:
             raise UserError(str(error)) from error
         saved += tensor_bytes([self.state_of(name) for name in ("model", "pruner", "teacher")])
         check_space(self.out, saved if resumed else 2 * saved)
+        if plan is not None:
+            note(str(plan))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues where `state` was saved. Raises UserError if it does not fit."""

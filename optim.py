@@ -121,6 +121,7 @@ class DynamicInverseFisher:
         self.counter = torch.zeros((), dtype=torch.int64, device=self.device)
         self.accepted = torch.ones_like(self.counter)  # 0 if the last gradient was refused
         self.measures_norms, self.norms = False, torch.empty(0)  # see `Control`
+        # Products in float32 are for dense windows on the CPU.
         exact = compress is not None or kinds != {"cpu"} or self.dtype == torch.float64
         self.precision = Precision(self.coefficients, self.window, self.ranks, always_exact=exact)
 
@@ -231,7 +232,7 @@ class DynamicInverseFisher:
                 image = self.ranks.sum(window.times(window.transposed_times(y).double()))
                 y += side.solve(b - image - m * self.damp * y)
             u = (x - window.transposed_times(y)) / self.damp
-            # As in (6), with y for z. Refinement squares the error of K.
+            # As in (6), with y for z. K errs by SINGLE √trace, and refinement squares that.
             rounding = DOUBLE + (0 if exact else SINGLE**2 * trace)
             terms = (trace * (y.square() @ side.K.diagonal())).sqrt() + self.ranks.norm(x)
             if rounding * float(terms) <= TOLERANCE * self.damp * float(self.ranks.norm(u)):
@@ -425,8 +426,7 @@ class MFAC(GroupedOptimizer):
             v = segment.average(self.velocity(), u, (1 - momentum) * accepted)
         if group["normalize"] is not None:
             v = segment.normalized(v, self.flat.ranks)
-        # Without momentum and decay, v is 0 where g was refused.
-        segment.descend(v, lr * accepted if momentum != 0 or decay != 0 else lr, decay)
+        segment.descend(v, lr * accepted, decay)
 
     def build(self, first: Sequence[Tensor] | None = None, grow: bool = False) -> None:
         params = self.numbered(["mfac"])

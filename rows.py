@@ -7,22 +7,22 @@ the same one but for a factor,
 
     Fᵢ ≈ (rᵢ / tr S) S ,   S = Σᵢ E[gᵢgᵢᵀ] = E[AᵀΔΔᵀA] ,   rᵢ = E‖gᵢ‖²                        (8)
 
-so that their traces are exact, S is an average over the gradients of all rows, and (q, q) is all
-that is stored and inverted. Columns are pruned from left to right, a few at a time, B, and those
-after them, C, make up for it. With S + λI = RRᵀ and U = R⁻¹, both upper triangular, the inverse of
-S + λI of the columns B and C has the blocks
+so that their traces are exact and S averages over the gradients of all rows. Only (q, q) numbers
+are stored and inverted. Columns are pruned from left to right, a few at a time, B, and the columns
+C after them make up for it. With S + λI = RRᵀ and U = R⁻¹, both upper triangular, the inverse of
+S + λI for the columns B and C has the blocks
 
     V_BB = U_BBᵀ U_BB ,   V_BC = U_BBᵀ U_BC                                                  (9)
 
-To remove the weights Q of a row in B at the least cost is then (5), and of it follow the rest:
+The least cost of removing the weights Q of a row in B is that of (5), and the rest follows:
 
     δ_B = −V_{BQ} V_QQ⁻¹ w_Q ,   δ_C = V_CB V_BB⁻¹ δ_B = (U_BB⁻¹ U_BC)ᵀ δ_B                   (10)
 
 Cost: O(T q²) a sample, O(q³) a layer, and O(b² + q) a weight with b columns at a time.
 
 S is the input's factor of K-FAC (Martens, Grosse, arXiv 1503.05671), but for whole samples. The
-sweep is that of SparseGPT (Frantar, Alistarh, arXiv 2301.00774), which has the inputs alone in S,
-treats all rows and layers alike, and removes a column at a time.
+sweep is that of SparseGPT (Frantar, Alistarh, arXiv 2301.00774). There S has the inputs alone, all
+rows and layers count the same, and one column is removed at a time.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -66,12 +66,12 @@ class SharedRows:
         self.diagonal = torch.cat([self.U[B, B].square().sum(0) for B in self.blocks(size)])
 
     def blocks(self, size: int) -> Iterator[slice]:
-        """So many columns at a time."""
+        """Columns, `size` at a time."""
         q = len(self.S)
         return (slice(start, min(start + size, q)) for start in range(0, q, size))
 
     def saliency(self, W: Tensor, B: slice = slice(None)) -> Tensor:
-        """wᵢⱼ² / 2[Fᵢ⁻¹]ⱼⱼ for W (p, ·) in the columns B, of F of these and those after them."""
+        """wᵢⱼ² / 2[Fᵢ⁻¹]ⱼⱼ for W (p, ·) in the columns B, with F for these and later columns."""
         return W.square() * (self.r / (2 * self.S.trace()))[:, None] / self.diagonal[B]
 
     def prune_(
@@ -104,15 +104,15 @@ def removal(V: Tensor, W: Tensor, gone: Tensor) -> Tensor:
 class MFACRowPruner(MFACPruner):
     """Prunes linear layers with one inverse for all rows of a weight, (8), column after column.
 
-    Of F it keeps the products of weights of one row, as an average over rows. That takes the memory
-    of the layers' inputs squared, not of a block for each weight, and is less noisy than blocks of
-    their own. Gradients are of samples, from inputs and gradients of outputs, in one process.
+    It keeps the products within rows of F, as an average over rows. That takes q² numbers for q
+    inputs of a layer, not a block for each weight, and is less noisy than separate blocks.
+    Gradients are of samples, from inputs and gradients of outputs, in one process.
 
     Args:
         model, loader, params, ignore, scope, pattern, masks, keep_zeros, portions, loss, ngrads,
             mode, drop_smaller, seed, device: as for `MFACPruner`, with per_sample=True. With
             portions, each is pruned by gradients of the model that those before have left.
-        damp: "relative:0.01", that fraction of the mean squared gradient of each row, or another.
+        damp: "relative:0.01" or another fraction of the mean squared gradient of each row.
 
     Raises:
         ValueError: for weights of other layers, or used by others than their layers; in `prune`
@@ -262,5 +262,5 @@ class MFACRowPruner(MFACPruner):
         self._inverse = found
 
     def _by_rows(self, name: str, x: Tensor) -> Tensor:
-        """With the outputs along dimension 0, or back."""
+        """x with the outputs along dimension 0; twice gives x."""
         return x if self.input_dimensions[name] == 1 else x.T

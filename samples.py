@@ -6,9 +6,9 @@ positions t (words) of the sample, it is
 
     ∂ℓ/∂W = n Σₜ δₜ aₜᵀ ,  ∂ℓ/∂b = n Σₜ δₜ                                                  (S)
 
-so one backward pass, to the outputs of the layers alone, does for a batch. Parameters of other
-layers need a batch of one a sample: all at once by torch.func where the model allows it, else
-one after the other. Numbers are the same where the loss is a mean over samples.
+so one backward pass, to the outputs of the layers alone, suffices for a batch. Parameters of other
+layers need a batch of one for each sample: all at once by torch.func if the model allows it, else
+one after the other. The results are the same if the loss is a mean over samples.
 """
 
 import math
@@ -31,8 +31,8 @@ AGREE = 0.01  # relative error that the mean over samples of a batch may have; h
 
 
 def batch_size(batch: Any) -> int:
-    """The length of the first tensor or list of strings in a batch, which may consist of nested
-    lists, tuples and dicts; else 0."""
+    """The length of the first tensor or list of strings in a batch, or 0. The batch may consist of
+    nested lists, tuples and dicts."""
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.ndim else 0
     if isinstance(batch, Mapping):
@@ -67,7 +67,7 @@ Factors = tuple[Tensor, Tensor]  # (n, T, p) and (n, T, q): gradients Σₜ left
 
 
 class Call(NamedTuple):
-    """What a linear layer was called with, and where the gradient of its output comes from."""
+    """The inputs of a call of a linear layer, and the edge of the gradient of its output."""
 
     layer: nn.Module
     inputs: Tensor  # (n, ..., features)
@@ -75,13 +75,13 @@ class Call(NamedTuple):
     output: GradientEdge
 
     def factors(self, delta: Tensor, n: int) -> Iterator[tuple[nn.Parameter, Factors]]:
-        """Those of (S) for each parameter of the layer, from the gradient of its output."""
+        """The factors of (S) for each parameter of the layer, from the gradient of its output."""
         if self.inputs.ndim < 2 or len(self.inputs) != n:
             raise NotPossible
         if self.inputs._version != self.version:
             raise ValueError(
-                f"The input of a {type(self.layer).__name__} is changed in place after it; "
-                "per_sample needs it as it was"
+                f"The input of a {type(self.layer).__name__} is changed in place after the call; "
+                "per_sample needs it unchanged: leave out inplace=True, or per_sample"
             )
         wide = torch.promote_types(delta.dtype, torch.float32)
         a = self.inputs.reshape(n, -1, self.inputs.shape[-1]).to(wide)
@@ -94,7 +94,7 @@ class Call(NamedTuple):
 
 
 def joined_factors(parts: Sequence[Factors], p: nn.Parameter, n: int) -> Factors:
-    """Of all calls of a layer, after each other."""
+    """The factors of all calls of a layer, joined."""
     if len(parts) == 1:
         return parts[0]
     if not parts:
@@ -104,14 +104,14 @@ def joined_factors(parts: Sequence[Factors], p: nn.Parameter, n: int) -> Factors
 
 
 class OuterProducts:
-    """Gradients G (n, d) of samples for the weights alive, in factors, of which columns are formed
-    when they are read, in order.
+    """Gradients G (n, d) of samples for the weights alive, in factors. Columns are formed when they
+    are read, in order.
 
     Args:
         batches: the factors of the parameters for each batch.
         alive: indices (d,) of the weights alive among all parameters.
         like: an empty tensor of the type and on the device of the gradients.
-        squares: (d,), to which those of columns are added when they are formed.
+        squares: (d,), to which the squares of columns are added when they are formed.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class OuterProducts:
 
 
 def add_squares_(squares: Tensor, rows: Tensor) -> None:
-    """Adds those of gradients (n, d) to squares (d,) in float64."""
+    """Adds the squares of gradients (n, d) to `squares` (d,), in float64."""
     width = max(1, TILE // (32 if rows.device.type == "cpu" else 1) // len(rows))
     for part, those in zip(rows.split(width, 1), squares.split(width), strict=True):
         those += part.double().square_().sum(0)
@@ -214,9 +214,9 @@ class SampleGradients:
         return found
 
     def factors(self, batch: Any) -> list[Factors] | None:
-        """The gradients of a batch by (S), for each parameter; None if that is not possible. It is
-        compared with the gradient of the first batch: weights may be used by others than their
-        layers, or samples not be along dimension 0. That is seen with one sample less, too."""
+        """The gradients of a batch by (S), for each parameter; None if that is not possible. The
+        first batch is compared with its gradient, also without one sample: others than the layers
+        may use the weights, or samples may not be along dimension 0."""
         if self.ways[-1] != self._by_layers:
             return None
         try:

@@ -78,13 +78,13 @@ def into_fisher(
                 f"The state dict has {sum(dims)} weights, but this inverse Fisher "
                 f"{fisher.shape[0]}; build it with the same weights"
             )
-    plain = compress is None and dtype not in SCALED
-    like = (m, dtype, compress) == (fisher.num_grads, fisher.dtype, fisher.compress)
+    separable = compress is None and dtype not in SCALED
+    same = (m, dtype, compress) == (fisher.num_grads, fisher.dtype, fisher.compress)
     side, precision = fisher.coefficients, fisher.precision
     precision.forget()
-    if like and sum(state["dims"]) == sum(dims):
+    if same and sum(state["dims"]) == sum(dims):
         fisher.window.divide(state["dims"])  # for the same rounding of sums over blocks
-    if not (like and (plain or dims == fisher.window.dims)):
+    if not (same and (separable or dims == fisher.window.dims)):
         for tensor in (side.K, fisher.counter, *_stored(fisher)):
             tensor.zero_()
         side.invert(fisher.damp)
@@ -92,7 +92,7 @@ def into_fisher(
             g = torch.cat([_row(block, j, dtype, compress) for block in state["window"]])
             (update or fisher.update)(g.to(fisher.device))
         return
-    if plain:
+    if separable:
         start = 0
         for block in state["window"]:
             views = fisher.window.columns(start, start := start + block["G"].shape[1])
@@ -271,11 +271,11 @@ def into_optimizer(
             order.sort(key=lambda i: place.get(i, len(place)))
         optimizer.build([params[i] for i in order])
         flat, fisher = optimizer.flat, optimizer.fisher
-        of = {id(p): found for p, found in zip(params, saved, strict=True)}
+        entries_of = {id(p): found for p, found in zip(params, saved, strict=True)}
         if whole:
             blocks = _own_blocks(fisher, shared)
         else:
-            blocks = [{"G": _from_saved(flat, p, of[id(p)])} for p in flat.params]
+            blocks = [{"G": _from_saved(flat, p, entries_of[id(p)])} for p in flat.params]
 
         def update(g: Tensor) -> None:
             optimizer._recovery.update_matvec(fisher, g)
@@ -294,12 +294,12 @@ def into_optimizer(
             with contextlib.suppress(DampTooSmallError):
                 optimizer.damp = optimizer.damp
         for i, p in optimizer.numbered(SETTINGS):
-            if of[id(p)]:
-                restore(optimizer.param_groups[i], p, optimizer.state, of[id(p)])
+            if entries_of[id(p)]:
+                restore(optimizer.param_groups[i], p, optimizer.state, entries_of[id(p)])
         for p in optimizer.flat.params:
-            if "momentum_buffer" in of[id(p)]:
+            if "momentum_buffer" in entries_of[id(p)]:
                 optimizer.velocity()
-                value = placed_as(p, of[id(p)]["momentum_buffer"])
+                value = placed_as(p, entries_of[id(p)]["momentum_buffer"])
                 if (mask := flat.mask(p)) is not None:
                     value *= mask  # the state may be from before the mask
                 local(optimizer.state[p]["momentum_buffer"]).copy_(local(value))

@@ -345,8 +345,8 @@ class Window:
             self.blocks.append(block)
 
     def divide(self, dims: Sequence[int]) -> None:
-        """Replaces the window by an empty one with blocks of these numbers of columns, unless it
-        has more blocks than that. Additional blocks are on the last device."""
+        """For loading: replaces the window by an empty one with blocks of these numbers of columns,
+        unless it has more blocks than that. Additional blocks are on the last device."""
         devices = [block.device for block in self.blocks]
         if len(devices) <= len(dims) and list(dims) != self.dims:
             self.blocks = []

@@ -18,6 +18,7 @@ import torch
 import mfac
 import optim
 import prun
+import rows
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAT = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in ("setup", "mfac"))
@@ -192,7 +193,7 @@ def test_versions_agree():
 
 def test_mfac_has_what_its_modules_show():
     shown = {name for module in (optim, prun) for name in module.__all__}
-    assert {*mfac.__all__} == shown | {"models", "mfac_groups"}
+    assert {*mfac.__all__} == shown | {"models", "mfac_groups", *rows.__all__}
 
 
 def test_no_module_is_forgotten():

@@ -161,7 +161,7 @@ def begun(dataset, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "advice"), [("optim", "a smaller --batchsize"), ("prun", "more --pages")]
+    ("name", "advice"), [("optim", "a smaller --batchsize"), ("prun", "a --blocksize or fewer")]
 )
 def test_a_full_gpu_is_a_sentence(name, advice, begun, capsys):
     with pytest.raises(SystemExit) as end:
