@@ -364,6 +364,8 @@ def test_files_that_are_no_checkpoints(tmp_path, model):
     torch.save({"state_dict": Attack(tmp_path / "created")}, file)
     fails(model, file, "not a checkpoint")
     assert not (tmp_path / "created").exists()
+    torch.save(model, file)  # the module itself, pickled
+    fails(model, file, "not a checkpoint")
     for stored in (
         torch.ones(3),
         [1, 2],
