@@ -154,7 +154,7 @@ def accumulate(m: int, d: int) -> dict[str, float]:
         for _ in range(0, m, BATCH):
             yield batch.normal_()
 
-    BlockedInverseFisher(iter(torch.randn(2, BLOCK, BLOCK)), BLOCK, DAMP)  # loads libraries
+    BlockedInverseFisher(iter(torch.randn(2, BLOCK, BLOCK)), BLOCK, DAMP).diagonal()  # loads code
     before = peak_bytes()
     BlockedInverseFisher(gradients(), BLOCK, DAMP).diagonal()
     bound = 8 * d * BLOCK + 4 * d * BATCH
