@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-WIDE = 1e-300, 1e300  # the range of λ if results are in float64
+RANGE = 1e-30, 1e30  # of λ
+WIDE = 1e-300, 1e300  # of λ if results are in float64
 IN_FLOATS = "as a dense tensor in a floating point of 16 to 64 bits"
 
 
@@ -54,9 +55,11 @@ def require(holds: bool, name: str, value: Any, wanted: str) -> None:
         raise ValueError(f"Invalid {name}: {value!r}; it must be {wanted}")
 
 
-def check_damp(damp: Any, least: float = 1e-30, largest: float = 1e30) -> float:
+def check_damp(
+    damp: Any, least: float = RANGE[0], largest: float = RANGE[1], also: str = ""
+) -> float:
     holds = is_number(damp) and least <= damp <= largest
-    require(holds, "damp", damp, f"a number from {least:g} to {largest:g}, such as 1e-5")
+    require(holds, "damp", damp, f"a number from {least:g} to {largest:g}, such as 1e-5{also}")
     return float(damp)
 
 
@@ -67,10 +70,7 @@ def damp_parts(damp: Any, least: float = WIDE[0], largest: float = WIDE[1]) -> t
     relative = isinstance(damp, str) and re.fullmatch(f"relative(?::({number}))?", damp)
     if relative:
         return 0.0, check_damp(float(relative[1] or 0.1))
-    holds = is_number(damp) and least <= damp <= largest
-    wanted = f"a number from {least:g} to {largest:g}, such as 1e-5, or 'relative:0.1'"
-    require(holds, "damp", damp, wanted)
-    return float(damp), 0.0
+    return check_damp(damp, least, largest, also=", or 'relative:0.1'"), 0.0
 
 
 def check_integer(name: str, value: Any, least: int = 1, largest: int | None = None) -> int:

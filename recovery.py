@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, cuda
 
-from checks import check_choice, check_damp, check_integer, damp_parts
+from checks import RANGE, check_choice, check_damp, check_integer, damp_parts
 from precision import DampTooSmallError, NonFiniteGradientError
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["Recovery", "warn_user"]
 
 IN_A_ROW = 100  # consecutive skipped steps, at most
-RANGE = 1e-30, 1e30  # of λ
 T = TypeVar("T")
 
 
