@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blocks import BATCH, tile_size
+from blocks import BATCH, tile_size, usual_perbatch
 from checks import check_device, check_integer
 from costs import available_memory
 
@@ -97,7 +97,7 @@ def inverse_bytes(
         return {device: 160 * d + sums + max(collected, batch)}
     needed = {device: 160 * d + collected}
     # Gram matrices and factors: of all columns, or of a batch of blocks.
-    blocks = 1 if form.paged else perbatch or max(1, tile_size(device) // 4 // (m * b))
+    blocks = 1 if form.paged else perbatch or usual_perbatch(b, m, device)
     needed[device] += 80 * blocks * m**2 + (0 if form.paged else min(blocks * b, d) * m * 32)
     gradients = number * m * columns
     if place != FILE:
