@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from reference import joint_removal
+from test_samples import Tied
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -177,17 +178,6 @@ def test_it_is_ahead_of_magnitude_and_of_pruning_without_an_update():
         found = torch.func.functional_call(model, before | change, (inputs,))
         errors.append(float((found.detach() - outputs).square().mean()))
     assert errors[0] < 0.7 * errors[1]
-
-
-class Tied(nn.Module):
-    """A weight that is used outside of its layer, too."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.layer(x).tanh() @ self.layer.weight
 
 
 REFUSED = {
