@@ -1,4 +1,4 @@
-"""Scales and bounds of a step of M-FAC. All are off by default.
+"""Scales and bounds of a step of M-FAC, all off by default. docs/settings.md says when to use them.
 
 With the newest gradient g, row j of the window, A z = e_j and u = F⁻¹g = mGᵀz, two norms of the
 step follow from the (m, m) side alone. They need no further pass over d numbers and, if processes
@@ -13,20 +13,13 @@ u = Gᵀy + r/λ, and
 
 where ‖r‖² takes one sum over d numbers, and a message of one number.
 
-The controls multiply u by the smallest of these, before momentum takes it:
+`Control` multiplies u by the smallest of these factors and 1, before momentum takes it:
 
-    warmup      n/m         while n < m gradients are in the window. F is defined with 1/m from the
-                            first gradient on, so F⁻¹g is m/n times the result for the estimate
-                            (1/n) Σ gᵢgᵢᵀ with damping mλ/n. The factor takes that back. Use it if
-                            the loss jumps in the first m steps.
-    max_step    √δ/(lr‖u‖_F), so that lr² gᵀF⁻¹g ≤ δ, where ‖u‖_F² = uᵀFu = gᵀF⁻¹g: the clip of
-                            the KL divergence of K-FAC (Martens and Grosse 2015, arXiv 1503.05671;
-                            as a clip Ba et al. 2017). gᵀF⁻¹g ≤ m, so δ ≥ lr²m changes nothing. A
-                            group with another lr has its own factor. Use it if single gradients
-                            make a run diverge.
-    max_norm    c/‖u‖       so that ‖u‖ ≤ c over all groups. Use it if ‖g‖ changes by orders of
-                            magnitude: as long as mλ is small, ‖u‖ is about m/‖g‖, and small
-                            gradients make large steps.
+    warmup      n/m             with n < m gradients in the window. F has 1/m from the first one
+                                on: F⁻¹g is m/n times that for (1/n) Σ gᵢgᵢᵀ and damping mλ/n
+    max_step    √(δ/lr²gᵀF⁻¹g)  the clip of the KL divergence of K-FAC (Martens and Grosse 2015,
+                                arXiv 1503.05671; as a clip Ba et al. 2017)
+    max_norm    c/‖u‖           with ‖u‖ over all groups
 
 On CUDA everything stays on the device, and a step can be captured in a CUDA graph.
 """
@@ -50,12 +43,7 @@ FLOOR = 1e-3  # the least norm of weights in `layerwise`
 
 
 class Control:
-    """The factor of u = F⁻¹g, as above.
-
-    Args:
-        warmup: whether to scale by n/m.
-        max_step: δ > 0, or None.
-        max_norm: c > 0, or None.
+    """The factor of u = F⁻¹g, as above. `max_step` is δ, `max_norm` is c; None is no bound.
 
     Example:
         >>> from optim import DynamicInverseFisher

@@ -72,12 +72,10 @@ def mfac_groups(
     unknown = sorted(settings.keys() - SETTINGS[algorithm].keys() - {"maximize"})
     require(not unknown, "settings", unknown, f"among {[*SETTINGS[algorithm], 'maximize']}")
     modules = list(model.modules())
+    outside = [*others, *(module for module in modules if isinstance(module, OUTSIDE))]
     last = [module for module in modules if isinstance(module, nn.Linear)][-1:]
-    outside: list[nn.Module] = [module for module in modules if isinstance(module, OUTSIDE)]
-    outside += [module for module in others if isinstance(module, nn.Module)]
     outside += last if head is None else [head]
-    apart = {id(p) for module in outside for p in module.parameters()}
-    apart |= {id(p) for p in others if isinstance(p, Tensor)}
+    apart = {id(p) for x in outside for p in ([x] if isinstance(x, Tensor) else x.parameters())}
     params = list(model.parameters())  # tied ones once
     matrices = [p for p in params if p.ndim >= 2 and id(p) not in apart]
     if not matrices:
@@ -85,8 +83,7 @@ def mfac_groups(
             "No matrix is left for M-FAC between embeddings and head; give MFAC "
             "model.parameters() to have it train everything"
         )
-    kept = {id(p) for p in matrices}
-    rest = [p for p in params if id(p) not in kept]
+    rest = [p for p in params if p.ndim < 2 or id(p) in apart]
     return [{"params": matrices}, {"params": rest, "algorithm": algorithm, **settings}]
 
 
@@ -121,15 +118,15 @@ class Fallback:
                 continue
             entries = [prepare(group, p, self.state) for p in params]
             buffers = [[local(x[name]) for x in entries] for name in _names(group)]
-            how: dict[str, Any] = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
-            how |= {"maximize": group["maximize"], "foreach": False, "fused": fused}
+            how = {name: group[name] for name in ("lr", "weight_decay", "maximize")}
+            how |= {"foreach": False, "fused": fused}
             if fused:  # then found_inf = 1 leaves everything unchanged
                 device = params[0].device
                 how["found_inf"] = 1 - torch.as_tensor(accepted, dtype=torch.float32, device=device)
             if group["algorithm"] == "adamw":
                 steps, means, squares = buffers
-                beta1, beta2 = group["betas"]
-                how |= {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "amsgrad": False}
+                how |= {"eps": group["eps"], "amsgrad": False}
+                how["beta1"], how["beta2"] = group["betas"]
                 adamw(weights, grads, means, squares, [], steps, **how)
             else:
                 how |= {"momentum": group["momentum"], "nesterov": group["nesterov"]}
@@ -144,15 +141,11 @@ def complete(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     if algorithm == "mfac":
         return group
     check_choice("algorithm", algorithm, ["mfac", *SETTINGS])
-    unknown = {*signature(AdamW).parameters, *signature(SGD).parameters} - SETTINGS[
-        algorithm
-    ].keys()
-    for name in group:
-        if name in _foreign(algorithm, defaults) or name in unknown - {"params", "maximize"}:
-            raise ValueError(
-                f"Invalid group: {name} is not a setting of algorithm {algorithm!r}, which has "
-                f"{[*SETTINGS[algorithm], 'maximize']}"
-            )
+    if foreign := sorted(_foreign(algorithm, defaults) & group.keys()):
+        raise ValueError(
+            f"Invalid group: {foreign[0]} is not a setting of algorithm {algorithm!r}, which has "
+            f"{[*SETTINGS[algorithm], 'maximize']}"
+        )
     return {**SETTINGS[algorithm], **group}
 
 
@@ -197,8 +190,9 @@ def _names(group: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _foreign(algorithm: str, defaults: dict[str, Any]) -> set[str]:
-    """The settings in `defaults` that this algorithm lacks."""
-    return defaults.keys() - SETTINGS[algorithm].keys() - {"algorithm", "maximize", "params"}
+    """The settings in `defaults`, and of torch's optimizers, that this algorithm lacks."""
+    known = defaults.keys() | signature(AdamW).parameters.keys() | signature(SGD).parameters.keys()
+    return known - SETTINGS[algorithm].keys() - {"algorithm", "maximize", "params"}
 
 
 def _laid_out(g: Tensor, p: Tensor) -> Tensor:
