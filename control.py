@@ -43,17 +43,7 @@ FLOOR = 1e-3  # the least norm of weights in `layerwise`
 
 
 class Control:
-    """The factor of u = F⁻¹g, as above. `max_step` is δ, `max_norm` is c; None is no bound.
-
-    Example:
-        >>> from optim import DynamicInverseFisher
-        >>> fisher, control = DynamicInverseFisher(num_grads=4, dim=1, damp=1.0), Control(True)
-        >>> control.attach(fisher)
-        >>> u = fisher.update_matvec(torch.tensor([2.0]))  # F is 1 + 4/4
-        >>> control.scale_(u, fisher, lr=1.0)
-        >>> u
-        tensor([0.2500])
-    """
+    """The factor of u = F⁻¹g, as above. `max_step` is δ, `max_norm` is c; None is no bound."""
 
     def __init__(
         self, warmup: bool = False, max_step: float | None = None, max_norm: float | None = None
@@ -121,11 +111,6 @@ def layerwise(
         parts: the parts of v that belong to them, as views.
         sizes: the number of entries of each part, on the device of v.
         ranks: the processes over which all of the parameters are sharded; None if none of them is.
-
-    Example:
-        >>> w, v = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])
-        >>> layerwise(v, [w], [v], torch.tensor([2]), None)
-        tensor([0., 5.])
     """
     wide = torch.promote_types(params[0].dtype, torch.float32)
     weights = torch._foreach_norm([local(p).detach() for p in params], dtype=wide)
