@@ -210,7 +210,10 @@ GRIDS: dict[str, dict[str, list[Settings]]] = {  # as many settings for each opt
     "text": {
         "sgd": product(lr=[0.3, 1.0, 3.0], momentum=[0.9, 0.95]),
         "adamw": product(lr=[1e-2, 2e-2, 4e-2], beta2=[0.99, 0.999]),
-        "muon": product(lr=[0.02, 0.04, 0.08], lr_adamw=[1e-2, 2e-2]),
+        "muon": [
+            *product(lr=[0.02, 0.04, 0.08], lr_adamw=[1e-2, 2e-2]),
+            {"lr": 0.08, "lr_adamw": 0.02, "momentum": 0.9},
+        ],
         "mfac": [
             CONTROLLED | {"lr": 0.035, "lr_adamw": 0.02} | settings
             for settings in (
