@@ -423,24 +423,22 @@ class MFAC(GroupedOptimizer):
         decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0
         self._control.scale_(v, self.fisher, lr)
         if momentum != 0:
-            v = segment.average(self.velocity(), u, (1 - momentum) * accepted)
+            velocity = self.velocity()[segment.span]
+            v = segment.average(velocity, v, (1 - momentum) * accepted)
         if group["normalize"] is not None:
             v = segment.normalized(v, self.flat.ranks)
         segment.descend(v, lr * accepted, decay)
 
-    def build(self, first: Sequence[Tensor] | None = None, grow: bool = False) -> None:
-        params = self.numbered(["mfac"])
-        settings = {**self._window, "damp": self._recovery.damp}
-        every = [p for _, p in self.numbered()]
-        ranks = Ranks(find_process_group(every, self.process_group))
-        device = self._device or next((p.device for _, p in params), torch.device("cpu"))
+    def build(self, trained: Sequence[Tensor] | None = None, grow: bool = False) -> None:
+        groups = {p: i for i, p in self.numbered(["mfac"])}
+        device = self._device or next((p.device for p in groups), torch.device("cpu"))
         device = self.fisher.device if grow else device
-        place = {id(p): i for i, p in enumerate(first or ())}
-        others = grow or first is None
-        trained = [(i, p) for i, p in params if id(p) in place or (others and is_trained(p))]
-        trained.sort(key=lambda pair: place.get(id(pair[1]), len(place)))
+        trained = list(filter(is_trained, groups)) if trained is None else trained
+        pairs = [(groups.pop(p), p) for p in trained]
+        ranks = Ranks(find_process_group([p for _, p in self.numbered()], self.process_group))
+        settings = {**self._window, "damp": self._recovery.damp}
         wide = torch.float64 if settings["dtype"] == torch.float64 else torch.float32
-        self.flat = Flat(trained, partial(mask_of, self.state), ranks, device, wide)
+        self.flat = Flat(pairs, list(groups), partial(mask_of, self.state), ranks, device, wide)
         if grow:
             return self.fisher.grow(self.flat.size - self.fisher.shape[0])
         self.fisher: Any = None  # the old window goes before the new one comes

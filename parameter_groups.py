@@ -11,7 +11,7 @@ from torch import Tensor
 import fallback
 import states
 from checks import check_group, checked_masks
-from flat import Flat, is_trained
+from flat import Flat, is_trained, views
 from ranks import dtensor_like, find_process_group, local, placed_as
 from recovery import Recovery, warn_user
 
@@ -47,9 +47,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self.name_state()
         self._built = True
 
-    def build(self, first: Sequence[Tensor] | None = None, grow: bool = False) -> None:
-        """Makes `flat` and an empty `fisher`, for the parameters that are trained, or for `first`
-        alone. To `grow`, keeps `fisher`, and appends the columns of those that are not `first`."""
+    def build(self, trained: Sequence[Tensor] | None = None, grow: bool = False) -> None:
+        """Makes `flat` and an empty `fisher`, for all parameters that are trained, or for these in
+        this order. To `grow`, keeps `fisher`, and appends the columns of those that are new."""
         raise NotImplementedError
 
     def numbered(self, algorithms: Collection[str] = ALGORITHMS) -> list[tuple[int, Tensor]]:
@@ -63,7 +63,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         if flat.momentum is None:
             flat.momentum = torch.zeros_like(flat.vector)
         if flat.params and "momentum_buffer" not in self.state[flat.params[-1]]:
-            parts = [x for s in flat.segments for x in s.parts(flat.momentum[s.span])]
+            parts = [x for s in flat.segments for x in views(flat.momentum[s.span], s.layout)]
             for p, part in zip(flat.params, parts, strict=True):
                 self.state[p]["momentum_buffer"] = dtensor_like(p, part)
         return flat.momentum
@@ -100,14 +100,14 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def follow(self) -> None:
         """Gives columns to parameters that are trained by now. If parameters have gone, for example
         because a framework has replaced them, the window starts anew."""
-        params, others = self.numbered(["mfac"]), self.numbered(fallback.SETTINGS)
-        known = all(p in self.state for _, p in others if p.grad is not None)
-        if self.flat.covers(params) and known:
+        every = [p for group in self.param_groups for p in group["params"]]
+        if list(map(id, every)) == list(map(id, self._params)) and self.flat.covers():
             return
-        before, present = self.flat.params, {id(p) for _, p in params}
-        replace_params(self.state, self._params, [p for _, p in self.numbered()])
-        if all(id(p) in present for p in before):
-            self.build(before, grow=True)
+        replace_params(self.state, self._params, every)
+        params, known = [p for _, p in self.numbered(["mfac"])], set(map(id, self.flat.params))
+        if known <= set(map(id, params)):
+            new = [p for p in params if id(p) not in known and is_trained(p)]
+            self.build([*self.flat.params, *new], grow=True)
             self.name_state()
         else:
             self._start_anew("The parameters of the optimizer have changed")
