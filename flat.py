@@ -5,7 +5,7 @@ their gradients are copied into it, and its pieces are subtracted from the weigh
 foreach call over views that are made once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -17,33 +17,24 @@ from checks import check_dense
 from control import layerwise
 from ranks import Ranks, local, sharded_dim
 
-Layout = list[tuple[torch.Size, tuple[int, ...]]]  # shape and strides of each piece of a vector
-
 
 class Segment:
-    """Parameters of one group, type and device, side by side in the vector.
-
-    Args:
-        group: index of their group.
-        params: the parameters.
-        start: where their numbers start in the vector.
-        vector: the vector (d,).
-        masked: where masks freeze weights (d,).
-    """
+    """Parameters of one group, type and device, side by side in the vector from `start` on.
+    `masked` (d,) is True where masks freeze weights."""
 
     def __init__(
         self, group: int, params: list[Tensor], start: int, vector: Tensor, masked: Tensor
     ):
-        self.group, self.params, self.layout = group, params, layout(params)
+        self.group, self.params = group, params
         self.dtype, self.device = params[0].dtype, params[0].device
-        self.shapes = [shape for shape, _ in self.layout]
+        self.shapes = [local(p).shape for p in params]
         self.sizes = [shape.numel() for shape in self.shapes]
         self.span = slice(start, start + sum(self.sizes))
         self.numbers = vector[self.span]
-        self.views = views(self.numbers, self.layout)
+        self.views = views(self.numbers, params)
         # A foreach call that subtracts is one launch only if all is of one type and device.
         self.update = self.numbers.to(self.device, self.dtype)  # `numbers` itself if it is
-        self.updates = views(self.update, self.layout)
+        self.updates = views(self.update, params)
         self.lacking: set[int] = set()  # indices of parameters without a gradient
         self.repeats = torch.tensor(self.sizes, device=vector.device)
         self.masked = masked[self.span] if bool(masked[self.span].any()) else None
@@ -61,13 +52,14 @@ class Segment:
         grads, shapes = [local(g) for g in found if g is not None], self._present(self.shapes)
         if not grads:
             return False
-        for g, shape in zip(grads, shapes, strict=True):
-            if g.shape != shape:
-                raise ValueError(
-                    f"A parameter of group {self.group} has a gradient of shape {tuple(g.shape)}, "
-                    f"but had shape {tuple(shape)} when it got its place in the window; build the "
-                    "optimizer anew after layers have been replaced or resized"
-                )
+        if [g.shape for g in grads] != shapes:
+            pairs = zip(grads, shapes, strict=True)
+            new, old = next((tuple(g.shape), tuple(old)) for g, old in pairs if g.shape != old)
+            raise ValueError(
+                f"A parameter of group {self.group} has a gradient of shape {new}, but had shape "
+                f"{old} when it got its place in the window; build the optimizer anew after layers "
+                "have been replaced or resized"
+            )
         check_dense(grads)
         torch._foreach_copy_(self._present(self.views), grads)
         return True
@@ -127,7 +119,7 @@ class Flat:
     Args:
         params: (group, parameter) for each one that is trained, in the order of the columns.
         frozen: the other parameters of the same groups, which have no columns.
-        mask: of a parameter, True where it is trained; None for all of it.
+        state: of the optimizer, with the masks.
         ranks: the processes that share the window.
         device, dtype: of the vector.
     """
@@ -136,13 +128,13 @@ class Flat:
         self,
         params: Sequence[tuple[int, Tensor]],
         frozen: Sequence[Tensor],
-        mask: Callable[[Tensor], Tensor | None],
+        state: dict[Any, Any],
         ranks: Ranks,
         device: torch.device,
         dtype: torch.dtype,
     ):
-        self.params, self.mask, self.ranks = [p for _, p in params], mask, ranks
-        self._frozen, self._compared = frozen, False
+        self.params, self.ranks = [p for _, p in params], ranks
+        self._frozen, self._state, self._compared = frozen, state, False
         d = sum(local(p).numel() for p in self.params)
         self.vector = torch.zeros(d, dtype=dtype, device=device)
         self.momentum: Tensor | None = None  # v (d,), from `velocity`
@@ -159,23 +151,23 @@ class Flat:
         order, masked = torch.arange(d, device=device), torch.zeros(d, device=device).bool()
         self.columns: list[slice] = []  # of each parameter, among those of this rank
         own, shared, stop = [order[:0]], [], 0
-        for p, place in zip(self.params, views(order, layout(self.params)), strict=True):
+        for p, place in zip(self.params, views(order, self.params), strict=True):
             mask, positions = self.mask(p), place.flatten()
             if mask is not None:
                 mask = local(mask).to(device)
-                positions, masked[place[~mask]] = place[mask], True
+                positions = place[mask]
+                masked[place[~mask]] = True
             if ranks.size > 1 and sharded_dim(p) is None:  # three ranks have 3, 3, 1 of 7 columns
                 table = pad(positions, (0, -len(positions) % ranks.size), value=d)
                 shared.append(table.view(ranks.size, -1))
                 positions = ranks.part(positions)
             own.append(positions)
             self.columns.append(slice(stop, stop := stop + len(positions)))
-        index = torch.cat(own)
-        # Of the columns in the vector; None if they are all of it.
-        self.index = None if torch.equal(index, order) else index
-        # Of the columns of all ranks (ranks, ·), where parameters are replicated. Rows are padded
-        # with d, a place after the vector.
+        # Places of the columns of all ranks (ranks, ·), where parameters are replicated. Rows are
+        # padded with d, a place after the vector.
         self.shared = torch.cat(shared, 1) if shared else None
+        index = torch.cat(own)  # places of the columns of this rank; None if they are all there are
+        self.index = index if shared or not torch.equal(index, order) else None
         return masked
 
     def __getstate__(self) -> dict[str, Any]:
@@ -195,6 +187,10 @@ class Flat:
             self.ranks.check_same(self.params, self.vector.device)
             self._compared = True
         return True
+
+    def mask(self, p: Tensor) -> Tensor | None:
+        """True where p is trained; None if all of it is."""
+        return self._state[p].get("mask") if p in self._state else None
 
     @property
     def size(self) -> int:
@@ -223,26 +219,16 @@ def _alike(x: tuple[int, Tensor]) -> tuple[Any, ...]:
     return group, p.dtype, p.device, sharded_dim(p) is None
 
 
-def mask_of(state: dict[Any, Any], p: Tensor) -> Tensor | None:
-    """True where p is trained, from the state of an optimizer. None if all of it is."""
-    return state[p].get("mask") if p in state else None
-
-
 def is_trained(p: Tensor) -> bool:
     """Whether p takes columns of the window."""
     return p.requires_grad or p.grad is not None
 
 
-def layout(params: Sequence[Tensor]) -> Layout:
-    """Of the local parts of parameters, without gaps."""
-    parts = [torch.empty_like(local(p), device="meta") for p in params]
-    return [(part.shape, part.stride()) for part in parts]
-
-
-def views(vector: Tensor, layout: Layout) -> list[Tensor]:
-    """The pieces of the vector, in these shapes and memory orders."""
+def views(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """The pieces of the vector, in the shapes and memory order of the local parts of parameters."""
     found, start = [], vector.storage_offset()
-    for shape, stride in layout:
-        found.append(vector.as_strided(shape, stride, start))
-        start += shape.numel()
+    for p in map(local, params):
+        stride = torch.empty_like(p, device="meta").stride()  # that of p, if p has no gaps
+        found.append(vector.as_strided(p.shape, stride, start))
+        start += p.numel()
     return found

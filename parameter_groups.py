@@ -11,8 +11,8 @@ from torch import Tensor
 import fallback
 import states
 from checks import check_group, checked_masks
-from flat import Flat, is_trained, views
-from ranks import dtensor_like, find_process_group, local, placed_as
+from flat import Flat, is_trained
+from ranks import as_dtensor, find_process_group, is_dtensor, local, placed_as
 from recovery import Recovery, warn_user
 
 __all__ = ["GroupedOptimizer"]
@@ -47,7 +47,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self.name_state()
         self._built = True
 
-    def build(self, trained: Sequence[Tensor] | None = None, grow: bool = False) -> None:
+    def build(self, params: Sequence[Tensor] | None = None, grow: bool = False) -> None:
         """Makes `flat` and an empty `fisher`, for all parameters that are trained, or for these in
         this order. To `grow`, keeps `fisher`, and appends the columns of those that are new."""
         raise NotImplementedError
@@ -63,9 +63,12 @@ class GroupedOptimizer(torch.optim.Optimizer):
         if flat.momentum is None:
             flat.momentum = torch.zeros_like(flat.vector)
         if flat.params and "momentum_buffer" not in self.state[flat.params[-1]]:
-            parts = [x for s in flat.segments for x in views(flat.momentum[s.span], s.layout)]
-            for p, part in zip(flat.params, parts, strict=True):
-                self.state[p]["momentum_buffer"] = dtensor_like(p, part)
+            views = [view for segment in flat.segments for view in segment.views]
+            for p, x in zip(flat.params, views, strict=True):
+                here = flat.momentum.as_strided(x.shape, x.stride(), x.storage_offset())
+                if is_dtensor(p):
+                    here = as_dtensor(here, p.shape, p.device_mesh, p.placements)
+                self.state[p]["momentum_buffer"] = here
         return flat.momentum
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

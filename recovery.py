@@ -60,7 +60,7 @@ class Recovery:
         """Reads the results of steps on CUDA, and keeps an error for `raise_late`."""
         while True:
             try:
-                return self._raising(fisher, partial(fisher.settle, wait))
+                return self._raising(fisher, partial(fisher.precision.settle, wait))
             except NonFiniteGradientError as error:
                 self._skip(fisher, error)
                 self._late = error if self.on_nonfinite == "raise" else None
