@@ -20,11 +20,9 @@ from ranks import Ranks, local, sharded_dim
 
 class Segment:
     """Parameters of one group, type and device, side by side in the vector from `start` on.
-    `masked` (d,) is True where masks freeze weights."""
+    `fixed` (d,) is True where masks freeze weights."""
 
-    def __init__(
-        self, group: int, params: list[Tensor], start: int, vector: Tensor, masked: Tensor
-    ):
+    def __init__(self, group: int, params: list[Tensor], start: int, vector: Tensor, fixed: Tensor):
         self.group, self.params = group, params
         self.dtype, self.device = params[0].dtype, params[0].device
         self.shapes = [local(p).shape for p in params]
@@ -32,12 +30,13 @@ class Segment:
         self.span = slice(start, start + sum(self.sizes))
         self.numbers = vector[self.span]
         self.views = views(self.numbers, params)
-        # A foreach call that subtracts is one launch only if all is of one type and device.
-        self.update = self.numbers.to(self.device, self.dtype)  # `numbers` itself if it is
+        # A foreach subtraction is one launch only for tensors of one type and device, so these
+        # numbers are converted to those of the parameters at once. A copy converts by itself.
+        self.update = self.numbers.to(self.device, self.dtype)  # `numbers` itself if it fits
         self.updates = views(self.update, params)
         self.lacking: set[int] = set()  # indices of parameters without a gradient
         self.repeats = torch.tensor(self.sizes, device=vector.device)
-        self.masked = masked[self.span] if bool(masked[self.span].any()) else None
+        self.fixed = fixed[self.span] if bool(fixed[self.span].any()) else None
 
     def gather(self) -> bool:
         """Copies gradients into the vector, zeros for missing ones. False if all are missing.
@@ -92,8 +91,8 @@ class Segment:
             self.numbers.copy_(v)
             self.add_weights(decay)
             self.numbers.mul_(lr)
-            if self.masked is not None:
-                self.numbers.masked_fill_(self.masked, 0)
+            if self.fixed is not None:
+                self.numbers.masked_fill_(self.fixed, 0)
         if self.update is not self.numbers:
             self.update.copy_(self.numbers)
         torch._foreach_sub_(self._weights(), self._present(self.updates))
@@ -138,17 +137,17 @@ class Flat:
         d = sum(local(p).numel() for p in self.params)
         self.vector = torch.zeros(d, dtype=dtype, device=device)
         self.momentum: Tensor | None = None  # v (d,), from `velocity`
-        masked = self._find_columns()
+        fixed = self._find_columns()
         self.segments: list[Segment] = []
         start = 0
         for (group, *_), run in groupby(params, _alike):
-            self.segments.append(Segment(group, [p for _, p in run], start, self.vector, masked))
+            self.segments.append(Segment(group, [p for _, p in run], start, self.vector, fixed))
             start = self.segments[-1].span.stop
 
     def _find_columns(self) -> Tensor:
         """Finds the columns of this rank. Returns where masks freeze numbers of the vector."""
         d, device, ranks = len(self.vector), self.vector.device, self.ranks
-        order, masked = torch.arange(d, device=device), torch.zeros(d, device=device).bool()
+        order, fixed = torch.arange(d, device=device), torch.zeros(d, device=device).bool()
         self.columns: list[slice] = []  # of each parameter, among those of this rank
         own, shared, stop = [order[:0]], [], 0
         for p, place in zip(self.params, views(order, self.params), strict=True):
@@ -156,7 +155,7 @@ class Flat:
             if mask is not None:
                 mask = local(mask).to(device)
                 positions = place[mask]
-                masked[place[~mask]] = True
+                fixed[place[~mask]] = True
             if ranks.size > 1 and sharded_dim(p) is None:  # three ranks have 3, 3, 1 of 7 columns
                 table = pad(positions, (0, -len(positions) % ranks.size), value=d)
                 shared.append(table.view(ranks.size, -1))
@@ -168,7 +167,7 @@ class Flat:
         self.shared = torch.cat(shared, 1) if shared else None
         index = torch.cat(own)  # places of the columns of this rank; None if they are all there are
         self.index = index if shared or not torch.equal(index, order) else None
-        return masked
+        return fixed
 
     def __getstate__(self) -> dict[str, Any]:
         """Without segments, as copy and pickle do not preserve views. A new vector follows."""
