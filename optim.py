@@ -43,7 +43,7 @@ from coefficients import DOUBLE, SINGLE, TOLERANCE, Coefficients, factor
 from control import Control, squared_norms
 from costs import check_memory, step_traffic, window_bytes
 from fallback import Fallback
-from flat import Flat, Segment, is_trained
+from flat import Flat, Segment
 from parameter_groups import GroupedOptimizer
 from precision import DampTooSmallError, NonFiniteGradientError, Precision
 from ranks import Ranks, find_process_group
@@ -264,7 +264,9 @@ class DynamicInverseFisher:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads a copy of the result of `state_dict`, from any device and number of shards. If the
         window has another size or type, the newest gradients enter it one by one."""
+        damp = self.damp
         states.into_fisher(self, state)
+        self.damp = damp
 
 
 class MFAC(GroupedOptimizer):
@@ -386,16 +388,14 @@ class MFAC(GroupedOptimizer):
         segments = [(s, self.param_groups[s.group]) for s in self.flat.segments if s.gather()]
         others = Fallback(self.param_groups, self.state, self.fisher.device)
         if not segments:
-            finite = self._recovery.abstain(self.fisher, others.veto)
-            self._recovery.check_others(self.fisher, finite)
-            others.step(finite)
+            others.step(self._recovery.abstain(self.fisher, others.veto))
+            self._recovery.raise_error()
             return loss
         for segment, group in segments:
             if group["maximize"]:
                 segment.numbers.neg_()
             if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
                 segment.add_weights(group["weight_decay"])
-        self._recovery.settle(self.fisher, wait=False)
         u = self._recovery.update_matvec(self.fisher, self.flat.gradient(), others.veto)
         if u is not None:
             u = self.flat.spread(u)
@@ -404,7 +404,7 @@ class MFAC(GroupedOptimizer):
             for segment, group in segments:
                 self._descend(segment, group, u, accepted)
             others.step(accepted)
-        self._recovery.raise_late()
+        self._recovery.raise_error()
         return loss
 
     def _descend(self, segment: Segment, group: dict[str, Any], u: Tensor, accepted: Any) -> None:
@@ -419,20 +419,19 @@ class MFAC(GroupedOptimizer):
             v = segment.normalized(v, self.flat.ranks)
         segment.descend(v, lr * accepted, decay)
 
-    def build(self, params: Sequence[Tensor] | None = None, grow: bool = False) -> None:
+    def build(self, params: list[Tensor], grow: bool) -> None:
         groups = {p: i for i, p in self.numbered(["mfac"])}
         device = self._device or next((p.device for p in groups), torch.device("cpu"))
         device = self.fisher.device if grow else device
-        params = list(filter(is_trained, groups)) if params is None else params
-        pairs = [(groups.pop(p), p) for p in params]
+        pairs, frozen = [(groups[p], p) for p in params], list(groups.keys() - params)
         ranks = Ranks(find_process_group([p for _, p in self.numbered()], self.process_group))
-        settings = {**self._window, "damp": self._recovery.damp}
-        wide = torch.float64 if settings["dtype"] == torch.float64 else torch.float32
-        self.flat = Flat(pairs, list(groups), self.state, ranks, device, wide)
+        wide = torch.float64 if self._window["dtype"] == torch.float64 else torch.float32
+        self.flat = Flat(pairs, frozen, self.state, ranks, device, wide)
         if grow:
             return self.fisher.grow(self.flat.size - self.fisher.shape[0])
         self.fisher: Any = None  # the old window goes before the new one comes
+        settings = {**self._window, "damp": self._recovery.damp, "device": device}
         self.fisher = DynamicInverseFisher(
-            dim=self.flat.size, device=device, process_group=ranks.group, **settings
+            dim=self.flat.size, process_group=ranks.group, **settings
         )
         self._control.attach(self.fisher)

@@ -2,7 +2,7 @@
 changed, parameters are frozen and replaced, states are saved and loaded.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fallback
 import states
-from checks import check_group, checked_masks
+from checks import check_group, checked_masks, kind
 from flat import Flat, is_trained
 from ranks import as_dtensor, find_process_group, is_dtensor, local, placed_as
 from recovery import Recovery, warn_user
@@ -33,24 +33,41 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     flat: Flat
     fisher: Any
+    stages: list[list[Tensor]]  # parameters with columns, a list for each time the window has grown
     _recovery: Recovery
     _window: dict[str, Any]  # how to make `fisher`
 
     def __init__(
         self, params: Any, defaults: dict[str, Any], shared: dict[str, Any], process_group: Any
     ):
-        self._shared, self.process_group, self._built = shared, process_group, False
+        self._shared, self.process_group = shared, process_group
         super().__init__(params, defaults)
         # Masks belong to the parameters given now, not to groups that are added later.
         self.defaults["sparse"] = defaults["sparse"] is True
-        self.build()
-        self.name_state()
-        self._built = True
+        self.place(self._trained())
 
-    def build(self, params: Sequence[Tensor] | None = None, grow: bool = False) -> None:
-        """Makes `flat` and an empty `fisher`, for all parameters that are trained, or for these in
-        this order. To `grow`, keeps `fisher`, and appends the columns of those that are new."""
+    def build(self, params: list[Tensor], grow: bool) -> None:
+        """Makes `flat` of these parameters, and an empty `fisher`. To `grow`, keeps `fisher`, and
+        appends the columns that it lacks."""
         raise NotImplementedError
+
+    def place(self, params: list[Tensor], grow: bool = False) -> None:
+        """Gives columns to these parameters: in a new window or, to `grow`, in the present one."""
+        self.stages = [*self.stages, params] if grow else [params]
+        self.build([p for stage in self.stages for p in stage], grow)
+        self._params = [p for _, p in self.numbered()]
+        # torch.distributed.checkpoint looks up here which names `state_dict` will have.
+        for p in self.flat.params if self.fisher.window.separable else []:
+            self.state[p]["grads"] = None
+        momentum = any(self.param_groups[i]["momentum"] != 0 for i, _ in self.numbered(["mfac"]))
+        if momentum or any("momentum_buffer" in self.state[p] for p in self.flat.params):
+            self.velocity()
+        for i, p in self.numbered(fallback.SETTINGS):
+            if is_trained(p):
+                fallback.prepare(self.param_groups[i], p, self.state)
+
+    def _trained(self) -> list[Tensor]:
+        return [p for _, p in self.numbered(["mfac"]) if is_trained(p)]
 
     def numbered(self, algorithms: Collection[str] = ALGORITHMS) -> list[tuple[int, Tensor]]:
         """(group, parameter) for each parameter in groups of these algorithms."""
@@ -62,10 +79,12 @@ class GroupedOptimizer(torch.optim.Optimizer):
         flat = self.flat
         if flat.momentum is None:
             flat.momentum = torch.zeros_like(flat.vector)
-        if flat.params and "momentum_buffer" not in self.state[flat.params[-1]]:
             views = [view for segment in flat.segments for view in segment.views]
             for p, x in zip(flat.params, views, strict=True):
                 here = flat.momentum.as_strided(x.shape, x.stride(), x.storage_offset())
+                before = self.state[p].get("momentum_buffer")
+                if before is not None and before.shape == p.shape:
+                    here.copy_(local(before))
                 if is_dtensor(p):
                     here = as_dtensor(here, p.shape, p.device_mesh, p.placements)
                 self.state[p]["momentum_buffer"] = here
@@ -95,9 +114,11 @@ class GroupedOptimizer(torch.optim.Optimizer):
         for p, mask in zip(group["params"], masks, strict=True):
             if mask is not None:
                 self.state[p]["mask"] = placed_as(p, mask)
-        if self._built and sharing is not self.flat.ranks.group:
+        if not hasattr(self, "flat"):  # in the constructor
+            return
+        if sharing is not self.flat.ranks.group:
             self._start_anew("Other processes share the window now")
-        elif self._built:
+        else:
             self.follow()
 
     def follow(self) -> None:
@@ -107,38 +128,17 @@ class GroupedOptimizer(torch.optim.Optimizer):
         if list(map(id, every)) == list(map(id, self._params)) and self.flat.covers():
             return
         replace_params(self.state, self._params, every)
-        params, known = [p for _, p in self.numbered(["mfac"])], set(map(id, self.flat.params))
-        if known <= set(map(id, params)):
-            new = [p for p in params if id(p) not in known and is_trained(p)]
-            self.build([*self.flat.params, *new], grow=True)
-            self.name_state()
+        before, params = set(map(id, self.flat.params)), self.numbered(["mfac"])
+        if before <= {id(p) for _, p in params}:
+            self.place([p for p in self._trained() if id(p) not in before], grow=True)
         else:
             self._start_anew("The parameters of the optimizer have changed")
 
     def _start_anew(self, why: str) -> None:
         if self.fisher.count:
             warn_user(f"{why}: its window starts anew")
-        self._recovery.start_anew()
-        self.build()
-        self.name_state()
-
-    def name_state(self) -> None:
-        """Enters all names that `state_dict` will have into the state of each parameter, because
-        torch.distributed.checkpoint looks them up there."""
-        self._params = [p for _, p in self.numbered()]
-        before = [self.state[p].pop("momentum_buffer", None) for p in self.flat.params]
-        if self.fisher.window.separable:
-            for p in self.flat.params:
-                self.state[p]["grads"] = None
-        groups = [group for group in self.param_groups if group["algorithm"] == "mfac"]
-        if any(g["momentum"] != 0 for g in groups) or any(v is not None for v in before):
-            self.velocity()
-        for i, p in self.numbered(fallback.SETTINGS):
-            if is_trained(p):
-                fallback.prepare(self.param_groups[i], p, self.state)
-        for p, v in zip(self.flat.params, before, strict=True):
-            if v is not None and v.shape == p.shape:
-                local(self.state[p]["momentum_buffer"]).copy_(local(v))
+        self._recovery.steps = 0  # of the schedule of a relative λ
+        self.place(self._trained())
 
     @property
     def damp(self) -> float | str:
@@ -173,7 +173,14 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """Loads a copy of the result of `state_dict`. `ngrads`, `damp`, `window_dtype` and
         `compress` stay as constructed. If the state has others, its newest gradients enter one by
         one. Raises ValueError if it belongs to other parameters, or to another optimizer."""
-        states.into_optimizer(self, state_dict, super().load_state_dict)
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"Expected a state dict of MFAC, got {kind(state_dict)}")
+        # The last pre-hook and the first post-hook, so that other hooks see everything.
+        with (
+            self.register_load_state_dict_pre_hook(states.set_aside),
+            self.register_load_state_dict_post_hook(states.load, prepend=True),
+        ):
+            super().load_state_dict(state_dict)
 
     def __repr__(self) -> str:
         fisher = self.fisher

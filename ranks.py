@@ -220,12 +220,14 @@ def as_dtensor(local: Tensor, shape: Sequence[int], mesh: Any, placements: Seque
 
 
 def placed_as(p: Tensor, value: Tensor) -> Tensor:
-    """A copy of `value`, which has the shape of p, on the device of p and sharded like p."""
+    """A copy of `value` on the device of p, laid out and sharded like p if it has its shape."""
+    if value.shape != p.shape:
+        return value.to(p.device, copy=True)
     if is_dtensor(p) and not is_dtensor(value):
         from torch.distributed.tensor import distribute_tensor
 
         return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None).clone()
-    return value.to(p.device, copy=True)
+    return torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
 def padded(x: Tensor, length: int) -> Tensor:

@@ -47,8 +47,7 @@ def test_a_raised_damp_stays_raised_for_a_round(when):
     optimizer = MFAC([p], ngrads=8, damp=1e-20)
     equal_gradients(optimizer, p, 300)
     assert optimizer.damp == 1e-20
-    # Late, five steps are lost whenever λ is raised, or tried itself.
-    taken = 298 if when == "at once" else 120
+    taken = 298 if when == "at once" else 275  # late, five steps are lost before each repair
     assert optimizer.raised_steps >= taken - 2 and optimizer.fisher.count >= taken
 
 
@@ -164,7 +163,13 @@ def test_raised_damp_is_not_below_the_one_that_is_set():
             p.grad = torch.ones(6)
             optimizer.step()
     optimizer.damp = 0.5
-    optimizer._recovery._raise_damp(optimizer.fisher, DampTooSmallError())
+    calls = iter([DampTooSmallError(), None])
+
+    def call():
+        if error := next(calls):
+            raise error
+
+    optimizer._recovery.raising(optimizer.fisher, call)
     assert optimizer.damp_in_use == 5
 
 
