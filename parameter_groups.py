@@ -53,8 +53,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def place(self, params: list[Tensor], grow: bool = False) -> None:
         """Gives columns to these parameters: in a new window or, to `grow`, in the present one."""
-        self.stages = [*self.stages, params] if grow else [params]
-        self.build([p for stage in self.stages for p in stage], grow)
+        stages = [*self.stages, params] if grow else [params]
+        self.build([p for stage in stages for p in stage], grow)
+        self.stages = stages
         self._params = [p for _, p in self.numbered()]
         # torch.distributed.checkpoint looks up here which names `state_dict` will have.
         for p in self.flat.params if self.fisher.window.separable else []:
@@ -114,11 +115,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
         for p, mask in zip(group["params"], masks, strict=True):
             if mask is not None:
                 self.state[p]["mask"] = placed_as(p, mask)
-        if not hasattr(self, "flat"):  # in the constructor
-            return
-        if sharing is not self.flat.ranks.group:
-            self._start_anew("Other processes share the window now")
-        else:
+        if hasattr(self, "flat"):  # otherwise this is the constructor
+            if sharing is not self.flat.ranks.group:
+                self._start_anew("Other processes share the window now")
             self.follow()
 
     def follow(self) -> None:
@@ -191,9 +190,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: all attributes, where torch has only defaults, state and groups.
         Hooks are left out, and so is the process group, since the inverse Fisher has it."""
-        names = [name for name in vars(self) if "hook" not in name and "step" not in name]
-        kept = {name: getattr(self, name) for name in names if name != "process_group"}
-        return {**super().__getstate__(), **kept}
+        left = [name for name in vars(self) if "hook" in name or "step" in name]
+        return {k: x for k, x in vars(self).items() if k not in [*left, "process_group"]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -205,8 +203,7 @@ def replace_params(state: dict[Any, Any], old: list[Tensor], new: list[Tensor]) 
     """Drops the state of parameters that have gone. Those in their places get their masks."""
     known, present = set(map(id, old)), set(map(id, new))
     for p, q in zip(old, new, strict=False):
-        mask = state[p].get("mask") if p in state else None
-        if mask is not None and id(q) not in known and q.shape == p.shape:
-            state[q]["mask"] = placed_as(q, mask)
+        if "mask" in state.get(p, {}) and id(q) not in known and q.shape == p.shape:
+            state[q]["mask"] = placed_as(q, state[p]["mask"])
     for p in [p for p in state if isinstance(p, Tensor) and id(p) not in present]:
         del state[p]

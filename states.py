@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from checks import check_damp, checked_dtype, kind
+from checks import checked_dtype, is_number, kind
 from flat import Flat
 from precision import NonFiniteGradientError
-from ranks import as_dtensor, is_dtensor, local, placed_as, sharded_dim
+from ranks import Ranks, as_dtensor, is_dtensor, local, placed_as, sharded_dim
 from windows import BLOCK, Window
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ def into_fisher(
                 f"{fisher.shape[0]}; build it with the same weights"
             )
     window, side = fisher.window, fisher.coefficients
-    same = _window_settings(state) == _window_settings(of_fisher(fisher))
+    saved, own = ((len(x["K"]), x["dtype"], x["compress"]) for x in (state, of_fisher(fisher)))
     fisher.precision.forget()
-    if not same or not (window.separable or dims == window.dims):
+    if saved != own or not (window.separable or dims == window.dims):
         stored = [x for b in window.blocks for name, x in b.state.items() if name != "columns"]
         for tensor in (side.K, fisher.counter, *stored):
             tensor.zero_()
@@ -77,18 +77,14 @@ def into_fisher(
             pairs: Any = zip(views, parts, strict=True)
         else:
             pairs = ((x, block[name]) for name, x in window.blocks[i].state.items())
-        for own, saved in pairs:
-            own.copy_(saved)
+        for x, value in pairs:
+            x.copy_(value)
     fisher.counter.fill_(state["count"])
     fisher.precision.exact = fisher.precision.always_exact or state["exact"]
     fisher.precision.load_state_dict(state["precision"])
     side.K.copy_(state["K"])
     side.P.copy_(state["P"])
     side.damp = state["damp"]
-
-
-def _window_settings(state: dict[str, Any]) -> tuple[Any, ...]:
-    return len(state["K"]), state["dtype"], state["compress"]
 
 
 def _row(block: dict[str, Tensor], j: int) -> Tensor:
@@ -105,40 +101,35 @@ def _row(block: dict[str, Tensor], j: int) -> Tensor:
 def _checked(fisher: "DynamicInverseFisher", state: Any) -> list[int]:
     """The numbers of columns of the blocks. Raises ValueError if this is not a state of an inverse
     Fisher, whatever its settings."""
-    dims, meta = [], torch.device("meta")
     with _reading():
-        numbers = {k: x for k, x in of_fisher(fisher).items() if not isinstance(x, Tensor)}
-        _check(state, numbers)
-        check_damp(state["damp"])
-        compress, m = state["compress"] or None, len(state["K"])
-        dtype = checked_dtype("dtype", state["dtype"], compress)
-        square = torch.empty(m, m, dtype=torch.float64, device=meta)
+        _check(state, {k: x for k, x in of_fisher(fisher).items() if not isinstance(x, Tensor)})
+        square = torch.empty(len(state["K"]), len(state["K"]), dtype=torch.float64, device="meta")
         _check(state, {"K": square, "P": square})
-        for block in state["window"]:
-            dims.append(block["G" if compress is None else "error"].shape[-1])
-            _check(block, Window(m, dims[-1:], [meta], meta, dtype, compress).blocks[0].state)
-            columns = block.get("columns", state["K"][:0])
-            if not bool(((columns >= 0) & (columns < dims[-1])).all()):
-                raise ValueError(f"The state dict is damaged: columns must be below {dims[-1]}")
-        if not bool(state["K"].isfinite().all()):
-            raise ValueError("The state dict is damaged: K must be finite")
+        dims = [block["error" if state["compress"] else "G"].shape[-1] for block in state["window"]]
+        for block, like in zip(state["window"], _blocks_like(state, dims), strict=True):
+            _check(block, like)
     return dims
 
 
+def _blocks_like(state: dict[str, Any], dims: list[int]) -> list[dict[str, Tensor]]:
+    """The blocks of such a window with these numbers of columns, without memory."""
+    meta, compress = torch.device("meta"), state["compress"] or None
+    dtype = checked_dtype("dtype", state["dtype"], compress)
+    window = Window(len(state["K"]), dims, [meta] * len(dims), meta, dtype, compress)
+    return [block.state for block in window.blocks]
+
+
 def _check(state: dict[str, Any], like: dict[str, Any]) -> None:
-    """Raises ValueError unless the state has numbers of the same types, of at least 0, and tensors
-    of the same types and shapes under all names of `like`."""
+    """Raises ValueError unless the state has what `like` has, in its types and shapes."""
     for name, wanted in like.items():
-        x, expected = state[name], kind(wanted)
-        fits, found = type(x) is type(wanted), repr(x)
+        x = state[name]
         if isinstance(wanted, dict):
             _check(x, wanted)
-        elif isinstance(wanted, Tensor):
-            fits, found = kind(x) == expected and x.layout == torch.strided, kind(x)
-        elif isinstance(wanted, (int, float)):
-            fits, expected = fits and x >= 0, f"{expected} of at least 0"
-        if not fits:
-            raise ValueError(f"The state dict is damaged: {name} must be {expected}, got {found}")
+        elif kind(x) != kind(wanted) or (is_number(x) and not x >= 0):
+            limit, found = (" of at least 0", repr(x)) if is_number(wanted) else ("", kind(x))
+            raise ValueError(
+                f"The state dict is damaged: {name} must be {kind(wanted)}{limit}, got {found}"
+            )
 
 
 @contextlib.contextmanager
@@ -193,45 +184,35 @@ def set_aside(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
                     f"{own['algorithm']!r} there; build the optimizer with the saved groups"
                 )
         shared, numbers = groups[0]["fisher"], [i for group in groups for i in group["params"]]
-        params, entries = [p for _, p in optimizer.numbered()], []
-        for i, p in zip(numbers, params, strict=True):
-            own = optimizer.state.get(p, {})
-            masks = {"mask": own["mask"]} if "mask" in own else {}
-            entries.append(masks | state.get(i, {}))
         if "window" in shared:
-            blocks = [shared["window"][str(i)] for i in range(len(shared["window"]))]
-            own = [
-                {k: optimizer.flat.ranks.own(x, x.ndim - 1) for k, x in b.items()} for b in blocks
-            ]
-            shared = {**shared, "window": own}
-        _check_shared(optimizer, shared)
-        for i, (p, found) in enumerate(zip(params, entries, strict=True)):
-            _check_entries(i, p, found, shared)
+            shared = {**shared, "window": _own_blocks(shared, optimizer.flat.ranks)}
+        _check(shared, {**optimizer._recovery.state_dict(), "ranks": 1, "order": []})
+        _checked(optimizer.fisher, {"window": [], **shared})
+        entries = []
+        for i, (_, p) in zip(numbers, optimizer.numbered(), strict=True):
+            masks = {k: x for k, x in optimizer.state.get(p, {}).items() if k == "mask"}
+            entries.append(masks | state.get(i, {}))
+            _check_entries(p, entries[-1], shared)
     others = {key: x for key, x in state.items() if key not in numbers}
     groups = [{**groups[0], "fisher": None}, *groups[1:]]
     return {**state_dict, "state": {**others, "aside": (shared, entries)}, "param_groups": groups}
 
 
-def _check_shared(optimizer: Any, shared: dict[str, Any]) -> None:
-    _check(shared, {**optimizer._recovery.state_dict(), "ranks": 1, "order": []})
-    check_damp(shared["unraised"])
-    _checked(optimizer.fisher, {"window": [], **shared})
-    if "window" not in shared:
-        return
-    if not {i for stage in shared["order"] for i in stage} <= set(range(len(optimizer.numbered()))):
-        raise ValueError("The state dict belongs to another model, with more parameters")
-    saved = shared["ranks"], *_window_settings(shared)
-    own = optimizer.flat.ranks.size, *_window_settings(of_fisher(optimizer.fisher))
-    if saved[0] != own[0] or (own[0] > 1 and saved != own):
+def _own_blocks(shared: dict[str, Any], ranks: Ranks) -> list[dict[str, Tensor]]:
+    """The blocks of a window that was saved as a whole: this rank's parts, padded to the length of
+    the longest part."""
+    if shared["ranks"] != ranks.size:
         raise ValueError(
-            f"The state dict has a shared window of {saved[0]} processes that is compressed or has "
-            f"scales (float16, float8); load it in as many processes (here are {own[0]}), with the "
-            "same ngrads, window_dtype and compress, or start a new window"
+            f"The state dict has a window of {shared['ranks']} processes that is compressed or has "
+            f"scales (float16, float8); load it in as many processes (here are {ranks.size}), or "
+            "start a new window"
         )
+    blocks = [shared["window"][str(i)] for i in range(len(shared["window"]))]
+    return [{name: ranks.own(x, x.ndim - 1) for name, x in block.items()} for block in blocks]
 
 
-def _check_entries(i: int, p: Tensor, entries: dict[str, Any], shared: dict[str, Any]) -> None:
-    """Raises ValueError unless these can be the entries of p, which is parameter i."""
+def _check_entries(p: Tensor, entries: dict[str, Any], shared: dict[str, Any]) -> None:
+    """Raises ValueError unless these can be the entries of p."""
     window = getattr(torch, shared["dtype"]), len(shared["K"])
     columns = {p.numel(), *(int(local(x).sum()) for name, x in entries.items() if name == "mask")}
     for name, x in entries.items():
@@ -240,8 +221,8 @@ def _check_entries(i: int, p: Tensor, entries: dict[str, Any], shared: dict[str,
             fits = (x.dtype, len(x)) == window and x.shape[1:].numel() in columns
         if not fits:
             raise ValueError(
-                f"The state dict belongs to another model: parameter {i} has {name} of {kind(x)}, "
-                f"but shape {tuple(p.shape)} in this model; load it into its own model"
+                f"The state dict belongs to another model: it has {name} of {kind(x)} where this "
+                f"model has a parameter of shape {tuple(p.shape)}; load it into its own model"
             )
 
 
@@ -265,16 +246,12 @@ def load(optimizer: Any) -> None:
     for number, stage in enumerate(stages):
         optimizer.place(stage, grow=number > 0)
     flat, fisher, recovery = optimizer.flat, optimizer.fisher, optimizer._recovery
+    blocks = shared.get("window")
     if not whole:
         blocks = [{"G": _from_saved(flat, p, saved[id(p)])} for p in flat.params]
-    else:  # if ranks share it, without the padding that makes all parts equally long
-        shapes = [
-            {k: x.shape[-1] for k, x in block.state.items()} for block in fisher.window.blocks
-        ]
-        blocks = [
-            {k: x[..., : length[k]] if flat.ranks.size > 1 else x for k, x in block.items()}
-            for block, length in zip(shared["window"], shapes, strict=False)
-        ]
+    elif flat.ranks.size > 1:  # without padding
+        pairs = zip(shared["window"], _blocks_like(shared, fisher.window.dims), strict=False)
+        blocks = [{k: block[k][..., : x.shape[-1]] for k, x in own.items()} for block, own in pairs]
 
     def enter(g: Tensor) -> None:
         with contextlib.suppress(NonFiniteGradientError):

@@ -159,8 +159,6 @@ STATES = {
             "damaged: ",
         )
         for name, part, value in (
-            ("beyond", "columns", torch.full((3, 2), 4, dtype=torch.int32)),
-            ("before", "columns", torch.full((3, 2), -1, dtype=torch.int32)),
             ("floats", "columns", torch.ones(3, 2)),
             ("fewer", "columns", torch.zeros(3, 1, dtype=torch.int32)),
             ("rows", "values", torch.zeros(2, 2)),
@@ -168,15 +166,14 @@ STATES = {
             ("scalar", "error", torch.tensor(0.0)),
         )
     },
-    "compress": (loads(fisher, edit(compress=7.0)), "Invalid compress: 7"),
+    "compress": (loads(fisher, edit(compress=7.0)), "damaged"),
     "weights": (loads(fisher, edit("window", 0, G=torch.zeros(3, 5))), "5 weights, .* 4; build"),
     "scales": (
         loads(lambda: fisher(dtype="float16"), edit("window", 0, scales=torch.ones(3, 2))),
         r"scales must be .* \(3, 1\), got",
     ),
     "dtype": (loads(fisher, edit(dtype="float31")), "Invalid dtype: 'float31'"),
-    "damp": (loads(fisher, edit(damp=0.0)), "Invalid damp: 0"),
-    "K nan": (loads(fisher, edit(K=torch.full((3, 3), math.nan).double())), "K must be finite"),
+    "damp": (loads(fisher, edit(damp=-1.0)), "damp must be float of at least 0"),
     "K shape": (loads(fisher, edit(K=torch.zeros(3, 2))), r"K must be .* \(3, 3\), got"),
     "P shape": (loads(fisher, edit(P=torch.zeros(2, 2))), r"P must be .* \(3, 3\), got"),
     "optimizer nothing": (loads(stepped, lambda _: 5), "Expected a state dict of MFAC, got int"),
@@ -193,7 +190,7 @@ STATES = {
     ),
     "grads": (
         loads(stepped, edit("state", 0, grads=torch.zeros(2, 4))),
-        "another model: parameter 0",
+        "another model: it has grads",
     ),
     "grads none": (
         loads(stepped, edit("state", 0, grads=None)),
@@ -325,7 +322,7 @@ def test_settings_of_another_type_are_refused_as_by_torch(name, value):
 
 CHANGES = {
     "count": edit(*SHARED, count=-3),
-    "K": edit(*SHARED, K=torch.full((3, 3), math.nan).double()),
+    "K": edit(*SHARED, K=torch.zeros(3, 3)),
     "raised": edit(*SHARED, skipped_steps=9, raised_steps=-1),
     "grads": edit("state", 0, grads=torch.zeros(2, 4)),
     "type": edit("state", 0, grads=torch.zeros(3, 4).double()),
