@@ -196,8 +196,8 @@ class DynamicInverseFisher:
         return entry, z, b[0] if b else None
 
     def _advance(self) -> None:
+        self.precision.finish(self.counter)
         self.counter += self.accepted
-        self.precision.interrupted = False  # K and the window agree again
 
     def settle(self, wait: bool = True) -> None:
         """Reads results of exchanges on CUDA, with `wait` all of them, and raises their errors."""
@@ -207,8 +207,7 @@ class DynamicInverseFisher:
         """Replaces an exchange if no rank has a gradient. Returns whether no rank has a `veto`.
         Raises ValueError if some ranks have a gradient."""
         rows = 1 if self.compress is None else 2
-        columns = self.num_grads + (not self.precision.always_exact)  # as in `products`
-        nothing = self.coefficients.P.new_zeros(rows, columns)
+        nothing = self.coefficients.P.new_zeros(rows, self.num_grads)
         nothing = nothing if veto is None else nothing + veto
         return self.ranks.sum_of_present(nothing, False).isfinite().all()
 
@@ -258,7 +257,7 @@ class DynamicInverseFisher:
             left = 1 - torch.cat([w.square().sum(0) for w in W])
             error = 2 * error.max() * (1 - left) / left  # twice, as W is squared
         if not self.ranks.all((0 <= error) & (error <= TOLERANCE)):  # nor are NaN
-            self.precision.refuse()
+            raise self.precision.too_small(self.damp)
         return left / self.damp
 
     def grow(self, columns: int) -> None:

@@ -110,7 +110,7 @@ def into_fisher(
     side.P.copy_(state["P"])
     wanted, side.damp = fisher.damp, float(state["damp"])
     if not complete:
-        precision.rebuild()
+        precision.invert(side.damp, anew=True)
     if wanted != side.damp:
         precision.set_damp(wanted)
 
