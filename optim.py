@@ -185,23 +185,20 @@ class DynamicInverseFisher:
         good = False
         while not good:
             products = self.window.products(entry, self.counter, self.precision.exact)
-            products = products if veto is None else products + veto
-            k, *b = self.ranks.sum_of_present(products)
+            k, *b = self.ranks.sum_of_present(products if veto is None else products + veto)
             z, self.accepted, good = self.precision.exchange(k, self.counter)
         return entry, z, b[0] if b else None
 
     def _advance(self) -> None:
+        self.precision.finish(self.counter)
         self.counter += self.accepted
-        self.precision.interrupted = False  # K and the window agree again
 
     def abstain(self, veto: Tensor | None = None) -> Tensor:
         """Replaces an exchange if no rank has a gradient. Returns whether no rank has a `veto`.
         Raises ValueError if some ranks have a gradient."""
-        rows = 1 if self.compress is None else 2
-        columns = self.num_grads + (not self.precision.always_exact)  # as in `products`
-        nothing = self.coefficients.P.new_zeros(rows, columns)
-        nothing = nothing if veto is None else nothing + veto
-        return self.ranks.sum_of_present(nothing, False).isfinite().all()
+        k = self.coefficients.P.new_zeros(1 if self.compress is None else 2, self.num_grads)
+        k = self.ranks.sum_of_present(k if veto is None else k + veto, present=False)
+        return k.isfinite().all()
 
     def matvec(self, x: Tensor) -> Tensor:
         """F⁻¹x (d,) for x (d,), by (1), in float64: two reads of the window, or four where K is
@@ -248,7 +245,7 @@ class DynamicInverseFisher:
             left = 1 - torch.cat([w.square().sum(0) for w in W])
             error = 2 * error.max() * (1 - left) / left  # twice, as W is squared
         if not self.ranks.all((0 <= error) & (error <= TOLERANCE)):  # nor are NaN
-            self.precision.refuse()
+            raise self.precision.too_small(self.damp)
         return left / self.damp
 
     def grow(self, columns: int) -> None:
@@ -290,7 +287,7 @@ class MFAC(GroupedOptimizer):
     captured step is skipped if its gradient has NaN or Inf, or needs more `damp`. Memory is
     `window_bytes(ngrads, d)`: 4·ngrads·d bytes for d weights; half of it with window_dtype
     bfloat16, a quarter with float8_e4m3fn, about 2 % with `compress=0.01`. Parameters that do not
-    require gradients take no memory until they have one.
+    require gradients take no memory until they do, or have one.
 
     Args:
         params: parameters, or groups of them, each with its own `lr`, `momentum`, `weight_decay`,

@@ -27,8 +27,9 @@ import states
 import windows
 
 ROOT = Path(__file__).resolve().parent.parent
-PUBLIC = (optim, prun, windows, coefficients, costs, kernels)
-MODULES = (*PUBLIC, checks, control, fallback, flat, muon, precision, ranks, recovery, states)
+PUBLIC = (optim, prun, costs)
+INSIDE = (checks, coefficients, control, fallback, flat, kernels, muon, precision, ranks, recovery)
+MODULES = (*PUBLIC, *INSIDE, states, windows)
 
 
 def public_names(module) -> list[str]:

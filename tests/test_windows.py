@@ -107,16 +107,11 @@ def test_products_are_those_with_what_is_stored(kind, m, d, exact, small_blocks)
         assert G.shape == (m, d) and G.dtype == products.dtype == torch.float64
         assert torch.equal(G[t % m], entry.vectors[0].double())
         k = G @ G[t % m]
-        torch.testing.assert_close(products[0, :m], k, **close)
-        if products.shape[1] > m and exact:
-            assert products[0, m].isnan()
-        elif products.shape[1] > m > 1:  # by how much the entry before misses, in float32
-            i = (t - 1) % m
-            torch.testing.assert_close(products[0, m], products[0, i] - k[i], rtol=0, atol=1e-12)
+        torch.testing.assert_close(products[0], k, **close)
         rest = entry.vectors[1] if len(entry.vectors) == 2 else torch.zeros(d)
         torch.testing.assert_close(sums.double(), G.T @ y + rest / 2.0, **close)
         if len(entry.vectors) == 2:
-            torch.testing.assert_close(products[1, :m], G @ entry.vectors[1].double(), **close)
+            torch.testing.assert_close(products[1], G @ entry.vectors[1].double(), **close)
     window.write(window.entry(torch.randn(d)), count, torch.tensor(0))  # which is not accepted
     assert torch.equal(torch.cat(list(window.tiles()), 1), G)
     x = torch.randn(d).double()
