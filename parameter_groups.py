@@ -12,7 +12,7 @@ import fallback
 import states
 from checks import check_group, checked_masks, kind
 from flat import Flat, is_trained
-from ranks import dtensor_like, find_process_group, local, placed_as
+from ranks import as_dtensor, find_process_group, is_dtensor, local, placed_as
 from recovery import Recovery, warn_user
 
 __all__ = ["GroupedOptimizer"]
@@ -80,12 +80,15 @@ class GroupedOptimizer(torch.optim.Optimizer):
         flat = self.flat
         if flat.momentum is None:
             flat.momentum = torch.zeros_like(flat.vector)
-            parts = [x for s in flat.segments for x in s.parts(flat.momentum[s.span])]
-            for p, part in zip(flat.params, parts, strict=True):
+            views = [view for segment in flat.segments for view in segment.views]
+            for p, x in zip(flat.params, views, strict=True):
+                here = flat.momentum.as_strided(x.shape, x.stride(), x.storage_offset())
                 before = self.state[p].get("momentum_buffer")
                 if before is not None and before.shape == p.shape:
-                    part.copy_(local(before))
-                self.state[p]["momentum_buffer"] = dtensor_like(p, part)
+                    here.copy_(local(before))
+                if is_dtensor(p):
+                    here = as_dtensor(here, p.shape, p.device_mesh, p.placements)
+                self.state[p]["momentum_buffer"] = here
         return flat.momentum
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -120,13 +123,12 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def follow(self) -> None:
         """Gives columns to parameters that are trained by now. If parameters have gone, for example
         because a framework has replaced them, the window starts anew."""
-        params, others = self.numbered(["mfac"]), self.numbered(fallback.SETTINGS)
-        known = all(p in self.state for _, p in others if p.grad is not None)
-        if self.flat.covers(params) and known:
+        every = [p for group in self.param_groups for p in group["params"]]
+        if list(map(id, every)) == list(map(id, self._params)) and self.flat.covers():
             return
-        before, present = set(map(id, self.flat.params)), {id(p) for _, p in params}
-        replace_params(self.state, self._params, [p for _, p in self.numbered()])
-        if before <= present:
+        replace_params(self.state, self._params, every)
+        before, params = set(map(id, self.flat.params)), self.numbered(["mfac"])
+        if before <= {id(p) for _, p in params}:
             self.place([p for p in self._trained() if id(p) not in before], grow=True)
         else:
             self._start_anew("The parameters of the optimizer have changed")

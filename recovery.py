@@ -91,7 +91,7 @@ class Recovery:
         def attempt() -> Tensor:
             u = fisher.update_matvec(g, veto=veto)
             if fisher.damp != before:  # so that no further steps are lost while λ is too small
-                fisher.settle()
+                fisher.precision.settle()
             return u
 
         try:
@@ -129,7 +129,9 @@ class Recovery:
         before = fisher.damp
         while True:
             try:
-                return self.raising(fisher, lambda: fisher.settle(wait or fisher.damp != before))
+                return self.raising(
+                    fisher, lambda: fisher.precision.settle(wait or fisher.damp != before)
+                )
             except NonFiniteGradientError as error:
                 self._skip(fisher, error)
 

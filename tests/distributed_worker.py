@@ -424,6 +424,15 @@ def zero(folder):
     assert_same_everywhere(weights(model))
 
 
+def single(folder):
+    """One process has the column of the only weight, and all of them move it."""
+    p = nn.Parameter(torch.ones(1))
+    p.grad = torch.ones(1)
+    MFAC([p], lr=1.0, ngrads=2, damp=1.0, process_group=dist.group.WORLD).step()
+    assert_close(p.detach(), torch.full((1,), 1 / 3))
+    assert_same_everywhere(p.detach())
+
+
 def fsdp1(folder):
     """Flat parameters are refused, with what to use instead."""
     from torch.distributed.fsdp import FullyShardedDataParallel

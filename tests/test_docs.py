@@ -27,8 +27,8 @@ import states
 import windows
 
 ROOT = Path(__file__).resolve().parent.parent
-PUBLIC = (optim, prun, windows, ranks, coefficients, costs, kernels)
-MODULES = (*PUBLIC, checks, control, fallback, flat, muon, precision, recovery, states)
+PUBLIC = (optim, prun, windows, coefficients, costs, kernels)
+MODULES = (*PUBLIC, checks, control, fallback, flat, muon, precision, ranks, recovery, states)
 
 
 def public_names(module) -> list[str]:
