@@ -42,7 +42,7 @@ import checks
 import states
 from coefficients import DOUBLE, SINGLE, TOLERANCE, Coefficients, factor
 from control import Control, squared_norms
-from costs import check_memory, step_traffic, window_bytes
+from costs import check_memory, window_bytes
 from fallback import Fallback
 from flat import Flat, Segment, is_trained, mask_of
 from parameter_groups import GroupedOptimizer
@@ -54,8 +54,13 @@ from windows import Entry, Window
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["MFAC", "DampTooSmallError", "DynamicInverseFisher", "NonFiniteGradientError"]
-__all__ += ["step_traffic", "window_bytes"]
+__all__ = [
+    "MFAC",
+    "DampTooSmallError",
+    "DynamicInverseFisher",
+    "NonFiniteGradientError",
+    "window_bytes",
+]
 
 Device = torch.device | str | int
 
