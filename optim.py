@@ -41,7 +41,7 @@ import checks
 import states
 from coefficients import DOUBLE, SINGLE, TOLERANCE, Coefficients, factor
 from control import Control, squared_norms
-from costs import check_memory, step_traffic, window_bytes
+from costs import check_memory, window_bytes
 from fallback import Fallback
 from flat import Flat, Segment
 from parameter_groups import GroupedOptimizer
@@ -53,8 +53,13 @@ from windows import Entry, Window
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["MFAC", "DampTooSmallError", "DynamicInverseFisher", "NonFiniteGradientError"]
-__all__ += ["step_traffic", "window_bytes"]
+__all__ = [
+    "MFAC",
+    "DampTooSmallError",
+    "DynamicInverseFisher",
+    "NonFiniteGradientError",
+    "window_bytes",
+]
 
 Device = torch.device | str | int
 
@@ -191,15 +196,14 @@ class DynamicInverseFisher:
         return entry, z, b[0] if b else None
 
     def _advance(self) -> None:
+        self.precision.finish(self.counter)
         self.counter += self.accepted
-        self.precision.interrupted = False  # K and the window agree again
 
     def abstain(self, veto: Tensor | None = None) -> Tensor:
         """Replaces an exchange if no rank has a gradient. Returns whether no rank has a `veto`.
         Raises ValueError if some ranks have a gradient."""
         rows = 1 if self.compress is None else 2
-        columns = self.num_grads + (not self.precision.always_exact)  # as in `products`
-        nothing = self.coefficients.P.new_zeros(rows, columns)
+        nothing = self.coefficients.P.new_zeros(rows, self.num_grads)
         nothing = nothing if veto is None else nothing + veto
         return self.ranks.sum_of_present(nothing, False).isfinite().all()
 
@@ -248,7 +252,7 @@ class DynamicInverseFisher:
             left = 1 - torch.cat([w.square().sum(0) for w in W])
             error = 2 * error.max() * (1 - left) / left  # twice, as W is squared
         if not self.ranks.all((0 <= error) & (error <= TOLERANCE)):  # nor are NaN
-            self.precision.refuse()
+            raise self.precision.too_small(self.damp)
         return left / self.damp
 
     def grow(self, columns: int) -> None:

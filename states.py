@@ -259,7 +259,7 @@ def load(optimizer: Any) -> None:
 
     into_fisher(fisher, {**shared, "window": blocks}, enter)
     if not known <= set(present):
-        recovery.raising(fisher, fisher.precision.rebuild)
+        recovery.raising(fisher, lambda: fisher.precision.invert(fisher.damp, anew=True))
     if flat.ranks.size > 1:
         _check_ranks(fisher)
     optimizer.follow()  # what is trained besides gets columns
