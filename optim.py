@@ -41,7 +41,7 @@ import checks
 import states
 from coefficients import DOUBLE, SINGLE, TOLERANCE, Coefficients, factor
 from control import Control, squared_norms
-from costs import check_memory, step_traffic, window_bytes
+from costs import check_memory, window_bytes
 from fallback import Fallback
 from flat import Flat, Segment
 from parameter_groups import GroupedOptimizer
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["MFAC", "DampTooSmallError", "DynamicInverseFisher", "NonFiniteGradientError"]
-__all__ += ["step_traffic", "window_bytes"]
+__all__ += ["window_bytes"]
 
 Device = torch.device | str | int
 

@@ -21,15 +21,8 @@ ALGORITHMS = ("mfac", *fallback.SETTINGS)
 
 
 class GroupedOptimizer(torch.optim.Optimizer):
-    """An optimizer whose trained parameters are the vector `flat`, with columns in `fisher`.
-
-    A subclass makes both in `build`.
-
-    Args:
-        params, defaults: as for any optimizer. `sparse` in the defaults gives masks.
-        shared: settings that all groups share.
-        process_group: as for `MFAC`.
-    """
+    """An optimizer whose trained parameters are the vector `flat`, with columns in `fisher`. A
+    subclass makes both in `build`. `shared` are the settings that all groups share."""
 
     flat: Flat
     fisher: Any

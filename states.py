@@ -177,12 +177,15 @@ def set_aside(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         sizes = [len(group["params"]) for group in groups]
         if sizes != [len(group["params"]) for group in optimizer.param_groups]:
             return state_dict  # torch refuses it
-        for group, own in zip(groups, optimizer.param_groups, strict=True):
-            if (was := group.get("algorithm", "mfac")) != own["algorithm"]:
-                raise ValueError(
-                    f"The state dict has a group of algorithm {was!r}, but this optimizer has "
-                    f"{own['algorithm']!r} there; build the optimizer with the saved groups"
-                )
+        saved, own = (
+            [group.get("algorithm", "mfac") for group in x]
+            for x in (groups, optimizer.param_groups)
+        )
+        if saved != own:
+            raise ValueError(
+                f"The state dict has groups of algorithm {saved}, but this optimizer {own}; build "
+                "it with the saved groups"
+            )
         shared, numbers = groups[0]["fisher"], [i for group in groups for i in group["params"]]
         if "window" in shared:
             shared = {**shared, "window": _own_blocks(shared, optimizer.flat.ranks)}

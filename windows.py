@@ -105,7 +105,7 @@ class DenseWindow(Block):
         self.state = {"G": self.G}
         self.scales: Tensor | None = None
         if dtype in SCALED:
-            self.scales = torch.ones(m, -(-d // BLOCK), device=device)
+            self.scales = torch.ones(m, -(-d // BLOCK), dtype=torch.float32, device=device)
             self.state["scales"] = self.scales
 
     def entry(self, g: Tensor) -> Entry:
@@ -307,15 +307,6 @@ class Window:
         else:
             block = CompressedWindow(self.m, dim, device, self.dtype, self.compress)
             self.blocks.append(block)
-
-    def divide(self, dims: Sequence[int]) -> None:
-        """For loading: replaces the window by an empty one with blocks of these numbers of columns,
-        unless it has more blocks than that. Additional blocks are on the last device."""
-        devices = [block.device for block in self.blocks]
-        if len(devices) <= len(dims) and list(dims) != self.dims:
-            self.blocks = []
-            for i, dim in enumerate(dims):
-                self.append(dim, devices[min(i, len(devices) - 1)])
 
     @property
     def separable(self) -> bool:

@@ -542,6 +542,30 @@ def thawed(folder):
             assert_same_everywhere(weights(loaded))
 
 
+def grown(folder):
+    """A shared window that is saved as a whole goes on to the same bits after it has grown, and its
+    newest gradients enter another one."""
+    for extra in ({"compress": 0.3}, {"window_dtype": "float8_e4m3fn"}):
+        model, loaded = network(), network()
+        settings = {"momentum": 0.5, **OPTIONS, **shared("ddp")}
+        optimizer, data = MFAC(model.parameters(), **settings, **extra), batches(12)
+        train(model, optimizer, data[:4], together=False)
+        for each in (model, loaded):
+            each[2].bias.requires_grad_(True)
+        train(model, optimizer, data[4:8], together=False)
+        loaded.load_state_dict(model.state_dict())
+        other = MFAC(loaded.parameters(), **settings, **extra)
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        dense = MFAC(network().parameters(), **{**settings, "ngrads": 4})
+        dense.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        K = dense.fisher.ranks.sum(gram(dense.fisher.window.tiles()))
+        newest = [(optimizer.fisher.count - 4 + i) % OPTIONS["ngrads"] for i in range(4)]
+        assert_close(K, optimizer.fisher.coefficients.K[newest][:, newest], 1e-6)
+        for net, each in ((model, optimizer), (loaded, other)):
+            train(net, each, data[8:], together=False)
+        assert torch.equal(weights(loaded), weights(model))
+
+
 def save(folder):
     """Half of a run, to go on in another number of processes."""
     for kind in KINDS:

@@ -13,7 +13,7 @@ import torch
 from test_optim import assert_same_state
 from torch import nn
 
-from optim import MFAC, DynamicInverseFisher, step_traffic, window_bytes
+from optim import MFAC, DynamicInverseFisher, window_bytes
 from prun import (
     BlockedInverseFisher,
     MagnitudePruner,
@@ -127,11 +127,10 @@ WINDOW = {
         for name, (x, message) in NOT_VECTORS.items()
     },
     **{
-        f"{function.__name__} {name}": (
-            lambda f=function, k=options: f(**{"ngrads": 3, "dim": 5, **k}),
+        f"window_bytes {name}": (
+            lambda k=options: window_bytes(**{"ngrads": 3, "dim": 5, **k}),
             f"Invalid {name}",
         )
-        for function in (window_bytes, step_traffic)
         for name, options in {
             "ngrads": {"ngrads": -1},
             "dim": {"dim": "5"},

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from optim import MFAC, DynamicInverseFisher, NonFiniteGradientError
-from precision import DampTooSmallError, Precision
+from precision import Precision
 
 
 class Arrived:
@@ -153,24 +153,6 @@ def test_a_resumed_run_raises_damp_when_the_uninterrupted_one_does():
             used, resumed = run(save_after)
             assert used == expected, save_after
             assert torch.equal(resumed, weights)
-
-
-def test_raised_damp_is_not_below_the_one_that_is_set():
-    p = nn.Parameter(torch.zeros(6))
-    optimizer = MFAC([p], ngrads=4, damp=1e-17)
-    with pytest.warns(UserWarning, match="too small"):
-        for _ in range(6):
-            p.grad = torch.ones(6)
-            optimizer.step()
-    optimizer.damp = 0.5
-    calls = iter([DampTooSmallError(), None])
-
-    def call():
-        if error := next(calls):
-            raise error
-
-    optimizer._recovery.raising(optimizer.fisher, call)
-    assert optimizer.damp_in_use == 5
 
 
 @pytest.mark.parametrize("how", ["skip", "raise"])

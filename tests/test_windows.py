@@ -16,7 +16,7 @@ from torch import nn
 
 import states
 import windows
-from optim import MFAC, DynamicInverseFisher, NonFiniteGradientError, step_traffic, window_bytes
+from optim import MFAC, DynamicInverseFisher, NonFiniteGradientError, window_bytes
 from windows import CompressedWindow, DenseWindow
 
 CPU = torch.device("cpu")
@@ -279,16 +279,6 @@ def test_what_a_window_of_resnet20_takes():
         ({"dtype": FLOAT8}, 0.251),
     ):
         assert window_bytes(m, d, **kind) - sides <= part * window
-
-
-def test_step_traffic():
-    assert step_traffic(10, 1000) == (2 * 10 * 4000, 0)
-    assert step_traffic(10, 1000, dtype="bfloat16") == (2 * 10 * 2000, 0)
-    assert step_traffic(10, 5000, dtype=FLOAT8) == (2 * 10 * (5000 + 2 * 4), 0)
-    # Two reads of a quarter; three quarters of 2·8·10 and of 4·1000 bytes are sent by each.
-    assert step_traffic(10, 1000, world_size=4) == (20_000, 3 * (176 + 4000) // 4)
-    assert step_traffic(10, 1000, world_size=4, sharded=True) == (20_000, 132)
-    assert step_traffic(10, 10 * 4096, compress=0.01)[0] == 2 * 10 * 410 * 8
 
 
 def peak_of_steps(dtype):
