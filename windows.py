@@ -308,15 +308,6 @@ class Window:
             block = CompressedWindow(self.m, dim, device, self.dtype, self.compress)
             self.blocks.append(block)
 
-    def divide(self, dims: Sequence[int]) -> None:
-        """For loading: replaces the window by an empty one with blocks of these numbers of columns,
-        unless it has more blocks than that. Additional blocks are on the last device."""
-        devices = [block.device for block in self.blocks]
-        if len(devices) <= len(dims) and list(dims) != self.dims:
-            self.blocks = []
-            for i, dim in enumerate(dims):
-                self.append(dim, devices[min(i, len(devices) - 1)])
-
     @property
     def separable(self) -> bool:
         """Whether columns can be saved separately, with their parameters. They cannot if blocks of

@@ -27,9 +27,9 @@ import states
 import windows
 
 ROOT = Path(__file__).resolve().parent.parent
-PUBLIC = (optim, prun, costs)
-INSIDE = (checks, coefficients, control, fallback, flat, kernels, muon, precision, ranks, recovery)
-MODULES = (*PUBLIC, *INSIDE, states, windows)
+PUBLIC = (optim, prun)
+INSIDE = (checks, coefficients, control, costs, fallback, flat, kernels, muon, precision, ranks)
+MODULES = (*PUBLIC, *INSIDE, recovery, states, windows)
 
 
 def public_names(module) -> list[str]:
