@@ -88,7 +88,7 @@ class DenseWindow(Block):
         self.state = {"G": self.G}
         self.scales: Tensor | None = None
         if dtype in SCALED:
-            self.scales = torch.ones(m, -(-d // BLOCK), device=device)
+            self.scales = torch.ones(m, -(-d // BLOCK), dtype=torch.float32, device=device)
             self.state["scales"] = self.scales
 
     def entry(self, g: Tensor) -> Entry:
