@@ -70,12 +70,6 @@ class Precision:
         with products in float32    K is recomputed in float64 from the window, and P from K,
         in float64                  P is recomputed from K,
         with a P as recomputed      λ is too small: DampTooSmallError.
-
-    Args:
-        side: K and P.
-        window: the window.
-        ranks: the processes that share it.
-        always_exact: use float64 from the start.
     """
 
     def __init__(self, side: Coefficients, window: Window, ranks: Ranks, always_exact: bool):

@@ -10,7 +10,7 @@ On CUDA, kernels multiply exactly, add in float64, read the window once and wait
 or do everything in float64.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -38,12 +38,11 @@ class Entry(NamedTuple):
 
 
 class Block:
-    """Columns of a window on one device.
+    """Columns of a window on one device. `DenseWindow` documents what a subclass has besides."""
 
-    A subclass rounds gradients and has the products. `state` has all there is to save.
-    """
-
-    state: dict[str, Tensor]
+    state: dict[str, Tensor]  # all there is to save
+    times: Callable[..., Tensor]
+    transposed_times: Callable[..., Tensor]
 
     def __init__(self, m: int, dim: int, device: torch.device):
         self.m, self.dim, self.device = m, dim, device
@@ -74,22 +73,6 @@ class Block:
         u = self.transposed_times(y[: int(count) + 1], exact)
         return u if len(entry.vectors) == 1 else u.add_(entry.vectors[1] / damp)
 
-    def entry(self, g: Tensor) -> Entry:
-        """g (d,) as it will be stored."""
-        raise NotImplementedError
-
-    def times(self, x: Tensor, exact: bool = True, rows: int | None = None) -> Tensor:
-        """Gx (m,) in float64 for x (d,); 0 beyond the first `rows`, if given."""
-        raise NotImplementedError
-
-    def transposed_times(self, y: Tensor, exact: bool = True) -> Tensor:
-        """Gᵀy (d,) for y (n,), from the first n rows, in float64, or in float32 if not `exact`."""
-        raise NotImplementedError
-
-    def tiles(self, rows: slice = ALL) -> Iterator[Tensor]:
-        """These rows of G in float64, a few columns at a time."""
-        raise NotImplementedError
-
 
 class DenseWindow(Block):
     """G (m, d) on one device, in float64, float32, bfloat16, float16 or float8_e4m3fn.
@@ -109,6 +92,7 @@ class DenseWindow(Block):
             self.state["scales"] = self.scales
 
     def entry(self, g: Tensor) -> Entry:
+        """g (d,) as it will be stored."""
         if self.scales is None:
             row = g.to(self.G.dtype)
             return Entry(row.to(torch.promote_types(row.dtype, torch.float32))[None], {"G": row})
@@ -138,12 +122,14 @@ class DenseWindow(Block):
         return super().replace_and_transposed_times(entry, count, accepted, y, damp, exact)
 
     def times(self, x: Tensor, exact: bool = True, rows: int | None = None) -> Tensor:
+        """Gx (m,) in float64 for x (d,); 0 beyond the first `rows`, if given."""
         x, y = x.to(_type(exact)), torch.zeros(self.m, dtype=torch.float64, device=self.device)
         for some, columns, tile in self._converted(rows or self.m, x.dtype):
             y[some] += _short_sums(tile, x[columns])
         return y
 
     def transposed_times(self, y: Tensor, exact: bool = True) -> Tensor:
+        """Gᵀy (d,) for y (n,), from the first n rows, in float64, or in float32 if not `exact`."""
         # A tiny yᵢ would underflow in float32, and may belong to a large row.
         dtype = _type(exact or not torch.equal(y, y.hardshrink(2**-100)))
         x, y = torch.zeros(self.dim, dtype=dtype, device=self.device), y.to(dtype)
@@ -152,6 +138,7 @@ class DenseWindow(Block):
         return x
 
     def tiles(self, rows: slice = ALL) -> Iterator[Tensor]:
+        """These rows of G in float64, a few columns at a time."""
         width = -(-2 * TILE // len(self.G[rows]) // BLOCK) * BLOCK
         for start in range(0, max(1, self.dim), width):
             yield self._tile(rows, slice(start, min(start + width, self.dim)), torch.float64)
