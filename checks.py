@@ -159,20 +159,18 @@ def checked_masks(
     """One mask for each parameter: True where it is trained, or None to train all of it."""
     if isinstance(sparse, bool):
         return [p.detach() != 0 if sparse and p.dim() >= 2 else None for p in params]
-    if not isinstance(sparse, (list, tuple)):
-        raise ValueError(f"Invalid sparse: {sparse!r}; it must be True, False or a list of masks")
+    listed = isinstance(sparse, (list, tuple))
+    require(listed, "sparse", sparse, "True, False or a list of masks")
     if len(sparse) != len(params):
         raise ValueError(
             f"Invalid sparse: {len(sparse)} masks for {len(params)} parameters; give each group a "
             "list with one mask (or None) for each of its parameters"
         )
     for p, mask in zip(params, sparse, strict=True):
-        if mask is None:
-            continue
-        if not (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == p.shape):
-            what = f"{mask.dtype}, {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask)
+        wanted = torch.bool, p.shape
+        if mask is not None and (getattr(mask, "dtype", 0), getattr(mask, "shape", 0)) != wanted:
             raise ValueError(
-                f"Invalid sparse: a mask ({what}) for a parameter of shape {tuple(p.shape)}; give "
-                "a bool tensor of the same shape"
+                f"Invalid sparse: a mask ({kind(mask)}) for a parameter of shape {tuple(p.shape)}; "
+                "give a bool tensor of the same shape"
             )
     return list(sparse)

@@ -20,27 +20,13 @@ REFINED = 1e-13  # relative error of A'u that refinement does not reduce
 
 
 def factor(A: Tensor) -> Tensor:
-    """L (m, m) with A = LLᵀ. All NaN if A is not positive definite.
-
-    Example:
-        >>> factor(torch.tensor([[4.0, 0.0], [0.0, 9.0]]))
-        tensor([[2., 0.],
-                [0., 3.]])
-    """
+    """L (m, m) with A = LLᵀ. All NaN if A is not positive definite."""
     L, failed = torch.linalg.cholesky_ex(A)
     return L.masked_fill_(failed != 0, torch.nan)
 
 
 class Coefficients:
-    """K and P = A⁻¹ (m, m), for the m gradients of the window.
-
-    Example:
-        >>> side = Coefficients(2, damp=0.5, device=torch.device("cpu"))
-        >>> k = torch.tensor([3.0, 0.0], dtype=torch.float64)
-        >>> z, accepted, errors = side.exchange(k, torch.tensor(0), rounding=2**-23)
-        >>> round(float(z[0]), 6)  # A is diag(4, 1)
-        0.25
-    """
+    """K and P = A⁻¹ (m, m), for the m gradients of the window."""
 
     def __init__(self, m: int, damp: float, device: torch.device):
         self.damping = torch.full((), damp, dtype=torch.float64, device=device)
@@ -80,76 +66,67 @@ class Coefficients:
         as a tensor (1,) on their device. Elsewhere it is a pair with the error for float32. If the
         error exceeds `TOLERANCE` or k_j is not finite, nothing changes and z is zero.
 
-        Let ' mean "without row and column j", and p = P[:, j] before the exchange. Then
+        Let ' mean "without row and column j", and p = P[:, j]/√P_jj before the exchange. Then
 
-            P' = P − ppᵀ/p_j,   u = P'k' = A'⁻¹k',   s = A_jj − k'ᵀu,   ũ = u with ũ_j = −1
+            P' = P − ppᵀ,   u = P'k' = A'⁻¹k',   s = A_jj − k'ᵀu,   ũ = u with ũ_j = −1
             P ← P' + ũũᵀ/s,     z = −ũ/s
         """
-        m, shift = len(k), len(k) * self.damp
         if kernels := cuda_kernels(k.device):
             z, accepted, error = torch.empty_like(k), torch.empty_like(count), k.new_empty(1)
             side = self.P, self.K, k, count, self.damping, TOLERANCE
             kernels.hinv_update(*side, z, error, accepted)
             return z, accepted, error
+        m, shift = len(k), len(k) * self.damp
         j = int(count) % m
-        k_j, p, others = float(k[j]), self.P[j].clone(), k.clone()
-        others[j] = 0  # k'
-
-        def solve_without_j(x: Tensor) -> Tensor:
-            y = self.P @ x
-            y -= p * (y[j] / p[j])
-            y[j] = 0
-            return y
-
-        def residual(u: Tensor, Ku: Tensor) -> Tensor:
-            """k' − A'u"""
-            r = (others - Ku).sub_(u, alpha=shift)
-            r[j] = 0
-            return r
-
+        k_j, others, p = float(k[j]), k.clone(), self.P[j] / self.P[j, j].sqrt()
+        others[j].zero_()  # k'
         K_diagonal = self.K.diagonal().clone()
-        K_diagonal[j] = k_j
+        K_diagonal[j].fill_(k_j)
         A_diagonal = K_diagonal + shift
-        u = solve_without_j(others)
-        Ku = self.K @ u
-        # One step of refinement, unless only rounding is left: P'k' cancels for nearly parallel
-        # gradients, and P would keep the error.
-        r = residual(u, Ku)
-        if not float((r.square() / A_diagonal).max()) < REFINED**2 * (k_j + shift):
-            u += solve_without_j(r)
+
+        u, residual = torch.zeros_like(k), others
+        for _ in range(2):
+            y = self.P @ residual
+            u += y.sub_(p, alpha=float(y[j] / p[j]))
+            u[j].zero_()
             Ku = self.K @ u
-            r = residual(u, Ku)
+            residual = torch.sub(others, Ku).sub_(u, alpha=shift)  # k' − A'u
+            residual[j].zero_()
+            squares = residual.square().div_(A_diagonal)
+            # One step of refinement, unless only rounding is left: P'k' cancels for nearly parallel
+            # gradients, and P would keep the error.
+            if float(squares.max()) < REFINED**2 * (k_j + shift):
+                break
         projected = float(others @ u)
         s = k_j + shift - projected  # Schur complement, s ≥ mλ
         # All squares from here on are s² times those of the formulas, as u = −sz.
-        off = float((r.square() / A_diagonal).sum())  # ‖D⁻¹(e_j − Az)‖²
+        off = float(squares.sum())  # ‖D⁻¹(e_j − Az)‖²
         Ku -= k
-        Ku[j] = projected - k_j  # now Kũ, with the new row of K
-        u[j] = -1
-        P_diagonal = self.P.diagonal() - p.square() / p[j] + u.square() / s
-        P_diagonal[j] = 1 / s if s else 0
-        trace, terms = float(P_diagonal @ A_diagonal), float(u.square() @ K_diagonal)
+        Ku[j].fill_(projected - k_j)  # now Kũ, with the new row of K
+        u[j].fill_(-1)
+        squares = u.square()
+        P_diagonal = self.P.diagonal() - p.square() + squares / s
+        P_diagonal[j].fill_(1 / s if s else math.inf)
+        trace, terms = float(P_diagonal @ A_diagonal), float(squares @ K_diagonal)
         # zᵀKz may cancel down to its own rounding error. Then the error is unknown, and infinite.
         left = float(u @ Ku) - m * DOUBLE / 2 * terms
 
-        errors = math.inf, math.inf
-        if k_j == 0:  # then F⁻¹g is 0
-            errors = 0.0, 0.0
-        elif not math.isfinite(k_j):
-            errors = math.nan, math.nan
-        elif s > 0 and 0 < trace < math.inf and 0 < left < math.inf and off < math.inf:  # (6)
-            float64 = (off * trace) ** 0.5 + terms**0.5 * DOUBLE * trace**0.5
-            float32 = (off * trace) ** 0.5 + terms**0.5 * (
-                rounding * trace**0.5 + SINGLE / 2 * (1 + m / 16) ** 0.5
-            )
-            errors = (float64 if exact else float32) / left**0.5, float32 / left**0.5
+        def by_6(r: float, q: float) -> float:
+            if k_j == 0 or not math.isfinite(k_j):
+                return 0 * k_j  # F⁻¹g is 0, or g is not finite
+            if not (s > 0 and 0 < trace < math.inf and 0 < left < math.inf and off < math.inf):
+                return math.inf
+            return ((off * trace) ** 0.5 + terms**0.5 * (r * trace**0.5 + q)) / left**0.5
+
+        in_float32 = by_6(rounding, SINGLE / 2 * (1 + m / 16) ** 0.5)
+        errors = by_6(DOUBLE, 0) if exact else in_float32, in_float32
         if not errors[0] <= TOLERANCE:
             return torch.zeros_like(k), torch.zeros_like(count), errors
 
         z = u / -s
         # The same factors on both sides keep P symmetric. The error of its row j is a rounding of
-        # p_j, which may be far larger than z, so z overwrites this row.
-        factors = torch.stack([p / p[j].sqrt(), u / s**0.5])
+        # P_jj, which may be far larger than z, so z overwrites this row.
+        factors = torch.stack([p, u / s**0.5])
         self.P.addmm_(torch.stack([-factors[0], factors[1]], 1), factors)
         self.P[j] = self.P[:, j] = z
         self.K[j] = self.K[:, j] = k

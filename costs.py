@@ -1,4 +1,4 @@
-"""The cost of a window, known in advance: its memory, and the bytes that a step moves."""
+"""The memory of a window, known in advance."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ import torch
 from checks import check_integer, checked_compress, checked_dtype
 from windows import BLOCK, SCALED, kept
 
-__all__ = ["available_memory", "check_memory", "step_traffic", "window_bytes"]
+__all__ = ["available_memory", "check_memory", "window_bytes"]
 
 
 def window_bytes(
@@ -30,46 +30,22 @@ def window_bytes(
         >>> window_bytes(1024, 272_474)  # ResNet-20: 1.13 GB
         1132830720
     """
-    m, d, dtype, compress, ranks = _checked_sizes(ngrads, dim, dtype, compress, world_size)
-    own = -(-d // ranks)
-    error = 0 if compress is None else own * torch.promote_types(dtype, torch.float32).itemsize
-    return m * _row_bytes(own, dtype, compress) + error + 16 * m**2
-
-
-def step_traffic(
-    ngrads: int,
-    dim: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    compress: float | None = None,
-    world_size: int = 1,
-    sharded: bool = False,
-) -> tuple[int, int]:
-    """Bytes that a step moves on each device: (read from the window, sent over the network).
-
-    A step reads the device's part of the window twice. (A CPU reads a compressed one three times,
-    which is not counted.) A ring of devices adds up m + 1 float64 numbers, or 2m + 2 if compressed:
-    the products, and who is present. A CPU adds a measured rounding. The ring also gathers the d
-    float32 numbers of the update, unless parameters are `sharded` like the window.
-
-    Example:
-        >>> step_traffic(1024, 272_474)
-        (2232107008, 0)
-    """
-    m, d, dtype, compress, ranks = _checked_sizes(ngrads, dim, dtype, compress, world_size)
-    read = 2 * m * _row_bytes(-(-d // ranks), dtype, compress)
-    passed_on = (16 if compress is None else 32) * (m + 1) + (0 if sharded else 4 * d)
-    return read, passed_on * (ranks - 1) // ranks
+    m, d = check_integer("ngrads", ngrads, least=0), check_integer("dim", dim, least=0)
+    d = -(-d // check_integer("world_size", world_size))
+    dtype, compress = checked_dtype("dtype", dtype, compress), checked_compress(compress)
+    if compress is None:
+        row, error = d * dtype.itemsize + (4 * -(-d // BLOCK) if dtype in SCALED else 0), 0
+    else:
+        blocks, rest = divmod(d, BLOCK)
+        entries = blocks * kept(BLOCK, compress) + kept(rest, compress)
+        row = entries * (dtype.itemsize + torch.int32.itemsize)
+        error = d * torch.promote_types(dtype, torch.float32).itemsize
+    return m * row + error + 16 * m**2
 
 
 def available_memory(device: torch.device) -> int:
     """Bytes that this process can still allocate on `device`. Main memory is divided by the number
-    of processes on this machine.
-
-    Example:
-        >>> available_memory(torch.device("cpu")) > 0
-        True
-    """
+    of processes on this machine."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -87,11 +63,7 @@ def check_memory(
     dtype: torch.dtype,
     compress: float | None,
 ) -> None:
-    """Raises ValueError if a window of m gradients, `dims` columns on each device, is too large.
-
-    Example:
-        >>> check_memory(8, [100], [torch.device("cpu")], torch.float32, None)
-    """
+    """Raises ValueError if a window of m gradients, `dims` columns on each device, is too large."""
     needed: dict[torch.device, int] = {}
     for d, device in zip(dims, devices, strict=True):
         size = window_bytes(m, d, dtype=dtype, compress=compress)
@@ -105,20 +77,3 @@ def check_memory(
                 f"{device}, which has {free / 1e9:.3g} GB free; take fewer gradients, a narrower "
                 "window_dtype, compress=0.01, or more devices"
             )
-
-
-def _checked_sizes(
-    ngrads: int, dim: int, dtype: torch.dtype, compress: float | None, world_size: int
-) -> tuple[int, int, torch.dtype, float | None, int]:
-    m, d = check_integer("ngrads", ngrads, least=0), check_integer("dim", dim, least=0)
-    ranks = check_integer("world_size", world_size)
-    return m, d, checked_dtype("dtype", dtype, compress), checked_compress(compress), ranks
-
-
-def _row_bytes(d: int, dtype: torch.dtype, compress: float | None) -> int:
-    """Bytes that a gradient of d weights takes in the window."""
-    if compress is None:
-        return d * dtype.itemsize + (4 * -(-d // BLOCK) if dtype in SCALED else 0)
-    blocks, rest = divmod(d, BLOCK)
-    entries = blocks * kept(BLOCK, compress) + kept(rest, compress)
-    return entries * (dtype.itemsize + torch.int32.itemsize)

@@ -21,7 +21,7 @@ from torch.optim.adamw import AdamW, adamw
 from torch.optim.sgd import SGD, sgd
 
 from checks import check_choice, check_dense, is_number, require
-from ranks import local, placed_as
+from ranks import local
 
 __all__ = ["SETTINGS", "Fallback", "mfac_groups"]
 
@@ -174,13 +174,6 @@ def prepare(group: dict[str, Any], p: Tensor, state: dict[Any, Any]) -> dict[str
         elif name != "step":  # the model may have been cast or moved
             entries[name] = entries[name].to(p.device, p.dtype)
     return entries
-
-
-def restore(group: dict[str, Any], p: Tensor, state: dict[Any, Any], saved: dict[str, Any]) -> None:
-    """Copies the saved entries of p into the state."""
-    for name, value in prepare(group, p, state).items():
-        if name in saved:
-            local(value).copy_(local(placed_as(value, saved[name])))
 
 
 def _names(group: dict[str, Any]) -> tuple[str, ...]:

@@ -51,18 +51,11 @@ SCRATCH, SPARSE_PARTS = 2**16, 128
 TOGETHER = "exchange", "window_times", "sparse_times"  # these call grid.sync()
 
 
-def cuda_kernels(device: torch.device) -> Any:
-    """An object with the functions of `Compiled` for a CUDA device. None if there are no kernels.
-
-    Example:
-        >>> cuda_kernels(torch.device("cpu")) is None
-        True
-    """
-    return _kernels(device) if device.type == "cuda" else None
-
-
 @functools.cache
-def _kernels(device: torch.device) -> Any:
+def cuda_kernels(device: torch.device) -> Any:
+    """An object with the functions of `Compiled` for a CUDA device; None if there are none."""
+    if device.type != "cuda":
+        return None
     try:
         extension = setup_cuda.installed()
         logger.debug("CUDA kernels: from %s", extension.__file__)
@@ -98,48 +91,44 @@ class Compiled:
                 self.functions[name] = function
                 self.resident[name] = _checked(blocks) * properties.multi_processor_count
 
-    def hinv_update(self, P, K, k, count, damp, tolerance, z, error, accepted) -> None:  # type: ignore
+    # As in hinv_cuda.cpp, which has the types.
+
+    def hinv_update(self, P, K, k, count, damp, tolerance, z, error, accepted):  # type: ignore
         m, scratch = len(k), k.new_empty(5 * len(k))
         inputs = P, K, k, count, damp, m, float(tolerance)
         self._launch("exchange", -(-m * 32 // THREADS), *inputs, z, error, accepted, scratch)
 
-    def hinv_times(
-        self, G: Tensor, x: Tensor, count: Tensor, scales: Tensor | None = None
-    ) -> Tensor:
-        (m, d), stride = G.shape, G.stride(0)
-        k = count.new_empty(m, dtype=torch.float64)
-        scratch = k.new_empty(max(SCRATCH, m))
-        name = f"window_times<{FORMATS[G.dtype]}>"
-        self._launch(name, SCRATCH, G, x, count, scales, m, d, stride, scratch, k)
+    def hinv_times(self, G, x, count, scales=None):  # type: ignore
+        k = count.new_empty(len(G), dtype=torch.float64)
+        scratch = k.new_empty(max(SCRATCH, len(G)))
+        name, sizes = f"window_times<{FORMATS[G.dtype]}>", (*G.shape, G.stride(0))
+        self._launch(name, SCRATCH, G, x, count, scales, *sizes, scratch, k)
         return k
 
     def hinv_transposed_times(  # type: ignore
         self, G, z, scales=None, row=None, row_scales=None, count=None, accepted=None
-    ) -> Tensor:
-        (m, d), stride = G.shape, G.stride(0)
-        u = torch.empty(d, dtype=_real(G), device=G.device)
-        name, blocks = f"window_transposed_times<{FORMATS[G.dtype]}>", -(-d * G.itemsize // BYTES)
-        new = row, row_scales, count, accepted
-        self._launch(name, blocks, G, z, scales, *new, m, d, stride, u)
+    ):
+        real = torch.float64 if G.dtype == torch.float64 else torch.float32
+        u, blocks = G.new_empty(G.shape[1], dtype=real), -(-G.shape[1] * G.itemsize // BYTES)
+        name, sizes = f"window_transposed_times<{FORMATS[G.dtype]}>", (*G.shape, G.stride(0))
+        self._launch(name, blocks, G, z, scales, row, row_scales, count, accepted, *sizes, u)
         return u
 
-    def hinv_round(self, g: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def hinv_round(self, g, G):  # type: ignore
         d, blocks = len(g), -(-len(g) // BLOCK)
         row, scales, values = g.new_empty(d, dtype=G.dtype), g.new_empty(blocks), g.new_empty(d)
         self._launch(f"round_row<{FORMATS[G.dtype]}>", blocks, g, d, row, scales, values)
         return row, scales, values
 
-    def hinv_largest(
-        self, error: Tensor, g: Tensor, values: Tensor, kept: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def hinv_largest(self, error, g, values, kept):  # type: ignore
         d, k = len(error), values.shape[1]
         columns, row = values.new_empty(k, dtype=torch.int32), values.new_empty(k)
         new_error, X = torch.empty_like(error), error.new_empty(2, d, dtype=torch.float64)
-        name = f"largest_entries<{FORMATS[values.dtype]}>"
-        self._launch(name, -(-d // BLOCK), error, g, kept, k, d, columns, row, new_error, X)
-        return columns, row, new_error, X
+        name, outputs = f"largest_entries<{FORMATS[values.dtype]}>", (columns, row, new_error, X)
+        self._launch(name, -(-d // BLOCK), error, g, kept, k, d, *outputs)
+        return outputs
 
-    def hinv_sparse_times(self, columns, values, X, count, row_columns, row) -> Tensor:  # type: ignore
+    def hinv_sparse_times(self, columns, values, X, count, row_columns, row):  # type: ignore
         (m, k), (n, d) = values.shape, X.shape
         y = count.new_empty(n, m, dtype=torch.float64)
         scratch = y.new_empty(SPARSE_PARTS * n * m)
@@ -147,13 +136,11 @@ class Compiled:
         self._launch(name, SCRATCH, columns, values, X, *new, n, m, k, d, scratch, y)
         return y
 
-    def hinv_sparse_replace(self, columns, values, y, error, row_columns, row, *more) -> Tensor:  # type: ignore
+    def hinv_sparse_replace(self, columns, values, y, error, row_columns, row, *more):  # type: ignore
         """`more`: new_error, rest, damp, count, accepted."""
-        new = row_columns, row, error, *more
-        (m, k), d = values.shape, len(error)
-        u = torch.empty_like(error)
-        name = f"sparse_replace<{FORMATS[values.dtype]}>"
-        self._launch(name, -(-d // SPARSE_COLUMNS), columns, values, y, *new, m, k, d, u)
+        u, sizes = torch.empty_like(error), (*values.shape, len(error))
+        name, blocks = f"sparse_replace<{FORMATS[values.dtype]}>", -(-len(u) // SPARSE_COLUMNS)
+        self._launch(name, blocks, columns, values, y, row_columns, row, error, *more, *sizes, u)
         return u
 
     def _launch(self, name: str, blocks: int, *arguments: Tensor | float | None) -> None:
@@ -171,11 +158,6 @@ class Compiled:
                 _checked(self.driver.cuLaunchCooperativeKernel(*launch))
             else:
                 _checked(self.driver.cuLaunchKernel(*launch, 0))
-
-
-def _real(window: Tensor) -> torch.dtype:
-    """The type of vectors of d numbers."""
-    return torch.float64 if window.dtype == torch.float64 else torch.float32
 
 
 def compiled(architecture: int) -> tuple[dict[str, str], bytes]:

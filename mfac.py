@@ -19,7 +19,6 @@ from optim import (
     DampTooSmallError,
     DynamicInverseFisher,
     NonFiniteGradientError,
-    step_traffic,
     window_bytes,
 )
 from prun import (
@@ -45,6 +44,5 @@ __all__ = [
     "inverse_bytes",
     "mfac_groups",
     "models",
-    "step_traffic",
     "window_bytes",
 ]

@@ -31,7 +31,6 @@ Information", NeurIPS 2021, arXiv 2107.03356, section 3.2 (dynamic algorithm).
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +41,9 @@ import checks
 import states
 from coefficients import DOUBLE, SINGLE, TOLERANCE, Coefficients, factor
 from control import Control, squared_norms
-from costs import check_memory, step_traffic, window_bytes
+from costs import check_memory, window_bytes
 from fallback import Fallback
-from flat import Flat, Segment, is_trained, mask_of
+from flat import Flat, Segment
 from parameter_groups import GroupedOptimizer
 from precision import DampTooSmallError, NonFiniteGradientError, Precision
 from ranks import Ranks, find_process_group
@@ -55,7 +54,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["MFAC", "DampTooSmallError", "DynamicInverseFisher", "NonFiniteGradientError"]
-__all__ += ["step_traffic", "window_bytes"]
+__all__ += ["window_bytes"]
 
 Device = torch.device | str | int
 
@@ -106,6 +105,7 @@ class DynamicInverseFisher:
         m = self.num_grads = checks.check_integer("num_grads", num_grads)
         d = checks.check_integer("dim", dim, least=0)
         self.dtype = checks.checked_dtype("dtype", dtype, compress)
+        self.result_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.compress = checks.checked_compress(compress)
         devices = [] if device is None else [checks.check_device(device)]
         places = checks.check_devices("shards", shards or []) or devices or [torch.device("cpu")]
@@ -129,11 +129,6 @@ class DynamicInverseFisher:
     def shape(self) -> tuple[int, int]:
         """(d, d)"""
         return (sum(self.window.dims),) * 2
-
-    @property
-    def result_dtype(self) -> torch.dtype:
-        """Of results: `dtype`, but at least float32."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
     def count(self) -> int:
@@ -185,32 +180,25 @@ class DynamicInverseFisher:
         """Puts g into K and P, if it is accepted, but not yet into the window. Returns ĝ, which
         will be row j = count mod m, z = A⁻¹e_j (m,), and b = G(g − ĝ) (m,), None if ĝ = g."""
         g = checks.checked_vector(g, self.shape[0]).to(self.device)
-        self.settle(wait=False)
+        self.precision.settle(wait=False)
         entry = self.window.entry(g)
         good = False
         while not good:
             products = self.window.products(entry, self.counter, self.precision.exact)
-            products = products if veto is None else products + veto
-            k, *b = self.ranks.sum_of_present(products)
+            k, *b = self.ranks.sum_of_present(products if veto is None else products + veto)
             z, self.accepted, good = self.precision.exchange(k, self.counter)
         return entry, z, b[0] if b else None
 
     def _advance(self) -> None:
+        self.precision.finish(self.counter)
         self.counter += self.accepted
-        self.precision.interrupted = False  # K and the window agree again
-
-    def settle(self, wait: bool = True) -> None:
-        """Reads results of exchanges on CUDA, with `wait` all of them, and raises their errors."""
-        self.precision.settle(wait)
 
     def abstain(self, veto: Tensor | None = None) -> Tensor:
         """Replaces an exchange if no rank has a gradient. Returns whether no rank has a `veto`.
         Raises ValueError if some ranks have a gradient."""
-        rows = 1 if self.compress is None else 2
-        columns = self.num_grads + (not self.precision.always_exact)  # as in `products`
-        nothing = self.coefficients.P.new_zeros(rows, columns)
-        nothing = nothing if veto is None else nothing + veto
-        return self.ranks.sum_of_present(nothing, False).isfinite().all()
+        k = self.coefficients.P.new_zeros(1 if self.compress is None else 2, self.num_grads)
+        k = self.ranks.sum_of_present(k if veto is None else k + veto, present=False)
+        return k.isfinite().all()
 
     def matvec(self, x: Tensor) -> Tensor:
         """F⁻¹x (d,) for x (d,), by (1), in float64: two reads of the window, or four where K is
@@ -223,27 +211,26 @@ class DynamicInverseFisher:
         x = checks.checked_vector(x, self.shape[0]).to(self.device, torch.float64)
         if not self.ranks.all(x.isfinite()):
             raise ValueError("Expected finite numbers in x, got NaN or Inf")
-        self.settle()
-        m, window, side = self.num_grads, self.window, self.coefficients
-        b = self.ranks.sum(window.times(x))
+        self.precision.settle()
+        m, window, side, ranks = self.num_grads, self.window, self.coefficients, self.ranks
+        b = ranks.sum(window.times(x))
         while True:
-            y, exact, trace = side.solve(b), self.precision.exact, float(side.trace())
-            if not exact:  # a step of refinement with G itself
-                image = self.ranks.sum(window.times(window.transposed_times(y).double()))
+            y, trace, rounding = side.solve(b), float(side.trace()), DOUBLE
+            if not self.precision.exact:  # a step of refinement with G itself
+                image = ranks.sum(window.times(window.transposed_times(y).double()))
                 y += side.solve(b - image - m * self.damp * y)
+                rounding += SINGLE**2 * trace  # K errs by SINGLE √trace, refined y by its square
             u = (x - window.transposed_times(y)) / self.damp
-            # As in (6), with y for z. K errs by SINGLE √trace, and refinement squares that.
-            rounding = DOUBLE + (0 if exact else SINGLE**2 * trace)
-            terms = (trace * (y.square() @ side.K.diagonal())).sqrt() + self.ranks.norm(x)
-            if rounding * float(terms) <= TOLERANCE * self.damp * float(self.ranks.norm(u)):
-                break
+            # As in (6), with y for z.
+            terms = (trace * (y.square() @ side.K.diagonal())).sqrt() + ranks.norm(x)
+            if bool(rounding * terms <= TOLERANCE * self.damp * ranks.norm(u)):
+                return checks.fitting(u, self.result_dtype, ranks.all)
             self.precision.recover()  # which raises if nothing is left to try
-        return checks.fitting(u, self.result_dtype, self.ranks.all)
 
     def diagonal(self) -> Tensor:
         """diag(F⁻¹) (d,), each entry in (0, 1/λ], in float64. By (2), O(dm²): (1 − Σᵢ Wᵢⱼ²) / λ,
         W = L⁻¹G, A = LLᵀ; for d ≤ m from F itself, O(d²m). Raises as `matvec`."""
-        self.settle()
+        self.precision.settle()
         m, direct = self.num_grads, self.ranks.size == 1 and self.shape[0] <= self.num_grads
         if direct:
             G = torch.cat(list(self.window.tiles()), 1)
@@ -258,7 +245,7 @@ class DynamicInverseFisher:
             left = 1 - torch.cat([w.square().sum(0) for w in W])
             error = 2 * error.max() * (1 - left) / left  # twice, as W is squared
         if not self.ranks.all((0 <= error) & (error <= TOLERANCE)):  # nor are NaN
-            self.precision.refuse()
+            raise self.precision.too_small(self.damp)
         return left / self.damp
 
     def grow(self, columns: int) -> None:
@@ -268,13 +255,15 @@ class DynamicInverseFisher:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, by reference. "window" lists the tensors of each block of columns."""
-        self.settle()
+        self.precision.settle()
         return states.of_fisher(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads a copy of the result of `state_dict`, from any device and number of shards. If the
         window has another size or type, the newest gradients enter it one by one."""
+        damp = self.damp
         states.into_fisher(self, state)
+        self.damp = damp
 
 
 class MFAC(GroupedOptimizer):
@@ -298,7 +287,7 @@ class MFAC(GroupedOptimizer):
     captured step is skipped if its gradient has NaN or Inf, or needs more `damp`. Memory is
     `window_bytes(ngrads, d)`: 4·ngrads·d bytes for d weights; half of it with window_dtype
     bfloat16, a quarter with float8_e4m3fn, about 2 % with `compress=0.01`. Parameters that do not
-    require gradients take no memory until they have one.
+    require gradients take no memory until they do, or have one.
 
     Args:
         params: parameters, or groups of them, each with its own `lr`, `momentum`, `weight_decay`,
@@ -396,16 +385,14 @@ class MFAC(GroupedOptimizer):
         segments = [(s, self.param_groups[s.group]) for s in self.flat.segments if s.gather()]
         others = Fallback(self.param_groups, self.state, self.fisher.device)
         if not segments:
-            finite = self._recovery.abstain(self.fisher, others.veto)
-            self._recovery.check_others(self.fisher, finite)
-            others.step(finite)
+            others.step(self._recovery.abstain(self.fisher, others.veto))
+            self._recovery.raise_error()
             return loss
         for segment, group in segments:
             if group["maximize"]:
                 segment.numbers.neg_()
             if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
                 segment.add_weights(group["weight_decay"])
-        self._recovery.settle(self.fisher, wait=False)
         u = self._recovery.update_matvec(self.fisher, self.flat.gradient(), others.veto)
         if u is not None:
             u = self.flat.spread(u)
@@ -414,7 +401,7 @@ class MFAC(GroupedOptimizer):
             for segment, group in segments:
                 self._descend(segment, group, u, accepted)
             others.step(accepted)
-        self._recovery.raise_late()
+        self._recovery.raise_error()
         return loss
 
     def _descend(self, segment: Segment, group: dict[str, Any], u: Tensor, accepted: Any) -> None:
@@ -423,28 +410,25 @@ class MFAC(GroupedOptimizer):
         decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0
         self._control.scale_(v, self.fisher, lr)
         if momentum != 0:
-            v = segment.average(self.velocity(), u, (1 - momentum) * accepted)
+            velocity = self.velocity()[segment.span]
+            v = segment.average(velocity, v, (1 - momentum) * accepted)
         if group["normalize"] is not None:
             v = segment.normalized(v, self.flat.ranks)
         segment.descend(v, lr * accepted, decay)
 
-    def build(self, first: Sequence[Tensor] | None = None, grow: bool = False) -> None:
-        params = self.numbered(["mfac"])
-        settings = {**self._window, "damp": self._recovery.damp}
-        every = [p for _, p in self.numbered()]
-        ranks = Ranks(find_process_group(every, self.process_group))
-        device = self._device or next((p.device for _, p in params), torch.device("cpu"))
+    def build(self, params: list[Tensor], grow: bool) -> None:
+        groups = {p: i for i, p in self.numbered(["mfac"])}
+        device = self._device or next((p.device for p in groups), torch.device("cpu"))
         device = self.fisher.device if grow else device
-        place = {id(p): i for i, p in enumerate(first or ())}
-        others = grow or first is None
-        trained = [(i, p) for i, p in params if id(p) in place or (others and is_trained(p))]
-        trained.sort(key=lambda pair: place.get(id(pair[1]), len(place)))
-        wide = torch.float64 if settings["dtype"] == torch.float64 else torch.float32
-        self.flat = Flat(trained, partial(mask_of, self.state), ranks, device, wide)
+        pairs, frozen = [(groups[p], p) for p in params], list(groups.keys() - params)
+        ranks = Ranks(find_process_group([p for _, p in self.numbered()], self.process_group))
+        wide = torch.float64 if self._window["dtype"] == torch.float64 else torch.float32
+        self.flat = Flat(pairs, frozen, self.state, ranks, device, wide)
         if grow:
             return self.fisher.grow(self.flat.size - self.fisher.shape[0])
         self.fisher: Any = None  # the old window goes before the new one comes
+        settings = {**self._window, "damp": self._recovery.damp, "device": device}
         self.fisher = DynamicInverseFisher(
-            dim=self.flat.size, device=device, process_group=ranks.group, **settings
+            dim=self.flat.size, process_group=ranks.group, **settings
         )
         self._control.attach(self.fisher)

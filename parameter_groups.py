@@ -2,7 +2,7 @@
 changed, parameters are frozen and replaced, states are saved and loaded.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 
 import fallback
 import states
-from checks import check_group, checked_masks
+from checks import check_group, checked_masks, kind
 from flat import Flat, is_trained
-from ranks import dtensor_like, find_process_group, local, placed_as
+from ranks import as_dtensor, find_process_group, is_dtensor, local, placed_as
 from recovery import Recovery, warn_user
 
 __all__ = ["GroupedOptimizer"]
@@ -21,36 +21,47 @@ ALGORITHMS = ("mfac", *fallback.SETTINGS)
 
 
 class GroupedOptimizer(torch.optim.Optimizer):
-    """An optimizer whose trained parameters are the vector `flat`, with columns in `fisher`.
-
-    A subclass makes both in `build`.
-
-    Args:
-        params, defaults: as for any optimizer. `sparse` in the defaults gives masks.
-        shared: settings that all groups share.
-        process_group: as for `MFAC`.
-    """
+    """An optimizer whose trained parameters are the vector `flat`, with columns in `fisher`. A
+    subclass makes both in `build`. `shared` are the settings that all groups share."""
 
     flat: Flat
     fisher: Any
+    stages: list[list[Tensor]]  # parameters with columns, a list for each time the window has grown
     _recovery: Recovery
     _window: dict[str, Any]  # how to make `fisher`
 
     def __init__(
         self, params: Any, defaults: dict[str, Any], shared: dict[str, Any], process_group: Any
     ):
-        self._shared, self.process_group, self._built = shared, process_group, False
+        self._shared, self.process_group = shared, process_group
         super().__init__(params, defaults)
         # Masks belong to the parameters given now, not to groups that are added later.
         self.defaults["sparse"] = defaults["sparse"] is True
-        self.build()
-        self.name_state()
-        self._built = True
+        self.place(self._trained())
 
-    def build(self, first: Sequence[Tensor] | None = None, grow: bool = False) -> None:
-        """Makes `flat` and an empty `fisher`, for the parameters that are trained, or for `first`
-        alone. To `grow`, keeps `fisher`, and appends the columns of those that are not `first`."""
+    def build(self, params: list[Tensor], grow: bool) -> None:
+        """Makes `flat` of these parameters, and an empty `fisher`. To `grow`, keeps `fisher`, and
+        appends the columns that it lacks."""
         raise NotImplementedError
+
+    def place(self, params: list[Tensor], grow: bool = False) -> None:
+        """Gives columns to these parameters: in a new window or, to `grow`, in the present one."""
+        stages = [*self.stages, params] if grow else [params]
+        self.build([p for stage in stages for p in stage], grow)
+        self.stages = stages
+        self._params = [p for _, p in self.numbered()]
+        # torch.distributed.checkpoint looks up here which names `state_dict` will have.
+        for p in self.flat.params if self.fisher.window.separable else []:
+            self.state[p]["grads"] = None
+        momentum = any(self.param_groups[i]["momentum"] != 0 for i, _ in self.numbered(["mfac"]))
+        if momentum or any("momentum_buffer" in self.state[p] for p in self.flat.params):
+            self.velocity()
+        for i, p in self.numbered(fallback.SETTINGS):
+            if is_trained(p):
+                fallback.prepare(self.param_groups[i], p, self.state)
+
+    def _trained(self) -> list[Tensor]:
+        return [p for _, p in self.numbered(["mfac"]) if is_trained(p)]
 
     def numbered(self, algorithms: Collection[str] = ALGORITHMS) -> list[tuple[int, Tensor]]:
         """(group, parameter) for each parameter in groups of these algorithms."""
@@ -62,10 +73,15 @@ class GroupedOptimizer(torch.optim.Optimizer):
         flat = self.flat
         if flat.momentum is None:
             flat.momentum = torch.zeros_like(flat.vector)
-        if flat.params and "momentum_buffer" not in self.state[flat.params[-1]]:
-            parts = [x for s in flat.segments for x in s.parts(flat.momentum[s.span])]
-            for p, part in zip(flat.params, parts, strict=True):
-                self.state[p]["momentum_buffer"] = dtensor_like(p, part)
+            views = [view for segment in flat.segments for view in segment.views]
+            for p, x in zip(flat.params, views, strict=True):
+                here = flat.momentum.as_strided(x.shape, x.stride(), x.storage_offset())
+                before = self.state[p].get("momentum_buffer")
+                if before is not None and before.shape == p.shape:
+                    here.copy_(local(before))
+                if is_dtensor(p):
+                    here = as_dtensor(here, p.shape, p.device_mesh, p.placements)
+                self.state[p]["momentum_buffer"] = here
         return flat.momentum
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -92,50 +108,29 @@ class GroupedOptimizer(torch.optim.Optimizer):
         for p, mask in zip(group["params"], masks, strict=True):
             if mask is not None:
                 self.state[p]["mask"] = placed_as(p, mask)
-        if self._built and sharing is not self.flat.ranks.group:
-            self._start_anew("Other processes share the window now")
-        elif self._built:
+        if hasattr(self, "flat"):  # otherwise this is the constructor
+            if sharing is not self.flat.ranks.group:
+                self._start_anew("Other processes share the window now")
             self.follow()
 
     def follow(self) -> None:
         """Gives columns to parameters that are trained by now. If parameters have gone, for example
         because a framework has replaced them, the window starts anew."""
-        params, others = self.numbered(["mfac"]), self.numbered(fallback.SETTINGS)
-        known = all(p in self.state for _, p in others if p.grad is not None)
-        if self.flat.covers(params) and known:
+        every = [p for group in self.param_groups for p in group["params"]]
+        if list(map(id, every)) == list(map(id, self._params)) and self.flat.covers():
             return
-        before, present = self.flat.params, {id(p) for _, p in params}
-        replace_params(self.state, self._params, [p for _, p in self.numbered()])
-        if all(id(p) in present for p in before):
-            self.build(before, grow=True)
-            self.name_state()
+        replace_params(self.state, self._params, every)
+        before, params = set(map(id, self.flat.params)), self.numbered(["mfac"])
+        if before <= {id(p) for _, p in params}:
+            self.place([p for p in self._trained() if id(p) not in before], grow=True)
         else:
             self._start_anew("The parameters of the optimizer have changed")
 
     def _start_anew(self, why: str) -> None:
         if self.fisher.count:
             warn_user(f"{why}: its window starts anew")
-        self._recovery.start_anew()
-        self.build()
-        self.name_state()
-
-    def name_state(self) -> None:
-        """Enters all names that `state_dict` will have into the state of each parameter, because
-        torch.distributed.checkpoint looks them up there."""
-        self._params = [p for _, p in self.numbered()]
-        before = [self.state[p].pop("momentum_buffer", None) for p in self.flat.params]
-        if self.fisher.window.separable:
-            for p in self.flat.params:
-                self.state[p]["grads"] = None
-        groups = [group for group in self.param_groups if group["algorithm"] == "mfac"]
-        if any(g["momentum"] != 0 for g in groups) or any(v is not None for v in before):
-            self.velocity()
-        for i, p in self.numbered(fallback.SETTINGS):
-            if is_trained(p):
-                fallback.prepare(self.param_groups[i], p, self.state)
-        for p, v in zip(self.flat.params, before, strict=True):
-            if v is not None and v.shape == p.shape:
-                local(self.state[p]["momentum_buffer"]).copy_(local(v))
+        self._recovery.steps = 0  # of the schedule of a relative λ
+        self.place(self._trained())
 
     @property
     def damp(self) -> float | str:
@@ -170,7 +165,14 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """Loads a copy of the result of `state_dict`. `ngrads`, `damp`, `window_dtype` and
         `compress` stay as constructed. If the state has others, its newest gradients enter one by
         one. Raises ValueError if it belongs to other parameters, or to another optimizer."""
-        states.into_optimizer(self, state_dict, super().load_state_dict)
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"Expected a state dict of MFAC, got {kind(state_dict)}")
+        # The last pre-hook and the first post-hook, so that other hooks see everything.
+        with (
+            self.register_load_state_dict_pre_hook(states.set_aside),
+            self.register_load_state_dict_post_hook(states.load, prepend=True),
+        ):
+            super().load_state_dict(state_dict)
 
     def __repr__(self) -> str:
         fisher = self.fisher
@@ -181,9 +183,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: all attributes, where torch has only defaults, state and groups.
         Hooks are left out, and so is the process group, since the inverse Fisher has it."""
-        names = [name for name in vars(self) if "hook" not in name and "step" not in name]
-        kept = {name: getattr(self, name) for name in names if name != "process_group"}
-        return {**super().__getstate__(), **kept}
+        left = [name for name in vars(self) if "hook" in name or "step" in name]
+        return {k: x for k, x in vars(self).items() if k not in [*left, "process_group"]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -195,8 +196,7 @@ def replace_params(state: dict[Any, Any], old: list[Tensor], new: list[Tensor]) 
     """Drops the state of parameters that have gone. Those in their places get their masks."""
     known, present = set(map(id, old)), set(map(id, new))
     for p, q in zip(old, new, strict=False):
-        mask = state[p].get("mask") if p in state else None
-        if mask is not None and id(q) not in known and q.shape == p.shape:
-            state[q]["mask"] = placed_as(q, mask)
+        if "mask" in state.get(p, {}) and id(q) not in known and q.shape == p.shape:
+            state[q]["mask"] = placed_as(q, state[p]["mask"])
     for p in [p for p in state if isinstance(p, Tensor) and id(p) not in present]:
         del state[p]

@@ -10,8 +10,8 @@ The root of the trace measures how nearly parallel the gradients are. The last f
 cancellation in Gᵀz, and q is the relative error of this product. The residual e_j − Az of the solve
 takes the place of δK z. In float64, r = 2⁻⁵² and q is negligible. In float32, q = 2⁻²⁴(1 + m/16)^½,
 for z as it is rounded and sums of m terms, and r is measured, because the error of short sums
-depends on the gradients: it is 0.02 to 1 unit roundoff. One entry of each k is computed in both
-types. r is twice the root mean square of the difference.
+depends on the gradients: it is 0.02 to 1 unit roundoff. Now and then, the products of the newest
+gradients are computed in float64 as well. r is twice the root mean square of the difference.
 """
 
 import math
@@ -28,6 +28,7 @@ from windows import Window, gram
 __all__ = ["DampTooSmallError", "NonFiniteGradientError", "Precision"]
 
 UNREAD = 4  # exchanges on CUDA whose results are read later
+MEASURED, INTERVAL = 8, 32  # gradients whose products are also in float64, once in this many
 
 
 class NonFiniteGradientError(ValueError):
@@ -69,19 +70,13 @@ class Precision:
         with products in float32    K is recomputed in float64 from the window, and P from K,
         in float64                  P is recomputed from K,
         with a P as recomputed      λ is too small: DampTooSmallError.
-
-    Args:
-        side: K and P.
-        window: the window.
-        ranks: the processes that share it.
-        always_exact: use float64 from the start.
     """
 
     def __init__(self, side: Coefficients, window: Window, ranks: Ranks, always_exact: bool):
         self.side, self.window, self.ranks = side, window, ranks
         self.always_exact = self.exact = always_exact
         self.interrupted = False  # while K and the window may disagree, as after an exception
-        self._mean_square, self._measured = (SINGLE / 4) ** 2, 0  # of roundings in float32
+        self._mean_square = (SINGLE / 4) ** 2  # of relative errors of products in float32
         self._largest = 0.0  # largest error of this round, as estimated for float32
         self.nonfinite = 0  # consecutive gradients that were not finite
         self._fresh = True  # whether P was computed from the present K
@@ -89,26 +84,18 @@ class Precision:
 
     def exchange(self, k: Tensor, count: Tensor) -> tuple[Tensor, Tensor, bool]:
         """`Coefficients.exchange`: z, whether it is accepted, and whether the result is good. If
-        not, K or P has been recomputed, and another attempt is more precise.
-
-        Args:
-            k: the products (m,), or (m + 1,) with the error that was measured in one of them.
-            count: gradients so far.
+        not, K or P has been recomputed, and another attempt is more precise. Afterwards the row is
+        written, and `finish` called.
 
         Raises:
             NonFiniteGradientError, DampTooSmallError: nothing has changed. On CUDA, z is zero
                 instead, and a later `settle` raises.
         """
-        m = len(self.side.K)
-        if len(k) > m:
-            i, j = (int(count) - 1) % m, int(count) % m
-            self._measure(float(k[m]), float(k[j]) * float(self.side.K[i, i]))
         self.interrupted = True
-        z, accepted, errors = self.side.exchange(k[:m], count, self.rounding, self.exact)
+        z, accepted, errors = self.side.exchange(k, count, self.rounding, self.exact)
         try:
             if good := self._accepts(errors):
                 self._fresh = False
-                self._end_round(count)
             else:
                 self.recover()
         except ValueError:
@@ -116,18 +103,32 @@ class Precision:
             raise
         return z, accepted, good
 
+    def finish(self, count: Tensor) -> None:
+        """Ends an exchange when row j = count mod m of the window is written. After m gradients,
+        returns to float32 if that would have sufficed for all of them."""
+        self.interrupted = False
+        if self.always_exact:
+            return
+        m, n = len(self.side.K), int(count)
+        j, rows = n % m, min(m, MEASURED)
+        if not self.exact and n % INTERVAL == MEASURED - 1 and j >= rows - 1:
+            self._measure(slice(j + 1 - rows, j + 1))
+        if j == m - 1:
+            self.exact &= not self._largest < 0.75 * TOLERANCE
+            self._largest = 0.0
+
     @property
     def rounding(self) -> float:
         """r of products in float32."""
         return 2 * self._mean_square**0.5
 
-    def _measure(self, difference: float, squares: float) -> None:
-        """Adds a measured error of an entry of K to the mean over about max(m, 32) of them. It is
-        relative to the norms of the two gradients; `squares` is the product of their squares."""
-        if 0 < squares < math.inf and math.isfinite(difference):
-            self._measured = min(self._measured + 1, max(32, len(self.side.K)))
-            mean = self._mean_square
-            self._mean_square += (difference**2 / squares - mean) / (self._measured + 1)
+    def _measure(self, rows: slice) -> None:
+        """Measures the products of these gradients, relative to their norms. The mean so far counts
+        as much as eight of them."""
+        K = self.gram(rows)
+        squares = torch.outer(K.diagonal(), K.diagonal()).fill_diagonal_(0)
+        errors = ((self.side.K[rows, rows] - K).square() / squares)[squares > 0]
+        self._mean_square = (8 * self._mean_square + float(errors.sum())) / (8 + len(errors))
 
     def settle(self, wait: bool = True) -> None:
         """Reads the errors of exchanges on CUDA, and repairs K after an interruption. Without
@@ -137,7 +138,7 @@ class Precision:
             NonFiniteGradientError, DampTooSmallError: from such an exchange.
         """
         if self.interrupted:
-            self.rebuild()
+            self.invert(self.side.damp, anew=True)
             self.interrupted = False
         while self.unread and not torch.cuda.is_current_stream_capturing():
             errors, arrived, fresh = self.unread[0]
@@ -150,13 +151,12 @@ class Precision:
                 self.recover()
 
     def state_dict(self) -> dict[str, float]:
-        """The measurements that decide between float32 and float64."""
-        names = ("_mean_square", "_measured", "_largest")
-        return {name: float(getattr(self, name)) for name in names}
+        """What decides between float32 and float64."""
+        return {"mean_square": self._mean_square, "largest": self._largest}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Loads the result of `state_dict`."""
-        vars(self).update({name: state.get(name, 0.0) for name in self.state_dict()})
+        self._mean_square, self._largest = state["mean_square"], state["largest"]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "unread": deque()}  # events can't be copied
@@ -165,66 +165,50 @@ class Precision:
         """Sets λ to `damp`. Raises DampTooSmallError and keeps the present λ if it is too small."""
         # Unread errors of the old λ no longer matter, but gradients with NaN or Inf still count.
         self.unread = deque((errors, arrived, None) for errors, arrived, _ in self.unread)
-        self._invert(damp)
+        self.invert(damp)
 
-    def gram(self) -> Tensor:
-        """K (m, m) in float64, anew from the window, O(dm²)."""
-        return self.ranks.sum(gram(self.window.tiles()))
-
-    def rebuild(self) -> None:
-        """Computes K in float64 from the window, O(dm²), and P."""
-        self._invert(self.side.damp, anew=True)
+    def gram(self, rows: slice = slice(None)) -> Tensor:
+        """These rows and columns of K in float64, anew from the window, O(dm²) for all."""
+        return self.ranks.sum(gram(self.window.tiles(rows)))
 
     def forget(self) -> None:
         """Drops the unread errors, because another window replaces this one."""
         self.unread.clear()
         self.interrupted, self._fresh, self._largest = False, False, 0.0
 
-    def refuse(self) -> None:
-        """Raises DampTooSmallError."""
-        raise DampTooSmallError(self._advice(self.side.damp))
-
     def recover(self) -> None:
         """Reduces an error that is too large: recomputes K in float64, or else P from K."""
         if self.exact and self._fresh:
-            self.refuse()
-        self._invert(self.side.damp, anew=not self.exact)
+            raise self.too_small(self.side.damp)
+        self.invert(self.side.damp, anew=not self.exact)
 
-    def _invert(self, damp: float, anew: bool = False) -> None:
+    def invert(self, damp: float, anew: bool = False) -> None:
+        """Computes P from K for λ = `damp`, and before that K in float64 from the window, if this
+        is asked for, or if it is needed and K is from float32."""
         done = not anew and self.side.invert(damp)
         if not done and (anew or not self.exact):
             self.exact = True
             self.side.K.copy_(self.gram())
             done = self.side.invert(damp)
         if not done:
-            raise DampTooSmallError(self._advice(damp))
+            raise self.too_small(damp)
         self._fresh = True
 
-    def _advice(self, damp: float) -> str:
+    def too_small(self, damp: float) -> DampTooSmallError:
         largest = float(self.side.K.diagonal().max())
-        return (
+        return DampTooSmallError(
             f"damp = {damp:g} is too small for gradients of squared norm up to {largest:g}, even "
             f"in float64; raise damp to about {min(1e30, max(10 * damp, 1e-10 * largest)):.0e} or, "
             f"if that is not enough, to {min(1e30, max(100 * damp, 1e-6 * largest)):.0e}"
         )
 
-    def _end_round(self, count: Tensor) -> None:
-        """After m gradients, returns to float32 if that would have sufficed for all of them."""
-        if not self.always_exact and int(count) % len(self.side.K) == len(self.side.K) - 1:
-            self.exact &= not self._largest < 0.75 * TOLERANCE
-            self._largest = 0.0
-
     def _accepts(self, errors: Tensor | tuple[float, float]) -> bool:
         """Whether the exchange is good. On CUDA this is True, and `settle` decides later."""
-        if isinstance(errors, tuple):
-            return self._judge(*errors)
-        if not errors.is_cuda:
-            return self._judge(*errors.tolist())
+        if not (isinstance(errors, Tensor) and errors.is_cuda):
+            return self._judge(*map(float, errors))
         if not torch.cuda.is_current_stream_capturing():
-            numbers = torch.empty(errors.shape, dtype=errors.dtype, device="cpu", pin_memory=True)
-            numbers.copy_(errors, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record(torch.cuda.current_stream(errors.device))
+            numbers = errors.to("cpu", non_blocking=True)
+            arrived = torch.cuda.current_stream(errors.device).record_event()
             self.unread.append((numbers, arrived, self._fresh))
         return True
 

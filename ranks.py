@@ -5,7 +5,6 @@ are DTensors, and each process has a part. Without a process group, the only pro
 """
 
 import contextlib
-import math
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
@@ -19,17 +18,10 @@ if TYPE_CHECKING:  # torch may lack torch.distributed, and importing DTensor tak
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Ranks", "find_process_group", "or_default"]
-
 
 class Ranks:
     """The processes of a group. Each keeps some columns of the window. Without a group, there is
-    only this process.
-
-    Example:
-        >>> Ranks().part(torch.arange(3))  # all of it, as there are no others
-        tensor([0, 1, 2])
-    """
+    only this process."""
 
     def __init__(self, group: "ProcessGroup | None" = None):
         self.group = group
@@ -100,33 +92,31 @@ class Ranks:
         columns of all rows. `counts` has each rank's number of rows. Columns beyond d are zero."""
         if self.size == 1:
             return rows
-        n, d = rows.shape
-        sent = pad(rows, (0, self.size * chunk - d)).view(n, self.size, chunk)
-        received = rows.new_empty(sum(counts), chunk)
-        dist.all_to_all_single(
-            received,
-            sent.transpose(0, 1).reshape(-1, chunk),
-            list(counts),
-            [n] * self.size,
-            group=self.group,
-        )
+        sent = padded(rows, self.size * chunk).view(len(rows), self.size, chunk).transpose(0, 1)
+        received, sizes = rows.new_empty(sum(counts), chunk), [len(rows)] * self.size
+        sent = sent.reshape(-1, chunk)
+        dist.all_to_all_single(received, sent, list(counts), sizes, group=self.group)
         return received
 
     @contextlib.contextmanager
     def agreed(self) -> Iterator[None]:
         """A ValueError inside, in any rank, is raised in all of them."""
-        if self.size == 1:
-            yield
-            return
-        error: str | None = None
-        errors: list[str | None] = [None] * self.size
+        own: str | None = None
         try:
             yield
-        except ValueError as raised:
-            error = str(raised)
-        dist.all_gather_object(errors, error, group=self.group)
-        for error in filter(None, errors):
-            raise ValueError(error)
+        except ValueError as error:
+            if self.size == 1:
+                raise
+            own = str(error)
+        messages = [own] * self.size
+        if self.size > 1:
+            dist.all_gather_object(messages, own, group=self.group)
+        for message in filter(None, messages):
+            raise ValueError(message)
+
+    def chunk(self, length: int) -> int:
+        """The largest number of `length` entries that a rank has."""
+        return -(-length // self.size)
 
     def part(self, x: Tensor, dim: int = 0) -> Tensor:
         """This rank's part of x: `chunk` entries along `dim`, and in the last ranks the rest."""
@@ -134,9 +124,9 @@ class Ranks:
         start = min(self.rank * chunk, length)
         return x.narrow(dim, start, min(chunk, length - start))
 
-    def chunk(self, length: int) -> int:
-        """The largest number of `length` entries that a rank has."""
-        return -(-length // self.size)
+    def own(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's part of a saved tensor, which is a DTensor along `dim` or complete."""
+        return local(x) if is_dtensor(x) else self.part(x, dim)
 
     def as_saved(self, x: Tensor, dim: int, length: int | None = None) -> Tensor:
         """x, or, with several ranks, the DTensor whose parts along `dim` are the x of all ranks.
@@ -149,14 +139,9 @@ class Ranks:
             lengths = self.gather(torch.tensor([x.shape[-1]], device=x.device))
             x = padded(x, int(lengths.max()))
             length = self.size * x.shape[-1]
-        shape = list(x.shape)
-        shape[dim] = length
+        shape = [*x.shape[:dim], length, *x.shape[dim + 1 :]]
         mesh = DeviceMesh.from_group(cast("ProcessGroup", self.group), x.device.type)
         return as_dtensor(x, shape, mesh, [Shard(dim)])
-
-    def own(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's part of a saved tensor, which is a DTensor along `dim` or complete."""
-        return local(x) if is_dtensor(x) else self.part(x, dim)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
         return self
@@ -165,34 +150,23 @@ class Ranks:
 # --- DTensors -------------------------------------------------------------------------------------
 
 
-def or_default(given: "ProcessGroup | bool | None") -> "ProcessGroup | bool | None":
-    """The given group; for None the default group, if there is one.
-
-    Example:
-        >>> or_default(None) is None  # there is no other process here
-        True
-    """
+def or_default(given: "ProcessGroup | bool | None") -> "ProcessGroup | None":
+    """The given group; for None the default group, if there is one."""
     there = given is None and dist.is_available() and dist.is_initialized()
-    return dist.group.WORLD if there else given or None
+    return dist.group.WORLD if there else cast("ProcessGroup | None", given or None)
 
 
-def find_process_group(
-    params: list[Tensor], given: "ProcessGroup | bool | None"
-) -> "ProcessGroup | None":
+def find_process_group(params: list[Tensor], given: "ProcessGroup | None") -> "ProcessGroup | None":
     """The group that shares a window of these parameters: the `given` one, or the group of
     DTensors. None if there is no group, or if it has one process.
 
     Raises:
         ValueError: a DTensor is sharded along several dimensions or over another group, or
             parameters are flat ones of FSDP1.
-
-    Example:
-        >>> find_process_group([torch.zeros(3)], None) is None  # there is no other process here
-        True
     """
     if not dist.is_available():
         return None
-    if not (given is None or given is False or isinstance(given, dist.ProcessGroup)):
+    if not (given is None or isinstance(given, dist.ProcessGroup)):
         raise ValueError(
             f"Invalid process_group: {given!r}; it must be a process group, such as "
             "torch.distributed.group.WORLD, or None to give each process a window of its own"
@@ -202,7 +176,7 @@ def find_process_group(
             "These parameters are flat shards of FullyShardedDataParallel (FSDP1), which hide "
             "their shapes; use torch.distributed.fsdp.fully_shard (FSDP2)"
         )
-    groups = {}
+    found = [] if given is None else [given]
     for p in filter(is_dtensor, params):
         shards = [i for i, x in enumerate(p.placements) if x.is_shard()]
         if len(shards) > 1 or any(x.is_partial() for x in p.placements):
@@ -210,19 +184,14 @@ def find_process_group(
                 f"A parameter of shape {tuple(p.shape)} has the placements {p.placements}; it "
                 "must be sharded along one dimension of the device mesh at most"
             )
-        for i in shards:
-            group = p.device_mesh.get_group(i)
-            if group.size() > 1:
-                groups[tuple(dist.get_process_group_ranks(group))] = group
-    if given:
-        groups[tuple(dist.get_process_group_ranks(given))] = given
-    if len(groups) > 1 or (groups and given is False):
+        found += [p.device_mesh.get_group(i) for i in shards]
+    groups = {tuple(dist.get_process_group_ranks(x)): x for x in found if x.size() > 1}
+    if len(groups) > 1:
         raise ValueError(
             f"Parameters are sharded over the processes {list(groups)}, and process_group is "
             f"{given}; all must share one group: leave out process_group"
         )
-    shared = next(iter(groups.values()), None)
-    return shared if shared is not None and shared.size() > 1 else None
+    return next(iter(groups.values()), None)
 
 
 def is_dtensor(x: Tensor) -> "TypeGuard[DTensor]":
@@ -244,32 +213,21 @@ def as_dtensor(local: Tensor, shape: Sequence[int], mesh: Any, placements: Seque
     """The DTensor of this shape whose part in this process is `local`."""
     from torch.distributed.tensor import DTensor
 
-    stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    size = torch.Size(shape)
     if local.storage_offset():  # deep copies of DTensors ignore it
         local = torch.from_dlpack(local.detach())
-    return DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=size, stride=tuple(stride)
-    )
+    size, stride = torch.Size(shape), torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=size, stride=stride)
 
 
 def placed_as(p: Tensor, value: Tensor) -> Tensor:
-    """A copy of `value`, which has the shape of p, on the device of p and sharded like p."""
+    """A copy of `value` on the device of p, laid out and sharded like p if it has its shape."""
+    if value.shape != p.shape:
+        return value.to(p.device, copy=True)
     if is_dtensor(p) and not is_dtensor(value):
         from torch.distributed.tensor import distribute_tensor
 
         return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None).clone()
-    return value.to(p.device, copy=True)
-
-
-def dtensor_like(p: Tensor, here: Tensor) -> Tensor:
-    """`here`, or, if p is a DTensor, a DTensor placed like p whose local part is `here` itself.
-
-    Example:
-        >>> dtensor_like(torch.zeros(2), torch.ones(2))
-        tensor([1., 1.])
-    """
-    return as_dtensor(here, p.shape, p.device_mesh, p.placements) if is_dtensor(p) else here
+    return torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
 def padded(x: Tensor, length: int) -> Tensor:

@@ -1,18 +1,17 @@
 """λ of an optimizer, and its reaction to a gradient that the inverse Fisher refuses: it skips the
 step, or raises λ."""
 
-import contextlib
 import math
 import sys
 import warnings
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, cuda
 
-from checks import RANGE, check_choice, check_damp, check_integer, damp_parts
+from checks import RANGE, check_choice, damp_parts
 from precision import DampTooSmallError, NonFiniteGradientError
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Recovery", "warn_user"]
 
 IN_A_ROW = 100  # consecutive skipped steps, at most
+COUNTS = ("skipped_steps", "raised_steps", "tried", "steps")
 T = TypeVar("T")
 
 
@@ -46,38 +46,16 @@ class Recovery:
         constant, self.fraction = damp_parts(damp, *RANGE)
         self.given = constant or damp  # as it was set
         self.damp = constant or 1e-5  # λ before it is raised
-        self._steps = 0  # steps with a relative λ
-        self.skipped_steps = self.raised_steps = 0
-        self._tried = 0  # raised steps when λ itself was last tried
-        self.last_raised = 0.0  # the λ in use before that, to go back to
-        self._late: NonFiniteGradientError | None = None
-
-    def start_anew(self) -> None:
-        """Begins the schedule of a relative λ again, for an empty window."""
-        self._steps, self.last_raised = 0, 0.0
-
-    def settle(self, fisher: "DynamicInverseFisher", wait: bool = True) -> None:
-        """Reads the results of steps on CUDA, and keeps an error for `raise_late`."""
-        while True:
-            try:
-                return self._raising(fisher, partial(fisher.settle, wait))
-            except NonFiniteGradientError as error:
-                self._skip(fisher, error)
-                self._late = error if self.on_nonfinite == "raise" else None
-
-    def raise_late(self) -> None:
-        """Raises the error that `settle` has kept, once."""
-        late, self._late = self._late, None
-        if late is not None:
-            raise late
+        self.steps = self.skipped_steps = self.raised_steps = 0
+        self.tried = 0  # raised steps when λ was raised, or tried itself, last
+        self._error: NonFiniteGradientError | None = None  # to raise at the end of the step
 
     def set_damp(self, fisher: "DynamicInverseFisher", damp: float | str) -> None:
         """Sets λ. If it is too small, raises DampTooSmallError and changes nothing."""
         wanted, fraction = damp_parts(damp, *RANGE)
         wanted = wanted or self._relative(fisher, fraction)
         fisher.damp = wanted
-        self.given, self.fraction = damp if fraction else wanted, fraction
-        self.damp, self.last_raised = wanted, 0.0
+        self.damp, self.given, self.fraction = wanted, damp if fraction else wanted, fraction
 
     def _relative(
         self, fisher: "DynamicInverseFisher", fraction: float, g: Tensor | None = None
@@ -96,28 +74,32 @@ class Recovery:
         """Whether to update a relative λ."""
         if not self.fraction or (fisher.counter.is_cuda and cuda.is_current_stream_capturing()):
             return False
-        n, m = self._steps, fisher.num_grads
+        n, m = self.steps, fisher.num_grads
         return n % m == 0 if n >= m else n & (n - 1) == 0  # which holds for 0 and powers of two
 
     def update_matvec(
         self, fisher: "DynamicInverseFisher", g: Tensor, veto: Tensor | None = None
     ) -> Tensor | None:
         """F⁻¹g (d,) for λ = `damp` or a multiple of it; None if the step is skipped."""
-        again = self.raised_steps - self._tried >= fisher.num_grads
-        if self._is_due(fisher):
-            self.damp, again = self._relative(fisher, self.fraction, g), True
-        if again and fisher.damp != self.damp:
-            self._tried, self.last_raised = self.raised_steps, fisher.damp
-            with contextlib.suppress(DampTooSmallError):
-                fisher.damp = self.damp
+        before, due = fisher.damp, self._is_due(fisher)
+        due_again = before != self.damp and self.raised_steps - self.tried >= fisher.num_grads
+        self.settle(fisher, wait=due or due_again)
+        if due:
+            self.damp = self._relative(fisher, self.fraction, g)
+        damp = self.damp if due or due_again else fisher.damp
+
+        def attempt() -> Tensor:
+            u = fisher.update_matvec(g, veto=veto)
+            if fisher.damp != before:  # so that no further steps are lost while λ is too small
+                fisher.precision.settle()
+            return u
+
         try:
-            u = self._raising(fisher, partial(fisher.update_matvec, g, veto=veto))
+            u = self.raising(fisher, attempt, damp)
         except NonFiniteGradientError as error:
             self._skip(fisher, error)
-            if self.on_nonfinite == "raise":
-                raise
             return None
-        self._steps += 1
+        self.steps += 1
         if fisher.damp != self.damp:
             self.raised_steps += 1
             if self.raised_steps == 1:
@@ -126,50 +108,55 @@ class Recovery:
                     "used, or more, as long as needed and without another warning; raised_steps "
                     "counts the steps"
                 )
-        elif not fisher.precision.unread:  # λ suffices
-            self.last_raised = 0.0
         return u
 
-    def state_dict(self) -> dict[str, float]:
-        """The counts, λ before it is raised, and when and from where it was raised last."""
-        counts = {"skipped_steps": self.skipped_steps, "raised_steps": self.raised_steps}
-        counts |= {"tried": self._tried, "steps": self._steps}
-        return counts | {"last_raised": self.last_raised, "unraised": self.damp}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads the result of `state_dict`, and ignores other entries."""
-        names = ("skipped_steps", "raised_steps", "tried", "steps")
-        counts = [check_integer(name, state.get(name), least=0) for name in names]
-        damp = check_damp(state.get("unraised"))
-        last = state.get("last_raised")
-        if not (isinstance(last, float) and 0 <= last < math.inf):
-            raise ValueError(
-                f"The state dict is damaged: last_raised must be a λ or 0, got {last!r}"
-            )
-        self.skipped_steps, self.raised_steps, self._tried, self._steps = counts
-        self.last_raised = last
-        if self.fraction:
-            self.damp = damp
-
     def abstain(self, fisher: "DynamicInverseFisher", veto: Tensor | None) -> Tensor:
-        """`DynamicInverseFisher.abstain`, with the messages of `update_matvec`."""
+        """Replaces `update_matvec` if no rank has a gradient for the window, with as many messages.
+        Returns whether gradients of other groups are finite. On CUDA nobody waits for that."""
         if self._is_due(fisher):
             fisher.ranks.sum_of_present(fisher.coefficients.K.new_zeros(1, 2), False)
-        return fisher.abstain(veto)
+        finite = fisher.abstain(veto)
+        if not finite.is_cuda:
+            fisher.precision.nonfinite = 0 if finite else fisher.precision.nonfinite + 1
+            if not finite:
+                error = NonFiniteGradientError("A gradient has NaN or Inf; nothing is changed")
+                self._skip(fisher, error)
+        return finite
 
-    def check_others(self, fisher: "DynamicInverseFisher", finite: Tensor) -> None:
-        """Counts a step without gradients for the window as skipped if others have NaN or Inf. On
-        CUDA nobody waits for that."""
-        if finite.is_cuda:
-            return
-        if bool(finite):
-            fisher.precision.nonfinite = 0
-            return
-        fisher.precision.nonfinite += 1
-        error = NonFiniteGradientError("A gradient has NaN or Inf; nothing is changed")
-        self._skip(fisher, error)
-        if self.on_nonfinite == "raise":
-            raise error
+    def settle(self, fisher: "DynamicInverseFisher", wait: bool = True) -> None:
+        """Reads the results of earlier steps on CUDA, with `wait` or after a failure all of them,
+        and raises λ if one of them needs that."""
+        before = fisher.damp
+        while True:
+            try:
+                return self.raising(
+                    fisher, lambda: fisher.precision.settle(wait or fisher.damp != before)
+                )
+            except NonFiniteGradientError as error:
+                self._skip(fisher, error)
+
+    def raising(
+        self, fisher: "DynamicInverseFisher", call: Callable[[], T], damp: float | None = None
+    ) -> T:
+        """The result of `call`, with λ = `damp`, by default the present one, or the smallest
+        sufficient multiple of it by 10, 100, ..."""
+        before = fisher.damp
+        damp = damp or before
+        while True:
+            try:
+                if damp != fisher.damp:
+                    self.tried = self.raised_steps
+                    fisher.damp = damp
+                return call()
+            except DampTooSmallError as error:
+                damp *= 10
+                if damp > RANGE[1]:
+                    with suppress(DampTooSmallError):
+                        fisher.damp = before
+                    fisher.precision.nonfinite += 1
+                    raise NonFiniteGradientError(
+                        "The gradient is too large for any damp"
+                    ) from error
 
     def _skip(self, fisher: "DynamicInverseFisher", error: NonFiniteGradientError) -> None:
         self.skipped_steps += 1
@@ -178,31 +165,34 @@ class Recovery:
                 f"{IN_A_ROW} gradients in a row have NaN or Inf; look for NaN in the parameters, "
                 "return to a checkpoint, and train with a lower lr"
             ) from error
-        if self.skipped_steps == 1 and self.on_nonfinite == "skip":
+        if self.on_nonfinite == "raise":
+            self._error = error
+        elif self.skipped_steps == 1:
             warn_user(
                 "A gradient with NaN or Inf: this step is skipped. Later ones like it are skipped "
                 "without another warning; skipped_steps counts them"
             )
 
-    def _raising(self, fisher: "DynamicInverseFisher", call: Callable[[], T]) -> T:
-        """The result of `call`. If λ is too small for it, raises λ and tries again."""
-        while True:
-            try:
-                return call()
-            except DampTooSmallError as error:
-                self._raise_damp(fisher, error)
+    def raise_error(self) -> None:
+        """Raises the error of a skipped step, once, if `on_nonfinite` is "raise"."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
-    def _raise_damp(self, fisher: "DynamicInverseFisher", error: DampTooSmallError) -> None:
-        self._tried = self.raised_steps
-        before = fisher.damp
-        damp, self.last_raised = max(10 * before, self.last_raised), 0.0
-        while fisher.damp == before:
-            if damp > RANGE[1]:
-                fisher.precision.nonfinite += 1
-                raise NonFiniteGradientError("The gradient is too large for any damp") from error
-            with contextlib.suppress(DampTooSmallError):
-                fisher.damp = damp
-            damp *= 10
+    def state_dict(self) -> dict[str, Any]:
+        """The counts, λ as it was set, and λ before it is raised."""
+        counts = {name: getattr(self, name) for name in COUNTS}
+        return counts | {"given": str(self.given), "unraised": self.damp}
+
+    def load_state_dict(self, state: dict[str, Any], fisher: "DynamicInverseFisher") -> None:
+        """Loads the counts. The λ that was in use when the state was saved stays in use if it is
+        that of the same setting, or if the present setting is too small."""
+        vars(self).update({name: state[name] for name in COUNTS})
+        if state["given"] == str(self.given):
+            self.damp = state["unraised"]
+        else:
+            with suppress(DampTooSmallError):
+                self.set_damp(fisher, self.given)
 
 
 def warn_user(message: str) -> None:

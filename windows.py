@@ -10,7 +10,8 @@ On CUDA, kernels multiply exactly, add in float64, read the window once and wait
 or do everything in float64.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -25,41 +26,52 @@ BLOCK = 2**12  # columns that share a scale, or that compete for the largest ent
 CHUNK = 2**12  # columns, at most, of a sum in float32; the sum over chunks is in float64
 TILE = 13 * 2**18  # numbers converted at a time: twelve rows of ResNet-20, which fit in the cache
 ALIGN = 128  # bytes: rows start at multiples of it, so that kernels can read 16 bytes at a time
+ALL = slice(None)
 SCALED = {torch.float16: 15, torch.float8_e4m3fn: 8}  # types with scales, their largest exponent
 
 
 class Entry(NamedTuple):
-    """A gradient g as a window stores it."""
+    """A gradient g as a block stores it."""
 
     vectors: Tensor  # ĝ (1, d), the stored numbers; if compressed, ĝ and g − ĝ (2, d) in float64
     row: dict[str, Tensor]  # the tensors to store, by the names of `state`
 
 
 class Block:
-    """Columns of a window on one device.
+    """Columns of a window on one device. `DenseWindow` documents what a subclass has besides."""
 
-    `state` has all there is to save. The first tensor in it has d columns.
-    """
+    state: dict[str, Tensor]  # all there is to save
+    times: Callable[..., Tensor]
+    transposed_times: Callable[..., Tensor]
 
-    state: dict[str, Tensor]
+    def __init__(self, m: int, dim: int, device: torch.device):
+        self.m, self.dim, self.device = m, dim, device
 
-    @property
-    def dim(self) -> int:
-        """d"""
-        return next(iter(self.state.values())).shape[-1]
-
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.state.values())).device
+    def products(self, entry: Entry, count: Tensor, exact: bool) -> Tensor:
+        """GXᵀ (n, m) in float64 for the n vectors X of an entry, for G with ĝ as row
+        j = count mod m. In the window, row j is still the old one."""
+        n, X = int(count), entry.vectors.double()
+        Y = torch.stack([self.times(x, exact, min(n + 1, self.m)) for x in entry.vectors])
+        Y[:, n % self.m].copy_(X @ X[0])
+        return Y
 
     def write(self, entry: Entry, count: Tensor, accepted: Tensor) -> None:
         """If accepted, makes the entry row j = count mod m. A vector in `state` has one row."""
         for name, rows in self.state.items():
-            rows = rows if rows.ndim == 2 else rows[None]
+            rows = torch.atleast_2d(rows)
             if rows.dtype == torch.float8_e4m3fn:  # torch does not index this type
                 rows = rows.view(torch.uint8)
             j, row = count.view(1) % len(rows), entry.row[name].view(rows.dtype)[None]
             rows.index_copy_(0, j, row.where(accepted != 0, rows.index_select(0, j)))
+
+    def replace_and_transposed_times(
+        self, entry: Entry, count: Tensor, accepted: Tensor, y: Tensor, damp: Tensor, exact: bool
+    ) -> Tensor:
+        """`write`, then Gᵀy (d,). A compressed window adds (g − ĝ)/λ. Kernels do all of it in one
+        sweep; without them, a gradient that is not accepted does not come here."""
+        self.write(entry, count, accepted)
+        u = self.transposed_times(y[: int(count) + 1], exact)
+        return u if len(entry.vectors) == 1 else u.add_(entry.vectors[1] / damp)
 
 
 class DenseWindow(Block):
@@ -67,25 +79,20 @@ class DenseWindow(Block):
 
     The range of the last two is small. Each of their rows has a scale, a power of two, for every
     4,096 columns. A number of G is the stored number times its scale.
-
-    Example:
-        >>> window = DenseWindow(2, 3, torch.device("cpu"), torch.float8_e4m3fn)
-        >>> entry = window.entry(torch.tensor([1e-9, 2e-9, 3.1e-9]))
-        >>> window.write(entry, count=torch.tensor(0), accepted=torch.tensor(1))
-        >>> window.times(torch.full((3,), 1e9))
-        tensor([6.1700, 0.0000], dtype=torch.float64)
     """
 
     def __init__(self, m: int, d: int, device: torch.device, dtype: torch.dtype):
+        super().__init__(m, d, device)
         padded = -(-d * dtype.itemsize // ALIGN) * ALIGN // dtype.itemsize
         self.G = torch.zeros(m, padded, dtype=dtype, device=device)[:, :d]
-        scaled = dtype in SCALED
-        scales = torch.ones(m, -(-d // BLOCK), dtype=torch.float32, device=device)
-        self.scales = scales if scaled else None
-        self.state = {"G": self.G} if self.scales is None else {"G": self.G, "scales": self.scales}
+        self.state = {"G": self.G}
+        self.scales: Tensor | None = None
+        if dtype in SCALED:
+            self.scales = torch.ones(m, -(-d // BLOCK), dtype=torch.float32, device=device)
+            self.state["scales"] = self.scales
 
     def entry(self, g: Tensor) -> Entry:
-        """g (d,) rounded to the type of the window."""
+        """g (d,) as it will be stored."""
         if self.scales is None:
             row = g.to(self.G.dtype)
             return Entry(row.to(torch.promote_types(row.dtype, torch.float32))[None], {"G": row})
@@ -95,83 +102,51 @@ class DenseWindow(Block):
         blocks = pad(g.float(), (0, -self.dim % BLOCK)).view(-1, BLOCK)
         largest = blocks.abs().amax(1)
         exponent = largest.frexp().exponent - SCALED[self.G.dtype]
-        scales = torch.ldexp(torch.ones_like(largest), exponent.clamp(-120, 120).float())
-        scales += 0 * largest  # NaN where g is not finite, since 8 bits have no Inf
+        ones = 1 + 0 * largest  # NaN where g is not finite, since 8 bits have no Inf
+        scales = torch.ldexp(ones, exponent.clamp(-120, 120).float())
         rounded = (blocks / scales[:, None]).to(self.G.dtype)
         values = (rounded.float() * scales[:, None]).flatten()[: self.dim]
         return Entry(values[None], {"G": rounded.flatten()[: self.dim], "scales": scales})
 
     def products(self, entry: Entry, count: Tensor, exact: bool) -> Tensor:
-        """Gĝ (1, m) in float64; entry j = count mod m is ĝᵀĝ, as row j is still the old one. If
-        float32 is possible, (1, m + 1): last the error of float32 in entry j − 1, NaN if exact."""
-        g = entry.vectors[0]
         if kernels := cuda_kernels(self.device):
-            return kernels.hinv_times(self.G, g, count, self.scales)[None]
-        g64, n = g.double(), int(count)
-        i, j = (n - 1) % len(self.G), n % len(self.G)
-        k = self.times(g, exact, _rows_in_use(self.G, count))
-        error = torch.full_like(k[:1], torch.nan)
-        if self._dtype(exact) == torch.float32:
-            row = self._tile(slice(i, i + 1), slice(0, self.dim), torch.float64)[0]
-            error = (k[i] - row @ g64).view(1)
-        k[j] = g64 @ g64
-        return (torch.cat([k, error]) if self.measures else k)[None]
-
-    @property
-    def measures(self) -> bool:
-        """Whether products may be in float32, so that their error is measured."""
-        return self.device.type == "cpu" and self.G.dtype != torch.float64
-
-    def transposed_times(self, y: Tensor, exact: bool = True) -> Tensor:
-        """Gᵀy (d,) for y (m,), in float64, or in float32 if not `exact`."""
-        dtype = self._dtype(exact)
-        if dtype == torch.float32 and bool(((y.abs() < 2**-100) & (y != 0)).any()):
-            dtype = torch.float64  # a tiny yᵢ would underflow, and may belong to a large row
-        x, y = torch.zeros(self.dim, dtype=dtype, device=self.device), y.to(dtype)
-        with torch.autocast(self.device.type, enabled=False):
-            for rows, columns, tile in self._converted(len(y), dtype):
-                x[columns].addmv_(tile.T, y[rows])
-        return x
+            return kernels.hinv_times(self.G, entry.vectors[0], count, self.scales)[None]
+        return super().products(entry, count, exact)
 
     def replace_and_transposed_times(
         self, entry: Entry, count: Tensor, accepted: Tensor, y: Tensor, damp: Tensor, exact: bool
     ) -> Tensor:
-        """`write`, then `transposed_times`. Kernels do both in one sweep."""
-        if not (kernels := cuda_kernels(self.device)):
-            self.write(entry, count, accepted)
-            return self.transposed_times(y[: _rows_in_use(self.G, count)], exact)
-        row, scales = entry.row["G"], entry.row.get("scales")
-        return kernels.hinv_transposed_times(self.G, y, self.scales, row, scales, count, accepted)
+        if kernels := cuda_kernels(self.device):
+            new = entry.row["G"], entry.row.get("scales"), count, accepted
+            return kernels.hinv_transposed_times(self.G, y, self.scales, *new)
+        return super().replace_and_transposed_times(entry, count, accepted, y, damp, exact)
 
     def times(self, x: Tensor, exact: bool = True, rows: int | None = None) -> Tensor:
         """Gx (m,) in float64 for x (d,); 0 beyond the first `rows`, if given."""
-        dtype = self._dtype(exact)
-        x, y = x.to(dtype), torch.zeros(len(self.G), dtype=torch.float64, device=self.device)
-        with torch.autocast(self.device.type, enabled=False):
-            for some, columns, tile in self._converted(len(y) if rows is None else rows, dtype):
-                y[some] += _short_sums(tile, x[columns])
+        x, y = x.to(_type(exact)), torch.zeros(self.m, dtype=torch.float64, device=self.device)
+        for some, columns, tile in self._converted(rows or self.m, x.dtype):
+            y[some] += _short_sums(tile, x[columns])
         return y
 
-    def tiles(self) -> Iterator[Tensor]:
-        """G in float64, a few columns (m, ·) at a time."""
-        m = len(self.G)
-        width = -(-2 * TILE // m // BLOCK) * BLOCK
-        for start in range(0, max(1, self.dim), width):
-            columns = slice(start, min(start + width, self.dim))
-            yield self._tile(slice(0, m), columns, torch.float64)
+    def transposed_times(self, y: Tensor, exact: bool = True) -> Tensor:
+        """Gᵀy (d,) for y (n,), from the first n rows, in float64, or in float32 if not `exact`."""
+        # A tiny yᵢ would underflow in float32, and may belong to a large row.
+        dtype = _type(exact or not torch.equal(y, y.hardshrink(2**-100)))
+        x, y = torch.zeros(self.dim, dtype=dtype, device=self.device), y.to(dtype)
+        for some, columns, tile in self._converted(len(y), dtype):
+            x[columns].addmv_(tile.T, y[some])
+        return x
 
-    def _dtype(self, exact: bool) -> torch.dtype:
-        """The type of products: float32 only if the process has not allowed a lower precision.
-        Changing that setting here would also change it for other threads."""
-        mkldnn: Any = torch.backends.mkldnn  # torch's annotations lack `matmul`
-        full = mkldnn.matmul.fp32_precision in ("ieee", "none")
-        exact |= not full or not self.measures
-        return torch.float64 if exact else torch.float32
+    def tiles(self, rows: slice = ALL) -> Iterator[Tensor]:
+        """These rows of G in float64, a few columns at a time."""
+        width = -(-2 * TILE // len(self.G[rows]) // BLOCK) * BLOCK
+        for start in range(0, max(1, self.dim), width):
+            yield self._tile(rows, slice(start, min(start + width, self.dim)), torch.float64)
 
     def _converted(self, rows: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
         """The first rows in `dtype`: all at once if they are of this type, otherwise in tiles that
         fit in the cache."""
-        if self.G.dtype == dtype or rows * self.dim == 0:
+        if self.G.dtype == dtype or self.dim == 0:
             yield slice(0, rows), slice(0, self.dim), self.G[:rows].to(dtype)
             return
         # Long pieces of rows are read fastest, and products take four rows at a time.
@@ -208,15 +183,6 @@ class CompressedWindow(Block):
 
     The entries that a gradient loses are added to the next one (error feedback; EFCP, arXiv
     2306.06098). The largest entries of a = g + error become the row ĝ, and the error becomes a − ĝ.
-
-    Example:
-        >>> window = CompressedWindow(2, 4, torch.device("cpu"), torch.float32, compress=0.5)
-        >>> entry = window.entry(torch.tensor([1.0, -4.0, 3.0, 2.0]))
-        >>> entry.vectors[0]
-        tensor([ 0., -4.,  3.,  0.], dtype=torch.float64)
-        >>> window.write(entry, count=torch.tensor(0), accepted=torch.tensor(1))
-        >>> window.error
-        tensor([1., 0., 0., 2.])
     """
 
     def __init__(self, m: int, d: int, device: torch.device, dtype: torch.dtype, compress: float):
@@ -225,6 +191,7 @@ class CompressedWindow(Block):
                 f"A compressed window of {d:,} weights in one process; the limit is 2,147,483,647: "
                 "share it among processes, or use window_dtype=torch.float8_e4m3fn"
             )
+        super().__init__(m, d, device)
         self.compress = compress
         self.error = torch.zeros(d, dtype=torch.promote_types(dtype, torch.float32), device=device)
         self.columns = _largest(self.error, compress).int().repeat(m, 1)
@@ -232,7 +199,6 @@ class CompressedWindow(Block):
         self.state = {"error": self.error, "columns": self.columns, "values": self.values}
 
     def entry(self, g: Tensor) -> Entry:
-        """The largest entries of g (d,) + error."""
         g = g.to(self.error.dtype)
         if kernels := cuda_kernels(self.device):
             most = kept(min(self.dim, BLOCK), self.compress)
@@ -247,52 +213,43 @@ class CompressedWindow(Block):
         return Entry(torch.stack([largest, g.double() - largest]), parts)
 
     def products(self, entry: Entry, count: Tensor, exact: bool) -> Tensor:
-        """G [ĝ, g − ĝ] (2, m) in float64, for G with ĝ as row j = count mod m."""
-        X, row = entry.vectors, entry.row
         if kernels := cuda_kernels(self.device):
-            new = row["columns"], row["values"]
-            return kernels.hinv_sparse_times(self.columns, self.values, X, count, *new)
-        Y = torch.stack([self.times(x, rows=_rows_in_use(self.values, count)) for x in X])
-        return Y.index_copy_(1, count.view(1) % Y.shape[1], (X.double() @ X[0].double())[:, None])
+            new = count, entry.row["columns"], entry.row["values"]
+            return kernels.hinv_sparse_times(self.columns, self.values, entry.vectors, *new)
+        return super().products(entry, count, exact)
+
+    def replace_and_transposed_times(
+        self, entry: Entry, count: Tensor, accepted: Tensor, y: Tensor, damp: Tensor, exact: bool
+    ) -> Tensor:
+        if kernels := cuda_kernels(self.device):
+            new = *(entry.row[name] for name in ("columns", "values", "error")), entry.vectors[1]
+            window = self.columns, self.values, y, self.error
+            return kernels.hinv_sparse_replace(*window, *new, damp, count, accepted)
+        return super().replace_and_transposed_times(entry, count, accepted, y, damp, exact)
 
     def times(self, x: Tensor, exact: bool = True, rows: int | None = None) -> Tensor:
-        """Gx (m,) in float64 for x (d,); 0 beyond the first `rows`, if given."""
-        y = torch.zeros(len(self.values), dtype=torch.float64, device=self.device)
-        x = x.double()
-        for some in self._few(len(y) if rows is None else rows):
+        x, y = x.double(), torch.zeros(self.m, dtype=torch.float64, device=self.device)
+        for some in self._few(rows or self.m):
             columns, values = self.columns[some], self.values[some]
             y[some] = x.index_select(0, columns.flatten()).view(values.shape).mul_(values).sum(1)
         return y
 
     def transposed_times(self, y: Tensor, exact: bool = True) -> Tensor:
-        """Gᵀy (d,) in float64 for y (m,)."""
         x = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
         for some in self._few(len(y)):
             products = self.values[some] * y[some, None]
             x.index_add_(0, self.columns[some].flatten(), products.flatten())
         return x
 
-    def replace_and_transposed_times(
-        self, entry: Entry, count: Tensor, accepted: Tensor, y: Tensor, damp: Tensor, exact: bool
-    ) -> Tensor:
-        """`write`, then Gᵀy + (g − ĝ)/λ. It is 0 if the entry is not accepted."""
-        (_, rest), row = entry.vectors, entry.row
-        if kernels := cuda_kernels(self.device):
-            new = row["columns"], row["values"], row["error"], rest, damp, count, accepted
-            return kernels.hinv_sparse_replace(self.columns, self.values, y, self.error, *new)
-        self.write(entry, count, accepted)
-        return self.transposed_times(y).add_(rest / damp).where(accepted != 0, 0)
-
-    def tiles(self) -> Iterator[Tensor]:
-        """G in float64, a few columns (m, ·) at a time."""
-        m, count = len(self.values), kept(BLOCK, self.compress)
+    def tiles(self, rows: slice = ALL) -> Iterator[Tensor]:
+        m, count = len(self.values[rows]), kept(BLOCK, self.compress)
         blocks = max(1, 2 * TILE // (m * BLOCK))
         for block in range(0, max(1, -(-self.dim // BLOCK)), blocks):
             start, stop = block * BLOCK, min(self.dim, (block + blocks) * BLOCK)
             entries = slice(block * count, (block + blocks) * count)
             tile = torch.zeros(m, stop - start, dtype=torch.float64, device=self.device)
-            columns = (self.columns[:, entries] - start).long()
-            yield tile.scatter_(1, columns, self.values[:, entries].double())
+            columns = (self.columns[rows, entries] - start).long()
+            yield tile.scatter_(1, columns, self.values[rows, entries].double())
 
     def _few(self, rows: int) -> Iterator[slice]:
         """The first rows, a few at a time."""
@@ -306,20 +263,14 @@ class CompressedWindow(Block):
 class Window:
     """Blocks of columns side by side: the window of d weights, over one device or several.
 
+    Methods are those of `Block`, of all blocks. An entry is a list with that of each block.
+
     Args:
         m: gradients.
         dims: columns of each block.
         devices: device of each block.
         device: device of all vectors that come in and go out.
         dtype, compress: of all blocks. They are dense if `compress` is None.
-
-    Example:
-        >>> cpu = torch.device("cpu")
-        >>> window = Window(2, [1, 2], [cpu, cpu], cpu, torch.float32)
-        >>> entry = window.entry(torch.tensor([1.0, 2.0, 3.0]))
-        >>> window.write(entry, count=torch.tensor(1), accepted=torch.tensor(1))
-        >>> window.times(torch.ones(3))
-        tensor([0., 6.], dtype=torch.float64)
     """
 
     def __init__(
@@ -344,15 +295,6 @@ class Window:
             block = CompressedWindow(self.m, dim, device, self.dtype, self.compress)
             self.blocks.append(block)
 
-    def divide(self, dims: Sequence[int]) -> None:
-        """For loading: replaces the window by an empty one with blocks of these numbers of columns,
-        unless it has more blocks than that. Additional blocks are on the last device."""
-        devices = [block.device for block in self.blocks]
-        if len(devices) <= len(dims) and list(dims) != self.dims:
-            self.blocks = []
-            for i, dim in enumerate(dims):
-                self.append(dim, devices[min(i, len(devices) - 1)])
-
     @property
     def separable(self) -> bool:
         """Whether columns can be saved separately, with their parameters. They cannot if blocks of
@@ -364,55 +306,40 @@ class Window:
         return [block.dim for block in self.blocks]
 
     def entry(self, g: Tensor) -> list[Entry]:
-        """g (d,) as it will be stored."""
         return [block.entry(part) for block, part in self._split(g)]
 
-    def products(self, entry: list[Entry], count: Tensor, exact: bool) -> Tensor:
-        """Gĝ, and G(g − ĝ) if compressed, (1 or 2, m), for G with ĝ as row j = count mod m."""
-        return self._sum(
-            [
-                block.products(part, count.to(block.device), exact)
-                for block, part in zip(self.blocks, entry, strict=True)
-            ]
-        )
+    def products(self, new: list[Entry], count: Tensor, exact: bool) -> Tensor:
+        pairs = zip(self.blocks, new, strict=True)
+        return self._sum([b.products(entry, count.to(b.device), exact) for b, entry in pairs])
+
+    def write(self, new: list[Entry], count: Tensor, accepted: Tensor) -> None:
+        for block, entry in zip(self.blocks, new, strict=True):
+            block.write(entry, count.to(block.device), accepted.to(block.device))
 
     def replace_and_transposed_times(
         self,
-        entry: list[Entry],
+        new: list[Entry],
         count: Tensor,
         accepted: Tensor,
         y: Tensor,
         damp: Tensor,
         exact: bool,
     ) -> Tensor:
-        """If accepted, makes ĝ row j = count mod m. Returns Gᵀy (d,) with this G. A compressed
-        window adds (g − ĝ)/λ."""
-        parts = zip(self.blocks, entry, strict=True)
-        return self._joined(
-            [
-                block.replace_and_transposed_times(
-                    part, *(x.to(block.device) for x in (count, accepted, y, damp)), exact
-                )
-                for block, part in parts
-            ]
-        )
-
-    def write(self, entry: list[Entry], count: Tensor, accepted: Tensor) -> None:
-        """Makes ĝ row j = count mod m where it is accepted."""
-        for block, part in zip(self.blocks, entry, strict=True):
-            block.write(part, count.to(block.device), accepted.to(block.device))
+        parts = []
+        for block, entry in zip(self.blocks, new, strict=True):
+            there = (x.to(block.device) for x in (count, accepted, y, damp))
+            parts.append(block.replace_and_transposed_times(entry, *there, exact))
+        return self._joined(parts)
 
     def times(self, x: Tensor) -> Tensor:
-        """Gx (m,) in float64."""
         return self._sum([block.times(part) for block, part in self._split(x)])
 
     def transposed_times(self, y: Tensor) -> Tensor:
-        """Gᵀy (d,), from exact products."""
         return self._joined([block.transposed_times(y.to(block.device)) for block in self.blocks])
 
-    def tiles(self) -> Iterator[Tensor]:
-        """G in float64, a few columns (m, ·) at a time, on `device`."""
-        return (tile.to(self.device) for block in self.blocks for tile in block.tiles())
+    def tiles(self, rows: slice = ALL) -> Iterator[Tensor]:
+        """These rows of G in float64, a few columns at a time, on `device`."""
+        return (tile.to(self.device) for block in self.blocks for tile in block.tiles(rows))
 
     def columns(self, start: int, stop: int) -> list[Tensor]:
         """Columns start to stop of a dense window, as views, one for each block that has some."""
@@ -423,32 +350,22 @@ class Window:
             start, stop = start - block.dim, stop - block.dim
         return views or [self.blocks[0].G[:, :0]]
 
-    def _split(self, x: Tensor) -> list[tuple[Any, Tensor]]:
-        if len(self.blocks) == 1:
-            return [(self.blocks[0], x.to(self.blocks[0].device))]
+    def _split(self, x: Tensor) -> Iterator[tuple[Any, Tensor]]:
         parts = zip(self.blocks, x.split(self.dims), strict=True)
-        return [(block, part.to(block.device)) for block, part in parts]
+        return ((block, part.to(block.device)) for block, part in parts)
+
+    # The work has started on all devices before the first result is read.
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
-        """A vector from its parts. The work has started on all devices before the first is read."""
         parts = [part.to(self.device) for part in parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _sum(self, parts: list[Tensor]) -> Tensor:
-        total = parts[0].to(self.device)
-        for part in parts[1:]:
-            total = total + part.to(self.device)
-        return total
+        return reduce(torch.add, (part.to(self.device) for part in parts))
 
 
 def gram(tiles: Iterable[Tensor]) -> Tensor:
-    """GGᵀ (m, m), from G a few columns at a time.
-
-    Example:
-        >>> gram(torch.tensor([[3.0, 0.0], [0.0, 4.0]]).split(1, dim=1))
-        tensor([[ 9.,  0.],
-                [ 0., 16.]])
-    """
+    """GGᵀ (m, m), from G a few columns at a time."""
     tiles = iter(tiles)
     tile = next(tiles)
     K = tile @ tile.T
@@ -458,32 +375,34 @@ def gram(tiles: Iterable[Tensor]) -> Tensor:
 
 
 def kept(size: int, compress: float) -> int:
-    """The number of entries that a compressed window stores of `size` columns.
-
-    Example:
-        >>> kept(4096, 0.01)
-        41
-    """
+    """The number of entries that a compressed window stores of `size` columns."""
     return min(size, max(1, round(compress * size)))
+
+
+def _type(exact: bool) -> torch.dtype:
+    """The type of products: float32 only if the process has not allowed a lower precision.
+    Changing that setting here would also change it for other threads."""
+    mkldnn: Any = torch.backends.mkldnn  # torch's annotations lack `matmul`
+    full = mkldnn.matmul.fp32_precision in ("ieee", "none")
+    return torch.float32 if full and not exact else torch.float64
 
 
 def _short_sums(G: Tensor, x: Tensor) -> Tensor:
     """Gx in float64, as a sum over products of a few columns each in the type of G."""
     if G.dtype == torch.float64:
         return G @ x
-    chunk = _chunk(len(x))
-    whole = len(x) - len(x) % chunk
+    # Pieces of rows below 16 kB are read more slowly, but with few weights that hardly counts, and
+    # more sums are more precise.
+    m, d = G.shape
+    chunk = CHUNK if d >= 64 * CHUNK else max(16, d // 256 // 16 * 16)
+    whole = d - d % chunk
     # A batch of products x_c (1, chunk) times G_cᵀ (chunk, m) reads G as fast as G @ x, which
-    # would sum all d columns in float32.
+    # would sum all d columns in float32. Autocast leaves alone what has an `out`.
+    products, rest = G.new_empty(whole // chunk, 1, m), G.new_empty(m)
     chunks = G[:, :whole].unflatten(1, (-1, chunk)).permute(1, 2, 0)
-    products = torch.bmm(x[:whole].view(-1, 1, chunk), chunks)
-    return products.sum((0, 1), dtype=torch.float64) + G[:, whole:] @ x[whole:]
-
-
-def _chunk(d: int) -> int:
-    """The number of columns of a short sum. Pieces of rows below 16 kB are read more slowly, but
-    with few weights that hardly counts, and more sums are more precise."""
-    return CHUNK if d >= 64 * CHUNK else max(16, d // 256 // 16 * 16)
+    torch.bmm(x[:whole].view(-1, 1, chunk), chunks, out=products)
+    torch.mv(G[:, whole:], x[whole:], out=rest)
+    return products.sum((0, 1), dtype=torch.float64) + rest
 
 
 def _largest(a: Tensor, compress: float) -> Tensor:
@@ -496,8 +415,3 @@ def _largest(a: Tensor, compress: float) -> Tensor:
     found[0] += torch.arange(0, whole, BLOCK, device=a.device)[:, None]
     found[1] += whole
     return torch.cat([columns.flatten() for columns in found])
-
-
-def _rows_in_use(rows: Tensor, count: Tensor) -> int:
-    """The number of rows in use after the next one is written."""
-    return min(int(count) + 1, len(rows))

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from optim_step import environment, median_ratio, timed
 
-from optim import DynamicInverseFisher, step_traffic, window_bytes
+from optim import DynamicInverseFisher, window_bytes
 
 KINDS = {
     "float32": {},
@@ -68,6 +68,18 @@ def in_seconds(number: float) -> str:
     raise AssertionError
 
 
+def traffic(m: int, d: int, ranks: int, options: dict) -> tuple[int, int]:
+    """Bytes that a step moves on each device: (read from the window, sent over the network).
+
+    A step reads the device's part of the window twice. A ring of devices adds up m + 1 float64
+    numbers, or 2m + 2 if compressed, and gathers the d float32 numbers of the update.
+    """
+    compressed = "compress" in options
+    beside = 16 * m**2 + (4 * -(-d // ranks) if compressed else 0)  # K and P, and the error
+    read = 2 * (window_bytes(m, d, world_size=ranks, **options) - beside)
+    return read, ((32 if compressed else 16) * (m + 1) + 4 * d) * (ranks - 1) // ranks
+
+
 def print_tables(m: int = 1024) -> None:
     """Memory and time of a step for each model, kind and number of ranks."""
     heads = [f"{ranks} rank" + "s" * (ranks > 1) for ranks in RANKS]
@@ -83,7 +95,7 @@ def print_tables(m: int = 1024) -> None:
         for kind, options in KINDS.items():
             cells = []
             for n in RANKS:
-                read, sent = step_traffic(m, d, world_size=n, **options)
+                read, sent = traffic(m, d, n, options)
                 time = in_seconds(read / MEMORY + sent / NETWORK)
                 cells.append(f"{in_bytes(read)} + {in_bytes(sent)}, {time}")
             print(f"| {model} | {kind} | {' | '.join(cells)} |")

@@ -213,7 +213,7 @@ def messages(folder):
             train(net, optimizer, batches(7))
             sent.clear()
             optimizer.step()
-            expected = [] if kind == "replicated" else [(torch.float64, 8)]
+            expected = [] if kind == "replicated" else [(torch.float64, 7)]
             if kind == "ddp":
                 sizes = [p.numel() for p in model.parameters() if p.requires_grad]
                 own = sum(-(-size // dist.get_world_size()) for size in sizes)
@@ -424,6 +424,15 @@ def zero(folder):
     assert_same_everywhere(weights(model))
 
 
+def single(folder):
+    """One process has the column of the only weight, and all of them move it."""
+    p = nn.Parameter(torch.ones(1))
+    p.grad = torch.ones(1)
+    MFAC([p], lr=1.0, ngrads=2, damp=1.0, process_group=dist.group.WORLD).step()
+    assert_close(p.detach(), torch.full((1,), 1 / 3))
+    assert_same_everywhere(p.detach())
+
+
 def fsdp1(folder):
     """Flat parameters are refused, with what to use instead."""
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -531,6 +540,30 @@ def thawed(folder):
             if unfrozen:
                 assert_close(weights(loaded), weights(model))
             assert_same_everywhere(weights(loaded))
+
+
+def grown(folder):
+    """A shared window that is saved as a whole goes on to the same bits after it has grown, and its
+    newest gradients enter another one."""
+    for extra in ({"compress": 0.3}, {"window_dtype": "float8_e4m3fn"}):
+        model, loaded = network(), network()
+        settings = {"momentum": 0.5, **OPTIONS, **shared("ddp")}
+        optimizer, data = MFAC(model.parameters(), **settings, **extra), batches(12)
+        train(model, optimizer, data[:4], together=False)
+        for each in (model, loaded):
+            each[2].bias.requires_grad_(True)
+        train(model, optimizer, data[4:8], together=False)
+        loaded.load_state_dict(model.state_dict())
+        other = MFAC(loaded.parameters(), **settings, **extra)
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        dense = MFAC(network().parameters(), **{**settings, "ngrads": 4})
+        dense.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        K = dense.fisher.ranks.sum(gram(dense.fisher.window.tiles()))
+        newest = [(optimizer.fisher.count - 4 + i) % OPTIONS["ngrads"] for i in range(4)]
+        assert_close(K, optimizer.fisher.coefficients.K[newest][:, newest], 1e-6)
+        for net, each in ((model, optimizer), (loaded, other)):
+            train(net, each, data[8:], together=False)
+        assert torch.equal(weights(loaded), weights(model))
 
 
 def save(folder):

@@ -43,7 +43,7 @@ def output(process, timeout=300):
 
 
 CHECKS = ["steps", "mixed", "messages", "skipped", "absent", "lost", "zero", "fsdp1", "swapped"]
-CHECKS += ["controlled", "vetoed", "added", "checkpoints", "thawed"]
+CHECKS += ["controlled", "vetoed", "added", "checkpoints", "thawed", "grown", "single"]
 CHECKS += ["batch_norm", "found", "inverses", "pruning", "samples", "disagreement", "save"]
 
 

@@ -27,8 +27,9 @@ import states
 import windows
 
 ROOT = Path(__file__).resolve().parent.parent
-PUBLIC = (optim, prun, windows, ranks, coefficients, costs, kernels)
-MODULES = (*PUBLIC, checks, control, fallback, flat, muon, precision, recovery, states)
+PUBLIC = (optim, prun)
+INSIDE = (checks, coefficients, control, costs, fallback, flat, kernels, muon, precision, ranks)
+MODULES = (*PUBLIC, *INSIDE, recovery, states, windows)
 
 
 def public_names(module) -> list[str]:

@@ -938,10 +938,10 @@ def module(caplog):
     """kernels.py, as if nobody had looked for kernels before."""
     pytest.importorskip("torch")
     module = importlib.import_module("kernels")
-    module._kernels.cache_clear()
+    module.cuda_kernels.cache_clear()
     caplog.set_level("DEBUG", logger="optim")
     yield module
-    module._kernels.cache_clear()
+    module.cuda_kernels.cache_clear()
 
 
 EXTENSION = {f"hinv_{name}": None for name in ("setup", "mul", "update", "times")}

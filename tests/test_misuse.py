@@ -13,7 +13,7 @@ import torch
 from test_optim import assert_same_state
 from torch import nn
 
-from optim import MFAC, DynamicInverseFisher, step_traffic, window_bytes
+from optim import MFAC, DynamicInverseFisher, window_bytes
 from prun import (
     BlockedInverseFisher,
     MagnitudePruner,
@@ -127,11 +127,10 @@ WINDOW = {
         for name, (x, message) in NOT_VECTORS.items()
     },
     **{
-        f"{function.__name__} {name}": (
-            lambda f=function, k=options: f(**{"ngrads": 3, "dim": 5, **k}),
+        f"window_bytes {name}": (
+            lambda k=options: window_bytes(**{"ngrads": 3, "dim": 5, **k}),
             f"Invalid {name}",
         )
-        for function in (window_bytes, step_traffic)
         for name, options in {
             "ngrads": {"ngrads": -1},
             "dim": {"dim": "5"},
@@ -144,23 +143,21 @@ WINDOW = {
 
 SHARED = ("param_groups", 0, "fisher")
 STATES = {
-    "nothing": (loads(fisher, lambda _: 5), r"Expected a state dict with \['window.* got int"),
-    "empty": (loads(fisher, lambda _: {}), r"Expected a state dict with .* got \[\]"),
-    "count": (loads(fisher, edit(count=-1)), "Invalid count: -1"),
-    "count float": (loads(fisher, edit(count=1.5)), "Invalid count: 1.5"),
-    "no window": (loads(fisher, edit(window=None)), "damaged"),
-    "rows": (loads(fisher, edit("window", 0, G=torch.zeros(2, 4))), "window must have 3 rows"),
-    "vector": (loads(fisher, edit("window", 0, G=torch.zeros(4))), "window must have 3 rows"),
+    "nothing": (loads(fisher, lambda _: 5), "not one of MFAC.* 'int' object"),
+    "empty": (loads(fisher, lambda _: {}), "not one of MFAC.* 'window'"),
+    "count": (loads(fisher, edit(count=-1)), "count must be int of at least 0, got -1"),
+    "count float": (loads(fisher, edit(count=1.5)), "count must be int .* got 1.5"),
+    "no window": (loads(fisher, edit(window=None)), "window must be list, got None"),
+    "rows": (loads(fisher, edit("window", 0, G=torch.zeros(2, 4))), r"G must be .* \(3, 4\), got"),
+    "vector": (loads(fisher, edit("window", 0, G=torch.zeros(4))), r"G must be .* \(3, 4\), got"),
     "integers": (loads(fisher, edit("window", 0, G=torch.zeros(3, 4).long())), "damaged"),
     "compressed": (loads(fisher, edit(compress=0.5)), "damaged"),
     **{
         f"compressed {name}": (
             loads(lambda: fisher(compress=0.5), edit("window", 0, **{part: value})),
-            "window must have 3 rows of",
+            "damaged: ",
         )
         for name, part, value in (
-            ("beyond", "columns", torch.full((3, 2), 4, dtype=torch.int32)),
-            ("before", "columns", torch.full((3, 2), -1, dtype=torch.int32)),
             ("floats", "columns", torch.ones(3, 2)),
             ("fewer", "columns", torch.zeros(3, 1, dtype=torch.int32)),
             ("rows", "values", torch.zeros(2, 2)),
@@ -168,31 +165,36 @@ STATES = {
             ("scalar", "error", torch.tensor(0.0)),
         )
     },
-    "compress": (loads(fisher, edit(compress=7)), "Invalid compress: 7"),
+    "compress": (loads(fisher, edit(compress=7.0)), "damaged"),
     "weights": (loads(fisher, edit("window", 0, G=torch.zeros(3, 5))), "5 weights, .* 4; build"),
     "scales": (
         loads(lambda: fisher(dtype="float16"), edit("window", 0, scales=torch.ones(3, 2))),
-        "must have 3 rows of",
+        r"scales must be .* \(3, 1\), got",
     ),
     "dtype": (loads(fisher, edit(dtype="float31")), "Invalid dtype: 'float31'"),
-    "damp": (loads(fisher, edit(damp=-1)), "Invalid damp: -1"),
-    "K nan": (loads(fisher, edit(K=torch.full((3, 3), math.nan))), "K must be"),
-    "K shape": (loads(fisher, edit(K=torch.zeros(3, 2))), "K must be a finite sq"),
-    "P shape": (loads(fisher, edit(P=torch.zeros(2, 2))), "P of the same shape"),
+    "damp": (loads(fisher, edit(damp=-1.0)), "damp must be float of at least 0"),
+    "K shape": (loads(fisher, edit(K=torch.zeros(3, 2))), r"K must be .* \(3, 3\), got"),
+    "P shape": (loads(fisher, edit(P=torch.zeros(2, 2))), r"P must be .* \(3, 3\), got"),
     "optimizer nothing": (loads(stepped, lambda _: 5), "Expected a state dict of MFAC, got int"),
     "optimizer empty": (loads(stepped, lambda _: {}), "not one of MFAC"),
     "fisher empty": (
         loads(stepped, edit("param_groups", 0, fisher={})),
-        "Expected a state dict with",
+        "not one of MFAC",
     ),
     "fisher none": (loads(stepped, edit("param_groups", 0, fisher=None)), "not one of MFAC"),
-    "optimizer count": (loads(stepped, edit(*SHARED, count=-3)), "Invalid count: -3"),
+    "optimizer count": (loads(stepped, edit(*SHARED, count=-3)), "count must be int"),
     "skipped": (
         loads(stepped, edit(*SHARED, skipped_steps=None)),
-        "Invalid skipped_steps: None",
+        "skipped_steps must be int of at least 0, got None",
     ),
-    "grads": (loads(stepped, edit("state", 0, grads=torch.zeros(2, 4))), "must have 3 rows"),
-    "grads none": (loads(stepped, edit("state", 0, grads=None)), "not all of .* are tensors"),
+    "grads": (
+        loads(stepped, edit("state", 0, grads=torch.zeros(2, 4))),
+        "another model: it has grads",
+    ),
+    "grads none": (
+        loads(stepped, edit("state", 0, grads=None)),
+        "damaged: .* has no attribute 'shape'",
+    ),
     "groups": (
         loads(stepped, lambda s: s["param_groups"].append({"params": [1]})),
         "different number of parameter groups",
@@ -201,7 +203,10 @@ STATES = {
         loads(stepped, edit("param_groups", 0, params=[0, 1])),
         "parameter group that doesn't match the size of optimizer's group",
     ),
-    "buffer": (loads(stepped, edit("state", 0, momentum_buffer="x")), "not all of .* are tensors"),
+    "buffer": (
+        loads(stepped, edit("state", 0, momentum_buffer="x")),
+        "damaged: .* has no attribute 'shape'",
+    ),
     "masks none": (
         loads(lambda: MagnitudePruner(network()), lambda s: s.update(masks=None)),
         "saved masks belong to other parameters",
@@ -316,7 +321,7 @@ def test_settings_of_another_type_are_refused_as_by_torch(name, value):
 
 CHANGES = {
     "count": edit(*SHARED, count=-3),
-    "K": edit(*SHARED, K=torch.full((3, 3), math.nan)),
+    "K": edit(*SHARED, K=torch.zeros(3, 3)),
     "raised": edit(*SHARED, skipped_steps=9, raised_steps=-1),
     "grads": edit("state", 0, grads=torch.zeros(2, 4)),
     "type": edit("state", 0, grads=torch.zeros(3, 4).double()),
@@ -330,7 +335,7 @@ CHANGES = {
 def test_a_state_that_is_refused_changes_nothing(change):
     window, optimizer = fisher(), stepped(momentum=0.5)
     before = copy.deepcopy((window.state_dict(), optimizer.state_dict()))
-    for damage in (edit(count=-1), edit(K=torch.full((3, 3), math.nan)), edit("window", 0, G=None)):
+    for damage in (edit(count=-1), edit(K=torch.zeros(3, 3)), edit("window", 0, G=None)):
         state = copy.deepcopy(before[0])
         damage(state)
         with pytest.raises(ValueError):

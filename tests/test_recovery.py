@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from optim import MFAC, DynamicInverseFisher, NonFiniteGradientError
-from precision import DampTooSmallError, Precision
+from precision import Precision
 
 
 class Arrived:
@@ -47,8 +47,7 @@ def test_a_raised_damp_stays_raised_for_a_round(when):
     optimizer = MFAC([p], ngrads=8, damp=1e-20)
     equal_gradients(optimizer, p, 300)
     assert optimizer.damp == 1e-20
-    # Late, five steps are lost whenever λ is raised, or tried itself.
-    taken = 298 if when == "at once" else 120
+    taken = 298 if when == "at once" else 275  # late, five steps are lost before each repair
     assert optimizer.raised_steps >= taken - 2 and optimizer.fisher.count >= taken
 
 
@@ -156,18 +155,6 @@ def test_a_resumed_run_raises_damp_when_the_uninterrupted_one_does():
             assert torch.equal(resumed, weights)
 
 
-def test_raised_damp_is_not_below_the_one_that_is_set():
-    p = nn.Parameter(torch.zeros(6))
-    optimizer = MFAC([p], ngrads=4, damp=1e-17)
-    with pytest.warns(UserWarning, match="too small"):
-        for _ in range(6):
-            p.grad = torch.ones(6)
-            optimizer.step()
-    optimizer.damp = 0.5
-    optimizer._recovery._raise_damp(optimizer.fisher, DampTooSmallError())
-    assert optimizer.damp_in_use == 5
-
-
 @pytest.mark.parametrize("how", ["skip", "raise"])
 def test_other_groups_are_heard_where_the_window_has_no_gradients(how):
     p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
@@ -221,7 +208,7 @@ def test_gradients_too_large_for_any_damp_are_skipped():
             p.grad = torch.full((4,), 1e30)
             optimizer.step()
     before, damp = optimizer.skipped_steps, optimizer.damp_in_use
-    assert before > 90 and damp <= 1e30
+    assert before > 90 and damp == optimizer.damp
     with pytest.raises(NonFiniteGradientError, match="100 gradients in a row"):
         for _ in range(99):
             optimizer.step()
