@@ -3,6 +3,7 @@ changed, parameters are frozen and replaced, states are saved and loaded.
 """
 
 from collections.abc import Collection
+from itertools import chain
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         stages = [*self.stages, params] if grow else [params]
         self.build([p for stage in stages for p in stage], grow)
         self.stages = stages
-        self._params = [p for _, p in self.numbered()]
+        self._params = [list(group["params"]) for group in self.param_groups]
         # torch.distributed.checkpoint looks up here which names `state_dict` will have.
         for p in self.flat.params if self.fisher.window.separable else []:
             self.state[p]["grads"] = None
@@ -116,10 +117,11 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def follow(self) -> None:
         """Gives columns to parameters that are trained by now. If parameters have gone, for example
         because a framework has replaced them, the window starts anew."""
-        every = [p for group in self.param_groups for p in group["params"]]
-        if list(map(id, every)) == list(map(id, self._params)) and self.flat.covers():
+        every = [group["params"] for group in self.param_groups]
+        now, then = ([list(map(id, group)) for group in x] for x in (every, self._params))
+        if now == then and self.flat.covers():
             return
-        replace_params(self.state, self._params, every)
+        replace_params(self.state, [*chain(*self._params)], [*chain(*every)])
         before, params = set(map(id, self.flat.params)), self.numbered(["mfac"])
         if before <= {id(p) for _, p in params}:
             self.place([p for p in self._trained() if id(p) not in before], grow=True)

@@ -196,6 +196,16 @@ def test_only_empty_groups_have_nothing_to_do():
     assert not torch.equal(p, before)
 
 
+def test_a_parameter_moved_to_the_next_group_has_its_settings():
+    a, b, c = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    optimizer = MFAC([{"params": [a, b], "lr": 1.0}, {"params": [c], "lr": 0.0}], ngrads=2)
+    optimizer.param_groups[1]["params"].insert(0, optimizer.param_groups[0]["params"].pop())
+    for p in (a, b, c):
+        p.grad = torch.ones(2)
+    optimizer.step()
+    assert (a != 1).all() and b.tolist() == c.tolist() == [1, 1]
+
+
 def test_complex_parameters_are_refused():
     p, q = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3, dtype=torch.complex64))
     with pytest.raises(ValueError, match="complex"):
