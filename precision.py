@@ -128,7 +128,11 @@ class Precision:
         K = self.gram(rows)
         squares = torch.outer(K.diagonal(), K.diagonal()).fill_diagonal_(0)
         errors = ((self.side.K[rows, rows] - K).square() / squares)[squares > 0]
-        self._mean_square = (8 * self._mean_square + float(errors.sum())) / (8 + len(errors))
+        mean = (8 * self._mean_square + float(errors.sum())) / (8 + len(errors))
+        # The next gradients may be rougher than these, whose products may even be exact. Sums over
+        # 16 columns, each with an error of one unit roundoff, are what the mean must allow for.
+        d = float(self.ranks.sum(K.new_tensor(sum(self.window.dims))))
+        self._mean_square = max(mean, (SINGLE / 4) ** 2 * min(1, 16 / max(1, d)))
 
     def settle(self, wait: bool = True) -> None:
         """Reads the errors of exchanges on CUDA, and repairs K after an interruption. Without

@@ -274,6 +274,26 @@ def test_what_float32_gives_is_within_the_promise(kind, m, d, strength, noise, s
             return
 
 
+def test_rough_gradients_after_smooth_ones_are_within_the_promise():
+    """Products of zeros and ones are exact, and say nothing about what follows."""
+    errors = []
+    for seed in range(40):
+        rng = torch.Generator().manual_seed(seed)
+        m, d = 24, 100
+        fisher, G = DynamicInverseFisher(m, d, 10 ** (-1 - seed / 8)), torch.zeros(m, d)
+        base, noise = torch.randn(d, generator=rng), 10 ** (-1.3 - seed % 8 / 5)
+        for t in range(90):
+            if t < 71:
+                g = (torch.rand(d, generator=rng) < 0.05).float()
+            else:
+                g = base + noise * torch.randn(d, generator=rng)
+            G[t % m], u = g, fisher.update_matvec(g)
+            if t > 71:
+                exact = woodbury_column(G, fisher.damp, t % m)
+                errors.append(float((u - exact).norm() / exact.norm()))
+    assert max(errors) < ERROR
+
+
 # --- the static ones ------------------------------------------------------------------------------
 
 STATIC = {
