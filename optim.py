@@ -260,7 +260,8 @@ class DynamicInverseFisher:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads a copy of the result of `state_dict`, from any device and number of shards. If the
-        window has another size or type, the newest gradients enter it one by one."""
+        window has another size or type, or is compressed or has scales and divides its columns
+        otherwise, the newest gradients enter it one by one."""
         damp = self.damp
         states.into_fisher(self, state)
         self.damp = damp
