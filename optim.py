@@ -53,13 +53,8 @@ from windows import Entry, Window
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = [
-    "MFAC",
-    "DampTooSmallError",
-    "DynamicInverseFisher",
-    "NonFiniteGradientError",
-    "window_bytes",
-]
+__all__ = ["MFAC", "DampTooSmallError", "DynamicInverseFisher", "NonFiniteGradientError"]
+__all__ += ["window_bytes"]
 
 Device = torch.device | str | int
 
@@ -190,8 +185,7 @@ class DynamicInverseFisher:
         good = False
         while not good:
             products = self.window.products(entry, self.counter, self.precision.exact)
-            products = products if veto is None else products + veto
-            k, *b = self.ranks.sum_of_present(products)
+            k, *b = self.ranks.sum_of_present(products if veto is None else products + veto)
             z, self.accepted, good = self.precision.exchange(k, self.counter)
         return entry, z, b[0] if b else None
 
@@ -202,10 +196,9 @@ class DynamicInverseFisher:
     def abstain(self, veto: Tensor | None = None) -> Tensor:
         """Replaces an exchange if no rank has a gradient. Returns whether no rank has a `veto`.
         Raises ValueError if some ranks have a gradient."""
-        rows = 1 if self.compress is None else 2
-        nothing = self.coefficients.P.new_zeros(rows, self.num_grads)
-        nothing = nothing if veto is None else nothing + veto
-        return self.ranks.sum_of_present(nothing, False).isfinite().all()
+        k = self.coefficients.P.new_zeros(1 if self.compress is None else 2, self.num_grads)
+        k = self.ranks.sum_of_present(k if veto is None else k + veto, present=False)
+        return k.isfinite().all()
 
     def matvec(self, x: Tensor) -> Tensor:
         """F⁻¹x (d,) for x (d,), by (1), in float64: two reads of the window, or four where K is
@@ -294,7 +287,7 @@ class MFAC(GroupedOptimizer):
     captured step is skipped if its gradient has NaN or Inf, or needs more `damp`. Memory is
     `window_bytes(ngrads, d)`: 4·ngrads·d bytes for d weights; half of it with window_dtype
     bfloat16, a quarter with float8_e4m3fn, about 2 % with `compress=0.01`. Parameters that do not
-    require gradients take no memory until they have one.
+    require gradients take no memory until they do, or have one.
 
     Args:
         params: parameters, or groups of them, each with its own `lr`, `momentum`, `weight_decay`,

@@ -151,7 +151,8 @@ class Recovery:
             except DampTooSmallError as error:
                 damp *= 10
                 if damp > RANGE[1]:
-                    fisher.damp = before
+                    with suppress(DampTooSmallError):
+                        fisher.damp = before
                     fisher.precision.nonfinite += 1
                     raise NonFiniteGradientError(
                         "The gradient is too large for any damp"
