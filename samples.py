@@ -168,7 +168,7 @@ def add_squares_(squares: Tensor, rows: Tensor) -> None:
     """Adds the squares of gradients (n, d) to `squares` (d,), in float64."""
     width = max(1, TILE // (32 if rows.device.type == "cpu" else 1) // len(rows))
     for part, those in zip(rows.split(width, 1), squares.split(width), strict=True):
-        those += part.double().square_().sum(0)
+        those += part.double().square().sum(0)  # a copy, as double() of float64 is none
 
 
 class SampleGradients:
