@@ -304,8 +304,18 @@ def float32_sums(G: Tensor, b: int) -> tuple[Tensor, int, float, Tensor]:
 
 
 def stored_blocks(
+    G: Tensor, b: int, damp: float, perbatch: int, device: torch.device
+) -> list[tuple[slice, int, DenseBlocks | LowRankBlocks]]:
+    """[(columns, block size, F⁻¹)] for each batch of blocks of the columns of G (m, d)."""
+    return [
+        (columns, size, inverse_blocks(G[:, columns], size, damp, device))
+        for columns, size in layout(G.shape[1], b, perbatch)
+    ]
+
+
+def inverse_blocks(
     G: Tensor, b: int, damp: float, device: torch.device
-) -> "DenseBlocks | LowRankBlocks":
+) -> DenseBlocks | LowRankBlocks:
     """F⁻¹ of the k blocks of b columns of G (m, k·b), in the cheaper form."""
     m = len(G)
     if b > m:

@@ -110,10 +110,16 @@ def inverse_bytes(
 
 
 def check_sizes(
-    ngrads: int, blocksize: int | None, perbatch: int | None, pages: int | None, rounds: int
+    ngrads: int,
+    blocksize: int | None,
+    perbatch: int | None,
+    pages: int | None,
+    rounds: int,
+    batches_at_once: int | None = None,
 ) -> None:
     """Raises ValueError unless these are counts that go together."""
     sizes = {"ngrads": ngrads, "blocksize": blocksize, "perbatch": perbatch, "pages": pages}
+    sizes["batches_at_once"] = batches_at_once
     for name, value in {**sizes, "rounds": rounds}.items():
         if value is not None or name in ("ngrads", "rounds"):
             check_integer(name, value)
