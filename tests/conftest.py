@@ -1,11 +1,11 @@
-"""What every test shares."""
+"""Fixtures and hooks of all tests."""
 
 import os
 from datetime import timedelta
 
-# Before torch is imported: OpenMP's busy waiting slows everything down when two things run at once.
+# Before torch is imported. OpenMP's busy waiting slows down all processes if there are several.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many tests at a time as there are cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # each core runs a test
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch.distributed as dist
 def pytest_collection_modifyitems(items):
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
-        if marker := item.get_closest_marker("cuda"):  # one after the other on the GPUs
+        if marker := item.get_closest_marker("cuda"):  # tests on GPUs run one after the other
             item.add_marker(pytest.mark.xdist_group("cuda"))
             needed = marker.kwargs.get("gpus", 1)
             if found < needed:
@@ -43,7 +43,7 @@ def dataset(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def gloo() -> None:
-    """Skips the test where processes cannot talk to each other."""
+    """Skips the test if processes cannot communicate."""
     if not dist.is_available():
         pytest.skip("torch is built without distributed")
     alone = {"rank": 0, "world_size": 1, "timeout": timedelta(seconds=30)}
@@ -56,7 +56,8 @@ def gloo() -> None:
 
 @pytest.fixture
 def blank_pictures(request, monkeypatch) -> None:
-    """To draw takes as long as a small run: only what uses the fixture `figures` does so."""
+    """Replaces pictures by blank ones, since drawing takes as long as a small run. Tests with the
+    fixture `figures` draw."""
     from matplotlib.figure import Figure
     from PIL import Image
 
@@ -67,7 +68,7 @@ def blank_pictures(request, monkeypatch) -> None:
 
 @pytest.fixture
 def figures(monkeypatch) -> list:
-    """Every figure that is saved, of matplotlib's Figure."""
+    """A list of all matplotlib figures that the test saves."""
     from matplotlib.figure import Figure
 
     saved, savefig = [], Figure.savefig
@@ -82,7 +83,7 @@ def figures(monkeypatch) -> list:
 
 @pytest.fixture
 def deterministic():
-    """Puts back what --deterministic sets in the process."""
+    """Restores the global settings that --deterministic changes."""
     with pytest.MonkeyPatch.context() as context:
         context.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         context.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)

@@ -1,4 +1,4 @@
-"""What kill.py and mutate.py share: the scripts in forked children, which need not import torch
+"""Shared by kill.py and mutate.py: runs the scripts in forked children, which do not import torch
 again, on a small model and small images."""
 
 import contextlib
@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Before torch and numpy are imported: a process with one thread may fork, and bits depend on it.
+# Before torch and numpy are imported. Only a process with one thread can fork, and bits depend on
+# the number of threads.
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import matplotlib.backends.backend_agg  # once here rather than in each child
 import matplotlib.figure  # noqa: F401
 import torch
-import torch._dynamo  # which optimizers import
+import torch._dynamo  # optimizers import it
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
@@ -34,7 +35,7 @@ TIMES = {"seconds", "images_per_second"}
 
 
 def tiny(num_classes: int) -> nn.Module:
-    """A model of some 800 weights."""
+    """A model of about 800 weights."""
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, bias=False),
         nn.BatchNorm2d(8),
@@ -63,7 +64,7 @@ def write_images(folder: Path, train: int = 80, test: int = 40, side: int = 8) -
 
 @dataclass
 class End:
-    """How a child ended: its exit status, or minus the signal that killed it."""
+    """The end of a child. `status` is its exit status, or minus the signal that killed it."""
 
     status: int
     out: str
@@ -120,17 +121,17 @@ def forked(
 
 
 def script(main: Callable, flags: Sequence[Any]) -> Callable[[], None]:
-    """The call of a script, on the CPU, as bits are compared."""
+    """A call of a script. It runs on the CPU, because bits are compared."""
     return lambda: main([*map(str, flags), "--device", "cpu"])
 
 
 def finished(folder: Path) -> list[Path]:
-    """The files under their final names."""
+    """The files that have their final names."""
     return sorted(path for path in folder.iterdir() if path.suffix != ".tmp")
 
 
 def check_readable(folder: Path) -> None:
-    """Raises whatever is raised by a file that can't be read to its end."""
+    """Raises an error if a file cannot be read to its end."""
     for path in finished(folder):
         if path.suffix in (".pth", ".state"):
             main_common.load_saved(path)
@@ -142,11 +143,11 @@ def check_readable(folder: Path) -> None:
             with Image.open(path) as image:
                 image.load()
         else:
-            raise AssertionError(f"what is {path}?")
+            raise AssertionError(f"an unknown file: {path}")
 
 
 def check_same(one: Path, other: Path) -> None:
-    """Raises AssertionError if two runs left other files, or other bits but for the times."""
+    """Raises AssertionError if the files of two runs differ, except in times."""
     assert [path.name for path in sorted(one.iterdir())] == [
         path.name for path in sorted(other.iterdir())
     ]
@@ -157,12 +158,12 @@ def check_same(one: Path, other: Path) -> None:
         elif path.suffix == ".csv":
             tables = [list(csv.DictReader(p.read_text().splitlines())) for p in (path, match)]
             assert same(*tables), path
-        elif path.suffix != ".png":  # curves of training show times
+        elif path.suffix != ".png":  # curves of training contain times
             assert path.read_bytes() == match.read_bytes(), path
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether nested containers are equal down to the bits of their tensors, but for times."""
+    """Whether nested containers have the same bits, except in times."""
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):

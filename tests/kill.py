@@ -1,13 +1,13 @@
-"""Kills the scripts at random moments, and looks at what they leave.
+"""Kills the scripts at random moments, and checks the files they leave.
 
     python tests/kill.py --kills 50
 
-Each mode is run once without interruption. Then it is started again and again and killed with
-SIGKILL, every other time by the clock, otherwise exactly before, within or after one of the calls
-that write a file (write, flush, fsync, replace, unlink). After each kill every file must load, and
---resume must end with the bits of the uninterrupted run: models, states, figures, pictures. Some
-of the kills hit a run that goes on after a kill. "full disk" ends the run by a limit of the size of
-a file, or by a file system without space where one can be mounted.
+Each mode runs once without interruption. Then it runs again and again, and SIGKILL ends it: every
+other time at a random time, otherwise before, within or after one of the calls that write a file
+(write, flush, fsync, replace, unlink). After each kill every file must load, and --resume must end
+with the bits of the uninterrupted run: models, states, tables, pictures. Some kills hit a resumed
+run. A full disk is a limit on the size of a file, or a file system without space if one can be
+mounted.
 """
 
 import argparse
@@ -34,7 +34,7 @@ import main_optim
 import main_prun
 
 FEW = "--model tiny --batchsize 32"
-MODES = {  # the script, what names its files, its flags
+MODES = {  # the script and its flags
     "train": (
         main_optim.main,
         f"{FEW} --epochs 8 --optim mfac --ngrads 16 --state_every 3 --save_every 2 --save net.pth",
@@ -75,7 +75,7 @@ class Calls:
         return call
 
     def install(self) -> None:
-        """From now on all files of the scripts are watched."""
+        """Watches all files of the scripts from now on."""
         calls = self
 
         class Raw(io.FileIO):
@@ -100,7 +100,7 @@ class Calls:
 
 
 def killed_at(call: Callable, number: int | None) -> Callable[[], None]:
-    """`call`, with its writing watched, and killed at call `number` if that is given."""
+    """`call` with watched files. It is killed at the file call `number`, if given."""
 
     def run() -> None:
         names = os.open("/dev/fd/2", os.O_WRONLY)
@@ -111,7 +111,7 @@ def killed_at(call: Callable, number: int | None) -> Callable[[], None]:
 
 
 class Failure(Exception):
-    """Something that must not happen."""
+    """A check has failed."""
 
 
 class Mode:
@@ -143,7 +143,7 @@ class Mode:
         return path
 
     def check_order(self) -> None:
-        """All that is written is on the disk before it gets its name."""
+        """Checks that a file is on the disk before it gets its name."""
         for index, call in enumerate(self.calls):
             if call == "before replace":
                 since = [c for c in self.calls[:index] if "write" in c or "fsync" in c]
@@ -152,7 +152,7 @@ class Mode:
                 )
 
     def verify(self, folder: Path) -> None:
-        """All files load, and a run that goes on from them ends as the uninterrupted one."""
+        """Checks that all files load, and that a resumed run ends as the uninterrupted one."""
         readable = forked(lambda: check_readable(folder), folder)
         self.expect(readable.status == 0, f"a file can't be read: {readable.err}")
         copy = self.folder / self.name / "copy"
@@ -165,7 +165,7 @@ class Mode:
         self.expect(equal.status == 0, f"other bits: {equal.err}")
 
     def kill(self, by_clock: bool) -> None:
-        """One kill."""
+        """Kills one run and checks its files."""
         folder = self.folder / self.name / "killed"
         going_on = folder.exists() and self.chance.random() < 0.3
         while True:
@@ -184,16 +184,16 @@ class Mode:
             if end.status == -signal.SIGKILL and not end.timed_out:
                 break
             self.expect(end.status == 0, f"ended with {end.status}: {end.err}")
-            going_on = False  # it was over before the kill came
+            going_on = False  # the run ended before the kill
         self.verify(folder)
         self.counts[where] += 1
         self.counts["of a resumed run"] += before > 0
         self.counts["with a file half written"] += any(folder.glob("*.tmp"))
 
     def fill(self, mounted: bool) -> None:
-        """One full disk."""
+        """Runs with a full disk and checks the files."""
         folder = self.fresh("full")
-        if not mounted:  # a run that has got somewhere
+        if not mounted:  # start from the files of an interrupted run
             forked(killed_at(self.call, self.chance.randint(1, len(self.calls))), folder)
             for path in folder.glob("*.tmp"):
                 path.unlink()
@@ -214,7 +214,7 @@ class Mode:
         try:
             end = forked(call, folder)
             if end.status == 0:
-                return self.fill(mounted)  # all that was left to write was small
+                return self.fill(mounted)  # the rest of the files was small
             lines = [line for line in end.err.splitlines() if "error" in line]
             refused = len(lines) == 1 and "of free space" in lines[0] and not end.out
             good = end.status == 2 and len(lines) == 1 and ("cannot write" in lines[0] or refused)
@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     args = parser.parse_args()
     start = time.monotonic()
-    fast = "/dev/shm" if Path("/dev/shm").is_dir() else None  # where fsync does not wait
+    fast = "/dev/shm" if Path("/dev/shm").is_dir() else None  # fsync does not wait there
     with tempfile.TemporaryDirectory(dir=fast) as name:
         folder = Path(name)
         images = harness.write_images(folder / "four")
@@ -263,13 +263,15 @@ def main() -> None:
             if mode != "train":
                 shared += ["--checkpoint", str(checkpoint)]
             run = Mode(mode, folder, shared, chance)
-            print(f"{mode}: {run.seconds:.2f} s, {len(run.calls)} moments of writing", flush=True)
+            print(f"{mode}: {run.seconds:.2f} s, {len(run.calls)} calls that write", flush=True)
             for kill in range(args.kills):
                 run.kill(by_clock=kill % 2 == 0)
             print(f"{mode}: {args.kills} kills, all files readable, all resumed to the same bits")
             for disk in range(args.full):
                 run.fill(mounted=mounts and disk % 2 == 0)
-            print(f"{mode}: {args.full} full disks, each a sentence, all went on to the same bits")
+            print(
+                f"{mode}: {args.full} full disks, one sentence each, all resumed to the same bits"
+            )
             print("   ", ", ".join(f"{what} {n}" for what, n in sorted(run.counts.items())))
     print(f"{time.monotonic() - start:.0f} s, seed {args.seed}, torch {torch.__version__}")
 

@@ -1,8 +1,9 @@
-"""Long runs with faults, and many exchanges. Prints counts; `python tests/long_run.py --help`.
+"""Long runs with faults, and many exchanges. Prints counts; see `python tests/long_run.py --help`.
 
-training: a small model learns the digits with `MFAC`, while gradients are NaN, None or huge, `damp`
-changes, groups are added and the optimizer is saved and loaded. The window must be the one rebuilt
-from a log of the gradients, to the bits, F⁻¹x right, and memory flat after the first part.
+training: a small model learns the digits with `MFAC`. Some gradients are NaN, None or huge, `damp`
+changes, groups are added, and the optimizer is saved and loaded. The window must have the bits of
+one that is rebuilt from a log of the gradients, F⁻¹x must be right, and memory must not grow after
+the first part.
 exchanges: P after 100, 1,000 and 10,000 exchanges against A⁻¹, for adversarial gradients.
 """
 
@@ -29,7 +30,7 @@ DAMPS = (1e-2, 1e-3, 1e-1)
 
 
 def resident():
-    """Bytes of memory of this process, or 0 where that is not to be had."""
+    """Bytes of memory of this process, or 0 if the system does not tell."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -54,7 +55,7 @@ def make(model, groups, ngrads, **options):
 
 
 def train(steps=2000, ngrads=32, seed=0, check_every=50, **options):
-    """The counts of what was done, and {step: (bytes, tensors)}."""
+    """Trains. Returns how often each fault occurred, and {step: (bytes, tensors)}."""
     generator = torch.Generator().manual_seed(seed)
 
     def chance(probability):
@@ -68,7 +69,7 @@ def train(steps=2000, ngrads=32, seed=0, check_every=50, **options):
     )
     groups = 1
     optimizer, layers = make(model, groups, ngrads, **options)
-    log = []  # of the rows that the window must hold, at most ngrads; as long as they were then
+    log = []  # the rows that the window must have, with their length at that time
     names = ["nan", "none", "all_none", "damp", "group", "loaded", "huge", "checked"]
     counts, memory = dict.fromkeys(["steps", *names], 0), {}
     for step in range(steps):
@@ -131,15 +132,15 @@ def train(steps=2000, ngrads=32, seed=0, check_every=50, **options):
 
 
 def check(fisher, log, step):
-    """The window is that of the log, and F⁻¹x is that of the dense inverse."""
+    """Checks that the window has the rows of the log, and F⁻¹x against the dense inverse."""
     d = fisher.shape[0]
     expected = torch.zeros(fisher.num_grads, d)
     for age, row in enumerate(reversed(log)):
         expected[(fisher.count - 1 - age) % fisher.num_grads, : len(row)] = row
     expected = expected.to(fisher.dtype)
     G = torch.cat(list(fisher.window.tiles()), 1)
-    assert torch.equal(G, expected.double()), f"step {step}: another window"
-    if d < 1500:  # the dense inverse is too slow for more
+    assert torch.equal(G, expected.double()), f"step {step}: the window differs from the log"
+    if d < 1500:  # with more weights the dense inverse is too slow
         x = torch.linspace(-1, 1, d, dtype=torch.float64)
         reference = dense_inverse(expected, fisher.damp) @ x
         error = (fisher.matvec(x) - reference).norm() / reference.norm()

@@ -1,4 +1,4 @@
-"""Writes examples/quickstart.ipynb from examples/quickstart.py, with what its cells print.
+"""Writes examples/quickstart.ipynb from examples/quickstart.py, with the output of its cells.
 
 python tests/make_notebook.py
 """
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-# Jupyter starts in the folder of the notebook, where the modules of a clone are not found.
+# Jupyter starts in the folder of the notebook, from which the modules of a clone are not found.
 SETUP = 'import sys\n\nsys.path.insert(0, "..")  # the clone, seen from examples/'
 
 
 def cells(script: str) -> list[dict[str, Any]]:
-    """Cells without outputs: the first paragraph of the docstring, the setup, and those between the
-    lines `# %%`."""
+    """Cells without outputs: the first paragraph of the docstring, the setup, and the parts between
+    the lines `# %%`."""
     docstring, *parts = re.split(r"^# %%(.*)\n", script, flags=re.MULTILINE)
     texts = [(" [markdown]", docstring.strip('" \n').split("\n\n")[0]), ("", SETUP)]
     texts += zip(parts[::2], parts[1::2], strict=True)

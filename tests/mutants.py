@@ -1,12 +1,12 @@
-"""Changes a module in one place at a time, and looks whether the fast tests notice.
+"""Changes a module in one place at a time, and checks whether the fast tests fail.
 
     python tests/mutants.py --module optim --number 200 --seed 0
 
-Tests run first without a change: which lines they reach and how long they take is noted, and those
-of more than `--slow` seconds are left out. A change then meets the tests that reach its line, the
-fastest first, for `--budget` seconds or until one fails. Changes of lines that no test reaches are
-counted apart: what only CUDA or several processes do. Not changed are annotations, docstrings and
-the texts of errors.
+The tests run first without a change, to find the lines they reach and the time they take. Tests of
+more than `--slow` seconds are left out. For each change, the tests that reach its line run, the
+fastest first, for `--budget` seconds or until one fails. Lines that no test reaches, because only
+CUDA or several processes do, are counted separately. Annotations, docstrings and error messages do
+not change.
 """
 
 import argparse
@@ -29,13 +29,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported: a process with one thread may fork.
+# Before torch is imported. Only a process with one thread can fork.
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
 os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import coverage
-import hypothesis  # what tests import, once here rather than in each child
+import hypothesis  # tests import these; here once rather than in each child
 import matplotlib.figure  # noqa: F401
 import pytest
 import sklearn.datasets  # noqa: F401
@@ -53,7 +53,7 @@ TESTS = {
     **{module: OPTIM for module in DYNAMIC},
     "prun": ["test_prun_fisher", "test_pruners", "test_prune_any", "test_numerics", *COMMON],
 }
-MEMORY = 24 * 2**30  # bytes of addresses, of which torch alone takes many
+MEMORY = 24 * 2**30  # bytes of address space; torch alone takes many
 
 # --- changes --------------------------------------------------------------------------------------
 
@@ -76,7 +76,7 @@ class Change:
     place: int | None  # in that field, if it is a list
     old: ast.AST
     new: ast.AST
-    lines: range | None = field(default=None)  # of the statement; None where all tests reach it
+    lines: range | None = field(default=None)  # of the statement; None if all tests reach it
 
     def make(self) -> None:
         if self.place is None:
@@ -86,7 +86,7 @@ class Change:
 
     def __str__(self) -> str:
         operator = not isinstance(self.old, (ast.stmt, ast.expr))
-        # Copies, as for a moment nodes are in two places.
+        # Copies, because nodes are in two places for a moment.
         old, new = copy.deepcopy(self.parent if operator else self.old), copy.deepcopy(self.new)
         texts = [type(x).__name__ if x is new and operator else ast.unparse(x) for x in (old, new)]
         line = (self.parent if operator else self.old).lineno
@@ -94,7 +94,7 @@ class Change:
 
 
 def others(parent: ast.AST, name: str, node: ast.AST) -> Iterator[ast.AST]:
-    """What may stand in place of a node."""
+    """Replacements of a node."""
     yield from (other() for other in SWAPS.get(type(node), []))
     match node:
         case ast.Constant(value=bool()):
@@ -156,7 +156,7 @@ def changes(node: ast.AST, lines: range | None = None, local: bool = False) -> I
 
 
 class Selected:
-    """The tests of these names alone, in this order."""
+    """A pytest plugin that runs only the tests of these names, in this order."""
 
     def __init__(self, names: list[str]):
         self.order = {name: i for i, name in enumerate(names)}
@@ -167,7 +167,7 @@ class Selected:
 
 
 class Noted:
-    """Which tests reach each line of a file, and how long they take."""
+    """A pytest plugin that finds the tests that reach each line of a file, and their time."""
 
     def __init__(self, path: str):
         self.path, self.seconds = path, {}
@@ -176,7 +176,7 @@ class Noted:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
         self.coverage.switch_context(item.nodeid)
-        began = sum(os.times()[:4])  # of processors, as other work may be going on
+        began = sum(os.times()[:4])  # of processors, because other processes may run
         try:
             return (yield)
         finally:
@@ -188,7 +188,7 @@ class Noted:
 
 
 def run(module: str, tree: ast.Module, plugin: Any) -> int:
-    """The exit status of the tests with a module made of this tree."""
+    """Runs the tests with a module made from this tree. Returns their exit status."""
     hypothesis.settings.register_profile(
         "mutants",
         derandomize=True,
@@ -210,7 +210,7 @@ def run(module: str, tree: ast.Module, plugin: Any) -> int:
 
 
 def forked(call: Callable[[], int], limit: int = 0) -> int:
-    """The exit status of the call in a child without output; below zero that of a signal."""
+    """Runs the call in a child without output. Returns its exit status, or minus its signal."""
     if (child := os.fork()) == 0:
         status = 1
         with contextlib.suppress(BaseException):
@@ -272,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
                 change.make()
                 return run(args.module, tree, Selected(near))
 
-            # A change that makes tests hang is found as well.
+            # A change that makes tests hang counts as found.
             status = forked(attempt, limit=30 + 5 * round(args.budget)) if near else None
             outcome = "out of reach" if status is None else "killed" if status else "survived"
             outcome = "hung" if status == -signal.SIGALRM else outcome

@@ -1,13 +1,12 @@
-"""Gives the scripts damaged, ill-fitting and malicious files, and looks at how they end.
+"""Gives the scripts damaged, unsuitable and malicious files, and checks how they end.
 
     python tests/mutate.py --files 300
 
-Checkpoints (as saved by torch.save, by older releases, and as public ones are), states, figures to
-compare with, and images are cut, overwritten or changed in their contents. A script must end within
-the time limit with exit status 2, one sentence on standard error, and every other file as it was;
-or, where the change leaves something that can be used, as without it. Checkpoints and states whose
-bytes were changed must be refused unless they hold the same numbers, and those left as they were
-must be taken.
+The files are checkpoints (saved by torch.save, by older releases, or in the form of public ones),
+states, tables to compare with, and images. Their bytes or contents change. A script must end within
+the time limit with exit status 2, one sentence on standard error, and all other files unchanged. If
+the changed file is still usable, it must end as without the change. Checkpoints and states with
+changed bytes must be refused unless they contain the same numbers. Unchanged ones must be accepted.
 """
 
 import argparse
@@ -40,11 +39,11 @@ import main_prun
 import models
 
 LIMIT = 30  # seconds
-MEMORY = 24 * 2**30  # bytes of addresses, of which torch alone takes many
+MEMORY = 24 * 2**30  # bytes of address space; torch alone takes many
 TRAIN = "--model tiny --batchsize 32 --epochs 2 --save net.pth"
 PRUNE = "--model tiny --batchsize 32 --out net"
 FEW = "--ngrads 6 --npergrad 4"
-RUNS = {  # whose states are changed
+RUNS = {  # their states are changed
     "state of sgd": ("main_optim.py", f"{TRAIN} --optim sgd"),
     "state of adam": ("main_optim.py", f"{TRAIN} --optim adam --ema 0.9"),
     "state of mfac": ("main_optim.py", f"{TRAIN} --optim mfac --ngrads 4 --momentum 0.5"),
@@ -103,7 +102,7 @@ BYTES = {
 
 
 class Bomb:
-    """Unpickling it makes a file, or calls what else is given."""
+    """An object whose unpickling makes a call, for example to make a file."""
 
     def __init__(self, function: Callable, *args: Any):
         self.call = function, args
@@ -113,7 +112,7 @@ class Bomb:
 
 
 def nested(depth: int) -> list:
-    """A list that takes no memory, and all of it to be printed or compared."""
+    """A list that takes little memory, but printing or comparing it takes all there is."""
     whole = ["bomb"]
     for _ in range(depth):
         whole = [whole] * 10
@@ -127,7 +126,7 @@ def cyclic() -> list:
 
 
 def swollen() -> bytes:
-    """A checkpoint in which a compressed record of 4 GB takes 4 MB."""
+    """A checkpoint of 4 MB with a compressed record of 4 GB."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", pickle.dumps({}))
@@ -138,7 +137,7 @@ def swollen() -> bytes:
 
 
 def other_key(state: dict, chance: random.Random) -> tuple[str, torch.Tensor]:
-    """One of the parameters."""
+    """The name and value of a random parameter."""
     return chance.choice([(k, v) for k, v in state.items() if v.is_floating_point()])
 
 
@@ -164,7 +163,7 @@ def changed_weight(change: Callable[[torch.Tensor, random.Random], Any]) -> Call
     return apply
 
 
-CONTENTS = {  # of a state dict; none of them is to be taken
+CONTENTS = {  # changes of a state dict; all must be refused
     "other model": lambda state, _: {f"layer{key}": value for key, value in state.items()},
     "other classes": lambda state, _: harness.tiny(7).state_dict(),
     "weight missing": lambda state, chance: without(state, other_key(state, chance)[0]),
@@ -198,7 +197,7 @@ VALUES += [torch.tensor(3.0), torch.ones(2, 3), torch.ones(2, device="meta"), ne
 
 
 def change_state(state: dict, chance: random.Random) -> tuple[dict, str]:
-    """A state with one entry, at any depth, removed, added or replaced."""
+    """The state with one entry removed, added or replaced, at any depth."""
     state = copy.deepcopy(state)
     container, path = state, []
     while True:
@@ -226,7 +225,7 @@ def change_state(state: dict, chance: random.Random) -> tuple[dict, str]:
     return state, f"{what} {'/'.join(path)}"
 
 
-MASKS = {  # of the state of a pruning run; none of them is to be taken
+MASKS = {  # changes of masks in the state of a pruning run; all must be refused
     "mask missing": lambda masks, name: masks.pop(name),
     "mask too many": lambda masks, name: masks.update(more=torch.ones(2, dtype=torch.bool)),
     "mask of other shape": lambda masks, name: masks.update({name: masks[name][None]}),
@@ -239,7 +238,7 @@ ROWS = ["nan,nan", "0.5,101", "-1,50", "1e999,50", "x,50", "0.5", ",", "0.5,50,7
 
 
 def change_table(data: bytes, chance: random.Random) -> tuple[bytes, str]:
-    """A CSV with a cell or a column or a row changed."""
+    """The CSV with a cell, column or row changed."""
     lines = data.decode().splitlines()
     row = chance.randrange(len(lines))
     cells = lines[row].split(",")
@@ -259,7 +258,7 @@ def change_table(data: bytes, chance: random.Random) -> tuple[bytes, str]:
 
 
 def change_image(data: bytes, chance: random.Random) -> tuple[bytes, str]:
-    """Another picture in its place."""
+    """Another image in place of this one."""
     pixels = np.zeros((8, 8, 3), dtype=np.uint8)
     kind = chance.choice(("larger", "16 bits", "huge", "floats"))
     file = io.BytesIO()
@@ -269,7 +268,7 @@ def change_image(data: bytes, chance: random.Random) -> tuple[bytes, str]:
         Image.fromarray(np.zeros((8, 8), dtype=np.uint16)).save(file, "PNG")
     elif kind == "floats":
         Image.fromarray(np.zeros((8, 8), dtype=np.float32)).save(file, "TIFF")
-    else:  # a few kilobytes that unfold to a quarter of a gigabyte
+    else:  # a few kilobytes that expand to a quarter of a gigabyte
         Image.new("1", (16_000, 15_000)).save(file, "PNG")
     return file.getvalue(), kind
 
@@ -279,18 +278,18 @@ def change_image(data: bytes, chance: random.Random) -> tuple[bytes, str]:
 
 @dataclass
 class Case:
-    """A changed file: the script and its flags, what was done, and whether it must be refused."""
+    """A changed file, a script with flags that reads it, and whether it must be refused."""
 
     name: str
     main: str
     flags: str
     file: Path
     refused: bool = False
-    unless_same: Path | None = None  # a file that may hold the same numbers
+    unless_same: Path | None = None  # a file that may contain the same numbers
 
 
 class Originals:
-    """Good files in a folder, and cases made of them."""
+    """Good files in a folder. Makes cases from them."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -309,7 +308,7 @@ class Originals:
         return path
 
     def make(self) -> None:
-        """Checkpoints of each kind, and a table of figures."""
+        """Writes checkpoints of each kind, and a table of figures."""
         torch.manual_seed(0)
         state = harness.tiny(4).state_dict()
         torch.save(state, "plain.pth")
@@ -325,7 +324,7 @@ class Originals:
             path.unlink()
 
     def interrupted(self, main: str, flags: str) -> Callable[[], None]:
-        """A run that ends with Ctrl-C after the second line, or the first epoch."""
+        """A run that Ctrl-C ends after the second line of a pruning, or the first epoch."""
         module = main_prun if "prun" in main else main_optim
         command = [*flags.split(), "--dataset", self.images]
         if module is main_prun:
@@ -351,7 +350,7 @@ class Originals:
         case = Case(f"{name}: {kind}", *self.user(chance, f"--checkpoint {name}"), path)
         if kind in BYTES:
             path.write_bytes(BYTES[kind](bytearray(original.read_bytes()), chance))
-            if name != "old.pth":  # which has no checksums
+            if name != "old.pth":  # that file has no checksums
                 case.unless_same = original
         elif kind == "swollen":
             path.write_bytes(swollen())
@@ -368,7 +367,7 @@ class Originals:
         return case
 
     def user(self, chance: random.Random, flags: str) -> tuple[str, str]:
-        """A script and its flags."""
+        """A random script that reads a checkpoint, and its flags."""
         if chance.random() < 0.5:
             command = (
                 f"--model tiny --batchsize 32 --epochs 1 --optim sgd --save out/net.pth {flags}"
@@ -408,7 +407,7 @@ class Originals:
         end = forked(save, folder)
         assert end.status == 0, end.err
         case.name = f"{case.name} {end.out.strip()}"
-        chance.random()  # the child's draws were its own
+        chance.random()  # the child has drawn from its own copy
         case.refused = kind in MASKS or (kind in CONTENTS and kind not in ("nan", "inf"))
         return case
 
@@ -449,7 +448,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def judge(case: Case, end: End, before: dict[Path, bytes], folder: Path) -> str:
-    """What is wrong with how a script ended; nothing if it is as it should."""
+    """The fault in the end of a script; empty if there is none."""
     if end.timed_out:
         return f"took more than {LIMIT} s"
     if end.status not in (0, 2):
@@ -477,7 +476,7 @@ def judge(case: Case, end: End, before: dict[Path, bytes], folder: Path) -> str:
     if not all(map(note.fullmatch, lines)):
         return f"says {end.err[-600:]}"
     if case.refused:
-        return "was taken"
+        return "was accepted"
     if case.unless_same:
         before_run = folder.parent / "before"
         before_run.write_bytes(before[case.file])
@@ -490,14 +489,14 @@ def judge(case: Case, end: End, before: dict[Path, bytes], folder: Path) -> str:
             assert same(*pair)
 
         if forked(compare, folder).status:
-            return "holds other numbers, and was taken"
+            return "contains other numbers, but was accepted"
     if not list(folder.rglob("net.csv")):
         return "left no figures"
     return leftovers(folder)
 
 
 def leftovers(folder: Path) -> str:
-    """What is wrong with the output in a folder, in which there may be none."""
+    """The fault in the output in a folder, if there is any output; empty if there is none."""
     shutil.rmtree(folder / "images", ignore_errors=True)
     for path in folder.iterdir():
         if path.is_file() and not path.name.startswith("net"):
@@ -521,7 +520,7 @@ def main() -> int:
     fast = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=fast) as name:
         originals = Originals(Path(name))
-        kinds = {  # of each file, and how many in ten there are of it
+        kinds = {  # of each file, and its share in tenths
             originals.checkpoint: (3, [*BYTES, *CONTENTS, "swollen"]),
             originals.state: (4, [*BYTES, *MASKS, *CONTENTS, *["entry"] * 20]),
             originals.table: (1, [*BYTES, *["changed"] * 5]),
@@ -530,7 +529,7 @@ def main() -> int:
         for make, (share, list_of_kinds) in kinds.items():
             wanted = math.ceil(args.files * share / 10)
             chance.shuffle(list_of_kinds)
-            list_of_kinds.insert(0, "as it was")  # so that something is known to be taken
+            list_of_kinds.insert(0, "as it was")  # one case must be accepted
             plans += [(make, list_of_kinds[i % len(list_of_kinds)]) for i in range(wanted)]
         for number, (make, kind) in enumerate(plans[: args.files]):
             case = make(random.Random(f"{args.seed} {number}"), kind)

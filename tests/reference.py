@@ -1,7 +1,7 @@
-"""Dense oracles: the definitions, written out without regard to cost.
+"""Dense oracles: the definitions as code, whatever they cost.
 
-They share no code with the modules that they judge. `G` is (m, d), one gradient a row, a tensor or
-anything that `torch.as_tensor` takes; everything is computed in float64 unless a dtype is given.
+They share no code with the tested modules. `G` (m, d) has a gradient in each row. It is a tensor,
+or anything that `torch.as_tensor` takes. All is in float64 unless a dtype is given.
 """
 
 from decimal import Context, Decimal, localcontext
@@ -20,13 +20,13 @@ def dense_fisher(G, damp: float) -> torch.Tensor:
 
 
 def dense_inverse(G, damp: float) -> torch.Tensor:
-    """Its inverse, (d, d)."""
+    """The inverse of `dense_fisher`, (d, d)."""
     return torch.linalg.inv(dense_fisher(G, damp))
 
 
 def woodbury_column(G, damp: float, j: int) -> torch.Tensor:
-    """F⁻¹g_j (d,) for row j of G, from an m × m solve: where (d, d) is too large, or too
-    ill-conditioned (a gradient scaled by c scales a row and a column here, no more)."""
+    """F⁻¹g_j (d,) for row j of G, from an m × m solve. For cases where (d, d) is too large or too
+    ill-conditioned: here a gradient scaled by c only scales a row and a column."""
     G, m = torch.as_tensor(G).double(), len(G)
     A = G @ G.T + m * damp * torch.eye(m, dtype=torch.float64)
     e = torch.eye(m, dtype=torch.float64)[j]
@@ -34,7 +34,7 @@ def woodbury_column(G, damp: float, j: int) -> torch.Tensor:
 
 
 def ring(rows, m: int) -> torch.Tensor:
-    """The window (m, d) that rows (n, d) leave behind, zeros where none was yet."""
+    """The window (m, d) after rows (n, d) have entered. Unused rows are zero."""
     G = torch.zeros(m, len(rows[0]), dtype=rows[0].dtype)
     for t, row in enumerate(rows):
         G[t % m] = row
@@ -44,7 +44,7 @@ def ring(rows, m: int) -> torch.Tensor:
 def exact_inverse(G, damp: float, size: int | None = None) -> np.ndarray:
     """The inverse of dense_fisher, or of its blocks of `size` on the diagonal, as Decimals (d, d).
 
-    By elimination in 150 digits, which no scale of float32 gradients and no rank exhausts.
+    By elimination in 150 digits, which suffice for any scale of float32 gradients and any rank.
     """
     G = torch.as_tensor(G)
     m, d = G.shape
@@ -66,7 +66,7 @@ def exact_inverse(G, damp: float, size: int | None = None) -> np.ndarray:
 
 
 def exact_times(inverse: np.ndarray, x) -> torch.Tensor:
-    """An exact_inverse times x (d,), rounded once, to float64."""
+    """An `exact_inverse` times x (d,), rounded once, to float64."""
     with localcontext(DIGITS):
         return torch.tensor([float(v) for v in inverse @ decimals(x)], dtype=torch.float64)
 
@@ -81,10 +81,11 @@ def decimals(x) -> np.ndarray:
 def as_kept(
     gradients, compress: float | None = None, dtype=torch.float32, sizes=None, block=4096
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a window keeps of gradients (n, d) of one row after the other, and the error (d,).
+    """Gradients (n, d) as a window stores them one after the other, and the final error (d,).
 
-    Rounded to `dtype`. With `compress`, of a = error + g that part of each block of columns that is
-    largest in absolute value: c, and the error becomes a - c. Blocks begin anew in each of `sizes`.
+    They are rounded to `dtype`. With `compress`, c has the largest entries of a = error + g in each
+    block of columns, this fraction of them, and the error becomes a - c. Each of `sizes` starts a
+    new block.
     """
     rows, error = [], torch.zeros_like(gradients[0])
     for g in gradients:
@@ -105,8 +106,8 @@ def as_kept(
     return torch.stack(rows), error
 
 
-# Of floating-point types: significant bits, the exponent of the smallest number, and, of those that
-# have scales, the exponent that the largest number of a block gets.
+# For each type: significant bits, the exponent of the smallest number, and for types with scales
+# the exponent of a block's largest number.
 FORMATS = {
     torch.float64: (53, -1074, None),
     torch.float32: (24, -149, None),
@@ -117,7 +118,7 @@ FORMATS = {
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A block x (n,) as the nearest numbers of `dtype`, which for some is times a power of two."""
+    """A block x (n,) rounded to `dtype`, for some types times a scale, a power of two."""
     bits, smallest, largest = FORMATS[dtype]
     values = x.double().numpy()
     exponent = 0 if largest is None else np.frexp(np.abs(values).max())[1] - largest
