@@ -389,10 +389,11 @@ class GradientCollector:
         try:
             return self._columns_alive(numbers, self._together(batches))
         except NotPossible as refusal:
-            LOGGER.debug("gradients of batches one after the other: %r", refusal)
+            LOGGER.debug("gradients of batches one after the other: %s", refusal)
             if not isinstance(refusal, Unlike):
                 self.batches_at_once = 1
-            return torch.cat([self._gradients([one]) for one in numbered])
+        # Not above, where the refusal keeps the memory of the attempt.
+        return torch.cat([self._gradients([one]) for one in numbered])
 
     def _alone(self, batch: Any) -> Tensor:
         """The gradient of a batch for all parameters, (1, numbers)."""

@@ -280,9 +280,8 @@ class BlockedInverseFisher(StaticInverseFisher):
         self.device = check_device(device or getattr(grads, "device", "cpu"))
         usual = usual_perbatch(b, len(grads) if stored else None, self.device)
         perbatch = check_integer("perbatch", usual if perbatch is None else perbatch)
-        self._parts: list[tuple[slice, int, Any]]
         if stored:
-            d, self._parts = grads.shape[1], stored_blocks(grads, b, damp, perbatch, self.device)
+            d, self._parts = stored_blocks(grads, b, damp, perbatch, self.device)
         else:
             d, self._parts = sum_gradients(grads, b, perbatch, self.device)
         self.shape = (d, d)

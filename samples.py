@@ -1,4 +1,4 @@
-"""Gradients of single samples, from the mean loss of a batch of them.
+"""Gradients of single samples, from the mean loss of a batch of them, and of several batches.
 
 The gradient of a sample is n times the part of a batch's gradient that goes through it, with n
 samples in the batch. For a linear layer with inputs aₜ and gradients δₜ of its outputs at the
@@ -8,7 +8,8 @@ positions t (words) of the sample, it is
 
 so one backward pass, to the outputs of the layers alone, suffices for a batch. Parameters of other
 layers need a batch of one for each sample: all at once by torch.func if the model allows it, else
-one after the other. The results are the same if the loss is a mean over samples.
+one after the other. The results are the same if the loss is a mean over samples. Small models on a
+GPU, where launches of kernels take the time, get the gradients of several batches in the same way.
 """
 
 import math
@@ -50,6 +51,9 @@ class NotPossible(Exception):
 
 class Unlike(NotPossible):
     """These batches do not allow it, as they differ in more than the values of tensors."""
+
+    def __str__(self) -> str:
+        return "batches differ in structure or shapes"
 
 
 def join_batches(batches: Sequence[Any], join: Callable[[list[Any]], Any]) -> Any:

@@ -641,6 +641,14 @@ def test_batches_of_other_shapes_are_worked_on_one_by_one():
     assert collector.batches_at_once == 3 and collector.compared
 
 
+def test_the_same_batch_may_come_again():
+    model, batch = nn.Linear(4, 3).double(), torch.randn(N, 4).double()
+    expected = one_by_one(model, squares, [batch] * 5)
+    G, collector = collected(model, squares, [batch] * 5, 3)
+    torch.testing.assert_close(G, expected)
+    assert collector.batches_at_once == 3
+
+
 def test_weights_that_torch_func_does_not_reach_are_found_out(caplog):
     """A loss that holds the weight itself gets no gradient from torch.func, without an error."""
     model = nn.Linear(4, 3).double()
