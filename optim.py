@@ -180,7 +180,7 @@ class DynamicInverseFisher:
         """Puts g into K and P, if it is accepted, but not yet into the window. Returns ĝ, which
         will be row j = count mod m, z = A⁻¹e_j (m,), and b = G(g − ĝ) (m,), None if ĝ = g."""
         g = checks.checked_vector(g, self.shape[0]).to(self.device)
-        self.precision.settle(wait=False)
+        self.precision.catch_up(wait=False)
         entry = self.window.entry(g)
         good = False
         while not good:
@@ -211,7 +211,7 @@ class DynamicInverseFisher:
         x = checks.checked_vector(x, self.shape[0]).to(self.device, torch.float64)
         if not self.ranks.all(x.isfinite()):
             raise ValueError("Expected finite numbers in x, got NaN or Inf")
-        self.precision.settle()
+        self.precision.catch_up()
         m, window, side, ranks = self.num_grads, self.window, self.coefficients, self.ranks
         b = ranks.sum(window.times(x))
         while True:
@@ -225,12 +225,12 @@ class DynamicInverseFisher:
             terms = (trace * (y.square() @ side.K.diagonal())).sqrt() + ranks.norm(x)
             if bool(rounding * terms <= TOLERANCE * self.damp * ranks.norm(u)):
                 return checks.fitting(u, self.result_dtype, ranks.all)
-            self.precision.recover()  # which raises if nothing is left to try
+            self.precision.recompute()  # which raises if nothing is left to try
 
     def diagonal(self) -> Tensor:
         """diag(F⁻¹) (d,), each entry in (0, 1/λ], in float64. By (2), O(dm²): (1 − Σᵢ Wᵢⱼ²) / λ,
         W = L⁻¹G, A = LLᵀ; for d ≤ m from F itself, O(d²m). Raises as `matvec`."""
-        self.precision.settle()
+        self.precision.catch_up()
         m, direct = self.num_grads, self.ranks.size == 1 and self.shape[0] <= self.num_grads
         if direct:
             G = torch.cat(list(self.window.tiles()), 1)
@@ -255,7 +255,7 @@ class DynamicInverseFisher:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, by reference. "window" lists the tensors of each block of columns."""
-        self.precision.settle()
+        self.precision.catch_up()
         return states.of_fisher(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

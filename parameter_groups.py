@@ -139,7 +139,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     @damp.setter
     def damp(self, damp: float | str) -> None:
-        self._recovery.settle(self.fisher)
+        self._recovery.catch_up(self.fisher)
         self._recovery.set_damp(self.fisher, damp)
 
     @property
@@ -156,7 +156,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """As for any optimizer. The columns of the window are in the state of each parameter
         ("grads"), the rest is in the first group ("fisher"). Tensors are references where possible.
         If ranks have parts of one, it is a DTensor, for torch.distributed.checkpoint."""
-        self._recovery.settle(self.fisher)
+        self._recovery.catch_up(self.fisher)
         # The first post-hook, so that other hooks see everything.
         with self.register_state_dict_post_hook(states.add_window, prepend=True):
             return super().state_dict()

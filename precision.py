@@ -89,7 +89,7 @@ class Precision:
 
         Raises:
             NonFiniteGradientError, DampTooSmallError: nothing has changed. On CUDA, z is zero
-                instead, and a later `settle` raises.
+                instead, and a later `catch_up` raises.
         """
         self.interrupted = True
         z, accepted, errors = self.side.exchange(k, count, self.rounding, self.exact)
@@ -97,7 +97,7 @@ class Precision:
             if good := self._accepts(errors):
                 self._fresh = False
             else:
-                self.recover()
+                self.recompute()
         except ValueError:
             self.interrupted = False
             raise
@@ -130,7 +130,7 @@ class Precision:
         errors = ((self.side.K[rows, rows] - K).square() / squares)[squares > 0]
         self._mean_square = (8 * self._mean_square + float(errors.sum())) / (8 + len(errors))
 
-    def settle(self, wait: bool = True) -> None:
+    def catch_up(self, wait: bool = True) -> None:
         """Reads the errors of exchanges on CUDA, and repairs K after an interruption. Without
         `wait`, the last few exchanges may stay unread.
 
@@ -148,7 +148,7 @@ class Precision:
             self.unread.popleft()
             if not self._judge(*errors.tolist()) and fresh is not None:
                 self._fresh = fresh
-                self.recover()
+                self.recompute()
 
     def state_dict(self) -> dict[str, float]:
         """What decides between float32 and float64."""
@@ -171,12 +171,12 @@ class Precision:
         """These rows and columns of K in float64, anew from the window, O(dm²) for all."""
         return self.ranks.sum(gram(self.window.tiles(rows)))
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Drops the unread errors, because another window replaces this one."""
         self.unread.clear()
         self.interrupted, self._fresh, self._largest = False, False, 0.0
 
-    def recover(self) -> None:
+    def recompute(self) -> None:
         """Reduces an error that is too large: recomputes K in float64, or else P from K."""
         if self.exact and self._fresh:
             raise self.too_small(self.side.damp)
@@ -203,7 +203,7 @@ class Precision:
         )
 
     def _accepts(self, errors: Tensor | tuple[float, float]) -> bool:
-        """Whether the exchange is good. On CUDA this is True, and `settle` decides later."""
+        """Whether the exchange is good. On CUDA this is True, and `catch_up` decides later."""
         if not (isinstance(errors, Tensor) and errors.is_cuda):
             return self._judge(*map(float, errors))
         if not torch.cuda.is_current_stream_capturing():

@@ -83,7 +83,7 @@ class Recovery:
         """F⁻¹g (d,) for λ = `damp` or a multiple of it; None if the step is skipped."""
         before, due = fisher.damp, self._is_due(fisher)
         due_again = before != self.damp and self.raised_steps - self.tried >= fisher.num_grads
-        self.settle(fisher, wait=due or due_again)
+        self.catch_up(fisher, wait=due or due_again)
         if due:
             self.damp = self._relative(fisher, self.fraction, g)
         damp = self.damp if due or due_again else fisher.damp
@@ -91,11 +91,11 @@ class Recovery:
         def attempt() -> Tensor:
             u = fisher.update_matvec(g, veto=veto)
             if fisher.damp != before:  # so that no further steps are lost while λ is too small
-                fisher.precision.settle()
+                fisher.precision.catch_up()
             return u
 
         try:
-            u = self.raising(fisher, attempt, damp)
+            u = self.with_enough_damp(fisher, attempt, damp)
         except NonFiniteGradientError as error:
             self._skip(fisher, error)
             return None
@@ -123,19 +123,19 @@ class Recovery:
                 self._skip(fisher, error)
         return finite
 
-    def settle(self, fisher: "DynamicInverseFisher", wait: bool = True) -> None:
+    def catch_up(self, fisher: "DynamicInverseFisher", wait: bool = True) -> None:
         """Reads the results of earlier steps on CUDA, with `wait` or after a failure all of them,
         and raises λ if one of them needs that."""
         before = fisher.damp
         while True:
             try:
-                return self.raising(
-                    fisher, lambda: fisher.precision.settle(wait or fisher.damp != before)
+                return self.with_enough_damp(
+                    fisher, lambda: fisher.precision.catch_up(wait or fisher.damp != before)
                 )
             except NonFiniteGradientError as error:
                 self._skip(fisher, error)
 
-    def raising(
+    def with_enough_damp(
         self, fisher: "DynamicInverseFisher", call: Callable[[], T], damp: float | None = None
     ) -> T:
         """The result of `call`, with λ = `damp`, by default the present one, or the smallest

@@ -58,7 +58,7 @@ def into_fisher(
             )
     window, side = fisher.window, fisher.coefficients
     saved, own = ((len(x["K"]), x["dtype"], x["compress"]) for x in (state, of_fisher(fisher)))
-    fisher.precision.forget()
+    fisher.precision.reset()
     if saved != own or not (window.separable or dims == window.dims):
         stored = [x for b in window.blocks for name, x in b.state.items() if name != "columns"]
         for tensor in (side.K, fisher.counter, *stored):
@@ -258,11 +258,11 @@ def load(optimizer: Any) -> None:
 
     def enter(g: Tensor) -> None:
         with contextlib.suppress(NonFiniteGradientError):
-            recovery.raising(fisher, partial(fisher.update, g))
+            recovery.with_enough_damp(fisher, partial(fisher.update, g))
 
     into_fisher(fisher, {**shared, "window": blocks}, enter)
     if not known <= set(present):
-        recovery.raising(fisher, lambda: fisher.precision.invert(fisher.damp, anew=True))
+        recovery.with_enough_damp(fisher, lambda: fisher.precision.invert(fisher.damp, anew=True))
     if flat.ranks.size > 1:
         _check_ranks(fisher)
     optimizer.follow()  # what is trained besides gets columns
