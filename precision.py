@@ -28,7 +28,7 @@ from windows import Window, gram
 __all__ = ["DampTooSmallError", "NonFiniteGradientError", "Precision"]
 
 UNREAD = 4  # exchanges on CUDA whose results are read later
-MEASURED, INTERVAL = 8, 32  # gradients whose products are also in float64, once in this many
+MEASURED, INTERVAL = 8, 32  # products of 8 gradients are measured, once in 32 steps
 
 
 class NonFiniteGradientError(ValueError):
@@ -84,8 +84,8 @@ class Precision:
 
     def exchange(self, k: Tensor, count: Tensor) -> tuple[Tensor, Tensor, bool]:
         """`Coefficients.exchange`: z, whether it is accepted, and whether the result is good. If
-        not, K or P has been recomputed, and another attempt is more precise. Afterwards the row is
-        written, and `finish` called.
+        not, K or P has been recomputed, and another attempt is more precise. The caller then writes
+        the row and calls `finish`.
 
         Raises:
             NonFiniteGradientError, DampTooSmallError: nothing has changed. On CUDA, z is zero
@@ -114,7 +114,7 @@ class Precision:
         if not self.exact and n % INTERVAL == MEASURED - 1 and j >= rows - 1:
             self._measure(slice(j + 1 - rows, j + 1))
         if j == m - 1:
-            self.exact &= not self._largest < 0.75 * TOLERANCE
+            self.exact &= self._largest >= 0.75 * TOLERANCE
             self._largest = 0.0
 
     @property
@@ -150,12 +150,13 @@ class Precision:
                 self._fresh = fresh
                 self.recompute()
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         """What decides between float32 and float64."""
-        return {"mean_square": self._mean_square, "largest": self._largest}
+        measured = {"mean_square": self._mean_square, "largest": self._largest}
+        return {"exact": self.exact, **measured}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Loads the result of `state_dict`."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.exact = self.always_exact or state["exact"]
         self._mean_square, self._largest = state["mean_square"], state["largest"]
 
     def __getstate__(self) -> dict[str, Any]:

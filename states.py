@@ -34,7 +34,6 @@ def of_fisher(fisher: "DynamicInverseFisher") -> dict[str, Any]:
         "window": [block.state for block in fisher.window.blocks],
         "count": fisher.count,
         "damp": fisher.damp,
-        "exact": fisher.precision.exact,
         "precision": fisher.precision.state_dict(),
         "K": fisher.coefficients.K,
         "P": fisher.coefficients.P,
@@ -80,7 +79,6 @@ def into_fisher(
         for x, value in pairs:
             x.copy_(value)
     fisher.counter.fill_(state["count"])
-    fisher.precision.exact = fisher.precision.always_exact or state["exact"]
     fisher.precision.load_state_dict(state["precision"])
     side.K.copy_(state["K"])
     side.P.copy_(state["P"])
