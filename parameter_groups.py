@@ -1,4 +1,4 @@
-"""An optimizer whose groups share a window. As torch expects of any optimizer, groups are added and
+"""What torch expects of any optimizer, for groups that share a window: groups are added and
 changed, parameters are frozen and replaced, states are saved and loaded.
 """
 
@@ -28,7 +28,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     fisher: Any
     stages: list[list[Tensor]]  # parameters with columns, a list for each time the window has grown
     _recovery: Recovery
-    _window: dict[str, Any]  # how to make `fisher`
+    _settings: dict[str, Any]  # how to make `fisher`
 
     def __init__(
         self, params: Any, defaults: dict[str, Any], shared: dict[str, Any], process_group: Any
@@ -182,7 +182,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: all attributes, where torch has only defaults, state and groups.
-        Hooks are left out, and so is the process group, since the inverse Fisher has it."""
+        Hooks and a scheduler's wrapper of `step` are left out, and so is the process group, since
+        the inverse Fisher has it."""
         left = [name for name in vars(self) if "hook" in name or "step" in name]
         return {k: x for k, x in vars(self).items() if k not in [*left, "process_group"]}
 

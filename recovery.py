@@ -47,7 +47,7 @@ class Recovery:
         self.given = constant or damp  # as it was set
         self.damp = constant or 1e-5  # λ before it is raised
         self.steps = self.skipped_steps = self.raised_steps = 0
-        self.tried = 0  # raised steps when λ was raised, or tried itself, last
+        self.tried = 0  # `raised_steps` when λ was last raised, or last tried unraised
         self._error: NonFiniteGradientError | None = None  # to raise at the end of the step
 
     def set_damp(self, fisher: "DynamicInverseFisher", damp: float | str) -> None:
@@ -111,7 +111,7 @@ class Recovery:
         return u
 
     def abstain(self, fisher: "DynamicInverseFisher", veto: Tensor | None) -> Tensor:
-        """Replaces `update_matvec` if no rank has a gradient for the window, with as many messages.
+        """Takes the place of `update_matvec` if no rank has a gradient, with as many messages.
         Returns whether gradients of other groups are finite. On CUDA nobody waits for that."""
         if self._is_due(fisher):
             fisher.ranks.sum_of_present(fisher.coefficients.K.new_zeros(1, 2), False)
@@ -124,8 +124,8 @@ class Recovery:
         return finite
 
     def catch_up(self, fisher: "DynamicInverseFisher", wait: bool = True) -> None:
-        """Reads the results of earlier steps on CUDA, with `wait` or after a failure all of them,
-        and raises λ if one of them needs that."""
+        """Reads the errors of earlier steps on CUDA, all of them with `wait` or once λ has been
+        raised, and raises λ if one of them needs that."""
         before = fisher.damp
         while True:
             try:
