@@ -48,6 +48,7 @@ class Segment:
         self.lacking = {i for i, g in enumerate(found) if g is None}
         if self.lacking:
             self.numbers.zero_()
+            self.update.zero_()  # `add_weights` adds all of it
         grads, shapes = [local(g) for g in found if g is not None], self._present(self.shapes)
         if not grads:
             return False
