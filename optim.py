@@ -280,7 +280,7 @@ class MFAC(GroupedOptimizer):
         u ← F⁻¹g                                one window over all groups
         u ← u·min(1, n/m, …)                    only if `warmup`, `max_step` or `max_norm`
         v ← momentum·v + (1 − momentum)·u       an exponential moving average, from v = 0
-        v ← v·‖w‖/‖v‖                           only if `normalize`, and momentum keeps its v
+        v ← v·‖w‖/‖v‖                           only if `normalize`; the average is kept unscaled
         w ← w − lr·v                            with decoupled decay, w − lr·(v + weight_decay·w)
 
     A parameter whose `grad` is None has a zero gradient in the window and stays as it is. If all
@@ -351,7 +351,7 @@ class MFAC(GroupedOptimizer):
         compress: float | None = None,
         on_nonfinite: str = "skip",
         maximize: bool = False,
-        process_group: "ProcessGroup | bool | None" = None,
+        process_group: "ProcessGroup | None" = None,
         warmup: bool = False,
         max_step: float | None = None,
         max_norm: float | None = None,
@@ -375,7 +375,7 @@ class MFAC(GroupedOptimizer):
         defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         defaults |= {"sparse": sparse, "maximize": maximize, "normalize": normalize}
         defaults |= {"decoupled_weight_decay": decoupled_weight_decay, "algorithm": "mfac"}
-        super().__init__(params, defaults, shared, process_group or None)
+        super().__init__(params, defaults, shared, process_group)
 
     @torch.compiler.disable(reason="MFAC.step is few launches already; it is not for torch.compile")
     @torch.no_grad()

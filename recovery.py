@@ -82,11 +82,11 @@ class Recovery:
     ) -> Tensor | None:
         """F⁻¹g (d,) for λ = `damp` or a multiple of it; None if the step is skipped."""
         before, due = fisher.damp, self._is_due(fisher)
-        due_again = before != self.damp and self.raised_steps - self.tried >= fisher.num_grads
-        self.catch_up(fisher, wait=due or due_again)
+        retry = before != self.damp and self.raised_steps - self.tried >= fisher.num_grads
+        self.catch_up(fisher, wait=due or retry)
         if due:
             self.damp = self._relative(fisher, self.fraction, g)
-        damp = self.damp if due or due_again else fisher.damp
+        damp = self.damp if due or retry else fisher.damp
 
         def attempt() -> Tensor:
             u = fisher.update_matvec(g, veto=veto)
@@ -113,7 +113,7 @@ class Recovery:
     def abstain(self, fisher: "DynamicInverseFisher", veto: Tensor | None) -> Tensor:
         """Takes the place of `update_matvec` if no rank has a gradient, with as many messages.
         Returns whether gradients of other groups are finite. On CUDA nobody waits for that."""
-        if self._is_due(fisher):
+        if self._is_due(fisher):  # the first message of `update_matvec`
             fisher.ranks.sum_of_present(fisher.coefficients.K.new_zeros(1, 2), False)
         finite = fisher.abstain(veto)
         if not finite.is_cuda:
