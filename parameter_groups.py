@@ -86,11 +86,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group. Its columns of the window start with zeros."""
-        # torch's own errors come first. The group that the caller gave stays as it is.
-        given = isinstance(param_group, dict)
-        super().add_param_group(
-            dict(fallback.complete(param_group, self.defaults)) if given else param_group
-        )
+        if isinstance(param_group, dict):  # torch refuses others
+            param_group = fallback.complete(param_group, self.defaults)
+        super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             if group["algorithm"] != "mfac":
