@@ -171,8 +171,7 @@ class Flat:
         return fixed
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without segments, as copy and pickle do not preserve views. `covers` is then False, and
-        the optimizer makes them anew."""
+        """Without segments, since copies lose views. `covers` is then False: they are made anew."""
         return {**self.__dict__, "segments": []}
 
     def covers(self) -> bool:

@@ -12,8 +12,7 @@ Let K = GGᵀ (m, m) and A = mλI + K. Woodbury's identity gives every inverse-H
 
 Cost of a step: O(dm + m²), two reads of the window.
 
-Equations are numbered through all modules: (2), (4) and (5) are in prun.py, (6) in precision.py,
-(7) in control.py.
+Equations (2), (4) and (5) are in prun.py, (6) is in precision.py, (7) in control.py.
 
 Symbols: m gradients in the window, d weights, G (m, d) window, K (m, m) Gram matrix,
 A = mλI + K, P = A⁻¹, λ = `damp` (always λ itself); ĝ is g as the window's type rounds it, k = Gĝ,

@@ -179,9 +179,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
         return f"{groups[:-1]}{window}\n)"
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle: all attributes, where torch has only defaults, state and groups.
-        Hooks and a scheduler's wrapper of `step` are left out, and so is the process group, since
-        the inverse Fisher has it."""
+        """For copy and pickle: all attributes, where torch has only defaults, state and groups, but
+        no hooks, no scheduler's wrapper of `step`, and no group, which the inverse Fisher has."""
         left = [name for name in vars(self) if "hook" in name or "step" in name]
         return {k: x for k, x in vars(self).items() if k not in [*left, "process_group"]}
 

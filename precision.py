@@ -152,8 +152,7 @@ class Precision:
 
     def state_dict(self) -> dict[str, Any]:
         """What decides between float32 and float64."""
-        measured = {"mean_square": self._mean_square, "largest": self._largest}
-        return {"exact": self.exact, **measured}
+        return {"exact": self.exact, "mean_square": self._mean_square, "largest": self._largest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.exact = self.always_exact or state["exact"]

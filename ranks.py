@@ -119,8 +119,7 @@ class Ranks:
         return -(-length // self.size)
 
     def part(self, x: Tensor, dim: int = 0) -> Tensor:
-        """This rank's part of x: `chunk` entries along `dim`, and in the last ranks the rest. If x
-        is a DTensor, its part."""
+        """This rank's part of x, whole or a DTensor: `chunk` entries along `dim`, or the rest."""
         if is_dtensor(x):
             return local(x)
         chunk, length = self.chunk(x.shape[dim]), x.shape[dim]

@@ -7,7 +7,6 @@ many as fit.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -256,7 +255,7 @@ def load(optimizer: Any) -> None:
 
     def enter(g: Tensor) -> None:
         with contextlib.suppress(NonFiniteGradientError):
-            recovery.with_enough_damp(fisher, partial(fisher.update, g))
+            recovery.with_enough_damp(fisher, lambda: fisher.update(g))
 
     into_fisher(fisher, {**shared, "window": blocks}, enter)
     if not known <= set(present):

@@ -123,10 +123,7 @@ class DenseWindow(Block):
 
     def times(self, x: Tensor, exact: bool = True, rows: int | None = None) -> Tensor:
         """Gx (m,) in float64 for x (d,); 0 beyond the first `rows`, if given."""
-        x, y = (
-            x.to(_product_type(exact)),
-            torch.zeros(self.m, dtype=torch.float64, device=self.device),
-        )
+        x, y = x.to(_type(exact)), torch.zeros(self.m, dtype=torch.float64, device=self.device)
         for some, columns, tile in self._converted(rows or self.m, x.dtype):
             y[some] += _short_sums(tile, x[columns])
         return y
@@ -134,7 +131,7 @@ class DenseWindow(Block):
     def transposed_times(self, y: Tensor, exact: bool = True) -> Tensor:
         """Gᵀy (d,) for y (n,), from the first n rows, in float64, or in float32 if not `exact`."""
         # A tiny yᵢ would underflow in float32, and may belong to a large row.
-        dtype = _product_type(exact or not torch.equal(y, y.hardshrink(2**-100)))
+        dtype = _type(exact or not torch.equal(y, y.hardshrink(2**-100)))
         x, y = torch.zeros(self.dim, dtype=dtype, device=self.device), y.to(dtype)
         for some, columns, tile in self._converted(len(y), dtype):
             x[columns].addmv_(tile.T, y[some])
@@ -382,7 +379,7 @@ def kept(size: int, compress: float) -> int:
     return min(size, max(1, round(compress * size)))
 
 
-def _product_type(exact: bool) -> torch.dtype:
+def _type(exact: bool) -> torch.dtype:
     """The type of products: float32 if it suffices and the process has not allowed less precision,
     as with TF32. Changing that setting here would also change it for other threads."""
     mkldnn: Any = torch.backends.mkldnn  # torch's annotations lack `matmul`

@@ -570,19 +570,6 @@ def test_parameters_of_mixed_types_share_a_window():
     assert optimizer.fisher.shape == (6, 6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_parameter_without_gradient_has_zeros_in_the_window_with_weight_decay(dtype):
-    p, q = (nn.Parameter(torch.randn(3).to(dtype)) for _ in range(2))
-    optimizer = MFAC([p, q], lr=1.0, ngrads=2, damp=1.0, weight_decay=0.5)
-    p.grad, q.grad = torch.randn(2, 3).to(dtype)
-    optimizer.step()
-    expected, q.grad = torch.cat([p.grad.float() + 0.5 * p.detach().float(), torch.zeros(3)]), None
-    optimizer.step()
-    torch.testing.assert_close(
-        torch.cat(list(optimizer.fisher.window.tiles()), 1)[1].float(), expected
-    )
-
-
 # sparse
 
 
