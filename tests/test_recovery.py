@@ -101,6 +101,17 @@ def test_a_group_of_another_type_without_gradients_has_zeros_in_the_window():
     assert G[1].tolist() == [1, 1, 0, 0]
 
 
+def test_a_parameter_of_another_type_without_gradient_has_zeros_in_the_window_with_decay_too():
+    params = [nn.Parameter(torch.ones(2, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = MFAC(params, ngrads=3, damp=0.1, weight_decay=0.5)
+    for grads in ([torch.ones(2)] * 2, [torch.ones(2), None]):
+        for p, g in zip(params, grads, strict=True):
+            p.grad = None if g is None else g.to(p.dtype)
+        optimizer.step()
+    (G,) = optimizer.fisher.window.tiles()
+    assert (G[1, :2] > 1).all() and G[1, 2:].tolist() == [0, 0]
+
+
 def test_momentum_stays_that_of_its_weights_when_their_memory_is_ordered_anew():
     p = nn.Parameter(torch.randn(2, 3, 4, 4))
     optimizer = MFAC([p], ngrads=3, damp=0.1, momentum=0.9)
