@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY = passive
 demo: .venv/for-scripts
 	$(BIN)/python main_optim.py --model resnet20 --dataset digits --optim mfac --save runs/demo.pth --overwrite
 	$(BIN)/python main_prun.py $(DEMO) --pruner magnitude --out runs/demo-magnitude
-	$(BIN)/python main_prun.py $(DEMO) --pruner mfac --ngrads 256 --blocksize 128 --rounds 8 --out runs/demo-mfac --plot runs/demo-magnitude.csv
+	$(BIN)/python main_prun.py $(DEMO) --pruner mfac --ngrads 256 --out runs/demo-mfac --plot runs/demo-magnitude.csv
 	@echo 'Open runs/demo.png (training) and runs/demo-mfac.png (pruning). Try next: examples/quickstart.ipynb, or the commands above with --dataset FOLDER of your own images.'
 
 test: .venv/for-tests

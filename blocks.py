@@ -7,6 +7,7 @@ ones use Woodbury's identity.
 import copy
 from collections.abc import Iterable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -244,14 +245,26 @@ class LowRankBlocks:
         return delta
 
 
+Parts = list[tuple[slice, int, Any]]  # columns, block size, F⁻¹ of the blocks
+
+
+def stored_blocks(
+    G: Tensor, b: int, damp: float, perbatch: int, device: torch.device
+) -> tuple[int, Parts]:
+    """d and a list of (columns, block size, F⁻¹) for each batch of blocks, from gradients G (m, d)
+    that are stored."""
+    d = G.shape[1]
+    return d, [
+        (columns, size, inverse_blocks(G[:, columns], size, damp, device))
+        for columns, size in layout(d, b, perbatch)
+    ]
+
+
 def sum_gradients(
-    gradients: Iterable[Tensor | OuterProducts],
-    b: int,
-    perbatch: int,
-    device: torch.device,
-) -> tuple[int, list[tuple[slice, int, DenseBlocks]]]:
-    """d and a list of (columns, block size, F⁻¹) for each batch of blocks, from an iterable of
-    gradients (d,) or (n, d). Their memory may be used again for the next ones."""
+    gradients: Iterable[Tensor | OuterProducts], b: int, perbatch: int, device: torch.device
+) -> tuple[int, Parts]:
+    """The same from an iterable of gradients (d,) or (n, d). Their memory may be used again for the
+    next ones."""
     sums: list[tuple[slice, int, Tensor]] = []
     m = d = 0
     for rows in gradients:
@@ -303,9 +316,9 @@ def float32_sums(G: Tensor, b: int) -> tuple[Tensor, int, float, Tensor]:
     return sums, len(G), 6 * EPS[torch.float32], scale
 
 
-def stored_blocks(
+def inverse_blocks(
     G: Tensor, b: int, damp: float, device: torch.device
-) -> "DenseBlocks | LowRankBlocks":
+) -> DenseBlocks | LowRankBlocks:
     """F⁻¹ of the k blocks of b columns of G (m, k·b), in the cheaper form."""
     m = len(G)
     if b > m:

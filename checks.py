@@ -65,7 +65,7 @@ def check_damp(
 
 def damp_parts(damp: Any, least: float = WIDE[0], largest: float = WIDE[1]) -> tuple[float, float]:
     """(λ, fraction of the mean squared gradient); one of them is 0. "relative:0.03" stands for the
-    fraction 0.03, "relative" for 0.1. The others are the limits of λ."""
+    fraction 0.03, "relative" for 0.1. λ is limited to `least` and `largest`."""
     number = r"\d*\.?\d+(?:[eE][-+]?\d+)?"
     relative = isinstance(damp, str) and re.fullmatch(f"relative(?::({number}))?", damp)
     if relative:

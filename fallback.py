@@ -135,11 +135,11 @@ class Fallback:
 
 
 def complete(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The group, with the defaults of its algorithm. `defaults` are those of the optimizer. Raises
-    ValueError if the group has a setting that its algorithm lacks."""
+    """A copy of the group, with the defaults of its algorithm. `defaults` are those of the
+    optimizer. Raises ValueError if the group has a setting that its algorithm lacks."""
     algorithm = group.get("algorithm", "mfac")
     if algorithm == "mfac":
-        return group
+        return dict(group)
     check_choice("algorithm", algorithm, ["mfac", *SETTINGS])
     if foreign := sorted(_foreign(algorithm, defaults) & group.keys()):
         raise ValueError(

@@ -146,7 +146,7 @@ class Flat:
             start = self.segments[-1].span.stop
 
     def _find_columns(self) -> Tensor:
-        """Finds the columns of this rank. Returns where masks freeze numbers of the vector."""
+        """Sets `columns`, `shared` and `index`. Returns where masks freeze numbers (d,)."""
         d, device, ranks = len(self.vector), self.vector.device, self.ranks
         order, fixed = torch.arange(d, device=device), torch.zeros(d, device=device).bool()
         self.columns: list[slice] = []  # of each parameter, among those of this rank
@@ -171,12 +171,13 @@ class Flat:
         return fixed
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without segments, as copy and pickle do not preserve views. A new vector follows."""
+        """Without segments, since copies lose views. `covers` is then False: they are made anew."""
         return {**self.__dict__, "segments": []}
 
     def covers(self) -> bool:
         """Whether all that are trained have columns, and are of the same type and device as before.
-        The first time it holds, checks that other ranks have the same parameters."""
+        The first time it holds, checks that other ranks have the same parameters. That is in the
+        first step, because DDP may make them the same after construction."""
         if (self.params and not self.segments) or any(map(is_trained, self._frozen)):
             return False
         for segment in self.segments:

@@ -17,11 +17,23 @@ from torch.utils.data import SequentialSampler
 
 from checks import check_integer, is_real, kind
 from ranks import Ranks
-from reports import warn
-from samples import Factors, OuterProducts, SampleGradients, add_squares_, batch_size
+from reports import LOGGER, warn
+from samples import (
+    AGREE,
+    Factors,
+    NotPossible,
+    OuterProducts,
+    SampleGradients,
+    Unlike,
+    add_squares_,
+    batch_size,
+    gradient,
+    together,
+)
 
 __all__ = ["Batches", "cross_entropy"]
 
+AT_ONCE = 2**23  # numbers in the gradients of batches that a GPU works on at once
 CHECK_EVERY = 32  # batches after which a GPU is waited for, to see whether they are finite
 QUIET = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
 
@@ -207,6 +219,8 @@ class GradientCollector:
         like: an empty tensor of the type and on the device of the gradients.
         ranks: the processes that share the work.
         per_sample: each sample of a batch makes a gradient; see `samples`.
+        batches_at_once: whose gradients are computed together, if torch.func allows it; None for
+            as many as suit a GPU, and for one after the other on a CPU, where it does not pay.
 
     After all rows, `squares` (d,) is the sum of the squared gradients of all ranks, in float64.
     """
@@ -221,13 +235,18 @@ class GradientCollector:
         like: Tensor,
         ranks: Ranks,
         per_sample: bool = False,
+        batches_at_once: int | None = None,
     ):
-        self.model, self.loss, self.params = model, loss, list(params.values())
+        self.model, self.loss, self.params = model, loss, dict(params)
         self.alive, self.count, self.like, self.ranks = alive, count, like, ranks
+        on_gpu = all(p.is_cuda for p in params.values())
+        suitable = AT_ONCE // sum(p.numel() for p in params.values()) if on_gpu else 1
+        self.batches_at_once = batches_at_once or max(1, suitable)
+        self.compared = False  # gradients of several batches at once with that of one alone
         self.checked = False
         self.samples = SampleGradients(model, loss, params, self._loss) if per_sample else None
         self.squares = torch.zeros(len(alive), dtype=torch.float64, device=like.device)
-        self.sums: list[tuple[int, Tensor]] = []  # of batches that have not been checked yet
+        self.finite: list[tuple[int, Tensor]] = []  # batches that have not been checked yet
 
     def rows(self, batches: Iterable[Any], at_once: int, columns: int) -> Iterator[Tensor]:
         """Yields the gradients (n, columns) of all ranks for this rank's columns, about `at_once`
@@ -247,7 +266,8 @@ class GradientCollector:
                 source = chain([(number, batch)], source)
                 break
             found.append(factors)
-            self._note(number, torch.stack([f.sum().double() for pair in factors for f in pair]))
+            sums = torch.stack([f.sum() for pair in factors for f in pair])
+            self._note([number], sums.isfinite().all()[None])
             count, waiting = count - len(factors[0][0]), waiting + len(factors[0][0])
             if count == 0 or waiting >= at_once:
                 yield OuterProducts(found, self.alive, self.like, self.squares)
@@ -283,9 +303,9 @@ class GradientCollector:
         counts = [min(len(buffer), len(range(other, left, size))) for other in range(size)]
         rows, filled = buffer[: counts[rank]], 0
         with self.ranks.agreed():
-            for number, batch in islice(own, len(rows)):
-                rows[filled : filled + 1].copy_(self._gradients(number, batch))
-                filled += 1
+            while numbered := list(islice(own, min(self.batches_at_once, len(rows) - filled))):
+                rows[filled : filled + len(numbered)] = self._gradients(numbered)
+                filled += len(numbered)
             self._check()
             if filled < len(rows):
                 raise self._too_few("batches")
@@ -311,7 +331,11 @@ class GradientCollector:
                     most = added
             with self.ranks.agreed():
                 if numbered and most:
-                    parts.append(self._gradients(*numbered, most))
+                    number, batch = numbered
+                    torch.clear_autocast_cache()
+                    with torch.enable_grad():
+                        rows = self._flat(samples(batch))[:most]
+                    parts.append(self._columns_alive([number], rows))
                     self._check()
         return counts, torch.cat(parts)
 
@@ -341,41 +365,65 @@ class GradientCollector:
             )
         return mean_square
 
-    def _note(self, number: int, numbers: Tensor) -> None:
-        """Takes note of numbers from a batch, and checks several batches at once."""
-        self.sums.append((number, numbers.sum()))
-        if numbers.device.type == "cpu" or number == 0 or len(self.sums) == CHECK_EVERY:
+    def _note(self, numbers: Sequence[int], finite: Tensor) -> None:
+        """Takes note of whether batches (n,) are finite, and checks several at once."""
+        self.finite += zip(numbers, finite, strict=True)
+        if finite.device.type == "cpu" or numbers[0] == 0 or len(self.finite) >= CHECK_EVERY:
             self._check()
 
     def _check(self) -> None:
         """Raises ValueError if gradients of the batches noted are not finite. Waits for a GPU."""
-        totals = [total for _, total in self.sums]
-        finite = torch.stack(totals).isfinite().tolist() if totals else []
+        finite = torch.stack([one for _, one in self.finite]).tolist() if self.finite else []
         if not all(finite):
             raise ValueError(
-                f"The gradients of batch {self.sums[finite.index(False)][0]} (the first is 0) have "
-                "NaN or Inf; check the loss of that batch, and in float16 the size of the loss"
+                f"The gradients of batch {self.finite[finite.index(False)][0]} (the first is 0) "
+                "have NaN or Inf; check the loss of that batch, and in float16 the size of the loss"
             )
-        self.sums.clear()
+        self.finite.clear()
 
-    def _gradients(self, number: int, batch: Any, most: int = 1) -> Tensor:
-        """The gradient (1, d) of a batch, or the gradients (n, d) of its first `most` samples."""
+    def _gradients(self, numbered: Sequence[tuple[int, Any]]) -> Tensor:
+        """The gradients (n, d) of batches: together if there are several and it is possible."""
+        numbers, batches = zip(*numbered, strict=True)
+        if len(batches) == 1:
+            return self._columns_alive(numbers, self._alone(batches[0]))
+        try:
+            return self._columns_alive(numbers, self._together(batches))
+        except NotPossible as refusal:
+            LOGGER.debug("gradients of batches one after the other: %s", refusal)
+            if not isinstance(refusal, Unlike):
+                self.batches_at_once = 1
+        # Not above, where the refusal keeps the memory of the attempt.
+        return torch.cat([self._gradients([one]) for one in numbered])
+
+    def _alone(self, batch: Any) -> Tensor:
+        """The gradient of a batch for all parameters, (1, numbers)."""
         torch.clear_autocast_cache()  # casts of other weights, or without a graph
-        if self.samples is None:
-            with torch.enable_grad():
-                loss = self._loss(batch)
-                grads = torch.autograd.grad(loss, self.params, materialize_grads=True)
-            parts = [
-                grad.to_dense().reshape(1, -1) for grad in grads
-            ]  # sparse ones of an Embedding
-        else:
-            with torch.enable_grad():
-                parts = self.samples(batch)
-        rows = torch.cat([part.to(self.like) for part in parts], dim=1)[:most]
+        with torch.enable_grad():
+            return self._flat(gradient(self._loss(batch), self.params))
+
+    def _together(self, batches: Sequence[Any]) -> Tensor:
+        """The gradients of batches for all parameters, (n, numbers). Raises NotPossible."""
+        torch.clear_autocast_cache()
+        with torch.enable_grad():
+            rows = self._flat(together(self.model, self.loss, self.params, batches))
+        if not self.compared:
+            one, several = self._alone(batches[-1]).double(), rows[-1:].double()
+            if not (several - one).norm() <= AGREE * one.norm():
+                raise NotPossible("torch.func gives other numbers for this model and loss")
+            self.compared = True
+        return rows
+
+    def _flat(self, parts: Sequence[Tensor]) -> Tensor:
+        """Gradients for all parameters as one matrix."""
+        return torch.cat([part.to(self.like) for part in parts], dim=1)
+
+    def _columns_alive(self, numbers: Sequence[int], rows: Tensor) -> Tensor:
+        """The columns of the weights alive, in gradients of batches with these numbers."""
         if rows.shape[1] > len(self.alive):
             rows = rows.index_select(1, self.alive)
         add_squares_(self.squares, rows)
-        self._note(number, self.squares)
+        finite = rows.isfinite().all(1)
+        self._note(numbers, finite if len(numbers) > 1 else finite.all()[None])
         return rows
 
     def _factors(self, batch: Any, most: int) -> list[Factors] | None:

@@ -180,12 +180,12 @@ def compiled(architecture: int) -> tuple[dict[str, str], bytes]:
     return symbols, binary
 
 
-def _compile(nvrtc: Any, source: bytes, *options: str) -> tuple[dict[str, str], bytes]:
+def _compile(nvrtc: Any, source: bytes, option: str) -> tuple[dict[str, str], bytes]:
     names = ["exchange", *(f"{name}<{type}>" for name in KERNELS for type in KERNELS[name])]
     program = _checked(nvrtc.nvrtcCreateProgram(source, SOURCE.name.encode(), 0, [], []))
     for name in names:
         _checked(nvrtc.nvrtcAddNameExpression(program, name.encode()))
-    flags = [option.encode() for option in ("--std=c++17", *options)]
+    flags = [b"--std=c++17", option.encode()]
     if nvrtc.nvrtcCompileProgram(program, len(flags), flags)[0]:
         log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
         _checked(nvrtc.nvrtcGetProgramLog(program, log))

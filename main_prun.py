@@ -435,7 +435,7 @@ def save_plot(runs: Runs, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Prunes by the command line, or by `argv`."""
-    execute(build_parser(), Run, argv, "use a --blocksize or fewer gradients")
+    execute(build_parser(), Run, argv, "use a smaller --blocksize or fewer gradients")
 
 
 if __name__ == "__main__":

@@ -89,15 +89,14 @@ def inverse_bytes(
     collected += number * form.at_once * d * (3 if world_size > 1 else 1)
     if samples:
         collected += 2 * number * (samples * (params or d) + (BATCH + samples) * d)
+    usual = usual_perbatch(b, m if form.stored else None, device)
+    blocks = 1 if form.paged else perbatch or usual
     if not form.stored:  # sums, later a batch of them while it is inverted, and what rounds change
-        usual = tile_size(device) // (32 if device.type == "cpu" else 4)
-        batch = max(b**2, usual) if perbatch is None else b * perbatch * b
-        batch = 48 * min(batch, b * columns)
+        batch = 48 * b * min(blocks * b, columns)
         sums = (16 if rounds > 1 else 8) * b * columns
         return {device: 160 * d + sums + max(collected, batch)}
     needed = {device: 160 * d + collected}
     # Gram matrices and factors: of all columns, or of a batch of blocks.
-    blocks = 1 if form.paged else perbatch or usual_perbatch(b, m, device)
     needed[device] += 80 * blocks * m**2 + (0 if form.paged else min(blocks * b, d) * m * 32)
     gradients = number * m * columns
     if place != FILE:
@@ -110,10 +109,16 @@ def inverse_bytes(
 
 
 def check_sizes(
-    ngrads: int, blocksize: int | None, perbatch: int | None, pages: int | None, rounds: int
+    ngrads: int,
+    blocksize: int | None,
+    perbatch: int | None,
+    pages: int | None,
+    rounds: int,
+    batches_at_once: int | None = None,
 ) -> None:
     """Raises ValueError unless these are counts that go together."""
     sizes = {"ngrads": ngrads, "blocksize": blocksize, "perbatch": perbatch, "pages": pages}
+    sizes["batches_at_once"] = batches_at_once
     for name, value in {**sizes, "rounds": rounds}.items():
         if value is not None or name in ("ngrads", "rounds"):
             check_integer(name, value)

@@ -12,7 +12,7 @@ Let K = GGᵀ (m, m) and A = mλI + K. Woodbury's identity gives every inverse-H
 
 Cost of a step: O(dm + m²), two reads of the window.
 
-Equations are numbered through all modules: (2), (4) and (5) are in prun.py, (6) in precision.py.
+Equations (2), (4) and (5) are in prun.py, (6) is in precision.py, (7) in control.py.
 
 Symbols: m gradients in the window, d weights, G (m, d) window, K (m, m) Gram matrix,
 A = mλI + K, P = A⁻¹, λ = `damp` (always λ itself); ĝ is g as the window's type rounds it, k = Gĝ,
@@ -77,8 +77,8 @@ class DynamicInverseFisher:
         compress: the part of each gradient's entries that the window keeps, for example 0.01: the
             largest (`CompressedWindow`). F is that of the gradients as kept. None keeps all.
         process_group: processes with a part of the columns each, which make the same calls at the
-            same time. `dim`, `shape` and all vectors are then those of this process; an exchange
-            sums up m float64 numbers of each. None: this process alone.
+            same time. `dim`, `shape` and all vectors are then those of this process; each
+            gradient takes an all-reduce of m float64 numbers. None: this process alone.
 
     Raises:
         ValueError: for arguments outside these ranges, or a window that does not fit in memory.
@@ -120,7 +120,7 @@ class DynamicInverseFisher:
         self.coefficients = Coefficients(m, checks.check_damp(damp), self.device)
         self.counter = torch.zeros((), dtype=torch.int64, device=self.device)
         self.accepted = torch.ones_like(self.counter)  # 0 if the last gradient was refused
-        self.measures_norms, self.norms = False, torch.empty(0)  # see `Control`
+        self.measures_norms, self.norms = False, torch.empty(0)  # (7), if `Control` needs it
         # Products in float32 are for dense windows on the CPU.
         exact = compress is not None or kinds != {"cpu"} or self.dtype == torch.float64
         self.precision = Precision(self.coefficients, self.window, self.ranks, always_exact=exact)
@@ -149,14 +149,14 @@ class DynamicInverseFisher:
     def update_matvec(self, g: Tensor, *, veto: Tensor | None = None) -> Tensor:
         """Puts the gradient g (d,) into the window and returns u = F⁻¹g (d,), with g in F.
 
-        Two reads of the window. Kernels on CUDA wait for nothing: a gradient that is refused
-        changes nothing, its result is zero, and the fifth call after it raises what is raised
-        here. `veto`, a number, refuses g if it is NaN in any of the processes.
+        Two reads of the window. Kernels on CUDA wait for nothing: a refused gradient changes
+        nothing, its result is zero, and the fifth call after it raises the error. `veto` (), if
+        given, refuses g if it is NaN in any of the processes.
 
         Raises:
             NonFiniteGradientError: g has NaN or Inf.
             DampTooSmallError: λ is too small for these gradients.
-            ValueError: g has another shape.
+            ValueError: g is not a dense floating-point vector (d,), or other processes lack one.
         """
         entry, z, b = self._exchange(g, veto)  # ĝ; k = Gĝ, then A z = e_j
         y = self.num_grads * z
@@ -180,7 +180,7 @@ class DynamicInverseFisher:
         """Puts g into K and P, if it is accepted, but not yet into the window. Returns ĝ, which
         will be row j = count mod m, z = A⁻¹e_j (m,), and b = G(g − ĝ) (m,), None if ĝ = g."""
         g = checks.checked_vector(g, self.shape[0]).to(self.device)
-        self.precision.settle(wait=False)
+        self.precision.catch_up(wait=False)
         entry = self.window.entry(g)
         good = False
         while not good:
@@ -194,8 +194,8 @@ class DynamicInverseFisher:
         self.counter += self.accepted
 
     def abstain(self, veto: Tensor | None = None) -> Tensor:
-        """Replaces an exchange if no rank has a gradient. Returns whether no rank has a `veto`.
-        Raises ValueError if some ranks have a gradient."""
+        """Takes the place of `update_matvec` if no rank has a gradient, with the same message.
+        Returns whether `veto` is finite in all ranks. Raises ValueError if some have a gradient."""
         k = self.coefficients.P.new_zeros(1 if self.compress is None else 2, self.num_grads)
         k = self.ranks.sum_of_present(k if veto is None else k + veto, present=False)
         return k.isfinite().all()
@@ -206,12 +206,13 @@ class DynamicInverseFisher:
 
         Raises:
             DampTooSmallError: (1) cancels too much, since λ is too small.
-            ValueError: x has another shape, or NaN or Inf.
+            ValueError: x is not a dense floating-point vector (d,), or has NaN or Inf, or the
+                result does not fit in float32.
         """
         x = checks.checked_vector(x, self.shape[0]).to(self.device, torch.float64)
         if not self.ranks.all(x.isfinite()):
             raise ValueError("Expected finite numbers in x, got NaN or Inf")
-        self.precision.settle()
+        self.precision.catch_up()
         m, window, side, ranks = self.num_grads, self.window, self.coefficients, self.ranks
         b = ranks.sum(window.times(x))
         while True:
@@ -225,12 +226,13 @@ class DynamicInverseFisher:
             terms = (trace * (y.square() @ side.K.diagonal())).sqrt() + ranks.norm(x)
             if bool(rounding * terms <= TOLERANCE * self.damp * ranks.norm(u)):
                 return checks.fitting(u, self.result_dtype, ranks.all)
-            self.precision.recover()  # which raises if nothing is left to try
+            self.precision.recompute()  # which raises if nothing is left to try
 
     def diagonal(self) -> Tensor:
         """diag(F⁻¹) (d,), each entry in (0, 1/λ], in float64. By (2), O(dm²): (1 − Σᵢ Wᵢⱼ²) / λ,
-        W = L⁻¹G, A = LLᵀ; for d ≤ m from F itself, O(d²m). Raises as `matvec`."""
-        self.precision.settle()
+        W = L⁻¹G, A = LLᵀ. This cancels if the gradients span all d ≤ m weights, so then from F
+        itself, O(d²m). Raises DampTooSmallError if λ is too small."""
+        self.precision.catch_up()
         m, direct = self.num_grads, self.ranks.size == 1 and self.shape[0] <= self.num_grads
         if direct:
             G = torch.cat(list(self.window.tiles()), 1)
@@ -239,14 +241,14 @@ class DynamicInverseFisher:
         L = factor(A)
         inverse = torch.cholesky_inverse(L).diagonal()
         error = DOUBLE * inverse * A.diagonal()
-        left = m * self.damp * inverse  # λ diag(F⁻¹)
+        scaled = m * self.damp * inverse  # λ diag(F⁻¹)
         if not direct:
             W = (torch.linalg.solve_triangular(L, t, upper=False) for t in self.window.tiles())
-            left = 1 - torch.cat([w.square().sum(0) for w in W])
-            error = 2 * error.max() * (1 - left) / left  # twice, as W is squared
-        if not self.ranks.all((0 <= error) & (error <= TOLERANCE)):  # nor are NaN
+            scaled = 1 - torch.cat([w.square().sum(0) for w in W])
+            error = 2 * error.max() * (1 - scaled) / scaled  # twice, as W is squared
+        if not self.ranks.all((0 <= error) & (error <= TOLERANCE)):  # which NaN fails, too
             raise self.precision.too_small(self.damp)
-        return left / self.damp
+        return scaled / self.damp
 
     def grow(self, columns: int) -> None:
         """Appends `columns` weights with past gradients of zero. The others stay in place."""
@@ -255,13 +257,14 @@ class DynamicInverseFisher:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, by reference. "window" lists the tensors of each block of columns."""
-        self.precision.settle()
+        self.precision.catch_up()
         return states.of_fisher(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads a copy of the result of `state_dict`, from any device and number of shards. If the
         window has another size or type, or is compressed or has scales and divides its columns
-        otherwise, the newest gradients enter it one by one."""
+        otherwise, the newest gradients enter it one by one. λ stays as it is. Raises ValueError if
+        it is not a state of as many weights."""
         damp = self.damp
         states.into_fisher(self, state)
         self.damp = damp
@@ -277,7 +280,7 @@ class MFAC(GroupedOptimizer):
         u ← F⁻¹g                                one window over all groups
         u ← u·min(1, n/m, …)                    only if `warmup`, `max_step` or `max_norm`
         v ← momentum·v + (1 − momentum)·u       an exponential moving average, from v = 0
-        v ← v·‖w‖/‖v‖                           only if `normalize`, and momentum keeps its v
+        v ← v·‖w‖/‖v‖                           only if `normalize`; the average is kept unscaled
         w ← w − lr·v                            with decoupled decay, w − lr·(v + weight_decay·w)
 
     A parameter whose `grad` is None has a zero gradient in the window and stays as it is. If all
@@ -287,8 +290,8 @@ class MFAC(GroupedOptimizer):
     A step reads the window twice and does not wait for a GPU. It can be captured in a CUDA graph. A
     captured step is skipped if its gradient has NaN or Inf, or needs more `damp`. Memory is
     `window_bytes(ngrads, d)`: 4·ngrads·d bytes for d weights; half of it with window_dtype
-    bfloat16, a quarter with float8_e4m3fn, about 2 % with `compress=0.01`. Parameters that do not
-    require gradients take no memory until they do, or have one.
+    bfloat16, a quarter with float8_e4m3fn, about 2 % with `compress=0.01`. Parameters take no
+    memory until they require or have a gradient.
 
     Args:
         params: parameters, or groups of them, each with its own `lr`, `momentum`, `weight_decay`,
@@ -298,8 +301,8 @@ class MFAC(GroupedOptimizer):
         momentum: in [0, 1).
         weight_decay: at least 0.
         ngrads: m, the size of the window.
-        damp: λ > 0, in units of squared gradients, or "relative:0.1" for this fraction of their
-            mean square tr K/(md), updated once a round. The attribute may be assigned to.
+        damp: λ, from 1e-30 to 1e30 in units of squared gradients, or "relative:0.1" for this
+            fraction of their mean square tr K/(md), updated once a round. May be assigned to later.
         moddev: device of the model, as in the paper's code; the default for `optdev`.
         optdev: device of the window and its arithmetic; by default that of the first parameter.
         gpus: devices among which the window's columns are split, in place of `optdev` alone.
@@ -348,7 +351,7 @@ class MFAC(GroupedOptimizer):
         compress: float | None = None,
         on_nonfinite: str = "skip",
         maximize: bool = False,
-        process_group: "ProcessGroup | bool | None" = None,
+        process_group: "ProcessGroup | None" = None,
         warmup: bool = False,
         max_step: float | None = None,
         max_norm: float | None = None,
@@ -360,7 +363,7 @@ class MFAC(GroupedOptimizer):
         given = {"optdev": optdev, "moddev": moddev}
         devices = [checks.check_device(d, name) for name, d in given.items() if d is not None]
         self._device = devices[0] if devices else None
-        self._window: dict[str, Any] = {
+        self._settings: dict[str, Any] = {
             "num_grads": checks.check_integer("ngrads", ngrads),
             "shards": checks.check_devices("gpus", gpus or []),
             "dtype": checks.checked_dtype("window_dtype", window_dtype, compress),
@@ -372,12 +375,13 @@ class MFAC(GroupedOptimizer):
         defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         defaults |= {"sparse": sparse, "maximize": maximize, "normalize": normalize}
         defaults |= {"decoupled_weight_decay": decoupled_weight_decay, "algorithm": "mfac"}
-        super().__init__(params, defaults, shared, process_group or None)
+        super().__init__(params, defaults, shared, process_group)
 
     @torch.compiler.disable(reason="MFAC.step is few launches already; it is not for torch.compile")
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step. `closure`, if given, computes loss and gradients; returns its result."""
+        """One step. `closure`, if given, computes loss and gradients; returns its result. Raises
+        ValueError if a gradient is sparse or of another shape than its parameter had at first."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -423,13 +427,11 @@ class MFAC(GroupedOptimizer):
         device = self.fisher.device if grow else device
         pairs, frozen = [(groups[p], p) for p in params], list(groups.keys() - params)
         ranks = Ranks(find_process_group([p for _, p in self.numbered()], self.process_group))
-        wide = torch.float64 if self._window["dtype"] == torch.float64 else torch.float32
+        wide = torch.float64 if self._settings["dtype"] == torch.float64 else torch.float32
         self.flat = Flat(pairs, frozen, self.state, ranks, device, wide)
         if grow:
             return self.fisher.grow(self.flat.size - self.fisher.shape[0])
         self.fisher: Any = None  # the old window goes before the new one comes
-        settings = {**self._window, "damp": self._recovery.damp, "device": device}
-        self.fisher = DynamicInverseFisher(
-            dim=self.flat.size, process_group=ranks.group, **settings
-        )
+        settings = {**self._settings, "dim": self.flat.size, "damp": self._recovery.damp}
+        self.fisher = DynamicInverseFisher(device=device, process_group=ranks.group, **settings)
         self._control.attach(self.fisher)

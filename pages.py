@@ -57,9 +57,10 @@ class Pages:
     ) -> Iterator[tuple[slice, Tensor]]:
         """Yields (positions, columns) in `dtype` for all columns of G or those of `index`, in their
         order. The memory of a tile is used again for the next one."""
-        width = max(1, min(tile_size(self.device) // len(self.G), self.G.shape[1]))
+        width = tile_size(self.device) // len(self.G)
         if dtype == torch.float32:
-            width = min(PARTIAL_SUM, width)
+            width = min(PARTIAL_SUM, 2 * width)  # of the same bytes
+        width = max(1, min(width, self.G.shape[1]))
         buffer = torch.empty(len(self.G), width, dtype=dtype, device=self.device)
         for start, page in self._pages(index, width):
             for i in range(0, page.shape[1], width):
@@ -79,7 +80,8 @@ class Pages:
             if index is None:
                 page = self.G[:, start:stop]
             else:
-                page = self.G.index_select(1, index[start:stop].to(self.G.device))
+                columns = index[start:stop].to(self.G.device).expand(len(self.G), -1)
+                page = self.G.gather(1, columns)  # in parallel on a CPU, unlike index_select
             if self._copying is not None:
                 pinned = torch.empty(page.shape, dtype=page.dtype, device="cpu", pin_memory=True)
                 pinned.copy_(page)

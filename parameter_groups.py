@@ -1,4 +1,4 @@
-"""An optimizer whose groups share a window. As torch expects of any optimizer, groups are added and
+"""What torch expects of any optimizer, for groups that share a window: groups are added and
 changed, parameters are frozen and replaced, states are saved and loaded.
 """
 
@@ -29,7 +29,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     fisher: Any
     stages: list[list[Tensor]]  # parameters with columns, a list for each time the window has grown
     _recovery: Recovery
-    _window: dict[str, Any]  # how to make `fisher`
+    _settings: dict[str, Any]  # how to make `fisher`
 
     def __init__(
         self, params: Any, defaults: dict[str, Any], shared: dict[str, Any], process_group: Any
@@ -87,11 +87,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group. Its columns of the window start with zeros."""
-        # torch's own errors come first. The group that the caller gave stays as it is.
-        given = isinstance(param_group, dict)
-        super().add_param_group(
-            dict(fallback.complete(param_group, self.defaults)) if given else param_group
-        )
+        if isinstance(param_group, dict):  # torch refuses others
+            param_group = fallback.complete(param_group, self.defaults)
+        super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             if group["algorithm"] != "mfac":
@@ -141,7 +139,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     @damp.setter
     def damp(self, damp: float | str) -> None:
-        self._recovery.settle(self.fisher)
+        self._recovery.catch_up(self.fisher)
         self._recovery.set_damp(self.fisher, damp)
 
     @property
@@ -158,7 +156,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """As for any optimizer. The columns of the window are in the state of each parameter
         ("grads"), the rest is in the first group ("fisher"). Tensors are references where possible.
         If ranks have parts of one, it is a DTensor, for torch.distributed.checkpoint."""
-        self._recovery.settle(self.fisher)
+        self._recovery.catch_up(self.fisher)
         # The first post-hook, so that other hooks see everything.
         with self.register_state_dict_post_hook(states.add_window, prepend=True):
             return super().state_dict()
@@ -183,8 +181,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
         return f"{groups[:-1]}{window}\n)"
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle: all attributes, where torch has only defaults, state and groups.
-        Hooks are left out, and so is the process group, since the inverse Fisher has it."""
+        """For copy and pickle: all attributes, where torch has only defaults, state and groups, but
+        no hooks, no scheduler's wrapper of `step`, and no group, which the inverse Fisher has."""
         left = [name for name in vars(self) if "hook" in name or "step" in name]
         return {k: x for k, x in vars(self).items() if k not in [*left, "process_group"]}
 

@@ -28,7 +28,7 @@ from windows import Window, gram
 __all__ = ["DampTooSmallError", "NonFiniteGradientError", "Precision"]
 
 UNREAD = 4  # exchanges on CUDA whose results are read later
-MEASURED, INTERVAL = 8, 32  # gradients whose products are also in float64, once in this many
+MEASURED, INTERVAL = 8, 32  # products of 8 gradients are measured, once in 32 steps
 
 
 class NonFiniteGradientError(ValueError):
@@ -84,12 +84,12 @@ class Precision:
 
     def exchange(self, k: Tensor, count: Tensor) -> tuple[Tensor, Tensor, bool]:
         """`Coefficients.exchange`: z, whether it is accepted, and whether the result is good. If
-        not, K or P has been recomputed, and another attempt is more precise. Afterwards the row is
-        written, and `finish` called.
+        not, K or P has been recomputed, and another attempt is more precise. The caller then writes
+        the row and calls `finish`.
 
         Raises:
             NonFiniteGradientError, DampTooSmallError: nothing has changed. On CUDA, z is zero
-                instead, and a later `settle` raises.
+                instead, and a later `catch_up` raises.
         """
         self.interrupted = True
         z, accepted, errors = self.side.exchange(k, count, self.rounding, self.exact)
@@ -97,7 +97,7 @@ class Precision:
             if good := self._accepts(errors):
                 self._fresh = False
             else:
-                self.recover()
+                self.recompute()
         except ValueError:
             self.interrupted = False
             raise
@@ -114,7 +114,7 @@ class Precision:
         if not self.exact and n % INTERVAL == MEASURED - 1 and j >= rows - 1:
             self._measure(slice(j + 1 - rows, j + 1))
         if j == m - 1:
-            self.exact &= not self._largest < 0.75 * TOLERANCE
+            self.exact &= self._largest >= 0.75 * TOLERANCE
             self._largest = 0.0
 
     @property
@@ -134,7 +134,7 @@ class Precision:
         d = float(self.ranks.sum(K.new_tensor(sum(self.window.dims))))
         self._mean_square = max(mean, (SINGLE / 4) ** 2 * min(1, 16 / max(1, d)))
 
-    def settle(self, wait: bool = True) -> None:
+    def catch_up(self, wait: bool = True) -> None:
         """Reads the errors of exchanges on CUDA, and repairs K after an interruption. Without
         `wait`, the last few exchanges may stay unread.
 
@@ -152,14 +152,14 @@ class Precision:
             self.unread.popleft()
             if not self._judge(*errors.tolist()) and fresh is not None:
                 self._fresh = fresh
-                self.recover()
+                self.recompute()
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         """What decides between float32 and float64."""
-        return {"mean_square": self._mean_square, "largest": self._largest}
+        return {"exact": self.exact, "mean_square": self._mean_square, "largest": self._largest}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Loads the result of `state_dict`."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.exact = self.always_exact or state["exact"]
         self._mean_square, self._largest = state["mean_square"], state["largest"]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -175,12 +175,12 @@ class Precision:
         """These rows and columns of K in float64, anew from the window, O(dm²) for all."""
         return self.ranks.sum(gram(self.window.tiles(rows)))
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Drops the unread errors, because another window replaces this one."""
         self.unread.clear()
         self.interrupted, self._fresh, self._largest = False, False, 0.0
 
-    def recover(self) -> None:
+    def recompute(self) -> None:
         """Reduces an error that is too large: recomputes K in float64, or else P from K."""
         if self.exact and self._fresh:
             raise self.too_small(self.side.damp)
@@ -207,7 +207,7 @@ class Precision:
         )
 
     def _accepts(self, errors: Tensor | tuple[float, float]) -> bool:
-        """Whether the exchange is good. On CUDA this is True, and `settle` decides later."""
+        """Whether the exchange is good. On CUDA this is True, and `catch_up` decides later."""
         if not (isinstance(errors, Tensor) and errors.is_cuda):
             return self._judge(*map(float, errors))
         if not torch.cuda.is_current_stream_capturing():

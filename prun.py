@@ -50,7 +50,6 @@ from blocks import (
     condition,
     fast_type,
     inverse_factor,
-    layout,
     leverage,
     stored_blocks,
     sum_gradients,
@@ -280,16 +279,11 @@ class BlockedInverseFisher(StaticInverseFisher):
         grads = as_matrix(grads) if stored else grads
         self.device = check_device(device or getattr(grads, "device", "cpu"))
         usual = usual_perbatch(b, len(grads) if stored else None, self.device)
-        self.perbatch = check_integer("perbatch", usual if perbatch is None else perbatch)
-        self._parts: list[tuple[slice, int, Any]]
+        perbatch = check_integer("perbatch", usual if perbatch is None else perbatch)
         if stored:
-            d = grads.shape[1]
-            self._parts = [
-                (columns, size, stored_blocks(grads[:, columns], size, damp, self.device))
-                for columns, size in layout(d, b, self.perbatch)
-            ]
+            d, self._parts = stored_blocks(grads, b, damp, perbatch, self.device)
         else:
-            d, self._parts = sum_gradients(grads, b, self.perbatch, self.device)
+            d, self._parts = sum_gradients(grads, b, perbatch, self.device)
         self.shape = (d, d)
 
     def matvec(self, x: Tensor) -> Tensor:
@@ -349,6 +343,8 @@ class MFACPruner(MagnitudePruner):
         ngrads: m, the number of gradients.
         per_sample: each sample of a batch makes a gradient, not the batch as a whole. Samples are
             along dimension 0, and the loss is a mean over them. See `samples`.
+        batches_at_once: batches whose gradients are computed together by torch.func where it gives
+            the same numbers, without per_sample; by default as many as suit small models on a GPU.
         damp: λ > 0; or "relative", a tenth of the mean squared gradient, or "relative:0.03", that
             fraction of it. It may be changed between levels.
         blocksize: b of a block-diagonal F; None for the full F.
@@ -396,6 +392,7 @@ class MFACPruner(MagnitudePruner):
         loss: Callable[[nn.Module, Any], Tensor] = cross_entropy,
         ngrads: int = 1024,
         per_sample: bool = False,
+        batches_at_once: int | None = None,
         damp: float | str = 1e-5,
         blocksize: int | None = None,
         perbatch: int | None = None,
@@ -419,9 +416,11 @@ class MFACPruner(MagnitudePruner):
         if not callable(loss):
             raise ValueError(f"Invalid loss: {loss!r}; it must be a function of (model, batch)")
         self.batches, self.loss = Batches(loader, seed, drop_smaller), loss
-        check_sizes(ngrads, blocksize, perbatch, pages, rounds)
+        check_sizes(ngrads, blocksize, perbatch, pages, rounds, batches_at_once)
         self.ngrads, self.rounds, self.pages, self.per_sample = ngrads, rounds, pages, per_sample
-        self.blocksize, self.perbatch = blocksize, perbatch
+        self.blocksize, self.perbatch, self.batches_at_once = blocksize, perbatch, batches_at_once
+        if per_sample and batches_at_once is not None:
+            raise ValueError(f"batches_at_once = {batches_at_once} goes without per_sample only")
         if rounds > 1 and update != "joint":
             raise ValueError(f"rounds = {rounds} goes with update='joint' only, not {update!r}")
         suitable = reduce(torch.promote_types, (p.dtype for p in params_now), torch.float32)
@@ -574,8 +573,9 @@ class MFACPruner(MagnitudePruner):
             self._unregistered() as params,  # weights that are pruned now may be alive in `masks`
             ready_for_gradients(self.model, params, start, self.mode, self.batches.generators),
         ):
+            how = self.per_sample, self.batches_at_once
             collector = GradientCollector(
-                self.model, self.loss, params, alive.index, m, like, ranks, self.per_sample
+                self.model, self.loss, params, alive.index, m, like, ranks, *how
             )
             drawn, total = self.batches.draw(number, ranks), None if self.per_sample else m
             parts = self._report.counted(drawn, "gradients", total), form.at_once, form.columns

@@ -27,7 +27,9 @@ COMMON = dict(model="resnet20", dataset="digits", pruner="mfac", pattern="unstru
 COMMON |= dict(scope="global", nepochs=0, batchsize=128, seed=0, amp=False, deterministic=False)
 COMMON |= dict(reset_bn=False, reestimate_bn=False)
 LEVELS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
-MFAC_PRUNER = dict(ngrads=1024, damp=1e-5, blocksize=-1, update="joint", rounds=1, nrecomps=1)
+MFAC_PRUNER = dict(ngrads=1024, damp=1e-5, update="joint", nrecomps=1)
+BLOCKSIZE = 128  # of at least as many gradients; the full F of fewer
+ROUNDS = 8  # of blocks with the joint update; 1 otherwise
 NPERGRAD = 32
 FINE_TUNING = {
     "sgd": dict(schedule="step", lr=0.01, momentum=0.9, weightdecay=5e-4),
@@ -121,19 +123,19 @@ def build_parser() -> Parser:
     text = "do each such step in this many parts, with the inverse Fisher computed anew before "
     text += "each; the weights that stay fall by the same factor in each; default: 1"
     add("--nrecomps", type=COUNT, help=text)
-    text = (
-        "choose the weights of a step in this many parts from one inverse Fisher, with an update "
-    )
-    text += "of weights and inverse after each; default: 1"
+    text = "choose the weights of a step in this many parts from one inverse Fisher, with an "
+    text += f"update of weights and inverse after each; default: {ROUNDS}, but 1 with all of F, or "
+    text += "another --update than joint"
     add("--rounds", type=COUNT, help=text)
     text = "update of the weights that stay: for all removed weights together (default), for each "
     text += "of them as if alone, as in the paper, or none"
     add("--update", choices=("joint", "independent", "none"), help=text)
-    text = "use only the blocks of this size on the diagonal of F; default: -1, all of F"
+    text = "use only the blocks of this size on the diagonal of F, or all of F with -1; default: "
+    text += f"{BLOCKSIZE}, but -1 with fewer gradients than that"
     add("--blocksize", type=BLOCK, help=text)
-    text = "with --blocksize: blocks that are worked on at once; default: by the device"
+    text = "blocks that are worked on at once; default: by the device"
     add("--perbatch", type=COUNT, help=text)
-    text = "without --blocksize: work on gradients in this many pages; default: as few as fit"
+    text = "with --blocksize -1: work on gradients in this many pages; default: as few as fit"
     add("--pages", type=COUNT, help=text)
 
     group = parser.add_argument_group("fine-tuning (step K comes before epoch K x EVERY)")
@@ -194,7 +196,10 @@ def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
     mfac, gradual = settings["pruner"] == "mfac", settings["nepochs"] > 0
     cosine = settings.get("schedule") == "cosine"
     optim = settings.get("optim", "sgd") if gradual else None
-    full, scheduled = settings.get("blocksize", -1) == -1, "ngrads_schedule" in given
+    scheduled = "ngrads_schedule" in given
+    ngrads = given.get("ngrads_schedule", [settings.get("ngrads", MFAC_PRUNER["ngrads"])])
+    blocksize = settings.get("blocksize", BLOCKSIZE if min(ngrads) >= BLOCKSIZE else -1)
+    full, joint = blocksize == -1, settings.get("update", "joint") == "joint"
     pruner_flags = ("ngrads_schedule", "npergrad", "nrecomps", "rounds", "update", "blocksize")
     epoch_flags = ("optim", "prun_every", "lr", "prun_lrs", "momentum", "weightdecay", "drop_at")
     epoch_flags += ("schedule", "distill")
@@ -204,8 +209,8 @@ def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
         ("--optim mfac beside --ngrads_schedule", not scheduled or optim == "mfac", ("ngrads",)),
         ("--pruner mfac with --nepochs 0", mfac and not gradual, ("recomps",)),
         ("a run without --reestimate_bn", not settings["reestimate_bn"], ("recomps",)),
-        ("--pruner mfac with --blocksize", mfac and not full, ("perbatch",)),
-        ("--pruner mfac without --blocksize", mfac and full, ("pages",)),
+        ("--pruner mfac without --blocksize -1", mfac and not full, ("perbatch",)),
+        ("--pruner mfac with --blocksize -1", mfac and full, ("pages",)),
         ("--nepochs above 0", gradual, epoch_flags),
         ("--schedule step", not cosine, ("drop_at", "prun_lrs")),
         ("--drop_at", "drop_at" in given, ("drop_by",)),
@@ -218,7 +223,8 @@ def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
     if "prun_lrs" in given:
         del settings["lr"]
     if mfac:
-        settings = {**MFAC_PRUNER, **settings}
+        rounds = ROUNDS if joint and not full else 1
+        settings = {**MFAC_PRUNER, "blocksize": blocksize, "rounds": rounds, **settings}
         if scheduled and optim != "mfac":
             del settings["ngrads"]  # not used in this case
     check_steps(settings, len(choose_levels(settings)))

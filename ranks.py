@@ -119,16 +119,14 @@ class Ranks:
         return -(-length // self.size)
 
     def part(self, x: Tensor, dim: int = 0) -> Tensor:
-        """This rank's part of x: `chunk` entries along `dim`, and in the last ranks the rest."""
+        """This rank's part of x, whole or a DTensor: `chunk` entries along `dim`, or the rest."""
+        if is_dtensor(x):
+            return local(x)
         chunk, length = self.chunk(x.shape[dim]), x.shape[dim]
         start = min(self.rank * chunk, length)
         return x.narrow(dim, start, min(chunk, length - start))
 
-    def own(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's part of a saved tensor, which is a DTensor along `dim` or complete."""
-        return local(x) if is_dtensor(x) else self.part(x, dim)
-
-    def as_saved(self, x: Tensor, dim: int, length: int | None = None) -> Tensor:
+    def as_sharded(self, x: Tensor, dim: int, length: int | None = None) -> Tensor:
         """x, or, with several ranks, the DTensor whose parts along `dim` are the x of all ranks.
         `length` is the total along `dim`. With None, zeros pad all parts to the longest one."""
         if self.size == 1:
@@ -144,7 +142,7 @@ class Ranks:
         return as_dtensor(x, shape, mesh, [Shard(dim)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
-        return self
+        return self  # process groups can't be copied
 
 
 # --- DTensors -------------------------------------------------------------------------------------

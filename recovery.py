@@ -47,7 +47,7 @@ class Recovery:
         self.given = constant or damp  # as it was set
         self.damp = constant or 1e-5  # λ before it is raised
         self.steps = self.skipped_steps = self.raised_steps = 0
-        self.tried = 0  # raised steps when λ was raised, or tried itself, last
+        self.tried = 0  # `raised_steps` when λ was last raised, or last tried unraised
         self._error: NonFiniteGradientError | None = None  # to raise at the end of the step
 
     def set_damp(self, fisher: "DynamicInverseFisher", damp: float | str) -> None:
@@ -82,20 +82,20 @@ class Recovery:
     ) -> Tensor | None:
         """F⁻¹g (d,) for λ = `damp` or a multiple of it; None if the step is skipped."""
         before, due = fisher.damp, self._is_due(fisher)
-        due_again = before != self.damp and self.raised_steps - self.tried >= fisher.num_grads
-        self.settle(fisher, wait=due or due_again)
+        retry = before != self.damp and self.raised_steps - self.tried >= fisher.num_grads
+        self.catch_up(fisher, wait=due or retry)
         if due:
             self.damp = self._relative(fisher, self.fraction, g)
-        damp = self.damp if due or due_again else fisher.damp
+        damp = self.damp if due or retry else fisher.damp
 
         def attempt() -> Tensor:
             u = fisher.update_matvec(g, veto=veto)
             if fisher.damp != before:  # so that no further steps are lost while λ is too small
-                fisher.precision.settle()
+                fisher.precision.catch_up()
             return u
 
         try:
-            u = self.raising(fisher, attempt, damp)
+            u = self.with_enough_damp(fisher, attempt, damp)
         except NonFiniteGradientError as error:
             self._skip(fisher, error)
             return None
@@ -111,9 +111,9 @@ class Recovery:
         return u
 
     def abstain(self, fisher: "DynamicInverseFisher", veto: Tensor | None) -> Tensor:
-        """Replaces `update_matvec` if no rank has a gradient for the window, with as many messages.
+        """Takes the place of `update_matvec` if no rank has a gradient, with as many messages.
         Returns whether gradients of other groups are finite. On CUDA nobody waits for that."""
-        if self._is_due(fisher):
+        if self._is_due(fisher):  # the first message of `update_matvec`
             fisher.ranks.sum_of_present(fisher.coefficients.K.new_zeros(1, 2), False)
         finite = fisher.abstain(veto)
         if not finite.is_cuda:
@@ -123,19 +123,19 @@ class Recovery:
                 self._skip(fisher, error)
         return finite
 
-    def settle(self, fisher: "DynamicInverseFisher", wait: bool = True) -> None:
-        """Reads the results of earlier steps on CUDA, with `wait` or after a failure all of them,
-        and raises λ if one of them needs that."""
+    def catch_up(self, fisher: "DynamicInverseFisher", wait: bool = True) -> None:
+        """Reads the errors of earlier steps on CUDA, all of them with `wait` or once λ has been
+        raised, and raises λ if one of them needs that."""
         before = fisher.damp
         while True:
             try:
-                return self.raising(
-                    fisher, lambda: fisher.precision.settle(wait or fisher.damp != before)
+                return self.with_enough_damp(
+                    fisher, lambda: fisher.precision.catch_up(wait or fisher.damp != before)
                 )
             except NonFiniteGradientError as error:
                 self._skip(fisher, error)
 
-    def raising(
+    def with_enough_damp(
         self, fisher: "DynamicInverseFisher", call: Callable[[], T], damp: float | None = None
     ) -> T:
         """The result of `call`, with λ = `damp`, by default the present one, or the smallest

@@ -25,14 +25,14 @@ sweep is that of SparseGPT (Frantar, Alistarh, arXiv 2301.00774). There S has th
 rows and layers count the same, and one column is removed at a time.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from checks import damp_parts
-from gradients import GradientCollector, cross_entropy, ready_for_gradients
+from gradients import GradientCollector, ready_for_gradients
 from levels import Wanted
 from masks import Pattern, WeightsAlive
 from prun import MFACPruner
@@ -42,6 +42,9 @@ from samples import OuterProducts, linear_layers
 __all__ = ["MFACRowPruner"]
 
 COLUMNS = 32  # at a time, or a multiple of the pattern's groups
+# Arguments of MFACPruner that have no meaning here.
+OF_BLOCKS: tuple[str, ...] = "blocksize", "perbatch", "pages", "update", "rounds", "grads_dtype"
+OF_BLOCKS += "per_sample", "batches_at_once", "process_group"
 
 
 class SharedRows:
@@ -109,14 +112,15 @@ class MFACRowPruner(MFACPruner):
     Gradients are of samples, from inputs and gradients of outputs, in one process.
 
     Args:
-        model, loader, params, ignore, scope, pattern, masks, keep_zeros, portions, loss, ngrads,
-            mode, drop_smaller, seed, device: as for `MFACPruner`, with per_sample=True. With
-            portions, each is pruned by gradients of the model that those before have left.
+        model, loader, params: as for `MFACPruner`.
         damp: "relative:0.01" or another fraction of the mean squared gradient of each row.
+        options: ignore, scope, pattern, masks, keep_zeros, portions, loss, ngrads, mode,
+            drop_smaller, seed and device, as for `MFACPruner` with per_sample=True. With portions,
+            each is pruned by gradients of the model that those before have left.
 
     Raises:
-        ValueError: for weights of other layers, or used by others than their layers; in `prune`
-            also for layers without gradients.
+        ValueError: for other arguments of `MFACPruner`, weights of other layers, or used by others
+            than their layers; in `prune` also for layers without gradients.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -135,40 +139,13 @@ class MFACRowPruner(MFACPruner):
         loader: Iterable[Any],
         params: Sequence[str] | None = None,
         *,
-        ignore: Sequence[str] = (),
-        scope: str = "global",
-        pattern: str = "unstructured",
-        masks: Mapping[str, Tensor] | None = None,
-        keep_zeros: bool = False,
-        portions: int | Sequence[str | Sequence[str]] | None = None,
-        loss: Callable[[nn.Module, Any], Tensor] = cross_entropy,
-        ngrads: int = 1024,
         damp: str = "relative:0.01",
-        mode: str = "eval",
-        drop_smaller: bool = False,
-        seed: int = 0,
-        device: torch.device | str | None = None,
+        **options: Any,
     ):
-        super().__init__(
-            model,
-            loader,
-            params,
-            ignore=ignore,
-            scope=scope,
-            pattern=pattern,
-            masks=masks,
-            keep_zeros=keep_zeros,
-            portions=portions,
-            loss=loss,
-            ngrads=ngrads,
-            per_sample=True,
-            damp=damp,
-            mode=mode,
-            drop_smaller=drop_smaller,
-            seed=seed,
-            device=device,
-            process_group=False,
-        )
+        if wrong := [name for name in OF_BLOCKS if name in options]:
+            raise ValueError(f"{wrong[0]} is for MFACPruner only: leave it out")
+        options |= {"damp": damp, "per_sample": True, "process_group": False}
+        super().__init__(model, loader, params, **options)
         layers = linear_layers(model, self.params)
         known = {id(p) for layer in layers for p in layer.parameters(recurse=False) if p.ndim == 2}
         if others := [name for name, p in self.params.items() if id(p) not in known]:

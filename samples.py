@@ -1,4 +1,4 @@
-"""Gradients of single samples, from the mean loss of a batch of them.
+"""Gradients of single samples, from the mean loss of a batch of them, and of several batches.
 
 The gradient of a sample is n times the part of a batch's gradient that goes through it, with n
 samples in the batch. For a linear layer with inputs aₜ and gradients δₜ of its outputs at the
@@ -8,7 +8,8 @@ positions t (words) of the sample, it is
 
 so one backward pass, to the outputs of the layers alone, suffices for a batch. Parameters of other
 layers need a batch of one for each sample: all at once by torch.func if the model allows it, else
-one after the other. The results are the same if the loss is a mean over samples.
+one after the other. The results are the same if the loss is a mean over samples. Small models on a
+GPU, where launches of kernels take the time, get the gradients of several batches in the same way.
 """
 
 import math
@@ -44,23 +45,44 @@ def batch_size(batch: Any) -> int:
     return next(filter(None, map(batch_size, batch)), 0)
 
 
-def map_samples(batch: Any, n: int, change: Callable[[Any], Any]) -> Any:
-    """A batch in which tensors and lists of strings with n samples are changed."""
-    if isinstance(batch, Tensor):
-        return change(batch) if batch.ndim and len(batch) == n else batch
-    if isinstance(batch, Mapping):
-        parts = {key: map_samples(part, n, change) for key, part in batch.items()}
-        return type(batch)(parts)  # type: ignore[call-arg]
-    if not isinstance(batch, (list, tuple)):
-        return batch
-    if len(batch) == n and all(isinstance(part, str) for part in batch):
-        return change(batch)
-    changed = [map_samples(part, n, change) for part in batch]
-    return type(batch)(*changed) if hasattr(batch, "_fields") else type(batch)(changed)
-
-
 class NotPossible(Exception):
     """The model does not allow this way of computing gradients."""
+
+
+class Unlike(NotPossible):
+    """These batches do not allow it, as they differ in more than the values of tensors."""
+
+    def __str__(self) -> str:
+        return "batches differ in structure or shapes"
+
+
+def join_batches(batches: Sequence[Any], join: Callable[[list[Any]], Any]) -> Any:
+    """A batch with the structure of these, of what `join` makes of the same part of each: tensors,
+    lists of strings, and all that is not nested. Raises Unlike if structures differ."""
+    first = batches[0]
+    strings = isinstance(first, (list, tuple)) and all(isinstance(part, str) for part in first)
+    if strings or not isinstance(first, (Mapping, list, tuple)):
+        return join(list(batches))
+    if any(type(batch) is not type(first) or len(batch) != len(first) for batch in batches):
+        raise Unlike
+    if isinstance(first, Mapping):
+        if any(batch.keys() != first.keys() for batch in batches):
+            raise Unlike
+        parts = {key: join_batches([batch[key] for batch in batches], join) for key in first}
+        return type(first)(parts)  # type: ignore[call-arg]
+    made = [join_batches(each, join) for each in zip(*batches, strict=True)]
+    return type(first)(*made) if hasattr(first, "_fields") else type(first)(made)
+
+
+def map_samples(batch: Any, n: int, change: Callable[[Any], Any]) -> Any:
+    """A batch in which tensors and lists of strings with n samples are changed."""
+
+    def changed(parts: list[Any]) -> Any:
+        part = parts[0]
+        sized = part.ndim if isinstance(part, Tensor) else isinstance(part, (list, tuple))
+        return change(part) if sized and len(part) == n else part
+
+    return join_batches([batch], changed)
 
 
 Factors = tuple[Tensor, Tensor]  # (n, T, p) and (n, T, q): gradients Σₜ leftₜ rightₜᵀ (n, p·q)
@@ -168,7 +190,7 @@ def add_squares_(squares: Tensor, rows: Tensor) -> None:
     """Adds the squares of gradients (n, d) to `squares` (d,), in float64."""
     width = max(1, TILE // (32 if rows.device.type == "cpu" else 1) // len(rows))
     for part, those in zip(rows.split(width, 1), squares.split(width), strict=True):
-        those += part.double().square_().sum(0)
+        those += part.double().square().sum(0)  # a copy, as double() of float64 is none
 
 
 class SampleGradients:
@@ -253,8 +275,8 @@ class SampleGradients:
                     if left.shape[2:] + right.shape[2:] != (*p.shape, 1)[:2]:
                         raise NotPossible
                     parts[id(p)].append((left, right))
-        joined = [joined_factors(parts[id(p)], p, n) for p in self.params.values()]
-        for (left, right), expected in zip(joined, found[len(calls) :], strict=False):
+        factors = [joined_factors(parts[id(p)], p, n) for p in self.params.values()]
+        for (left, right), expected in zip(factors, found[len(calls) :], strict=False):
             mean = (left.flatten(0, 1).mT @ right.flatten(0, 1)).flatten().double() / n
             expected = torch.zeros_like(mean) if expected is None else expected.flatten().double()
             if not (mean - expected).norm() <= AGREE * expected.norm():
@@ -262,7 +284,7 @@ class SampleGradients:
         if not self.compared and n > 1:
             self._check_dimension(batch, n)
             self.compared = True
-        return joined
+        return factors
 
     def _check_dimension(self, batch: Any, n: int) -> None:
         """Raises NotPossible if inputs of layers are not one shorter with one sample less. Their
@@ -297,32 +319,89 @@ class SampleGradients:
 
     def _by_vmap(self, batch: Any, n: int) -> list[Tensor]:
         """Batches of one, all at once."""
-        tensors: list[Tensor] = []
-        map_samples(batch, n, tensors.append)
-        wrapped = Wrapped(self.model, self.loss)
-
-        def loss(params: dict[str, Tensor], *samples: Tensor) -> Tensor:
-            parts = iter(samples)
-            one = map_samples(batch, n, lambda _: next(parts))
-            return torch.func.functional_call(wrapped, params, (one,))
-
-        params = {f"model.{name}": p.detach() for name, p in self.params.items()}
-        places = (None, *(0 for _ in tensors))
-        vmapped = torch.func.vmap(torch.func.grad(loss), places, randomness="different")
-        try:
-            grads = vmapped(params, *(tensor[:, None] for tensor in tensors))
-        except Exception as error:  # of any kind; if it is not due to vmap, it comes again
-            raise NotPossible from error
-        return [grad.detach().reshape(n, -1) for grad in grads.values()]
+        return together(self.model, self.loss, self.params, samples_of(batch, n), "different")
 
     def _one_by_one(self, batch: Any, n: int) -> list[Tensor]:
         """Batches of one, each with a backward pass."""
-        rows = []
-        for i in range(n):
-            loss = self.checked_loss(map_samples(batch, n, itemgetter(slice(i, i + 1))))
-            grads = torch.autograd.grad(loss, list(self.params.values()), materialize_grads=True)
-            rows.append([grad.to_dense().flatten() for grad in grads])
-        return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+        rows = [gradient(self.checked_loss(one), self.params) for one in samples_of(batch, n)]
+        return [torch.cat(parts) for parts in zip(*rows, strict=True)]
+
+
+def samples_of(batch: Any, n: int) -> list[Any]:
+    """The n samples of a batch, each as a batch of one."""
+    return [map_samples(batch, n, itemgetter(slice(i, i + 1))) for i in range(n)]
+
+
+# --- gradients of batches -------------------------------------------------------------------------
+
+
+def gradient(loss: Tensor, params: Mapping[str, Tensor]) -> list[Tensor]:
+    """The gradient of a loss, (1, numel) for each parameter."""
+    grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
+    return [grad.to_dense().reshape(1, -1) for grad in grads]  # an Embedding has sparse ones
+
+
+def together(
+    model: nn.Module,
+    loss: Callable[[nn.Module, Any], Tensor],
+    params: Mapping[str, Tensor],
+    batches: Sequence[Any],
+    randomness: str = "error",
+) -> list[Tensor]:
+    """The gradients of k batches, (k, numel) for each parameter, all at once by torch.func. Raises
+    Unlike for batches that cannot be stacked, and NotPossible if torch.func refuses the model, or
+    if the model keeps something from one batch to the next. It is left as it was."""
+    tensors: list[list[Tensor]] = []  # of each tensor in a batch, that of each batch
+    join_batches(batches, lambda parts: tensors.append(parts) if stackable(parts) else None)
+    shared = [all(one is parts[0] for one in parts) for parts in tensors]
+    places = [None if same and not all(shared) else 0 for same in shared]
+    stacks = [
+        parts[0] if place is None else torch.stack(parts)
+        for parts, place in zip(tensors, places, strict=True)
+    ]
+    wrapped = Wrapped(model, loss)
+    constant = {f"model.{name}": p.detach() for name, p in params.items()}
+    buffers = {name: buffer.clone() for name, buffer in wrapped.named_buffers()}
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+
+    def loss_of(params: dict[str, Tensor], *parts: Tensor) -> Tensor:
+        own, used = iter(parts), {**params, **buffers}
+        batch = join_batches(batches, lambda p: next(own) if isinstance(p[0], Tensor) else p[0])
+        loss = torch.func.functional_call(wrapped, used, (batch,))
+        if any(used[name] is not buffer or buffer._version for name, buffer in buffers.items()):
+            raise NotPossible("the model changes its buffers, which later batches may depend on")
+        return loss
+
+    vmapped = torch.func.vmap(torch.func.grad(loss_of), (None, *places), randomness=randomness)
+    try:
+        grads = vmapped(constant, *stacks)
+    except Exception as error:  # of any kind; if it is not due to torch.func, it comes again
+        raise NotPossible(f"{type(error).__name__}: {error}") from error
+    finally:
+        changed = [(now, before) for now, before in attributes if not same_objects(now, before)]
+        for now, before in changed:
+            now.clear()
+            now.update(before)
+    if changed:
+        raise NotPossible("the model changes its attributes, which later batches may depend on")
+    return [grad.detach().reshape(len(batches), -1) for grad in grads.values()]
+
+
+def same_objects(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(one[name] is other[name] for name in one)
+
+
+def stackable(parts: Sequence[Any]) -> bool:
+    """Whether these are tensors. Raises Unlike if they differ in shape, type or device, or are
+    anything else that differs."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        like = first.shape, first.dtype, first.device
+        if any((one.shape, one.dtype, one.device) != like for one in parts):
+            raise Unlike
+    elif any(one is not first and (type(one) is not type(first) or one != first) for one in parts):
+        raise Unlike
+    return isinstance(first, Tensor)
 
 
 class Wrapped(nn.Module):

@@ -7,7 +7,6 @@ many as fit.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -34,7 +33,6 @@ def of_fisher(fisher: "DynamicInverseFisher") -> dict[str, Any]:
         "window": [block.state for block in fisher.window.blocks],
         "count": fisher.count,
         "damp": fisher.damp,
-        "exact": fisher.precision.exact,
         "precision": fisher.precision.state_dict(),
         "K": fisher.coefficients.K,
         "P": fisher.coefficients.P,
@@ -50,7 +48,7 @@ def into_fisher(
     is called with each gradient if the window is another. Raises ValueError if the state is not
     one, or has another number of weights."""
     with fisher.ranks.agreed():  # each may have loaded what another one saved
-        dims = _checked(fisher, state)
+        dims = _checked_dims(fisher, state)
         if sum(dims) != fisher.shape[0]:
             raise ValueError(
                 f"The state dict has {sum(dims)} weights, but this inverse Fisher "
@@ -58,7 +56,7 @@ def into_fisher(
             )
     window, side = fisher.window, fisher.coefficients
     saved, own = ((len(x["K"]), x["dtype"], x["compress"]) for x in (state, of_fisher(fisher)))
-    fisher.precision.forget()
+    fisher.precision.reset()
     if saved != own or not (window.separable or dims == window.dims):
         stored = [x for b in window.blocks for name, x in b.state.items() if name != "columns"]
         for tensor in (side.K, fisher.counter, *stored):
@@ -80,7 +78,6 @@ def into_fisher(
         for x, value in pairs:
             x.copy_(value)
     fisher.counter.fill_(state["count"])
-    fisher.precision.exact = fisher.precision.always_exact or state["exact"]
     fisher.precision.load_state_dict(state["precision"])
     side.K.copy_(state["K"])
     side.P.copy_(state["P"])
@@ -98,7 +95,7 @@ def _row(block: dict[str, Tensor], j: int) -> Tensor:
     return g
 
 
-def _checked(fisher: "DynamicInverseFisher", state: Any) -> list[int]:
+def _checked_dims(fisher: "DynamicInverseFisher", state: Any) -> list[int]:
     """The numbers of columns of the blocks. Raises ValueError if this is not a state of an inverse
     Fisher, whatever its settings."""
     with _reading():
@@ -162,7 +159,7 @@ def add_window(optimizer: Any, state: dict[str, Any]) -> None:
             state["state"][i] = {**state["state"][i], "grads": _to_save(flat, p, views[0])}
     else:
         shared["window"] = {
-            str(i): {name: flat.ranks.as_saved(x, x.ndim - 1) for name, x in block.items()}
+            str(i): {name: flat.ranks.as_sharded(x, x.ndim - 1) for name, x in block.items()}
             for i, block in enumerate(blocks)
         }
     state["param_groups"][0]["fisher"] = shared
@@ -190,7 +187,7 @@ def set_aside(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         if "window" in shared:
             shared = {**shared, "window": _own_blocks(shared, optimizer.flat.ranks)}
         _check(shared, {**optimizer._recovery.state_dict(), "ranks": 1, "order": []})
-        _checked(optimizer.fisher, {"window": [], **shared})
+        _checked_dims(optimizer.fisher, {"window": [], **shared})
         entries = []
         for i, (_, p) in zip(numbers, optimizer.numbered(), strict=True):
             masks = {k: x for k, x in optimizer.state.get(p, {}).items() if k == "mask"}
@@ -211,7 +208,7 @@ def _own_blocks(shared: dict[str, Any], ranks: Ranks) -> list[dict[str, Tensor]]
             "start a new window"
         )
     blocks = [shared["window"][str(i)] for i in range(len(shared["window"]))]
-    return [{name: ranks.own(x, x.ndim - 1) for name, x in block.items()} for block in blocks]
+    return [{name: ranks.part(x, x.ndim - 1) for name, x in block.items()} for block in blocks]
 
 
 def _check_entries(p: Tensor, entries: dict[str, Any], shared: dict[str, Any]) -> None:
@@ -258,11 +255,11 @@ def load(optimizer: Any) -> None:
 
     def enter(g: Tensor) -> None:
         with contextlib.suppress(NonFiniteGradientError):
-            recovery.raising(fisher, partial(fisher.update, g))
+            recovery.with_enough_damp(fisher, lambda: fisher.update(g))
 
     into_fisher(fisher, {**shared, "window": blocks}, enter)
     if not known <= set(present):
-        recovery.raising(fisher, lambda: fisher.precision.invert(fisher.damp, anew=True))
+        recovery.with_enough_damp(fisher, lambda: fisher.precision.invert(fisher.damp, anew=True))
     if flat.ranks.size > 1:
         _check_ranks(fisher)
     optimizer.follow()  # what is trained besides gets columns
@@ -273,7 +270,7 @@ def _to_save(flat: Flat, p: Tensor, G: Tensor) -> Tensor:
     """The columns G (m, ·) of p as (m, trained weights), or (m, *shape) if p is sharded."""
     dim, mask, here = sharded_dim(p), flat.mask(p), local(p)
     if dim is None:
-        return flat.ranks.as_saved(G, 1, p.numel() if mask is None else int(mask.sum()))
+        return flat.ranks.as_sharded(G, 1, p.numel() if mask is None else int(mask.sum()))
     if mask is not None:
         index = local(mask).flatten().nonzero()[:, 0]
         G = G.new_zeros(len(G), here.numel()).index_copy_(1, index, G)
@@ -294,7 +291,7 @@ def _from_saved(flat: Flat, p: Tensor, entries: dict[str, Any]) -> Tensor:
         if G.shape[1] != p.numel():
             index = entries["mask"].flatten().nonzero()[:, 0]
             G = G.new_zeros(len(G), p.numel()).index_copy_(1, index, G)
-        G = flat.ranks.own(G.view(len(G), *p.shape), dim + 1).flatten(1)
+        G = flat.ranks.part(G.view(len(G), *p.shape), dim + 1).flatten(1)
     if mask is not None and G.shape[1] == local(p).numel():
         G = G[:, local(mask).flatten().to(G.device)]
     return flat.ranks.part(G, 1) if dim is None else G

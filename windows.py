@@ -380,8 +380,8 @@ def kept(size: int, compress: float) -> int:
 
 
 def _type(exact: bool) -> torch.dtype:
-    """The type of products: float32 only if the process has not allowed a lower precision.
-    Changing that setting here would also change it for other threads."""
+    """The type of products: float32 if it suffices and the process has not allowed less precision,
+    as with TF32. Changing that setting here would also change it for other threads."""
     mkldnn: Any = torch.backends.mkldnn  # torch's annotations lack `matmul`
     full = mkldnn.matmul.fp32_precision in ("ieee", "none")
     return torch.float32 if full and not exact else torch.float64

@@ -1,4 +1,4 @@
-"""Time on a GPU: steps of MFAC, `update_matvec` for large d, the static inverse with its diagonal.
+"""Time on a GPU: steps of MFAC, `update_matvec` for large d, the static inverse, a pruning.
 
     python benchmarks/gpu_rows.py [--large] [--json FILE]
 
@@ -7,7 +7,8 @@ First, results are compared with float64, and 3m replays of a captured step with
 Rows of steps are for the parameters of ResNet-20 and a full window: median milliseconds with fresh
 random gradients, eager and replayed as a CUDA graph, and the time of two reads of the window at the
 bandwidth of a copy. Rows of the static inverse are for random gradients, on the GPU or in main
-memory.
+memory. Rows of a pruning are for ResNet-20 and random images: gradients, one batch after the other
+and several at once, F⁻¹, and a level.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from torch import nn
 import kernels
 import models
 from optim import MFAC, DynamicInverseFisher
-from prun import BlockedInverseFisher, PagedInverseFisher
+from prun import BlockedInverseFisher, MFACPruner, PagedInverseFisher
 
 DEVICE = "cuda"
 DTYPES = torch.float32, torch.bfloat16, torch.float8_e4m3fn
@@ -205,12 +206,30 @@ def static_rows(m: int = 1024, d: int = 270_896) -> Iterator[tuple[str, dict[str
             yield f"static, {name}, gradients {place}", static_row(build, G, drop)
 
 
+def pruning_rows(m: int = 1024, size: int = 32) -> Iterator[tuple[str, dict[str, float]]]:
+    """Names and times of ways to prune half of ResNet-20 with the gradients of m batches."""
+    images, labels = torch.randn(m, size, 3, 32, 32), torch.randint(10, (m, size))
+    batches = list(zip(images.to(DEVICE), labels.to(DEVICE), strict=True))
+    for options in ({"batches_at_once": 1}, {}, {"blocksize": 128, "rounds": 8}):
+        model = models.build("resnet20", 10).to(DEVICE)
+        for ngrads in (64, m):  # the first warms up
+            pruner = MFACPruner(model, batches, ngrads=ngrads, damp="relative", **options)
+            pruner.recompute()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        pruner.prune(0.5)
+        torch.cuda.synchronize()
+        seconds = {**pruner.seconds, "level": time.perf_counter() - start}
+        yield f"pruning, {options or 'default'}", {key: 1e3 * s for key, s in seconds.items()}
+
+
 def measured(rate: float, large: bool) -> Iterator[tuple[str, dict[str, float]]]:
     """Names and times of all rows."""
     cases = [(m, dtype, {}) for dtype in DTYPES for m in (512, 1024)]
     for m, dtype, options in (*cases, (1024, torch.float32, {"compress": 0.01})):
         yield f"m = {m}, {dtype} {options or ''}", row(m, dtype, rate, **options)
     yield from static_rows()
+    yield from pruning_rows()
     for m, d, dtype in LARGE if large else []:
         torch.cuda.empty_cache()
         yield f"m = {m}, d = {d:,}, {dtype}", large_row(m, d, dtype, rate)

@@ -59,7 +59,7 @@ def test_libraries_with_ddp_resume_to_the_same_bits(tmp_path):
 
 def test_one_process_has_everything():
     x, alone = torch.arange(12.0).view(3, 4), Ranks()
-    for part in (alone.sum(x), alone.part(x), alone.own(x, 1), alone.as_saved(x, 0)):
+    for part in (alone.sum(x), alone.part(x), alone.as_sharded(x, 0)):
         assert torch.equal(part, torch.arange(12.0).view(3, 4))
     assert torch.equal(alone.exchange(x, [3], 4), x) and alone.chunk(4) == 4
     assert torch.equal(alone.gather(x[1]), x[1:2])

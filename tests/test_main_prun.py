@@ -360,6 +360,22 @@ def test_pages_and_updates(run):
     assert not same_weights("joint-step0.pth", "none-step0.pth")
 
 
+def test_blocks_in_rounds_are_the_default():
+    """Of at least as many gradients; rounds with the joint update."""
+    for given, blocksize, rounds in (
+        ({}, 128, 8),
+        ({"blocksize": 16}, 16, 8),
+        ({"blocksize": -1}, -1, 1),
+        ({"blocksize": -1, "rounds": 3}, -1, 3),
+        ({"update": "none"}, 128, 1),
+        ({"ngrads": 128}, 128, 8),
+        ({"ngrads": 127}, -1, 1),
+        ({"ngrads_schedule": [9, 200], "sparsities": [0.1, 0.2]}, -1, 1),
+    ):
+        settings = prun_settings.choose_settings(given)
+        assert (settings["blocksize"], settings["rounds"]) == (blocksize, rounds)
+
+
 def test_levels_over_all_parameters(run):
     flags = ["--pruner", "magnitude", "--adjust_sparsities", "--sparsities", 0.5, 0.9]
     assert run(*flags, "--out", "net") == 0
@@ -877,7 +893,8 @@ BAD_FLAGS = [
     ("--sparsities 0.5 --ngrads_schedule 81", "use a lower --ngrads_schedule or --npergrad"),
     ("--ngrads 8 --npergrad 11", "8 gradients of 11 images"),
     ("--blocksize 8 --pages 2", "--pages is for"),
-    ("--perbatch 2", "--perbatch is for"),
+    ("--pages 2", "--pages is for --pruner mfac with --blocksize -1 only"),
+    ("--blocksize -1 --perbatch 2", "--perbatch is for --pruner mfac without --blocksize -1 only"),
     (f"--pages {10**9} --ngrads 8", "page"),
     *(
         (f"--pruner magnitude --{flag}", "is for --pruner mfac")

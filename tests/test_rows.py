@@ -196,6 +196,7 @@ REFUSED = {
     ),
     "too few": (nn.Linear(4, 4), {"ngrads": 9}, "Wanted 9 gradients, but the loader has fewer"),
     "groups": (nn.Linear(6, 4), {"pattern": "2:4"}, "There are no weights to prune"),
+    "blocks": (nn.Linear(4, 4), {"blocksize": 2}, "blocksize is for MFACPruner only: leave it out"),
 }
 
 

@@ -1,6 +1,8 @@
 """Gradients of single samples: those of a backward pass each, for layers of all kinds, and pruning
-by them as by the dense Fisher matrix."""
+by them as by the dense Fisher matrix. Gradients of several batches at once."""
 
+import copy
+import logging
 import warnings
 
 import pytest
@@ -11,8 +13,10 @@ from torch.nn.functional import cross_entropy, mse_loss
 from transformers import BatchEncoding
 from transformers.pytorch_utils import Conv1D
 
+from gradients import GradientCollector
 from prun import MFACPruner
-from samples import OuterProducts, SampleGradients
+from ranks import Ranks
+from samples import OuterProducts, SampleGradients, join_batches
 
 N = 5
 
@@ -112,7 +116,7 @@ def samples(n=N):
 def row_of(loss, params):
     """The gradient (d,) from a backward pass, in float64."""
     grads = torch.autograd.grad(loss, list(params), materialize_grads=True)
-    return torch.cat([grad.flatten() for grad in grads]).double()
+    return torch.cat([grad.to_dense().flatten() for grad in grads]).double()
 
 
 def rows_of(model, loss, batches):
@@ -457,3 +461,242 @@ def test_a_loss_that_is_a_sum_over_samples_is_warned_of():
 
         *_, warned = gradients_and_warnings(model, loss, torch.randn(N, 3, 4))
         assert len(warned) == (reduce is torch.sum)
+
+
+# --- several batches at once ----------------------------------------------------------------------
+
+
+class Words(nn.Module):
+    """Integers in, an embedding that the output shares, and a part that is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layer, self.unused = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(2, 2)
+
+    def forward(self, words, mask=None):
+        hidden = self.layer(self.embed(words)).tanh()
+        return (hidden if mask is None else hidden * mask) @ self.embed.weight.T
+
+
+class Keeps(nn.Module):
+    """Its output depends on the batches before, by a buffer or another attribute."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layer, self.kind, self.before = nn.Linear(4, 3), kind, None
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        y = self.layer(x)
+        if self.kind == "attribute":
+            self.before, y = y.detach(), y if self.before is None else y + self.before.mean()
+        elif self.kind == "buffer":
+            self.mean = 0.9 * self.mean + y.detach().mean((0, 1))
+            y = y * self.mean
+        else:
+            self.mean += 1
+            y = y * self.mean
+        return y
+
+
+MASK = torch.arange(3.0, dtype=torch.float64)[:, None]
+
+
+def noisy(model, x):
+    return (model(x) - torch.randn(())).square().mean()
+
+
+def squares(model, x):
+    return model(x).square().mean()
+
+
+def next_words(model, batch):
+    return cross_entropy(model(batch["words"]).flatten(0, 1), batch["next"].flatten())
+
+
+def masked_words(model, batch):
+    (words, following), options = batch
+    return cross_entropy(model(words, options["mask"]).flatten(0, 1), following.flatten())
+
+
+def numbers(*shape):
+    return lambda: torch.randn(*shape, dtype=torch.float64)
+
+
+def integers():
+    return torch.randint(9, (N, 3))
+
+
+def on_gpu(parts):
+    return parts[0].cuda() if isinstance(parts[0], Tensor) else parts[0]
+
+
+def tiny_conv(*layers):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), *layers, nn.ReLU(inplace=True))
+
+
+# The model, its loss, batches, and whether it is possible.
+AT_ONCE = {
+    "convolutions": (tiny_conv, squares, numbers(N, 3, 6, 6), True),
+    "dropout": (lambda: tiny_conv(nn.Dropout2d(0.5)), squares, numbers(N, 3, 6, 6), True),
+    "sequences": (MODELS["sequences"][0], squares, numbers(N, 3, 4), True),
+    "attention": (Attention, squares, numbers(N, 3, 4), True),
+    "tied": (Tied, squares, numbers(N, 3, 4), True),
+    "integers": (
+        Words,
+        next_words,
+        lambda: BatchEncoding({"words": integers(), "next": integers()}),
+        True,
+    ),
+    "nested": (
+        Words,
+        masked_words,
+        lambda: ((integers(), integers()), {"mask": MASK, "n": N}),
+        True,
+    ),
+    "branching": (Branching, squares, numbers(N, 3, 4), False),
+    "random dropout": (
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.FeatureAlphaDropout()),
+        squares,
+        numbers(N, 3, 4),
+        False,
+    ),
+    "random loss": (lambda: nn.Linear(4, 3), noisy, numbers(N, 4), False),
+    "sparse": (
+        lambda: nn.Embedding(9, 3, sparse=True),
+        squares,
+        integers,
+        False,
+    ),
+    "batch norm of batches": (
+        lambda: nn.Sequential(nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3).train()),
+        squares,
+        numbers(N, 3, 4),
+        False,
+    ),
+    **{
+        f"keeps {kind}": (lambda kind=kind: Keeps(kind), squares, numbers(N, 3, 4), False)
+        for kind in ("attribute", "buffer", "counter")
+    },
+}
+
+
+def collected(model, loss, batches, at_once):
+    """G (m, d) of every second weight, and the collector, in parts of 6."""
+    params = dict(model.named_parameters())
+    d = sum(p.numel() for p in params.values())
+    device = next(model.parameters()).device
+    alive = torch.arange(0, d, 2, device=device)
+    like = torch.empty(0, dtype=torch.float64, device=device)
+    ranks = Ranks()
+    collector = GradientCollector(
+        model, loss, params, alive, len(batches), like, ranks, False, at_once
+    )
+    torch.manual_seed(5)  # of what the loss draws
+    rows = [part.clone() for part in collector.rows(batches, 6, len(alive))]
+    return torch.cat(rows), collector
+
+
+def one_by_one(model, loss, batches):
+    """The same as G, by a backward pass each."""
+    torch.manual_seed(5)
+    return torch.stack([row_of(loss(model, b), model.parameters()) for b in batches])[:, ::2]
+
+
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_gradients_of_several_batches_at_once_are_those_of_each(name, caplog):
+    """Of 14 batches in parts of 6, by 4; whatever is refused leaves no trace."""
+    make, loss, draw, possible = AT_ONCE[name]
+    model = make().double()
+    for module in model.modules():
+        if not isinstance(module, nn.BatchNorm1d):
+            module.training = name == "random dropout"
+    batches = [draw() for _ in range(14)]
+    twin = copy.deepcopy(model)
+    before = copy.deepcopy(model.state_dict())
+    expected = one_by_one(twin, loss, batches)
+    alone, _ = collected(copy.deepcopy(model), loss, batches, 1)
+    torch.testing.assert_close(alone, expected, rtol=1e-9, atol=1e-12)
+    with caplog.at_level(logging.DEBUG, "prun"):
+        G, collector = collected(model, loss, batches, 4)
+    torch.testing.assert_close(G, expected, rtol=1e-9, atol=1e-12)
+    assert (collector.batches_at_once == 4) == possible
+    assert len(caplog.records) == (not possible)
+    torch.testing.assert_close(collector.squares, expected.square().sum(0))
+    assert all(torch.equal(v, twin.state_dict()[k]) for k, v in model.state_dict().items())
+    if possible:
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_batches_of_other_shapes_are_worked_on_one_by_one():
+    """A smaller one in the middle, other keys, another type; those after it are together again."""
+    model = Words().double()
+    batches = [BatchEncoding({"words": integers(), "next": integers()}) for _ in range(12)]
+    batches[1] = {"words": integers()[:2], "next": integers()[:2]}
+    batches[5] = BatchEncoding({"next": integers(), "words": integers()})
+    batches[7] = BatchEncoding({"words": integers().int(), "next": integers()})
+    expected = one_by_one(model, next_words, batches)
+    G, collector = collected(model, next_words, batches, 3)
+    torch.testing.assert_close(G, expected, rtol=1e-9, atol=1e-12)
+    assert collector.batches_at_once == 3 and collector.compared
+
+
+def test_the_same_batch_may_come_again():
+    model, batch = nn.Linear(4, 3).double(), torch.randn(N, 4).double()
+    expected = one_by_one(model, squares, [batch] * 5)
+    G, collector = collected(model, squares, [batch] * 5, 3)
+    torch.testing.assert_close(G, expected)
+    assert collector.batches_at_once == 3
+
+
+def test_weights_that_torch_func_does_not_reach_are_found_out(caplog):
+    """A loss that holds the weight itself gets no gradient from torch.func, without an error."""
+    model = nn.Linear(4, 3).double()
+    weight = model.weight
+    batches = [torch.randn(N, 4).double() for _ in range(6)]
+
+    def loss(model, x):
+        return model(x).square().mean() + (weight @ x.T).square().mean()
+
+    expected = one_by_one(model, loss, batches)
+    with caplog.at_level(logging.DEBUG, "prun"):
+        G, collector = collected(model, loss, batches, 3)
+    torch.testing.assert_close(G, expected)
+    assert collector.batches_at_once == 1 and "other numbers" in caplog.text
+
+
+def test_a_batch_with_nan_is_named_among_several():
+    model = nn.Linear(4, 3)
+    batches = [torch.randn(N, 4) for _ in range(8)]
+    batches[5][0, 0] = torch.nan
+    with pytest.raises(ValueError, match="The gradients of batch 5 "):
+        collected(model, squares, batches, 3)
+
+
+@pytest.mark.parametrize("blocksize", [None, 16])
+def test_a_pruner_works_on_several_batches_at_once(blocksize):
+    """With dropout and batch norm in training mode, which are kept quiet."""
+    model = nn.Sequential(tiny_conv(nn.Dropout(0.5)), nn.Flatten(), nn.Linear(64, 3)).double()
+    batches = [(torch.randn(N, 3, 6, 6).double(), torch.randint(3, (N,))) for _ in range(12)]
+    pruned = []
+    for at_once in 1, 5:
+        twin = copy.deepcopy(model)
+        options = {"ngrads": 12, "mode": "train", "blocksize": blocksize, "damp": 1e-3}
+        MFACPruner(twin, batches, batches_at_once=at_once, **options).prune(0.5)
+        pruned.append(torch.cat([p.detach().flatten() for p in twin.parameters()]))
+    torch.testing.assert_close(pruned[1], pruned[0], rtol=1e-7, atol=1e-9)
+    with pytest.raises(ValueError, match="batches_at_once = 2 goes without per_sample only"):
+        MFACPruner(model, batches, per_sample=True, batches_at_once=2)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_on_a_gpu_several_at_once_are_the_default(name):
+    make, loss, draw, possible = AT_ONCE[name]
+    model = make().double().eval().cuda()
+    batches = [join_batches([draw()], on_gpu) for _ in range(14)]
+    expected = one_by_one(copy.deepcopy(model), loss, batches)
+    G, collector = collected(model, loss, batches, None)
+    torch.testing.assert_close(G, expected, rtol=1e-8, atol=1e-10)
+    assert collector.batches_at_once > 1 or not possible
