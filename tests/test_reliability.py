@@ -161,7 +161,8 @@ def begun(dataset, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "advice"), [("optim", "a smaller --batchsize"), ("prun", "a --blocksize or fewer")]
+    ("name", "advice"),
+    [("optim", "a smaller --batchsize"), ("prun", "a smaller --blocksize or fewer")],
 )
 def test_a_full_gpu_is_a_sentence(name, advice, begun, capsys):
     with pytest.raises(SystemExit) as end:
