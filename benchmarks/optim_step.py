@@ -106,15 +106,15 @@ def resnet20(ngrads: int) -> tuple[list[nn.Parameter], MFAC]:
 
 
 def floor_and_steps(rounds: int) -> dict[str, list[float]]:
-    gradients = iter(torch.randn(2 * (rounds + 1), D))
+    gradients = iter(torch.randn(rounds + 1, D))
     params, optimizer = resnet20(M)
+    of_params = iter([[torch.randn_like(p) for p in params] for _ in range(rounds + 1)])
     fisher, of_optimizer = filled(M, D), fill(optimizer.fisher)
     G, z, x = of_optimizer.window.blocks[0].G, torch.randn(M), torch.randn(D)
-    sizes = [p.numel() for p in params]
 
     def step() -> None:
-        for p, g in zip(params, next(gradients).split(sizes), strict=True):
-            p.grad = g.view_as(p)
+        for p, g in zip(params, next(of_params), strict=True):
+            p.grad = g
         optimizer.step()
 
     return timed(
