@@ -74,8 +74,9 @@ class Segment:
 
     def average(self, v: Tensor, u: Tensor, weight: float | Tensor) -> Tensor:
         """v ← v + weight·(u − v) where there is a gradient. Elsewhere u becomes v."""
-        for i in self.lacking:
-            u.split(self.sizes)[i].copy_(v.split(self.sizes)[i])
+        if self.lacking:
+            new, old = u.split(self.sizes), v.split(self.sizes)
+            torch._foreach_copy_([new[i] for i in self.lacking], [old[i] for i in self.lacking])
         return v.lerp_(u, weight)
 
     def normalized(self, v: Tensor, ranks: Ranks) -> Tensor:
