@@ -513,7 +513,6 @@ def test_a_worker_that_is_killed_is_a_sentence(large, monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("fixture", ["small", "large"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_made_on_the_gpu(request, fixture, workers):

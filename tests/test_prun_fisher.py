@@ -326,7 +326,6 @@ def test_page_counts_out_of_range_are_refused(pages):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("pages", [1, 5])
 def test_pages_travel_to_the_device_and_back(pages):
     G, w = torch.randn(300, 40_001), torch.randn(40_001)

@@ -614,7 +614,6 @@ def test_memory_that_is_not_there_is_a_sentence(monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("blocksize", [None, 9, 30])
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_on_a_gpu_it_is_the_same(blocksize, rounds, monkeypatch):

@@ -409,7 +409,6 @@ class Split(nn.Module):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("device", [None, "cpu", "cuda"])
 @pytest.mark.parametrize("first", ["cpu", "cuda"])
 @pytest.mark.parametrize("blocksize", [None, 16])
@@ -473,7 +472,6 @@ def test_two_of_four_is_what_semi_structured_tensors_hold(dtype):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_semi_structured_tensors_compute_the_same_on_a_gpu():
     for layer in two_of_four().to("cuda", torch.bfloat16):
         x = torch.randn(64, layer.in_features, device="cuda", dtype=torch.bfloat16)

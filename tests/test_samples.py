@@ -690,7 +690,6 @@ def test_a_pruner_works_on_several_batches_at_once(blocksize):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", AT_ONCE)
 def test_on_a_gpu_several_at_once_are_the_default(name):
     make, loss, draw, possible = AT_ONCE[name]

@@ -26,8 +26,7 @@ from torch.optim.optimizer import (
 from optim import MFAC, NonFiniteGradientError
 from precision import Precision
 
-NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, NO_CUDA])
+CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 
 
 @pytest.fixture(autouse=True)
