@@ -109,8 +109,8 @@ def floor_and_steps(rounds: int) -> dict[str, list[float]]:
     gradients = iter(torch.randn(rounds + 1, D))
     params, optimizer = resnet20(M)
     of_params = iter([[torch.randn_like(p) for p in params] for _ in range(rounds + 1)])
-    fisher, of_optimizer = filled(M, D), fill(optimizer.fisher)
-    G, z, x = of_optimizer.window.blocks[0].G, torch.randn(M), torch.randn(D)
+    fisher = fill(optimizer.fisher)  # one window for all, since memory differs
+    G, z, x = fisher.window.blocks[0].G, torch.randn(M), torch.randn(D)
 
     def step() -> None:
         for p, g in zip(params, next(of_params), strict=True):
