@@ -127,9 +127,15 @@ def build_optimizer(
     if settings["optim"] == "sgd":
         return torch.optim.SGD(model.parameters(), **options, fused=fused), ""
     groups = [{"params": list(model.parameters())}]
-    if "fallback" in settings:
+    if settings.get("fallback", "none") != "none":
         momentum = {"momentum": 0.9} if settings["fallback"] == "sgd" else {}
-        groups = mfac_groups(model, settings["fallback"], **fallback, **momentum)
+        try:
+            groups = mfac_groups(model, settings["fallback"], **fallback, **momentum)
+        except ValueError as error:
+            raise UserError(
+                "the model has no matrix for M-FAC between its embeddings and its last layer: add "
+                "--fallback none"
+            ) from error
     m, d = settings["ngrads"], sum(weight.numel() for weight in groups[0]["params"])
     chosen = {name: settings[name] for name in ("window_dtype", "compress")}
     free = available_memory(device)
@@ -162,8 +168,8 @@ def build_optimizer(
     options |= {"ngrads": m, "damp": settings["damp"], "compress": chosen["compress"]}
     options["window_dtype"] = getattr(torch, chosen["window_dtype"])
     options["process_group"] = ranks.group  # each process has its part of the window
-    names = ("max_step", "max_norm", "normalize")
-    options |= {name: settings[name] for name in names if name in settings}
+    options |= {name: settings.get(name) for name in ("max_step", "max_norm")}
+    options["normalize"] = "layer" if settings.get("normalize") == "layer" else None
     options["warmup"] = settings.get("window_warmup", False)
     options["decoupled_weight_decay"] = settings.get("decoupled", False)
     return MFAC(groups, **options), size

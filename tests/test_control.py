@@ -585,9 +585,16 @@ def test_flags_reach_the_optimizer():
     assert first["normalize"] == "layer" and first["decoupled_weight_decay"]
     assert {p.ndim for p in first["params"]} == {4}, "convolutions"
     assert (second["algorithm"], second["momentum"], second["weight_decay"]) == ("sgd", 0.9, 0.25)
-    assert main_optim.start_rates(settings) == [first["lr"], second["lr"]] == [0.01, 0.1]
-    _, optimizer = built(model)
-    assert vars(optimizer._control) == {"warmup": False, "max_step": None, "max_norm": None}
+    assert main_optim.start_rates(settings) == [first["lr"], second["lr"]] == [0.03, 0.1]
+    _, optimizer = built(model)  # the defaults of the digits
+    assert vars(optimizer._control) == {"warmup": True, "max_step": None, "max_norm": None}
+    first, second = optimizer.param_groups
+    assert (first["normalize"], second["algorithm"]) == ("layer", "adamw")
+    assert built(model, compress=0.1)[0]["lr"] == 0.03, "which is relative to the weights"
+    off = {"window_warmup": False, "normalize": "none", "fallback": "none"}
+    settings, optimizer = built(model, compress=0.1, **off)
+    (group,) = optimizer.param_groups
+    assert (group["normalize"], optimizer._control.warmup, settings["lr"]) == (None, False, 1e-3)
     assert built(model, optim="adam", decoupled=True)[1].defaults["decoupled_weight_decay"]
 
 

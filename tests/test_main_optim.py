@@ -403,6 +403,15 @@ def test_a_model_of_ones_own(run, monkeypatch):
         assert torch.equal(own["state_dict"][name], weight)
 
 
+def test_a_model_that_is_all_head(run, monkeypatch, capsys):
+    head = [nn.AdaptiveAvgPool2d(4), nn.Flatten()]
+    monkeypatch.setitem(models.MODELS, "resnet20", lambda n: nn.Sequential(*head, nn.Linear(48, n)))
+    assert run(*small("mfac"), "--fallback", "adamw") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.endswith("add --fallback none\n")
+    assert run(*small("mfac"), "--fallback", "none", "--no-window_warmup") == 0
+
+
 def test_amp_trains_in_bfloat16_with_float32_weights(run):
     for save, flags in (("full.pth", []), ("half.pth", ["--amp"])):
         assert run(*small("mfac", save), *flags) == 0
