@@ -223,7 +223,7 @@ def _alike(x: tuple[int, Tensor]) -> tuple[Any, ...]:
 
 def is_trained(p: Tensor) -> bool:
     """Whether p takes columns of the window."""
-    return p.requires_grad or p.grad is not None
+    return p.numel() > 0 and (p.requires_grad or p.grad is not None)
 
 
 def views(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:

@@ -33,25 +33,6 @@ class Ranks:
             dist.all_reduce(x, group=self.group)
         return x
 
-    def sum_of_present(self, x: Tensor, present: bool = True) -> Tensor:
-        """`sum` of x (n, m). The same message tells which ranks are present, that is, have
-        something to add. A present rank on CUDA does not wait for it: it gets NaN if another one
-        is absent, and the absent one raises.
-
-        Raises:
-            ValueError: some ranks are present and some are not.
-        """
-        if self.size == 1:
-            return x
-        total = self.sum(pad(x, (0, 1), value=float(not present)))
-        absent = total[:, -1:]
-        if not (present and x.is_cuda) and 0 < int(absent[0]) < self.size:
-            raise ValueError(
-                f"{int(absent[0])} of {self.size} processes that share a window have no gradients "
-                "at all; compute the loss of a batch in all of them, or in none"
-            )
-        return total[:, :-1].where(absent % self.size == 0, torch.nan)
-
     def check_same(self, params: Sequence[Tensor], device: torch.device) -> None:
         """Raises ValueError if ranks differ in the shapes of the parameters, or in the values of
         replicated ones. `device` is the device of the message."""

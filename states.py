@@ -56,7 +56,7 @@ def into_fisher(
             )
     window, side = fisher.window, fisher.coefficients
     saved, own = ((len(x["K"]), x["dtype"], x["compress"]) for x in (state, of_fisher(fisher)))
-    fisher.precision.reset()
+    fisher.precision.load_state_dict(state["precision"])
     if saved != own or not (window.separable or dims == window.dims):
         stored = [x for b in window.blocks for name, x in b.state.items() if name != "columns"]
         for tensor in (side.K, fisher.counter, *stored):
@@ -78,7 +78,6 @@ def into_fisher(
         for x, value in pairs:
             x.copy_(value)
     fisher.counter.fill_(state["count"])
-    fisher.precision.load_state_dict(state["precision"])
     side.K.copy_(state["K"])
     side.P.copy_(state["P"])
     side.damp = state["damp"]
@@ -255,11 +254,11 @@ def load(optimizer: Any) -> None:
 
     def enter(g: Tensor) -> None:
         with contextlib.suppress(NonFiniteGradientError):
-            recovery.with_enough_damp(fisher, lambda: fisher.update(g))
+            fisher.update(g)
 
     into_fisher(fisher, {**shared, "window": blocks}, enter)
     if not known <= set(present):
-        recovery.with_enough_damp(fisher, lambda: fisher.precision.invert(fisher.damp, anew=True))
+        fisher.precision.invert(fisher.damp, anew=True)
     if flat.ranks.size > 1:
         _check_ranks(fisher)
     optimizer.follow()  # what is trained besides gets columns

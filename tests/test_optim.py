@@ -818,6 +818,7 @@ def test_damp_is_raised_as_far_and_as_long_as_needed():
                 assert 10 ** round(
                     torch.tensor(used / damp).log10().item()
                 ) * damp == pytest.approx(used)
+                before.precision.raises_damp = False
                 before.damp = used / 10
                 with pytest.raises(DampTooSmallError):  # the smallest that will do
                     before.update(row)
@@ -833,16 +834,18 @@ def test_damp_is_raised_as_far_and_as_long_as_needed():
     assert other.raised_steps == raised
 
 
-def test_a_damp_that_is_refused_does_not_stay():
+def test_a_damp_that_is_set_is_raised_too_and_holds_once_it_suffices():
     p = nn.Parameter(torch.zeros(4))
     optimizer = MFAC([p], lr=0.1, ngrads=3, damp=1e-2)
     for scale in (1.0, 2.0):
         p.grad = torch.full((4,), scale)
         optimizer.step()
-    with pytest.raises(DampTooSmallError):
-        optimizer.damp = 1e-25
+    optimizer.damp = 1e-25
+    assert optimizer.damp == 1e-25 < optimizer.damp_in_use < 1e-2
+    with pytest.warns(UserWarning, match="damp = 1e-25 is too small"):
+        optimizer.step()
+    optimizer.damp = 1e-2
     assert optimizer.damp == optimizer.damp_in_use == 1e-2
-    optimizer.step()
 
 
 def test_a_non_finite_gradient_raises_if_asked_and_may_be_tried_again():

@@ -926,11 +926,12 @@ def late(request, monkeypatch):
 
     arrived = SimpleNamespace(synchronize=lambda: None)
 
-    def unread(self, errors):
-        self.unread.append((torch.tensor(errors), arrived, self._fresh))
-        return True
+    def is_late(self, errors):
+        if not self.fresh:
+            self.unread.append((torch.tensor(errors), arrived))
+        return not self.fresh
 
-    monkeypatch.setattr(Precision, "_accepts", unread)
+    monkeypatch.setattr(Precision, "_is_late", is_late)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return "cpu"
 
