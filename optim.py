@@ -18,20 +18,11 @@ Symbols: m gradients in the window, d weights, G (m, d) window, K (m, m) Gram ma
 A = mλI + K, P = A⁻¹, λ = `damp` (always λ itself); ĝ is g as the window's type rounds it, k = Gĝ,
 z = A⁻¹e_j, u = F⁻¹ĝ, j = count mod m the row of ĝ.
 
-Differences from the paper's reference code:
-1. The (m, m) side is updated in O(m²) rather than computed anew in O(m³) for each gradient.
-2. It is kept in float64, and each step's error is estimated, so that nearly parallel gradients and
-   small λ stay right.
-3. Nothing is written before it is known to be good. A gradient with NaN or Inf changes nothing.
-4. Weights that are zero at construction are frozen (`sparse`) in matrices only, not in vectors.
-5. `state_dict` holds everything, so that a resumed run is the uninterrupted one.
-
 Source: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order
 Information", NeurIPS 2021, arXiv 2107.03356, section 3.2 (dynamic algorithm).
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,8 +103,8 @@ class DynamicInverseFisher:
         if len(kinds := {place.type for place in places}) > 1:
             raise ValueError(f"shards are on {sorted(kinds)}; they must be on devices of one type")
         self.device = (devices or places)[0]
-        bounds = [d * i // len(places) for i in range(len(places) + 1)]
-        dims = [stop - start for start, stop in pairwise(bounds)]
+        n = len(places)
+        dims = [d * (i + 1) // n - d * i // n for i in range(n)]
         check_memory(m, dims, places, self.dtype, self.compress)
         self.ranks = Ranks(process_group)
         self.window = Window(m, dims, places, self.device, self.dtype, self.compress)
@@ -185,7 +176,8 @@ class DynamicInverseFisher:
         precision.interrupted = True  # until K and the window have changed
         try:
             while True:
-                k, *b = self.ranks.sum(self.window.products(entry, self.counter, precision.exact))
+                products = self.window.products(entry, self.counter, precision.exact)
+                k, *b = self.ranks.sum(products).unbind()
                 z, self.accepted, errors = self.coefficients.exchange(
                     k, self.counter, precision.rounding, precision.exact
                 )

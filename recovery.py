@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 __all__ = ["Recovery", "warn_user"]
 
 IN_A_ROW = 100  # consecutive skipped steps, at most
-COUNTS = ("skipped_steps", "raised_steps", "tried", "steps")
+COUNTS = ("skipped_steps", "raised_steps", "steps")
 
 
 class Recovery:
     """Sets λ, and counts the steps that are skipped or need a larger one.
 
     A gradient with NaN or Inf skips the step. If λ is too small, the inverse Fisher takes the
-    smallest sufficient multiple of it by 10, 100, ... After a round of m such steps, λ itself is
-    tried again.
+    smallest sufficient multiple of it by 10, 100, ... With `damp` "relative:f", λ is f·tr K/(md),
+    the fraction f of the mean eigenvalue of GᵀG/m. Scaling all gradients by a factor then scales
+    F⁻¹g by its inverse.
 
-    With `damp` "relative:f", λ is f·tr K/(md), the fraction f of the mean eigenvalue of GᵀG/m.
-    Scaling all gradients by a factor then scales F⁻¹g by its inverse. λ is updated before steps 0
-    (from g), 1, 2, 4, 8, ... while the window fills, then once in a round of m steps. An update
-    costs O(m³), and on CUDA the host waits.
+    Before steps 0, 1, 2, 4, 8, ... while the window fills, then once in a round of m steps, a
+    relative λ is updated, and a λ that was raised is set again. A change costs O(m³). An update
+    makes the host wait for CUDA.
 
     Args:
         on_nonfinite: "skip" or "raise".
@@ -40,15 +40,14 @@ class Recovery:
     def __init__(self, on_nonfinite: str, damp: float | str):
         check_choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
         self.on_nonfinite = on_nonfinite
-        constant, self.fraction = damp_parts(damp, *RANGE)
+        constant, self.fraction = damp_parts(damp, RANGE)
         self.given = constant or damp  # as it was set
         self.damp = constant or 1e-5  # λ before it is raised
         self.steps = self.skipped_steps = self.raised_steps = 0
-        self.tried = 0  # `raised_steps` when λ was last set or raised
         self._error: NonFiniteGradientError | None = None  # to raise at the end of the step
 
     def set_damp(self, fisher: "DynamicInverseFisher", damp: float | str) -> None:
-        constant, self.fraction = damp_parts(damp, *RANGE)
+        constant, self.fraction = damp_parts(damp, RANGE)
         self.given = constant or damp
         self.damp = fisher.damp = constant or self._relative(fisher)
 
@@ -62,31 +61,20 @@ class Recovery:
         damp = self.fraction * trace / (fisher.num_grads * max(1, d))
         return min(max(damp, RANGE[0]), RANGE[1]) if 0 < damp < math.inf else self.damp
 
-    def _is_due(self, fisher: "DynamicInverseFisher") -> bool:
-        """Whether to set λ: a relative one from time to time, any after a round of raised steps."""
-        if fisher.counter.is_cuda and cuda.is_current_stream_capturing():
-            return False
-        n, m = self.steps, fisher.num_grads
-        if fisher.damp != self.damp and self.raised_steps - self.tried >= m:
-            return True
-        # n & (n − 1) is 0 for 0 and powers of two.
-        return bool(self.fraction) and (n % m if n >= m else n & (n - 1)) == 0
-
     def update_matvec(self, fisher: "DynamicInverseFisher", g: Tensor) -> Tensor | None:
         """F⁻¹g (d,) for λ = `damp` or a multiple of it; None if the step is skipped."""
-        before = fisher.damp
         self.catch_up(fisher, wait=False)
-        if self._is_due(fisher):
+        n, m = self.steps, fisher.num_grads
+        due = n % m == 0 or (n < m and n & (n - 1) == 0)  # 0 and powers of two
+        if due and not (fisher.counter.is_cuda and cuda.is_current_stream_capturing()):
             if self.fraction:
                 self.damp = self._relative(fisher, g)
-            fisher.damp, self.tried = self.damp, self.raised_steps
+            fisher.damp = self.damp
         try:
             u = fisher.update_matvec(g)
         except NonFiniteGradientError as error:
             self._skip(fisher, error)
             return None
-        if fisher.damp != before:
-            self.tried = self.raised_steps
         self.steps += 1
         if fisher.damp != self.damp:
             self.raised_steps += 1
