@@ -76,40 +76,30 @@ class Coefficients:
             side = self.P, self.K, k, count, self.damping, TOLERANCE
             kernels.hinv_update(*side, z, error, accepted)
             return z, accepted, error
-        m, shift = len(k), len(k) * self.damp
-        j = int(count) % m
-        k_j, others, p = float(k[j]), k.clone(), self.P[j] / self.P[j, j].sqrt()
-        others[j].zero_()  # k'
-        K_diagonal = self.K.diagonal().clone()
-        K_diagonal[j].fill_(k_j)
-        A_diagonal = K_diagonal + shift
-
+        m, j, P, K = len(k), int(count) % len(k), self.P, self.K
+        shift, k_j, others = m * self.damp, float(k[j]), k.clone()
+        others[j] = 0  # k'
+        A_diagonal, p = K.diagonal() + shift, P[j] / P[j, j].sqrt()
         u, residual = torch.zeros_like(k), others
         for _ in range(2):
-            y = self.P @ residual
-            u += y.sub_(p, alpha=float(y[j] / p[j]))
-            u[j].zero_()
-            Ku = self.K @ u
-            residual = torch.sub(others, Ku).sub_(u, alpha=shift)  # k' − A'u
-            residual[j].zero_()
-            squares = residual.square().div_(A_diagonal)
+            u += (P @ residual).sub_(p, alpha=float(p @ residual))
+            u[j] = 0
+            residual = torch.addmv(others, K, u, alpha=-1).sub_(u, alpha=shift)  # k' − A'u
+            residual[j] = 0
+            off = float(residual @ (residual / A_diagonal))
             # One step of refinement, unless only rounding is left: P'k' cancels for nearly parallel
             # gradients, and P would keep the error.
-            if float(squares.max()) < REFINED**2 * (k_j + shift):
+            if off < REFINED**2 * (k_j + shift):
                 break
-        projected = float(others @ u)
+        projected = float(u @ (others + residual))  # k'ᵀA'⁻¹k', up to the square of the error of u
         s = k_j + shift - projected  # Schur complement, s ≥ mλ
-        # All squares from here on are s² times those of the formulas, as u = −sz.
-        off = float(squares.sum())  # ‖D⁻¹(e_j − Az)‖²
-        Ku -= k
-        Ku[j].fill_(projected - k_j)  # now Kũ, with the new row of K
-        u[j].fill_(-1)
-        squares = u.square()
-        P_diagonal = self.P.diagonal() - p.square() + squares / s
-        P_diagonal[j].fill_(1 / s if s else math.inf)
-        trace, terms = float(P_diagonal @ A_diagonal), float(squares @ K_diagonal)
+
+        # The terms of (6) for ũ = −sz: all squares are s² times those of z.
+        length, terms = float(u @ u), k_j + float(u.square() @ K.diagonal())
+        trace = float((P.diagonal() - p.square()) @ A_diagonal)
+        trace += (terms + shift * (length + 1)) / (s or math.nan)
         # zᵀKz may cancel down to its own rounding error. Then the error is unknown, and infinite.
-        left = float(u @ Ku) - m * DOUBLE / 2 * terms
+        left = k_j - projected - shift * length - m * DOUBLE / 2 * terms
 
         def by_6(r: float, q: float) -> float:
             if k_j == 0 or not math.isfinite(k_j):
@@ -123,13 +113,13 @@ class Coefficients:
         if not errors[0] <= TOLERANCE:
             return torch.zeros_like(k), torch.zeros_like(count), errors
 
-        z = u / -s
+        u[j] = -1  # ũ
         # The same factors on both sides keep P symmetric. The error of its row j is a rounding of
         # P_jj, which may be far larger than z, so z overwrites this row.
-        factors = torch.stack([p, u / s**0.5])
-        self.P.addmm_(torch.stack([-factors[0], factors[1]], 1), factors)
-        self.P[j] = self.P[:, j] = z
-        self.K[j] = self.K[:, j] = k
+        z, v = u / -s, u / s**0.5
+        P.addmm_(torch.stack([-p, v], 1), torch.stack([p, v]))
+        P[j] = P[:, j] = z
+        K[j] = K[:, j] = k
         return z, torch.ones_like(count), errors
 
     def solve(self, y: Tensor) -> Tensor:
