@@ -178,10 +178,9 @@ class DynamicInverseFisher:
             while True:
                 products = self.window.products(entry, self.counter, precision.exact)
                 k, *b = self.ranks.sum(products).unbind()
-                z, self.accepted, errors = self.coefficients.exchange(
-                    k, self.counter, precision.rounding, precision.exact
-                )
-                if precision.accepts(errors):
+                rounding = 0.0 if precision.exact else precision.rounding
+                z, self.accepted, error = self.coefficients.exchange(k, self.counter, rounding)
+                if precision.accepts(error):
                     return entry, z, b[0] if b else None
         except ValueError:
             precision.interrupted = False

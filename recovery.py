@@ -89,7 +89,7 @@ class Recovery:
     def check(self, fisher: "DynamicInverseFisher", nan: Tensor) -> None:
         """Counts a step without gradients for the window. NaN in `nan` () skips it."""
         try:
-            fisher.precision.accepts(nan.view(1))
+            fisher.precision.accepts(nan)
         except NonFiniteGradientError as error:
             self._skip(fisher, error)
 
