@@ -31,7 +31,6 @@ class GroupedOptimizer(torch.optim.Optimizer):
     fisher: Any
     _recovery: Recovery
     _settings: dict[str, Any]  # how to make `fisher`
-    _device: torch.device | None  # of the window; None: that of the first parameter
     _seen: Any = None  # what the layout is made for; None: it is to be made anew
     _waiting: list[Tensor]  # parameters without columns, until they are trained
 
@@ -110,7 +109,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """The vector of these parameters, with the masks in `state`."""
         groups = {p: i for i, p in self.numbered(["mfac"])}
         ranks = Ranks(find_process_group([p for _, p in self.numbered()], self.process_group))
-        device = self._device or next((p.device for p in groups), torch.device("cpu"))
+        device = self._settings["device"] or next((p.device for p in groups), torch.device("cpu"))
         device = self.fisher.device if self.stages else device
         dtype = torch.float64 if self._settings["dtype"] == torch.float64 else torch.float32
         masks = [state.get(p, {}).get("mask") for p in params]

@@ -6,7 +6,7 @@ many as fit. Everything is read and checked before anything changes.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from optim import DynamicInverseFisher
 
 __all__ = ["add_window", "into_fisher", "load", "of_fisher", "read"]
+
+REFUSAL = "This state dict is not one of MFAC, belongs to another model, or is damaged: "
 
 
 # --- the inverse Fisher ---------------------------------------------------------------------------
@@ -45,15 +47,12 @@ def into_fisher(fisher: "DynamicInverseFisher", state: Any) -> None:
     """Loads a copy of the result of `of_fisher`, with its λ. Raises ValueError if the state is not
     one, or has another number of weights."""
     with fisher.ranks.agreed(), _reading():  # each may have loaded what another one saved
-        name = "error" if state["compress"] else "G"
-        dims = [block[name].shape[-1] for block in state["window"]]
+        dims = [next(iter(block.values())).shape[-1] for block in state["window"]]
         saved = _saved_window(fisher, state, dims, fisher.shape[0])
-    _fill(fisher, saved, state, fisher.update)
+    _fill(fisher, state, saved)
 
 
-def _saved_window(
-    fisher: "DynamicInverseFisher", state: dict[str, Any], dims: Sequence[int], dim: int
-) -> Window:
+def _saved_window(fisher: Any, state: dict[str, Any], dims: list[int], dim: int) -> Window:
     """The window of a state, by reference, whose blocks have `dims` columns. Raises ValueError if
     this is not a state of an inverse Fisher of `dim` weights, whatever its settings."""
     m, compress, meta = len(state["K"]), state["compress"] or None, torch.device("meta")
@@ -61,12 +60,11 @@ def _saved_window(
     _check(state, {**of_fisher(fisher), "K": square, "P": square})
     dtype = checked_dtype("dtype", state["dtype"], compress)
     window = Window(m, dims, [meta] * len(dims), fisher.device, dtype, compress)
-    for block, tensors in zip(window.blocks, state["window"], strict=True):
+    for block, found in zip(window.blocks, state["window"], strict=True):
         if not window.separable:  # parts of several ranks are padded to the longest one
-            tensors = {name: tensors[name][..., : x.shape[-1]] for name, x in block.state.items()}
-        _check(tensors, block.state)
-        device = next(iter(tensors.values())).device
-        vars(block).update(tensors, state=tensors, device=device)
+            found = {name: found[name][..., : x.shape[-1]] for name, x in block.state.items()}
+        _check(found, block.state)
+        vars(block).update(found, state=found, device=next(iter(found.values())).device)
     if sum(dims) != dim:
         raise ValueError(
             f"The state dict has {sum(dims)} weights, but this inverse Fisher {dim}; build it with "
@@ -75,16 +73,10 @@ def _saved_window(
     return window
 
 
-def _fill(
-    fisher: "DynamicInverseFisher",
-    saved: Window,
-    state: dict[str, Any],
-    enter: Callable[[Tensor], None],
-) -> None:
-    """Copies a saved window and what belongs to it. If the window is another one, its gradients
-    enter one by one."""
-    window, side = fisher.window, fisher.coefficients
-    fisher.precision.reset()
+def _fill(fisher: "DynamicInverseFisher", state: dict[str, Any], saved: Window) -> None:
+    """Copies a state with its window. If the window is another one, its gradients enter."""
+    window, side, start = fisher.window, fisher.coefficients, 0
+    fisher.precision.load_state_dict(state["precision"])
     same = all(getattr(window, name) == getattr(saved, name) for name in ("m", "dtype", "compress"))
     if not same or not (window.separable or window.dims == saved.dims):
         stored = [x for b in window.blocks for name, x in b.state.items() if name != "columns"]
@@ -93,20 +85,19 @@ def _fill(
         side.invert(state["damp"])
         count = state["count"]
         for i in range(count - min(count, saved.m, window.m), count):
-            j = i % saved.m
-            enter(torch.cat([*saved.tiles(slice(j, j + 1))], 1)[0])
+            row = saved.tiles(slice(i % saved.m, i % saved.m + 1))
+            with contextlib.suppress(NonFiniteGradientError):
+                fisher.update(torch.cat([*row], 1)[0])
         return
-    start = 0
     for i, block in enumerate(saved.blocks):
         if window.separable:  # blocks may divide the columns in another way
-            views = window.columns(start, start := start + block.dim)
-            pairs = [*zip(views, block.G.split([x.shape[1] for x in views], 1), strict=True)]
+            own = window.columns(start, start := start + block.dim)
+            parts = block.G.split([x.shape[1] for x in own], 1)
         else:
-            pairs = [(x, block.state[name]) for name, x in window.blocks[i].state.items()]
-        for x, value in pairs:
-            x.copy_(value)
+            own, parts = ([*b.state.values()] for b in (window.blocks[i], block))
+        for x, part in zip(own, parts, strict=True):
+            x.copy_(part)
     fisher.counter.fill_(state["count"])
-    fisher.precision.load_state_dict(state["precision"])
     side.K.copy_(state["K"])
     side.P.copy_(state["P"])
     side.damp = state["damp"]
@@ -121,9 +112,6 @@ def _check(state: dict[str, Any], like: dict[str, Any]) -> None:
         elif kind(x) != kind(wanted) or (is_number(x) and not x >= 0):
             limit, found = (" of at least 0", repr(x)) if is_number(wanted) else ("", kind(x))
             raise ValueError(f"{REFUSAL}{name} must be {kind(wanted)}{limit}, got {found}")
-
-
-REFUSAL = "This state dict is not one of MFAC, belongs to another model, or is damaged: "
 
 
 @contextlib.contextmanager
@@ -152,7 +140,7 @@ def add_window(optimizer: Any, state: dict[str, Any]) -> None:
                 G = torch.cat([x.to(fisher.device) for x in (G, *others)], 1)
             entries = state["state"][number[p]]
             state["state"][number[p]] = {**entries, "grads": _to_save(ranks, p, entries, G)}
-    else:  # the parts of the longest one are not padded
+    else:
         dims = torch.tensor([window.dims], device=fisher.device)
         shared["dims"] = ranks.as_sharded(dims, 0, ranks.size)
         shared["window"] = {
@@ -166,37 +154,27 @@ def read(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict from which torch loads the settings of the groups alone, as a hook. For `load`,
     the entry "aside" of its state has the rest, which torch would round to the parameters' types.
     Raises ValueError if it belongs to other parameters or to another optimizer, or is damaged."""
-    fisher, ranks = optimizer.fisher, optimizer.flat.ranks
+    fisher, ranks, own = optimizer.fisher, optimizer.flat.ranks, optimizer.param_groups
     with ranks.agreed(), _reading():
         groups, state = state_dict["param_groups"], state_dict["state"]
-        sizes = [len(group["params"]) for group in groups]
-        if sizes != [len(group["params"]) for group in optimizer.param_groups]:
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in own]:
             return state_dict  # torch refuses it
-        saved, own = (
-            [group.get("algorithm", "mfac") for group in x]
-            for x in (groups, optimizer.param_groups)
-        )
-        if saved != own:
-            raise ValueError(
-                f"The state dict has groups of algorithm {saved}, but this optimizer {own}; build "
-                "it with the saved groups"
-            )
+        saved, here = ([group.get("algorithm", "mfac") for group in x] for x in (groups, own))
+        if saved != here:
+            raise ValueError(f"{REFUSAL}it has groups of algorithm {saved}, this optimizer {here}")
         shared, numbers = groups[0]["fisher"], [i for group in groups for i in group["params"]]
         _check(shared, {**optimizer._recovery.state_dict(), "order": []})
-        params = [p for _, p in optimizer.numbered()]
-        found = [state.get(i, {}) for i in numbers]
-        entries = {
-            p: _own_entries(optimizer.state, p, x) for p, x in zip(params, found, strict=True)
-        }
+        params, found = [p for _, p in optimizer.numbered()], [state.get(i, {}) for i in numbers]
+        pairs = [*zip(params, found, strict=True)]
+        entries = {p: _own_entries(p, optimizer.state.get(p, {}), x) for p, x in pairs}
         # torch.distributed.checkpoint may lack columns, or number the parameters in another order.
         whole, order = "window" in shared, [[params[i] for i in stage] for stage in shared["order"]]
-        grads = {p: x for p, x in zip(params, found, strict=True) if "grads" in x}
-        placed = {*chain(*order)}
+        grads, placed = {p: x for p, x in pairs if "grads" in x}, {*chain(*order)}
         stages = [[p for p in stage if whole or p in grads] for stage in order]
         stages.append([p for p in grads if p not in placed])
         flat = optimizer.lay_out([*chain(*stages)], entries)
         if whole:
-            dims, blocks = _own_blocks(shared, ranks)
+            dims, blocks = _own_blocks(ranks, shared)
         else:
             dims = [span.stop - span.start for span in flat.columns]
             blocks = [{"G": _from_saved(ranks, p, grads[p], entries[p])} for p in flat.params]
@@ -207,31 +185,25 @@ def read(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         _check_ranks(ranks, window, shared["K"])
     others = {key: x for key, x in state.items() if key not in numbers}
     groups = [{**groups[0], "fisher": None}, *groups[1:]]
-    aside = window, shared, entries, stages, complete
+    aside = shared, window, entries, stages, complete
     return {**state_dict, "state": {**others, "aside": aside}, "param_groups": groups}
 
 
 def load(optimizer: Any) -> None:
     """Loads a copy of what `read` has found, as a hook."""
-    window, shared, entries, stages, complete = optimizer.state.pop("aside")
+    shared, window, entries, stages, complete = optimizer.state.pop("aside")
     optimizer.state.update({p: found for p, found in entries.items() if found})
     optimizer.place_anew(filter(None, stages))
-    fisher, recovery = optimizer.fisher, optimizer._recovery
-
-    def enter(g: Tensor) -> None:
-        with contextlib.suppress(NonFiniteGradientError):
-            recovery.with_enough_damp(fisher, lambda: fisher.update(g))
-
-    _fill(fisher, window, shared, enter)
+    _fill(optimizer.fisher, shared, window)
     if not complete:  # K has parts of columns that are not there
-        recovery.with_enough_damp(fisher, lambda: fisher.precision.invert(fisher.damp, anew=True))
+        optimizer.fisher.precision.invert(optimizer.fisher.damp, anew=True)
     optimizer.follow()  # what is trained besides gets columns
-    recovery.load_state_dict(shared, fisher)
+    optimizer._recovery.load_state_dict(shared, optimizer.fisher)
 
 
-def _own_entries(own: dict[Any, Any], p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the entries of p in a state, but for its columns, on its device. If the state has
-    no mask, its `own` one stays."""
+def _own_entries(p: Tensor, own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """A copy, on the device of p, of its entries in a state but for columns. If the state has no
+    mask, its `own` one stays."""
     n, mask = p.numel(), saved.get("mask")
     for name, x in saved.items():
         fits = x.shape == (() if name == "step" else p.shape)
@@ -239,14 +211,14 @@ def _own_entries(own: dict[Any, Any], p: Tensor, saved: dict[str, Any]) -> dict[
             fits = x.shape[1:].numel() in (n, n if mask is None else int(local(mask).sum()))
         if not fits:
             raise ValueError(f"{REFUSAL}{name} is {kind(x)}, the parameter {kind(p)}")
-    masks = {name: x for name, x in own.get(p, {}).items() if name == "mask"}
+    masks = {name: x for name, x in own.items() if name == "mask"}
     found = {name: placed_as(p, x) for name, x in (masks | saved).items() if name != "grads"}
     if found.keys() >= {"mask", "momentum_buffer"}:
         found["momentum_buffer"] *= found["mask"]  # the state may be from before the mask
     return found
 
 
-def _own_blocks(shared: dict[str, Any], ranks: Ranks) -> tuple[list[int], list[dict[str, Tensor]]]:
+def _own_blocks(ranks: Ranks, shared: dict[str, Any]) -> tuple[list[int], list[dict[str, Tensor]]]:
     """The columns of each block of a window that was saved as a whole, and this rank's parts."""
     if len(shared["dims"]) != ranks.size:
         raise ValueError(
@@ -256,8 +228,7 @@ def _own_blocks(shared: dict[str, Any], ranks: Ranks) -> tuple[list[int], list[d
         )
     dims = ranks.part(shared["dims"])[0].tolist()
     blocks = [shared["window"][str(i)] for i in range(len(dims))]
-    parts = [{name: ranks.part(x, x.ndim - 1) for name, x in block.items()} for block in blocks]
-    return dims, parts
+    return dims, [{name: ranks.part(x, x.ndim - 1) for name, x in b.items()} for b in blocks]
 
 
 def _to_save(ranks: Ranks, p: Tensor, entries: dict[str, Any], G: Tensor) -> Tensor:
@@ -273,9 +244,9 @@ def _to_save(ranks: Ranks, p: Tensor, entries: dict[str, Any], G: Tensor) -> Ten
     return as_dtensor(G.reshape(len(G), *local(p).shape), shape, mesh, placements)
 
 
-def _from_saved(ranks: Ranks, p: Tensor, saved: dict[str, Any], entries: dict[str, Any]) -> Tensor:
+def _from_saved(ranks: Ranks, p: Tensor, saved: dict[str, Any], own: dict[str, Any]) -> Tensor:
     """The columns (m, ·) of p in this process, from the results of `_to_save` in all processes."""
-    grads, dim, mask = saved["grads"], sharded_dim(p), entries.get("mask")
+    grads, dim, mask = saved["grads"], sharded_dim(p), own.get("mask")
     whole, trained = not is_dtensor(grads), grads.shape[1:].numel() < p.numel()
     G = local(grads).flatten(1)
     if whole and dim is not None:
