@@ -34,10 +34,10 @@ from coefficients import DOUBLE, SINGLE, TOLERANCE, Coefficients, factor
 from control import Control, squared_norms
 from costs import check_memory, window_bytes
 from fallback import Fallback
-from flat import Flat, Segment
+from flat import Segment
 from parameter_groups import GroupedOptimizer
 from precision import DampTooSmallError, NonFiniteGradientError, Precision
-from ranks import Ranks, find_process_group
+from ranks import Ranks
 from recovery import Recovery
 from windows import Entry, Window
 
@@ -417,18 +417,8 @@ class MFAC(GroupedOptimizer):
             v = segment.normalized(v, self.flat.ranks)
         segment.descend(v, lr * accepted, decay)
 
-    def build(self, params: list[Tensor], grow: bool) -> None:
-        groups, settings = {p: i for i, p in self.numbered(["mfac"])}, self._settings
-        device = settings["device"] or next((p.device for p in groups), torch.device("cpu"))
-        device = self.fisher.device if grow else device
-        pairs, frozen = [(groups[p], p) for p in params], list(groups.keys() - params)
-        ranks = Ranks(find_process_group([p for _, p in self.numbered()], self.process_group))
-        wide = torch.float64 if settings["dtype"] == torch.float64 else torch.float32
-        self.flat = Flat(pairs, frozen, self.state, ranks, device, wide)
-        if grow:
-            return self.fisher.grow(self.flat.size - self.fisher.shape[0])
-        self.fisher: Any = None  # the old window goes before the new one comes
-        own = dict(dim=self.flat.size, damp=self._recovery.damp, device=device)
-        self.fisher = DynamicInverseFisher(process_group=ranks.group, **{**settings, **own})
+    def build(self, dim: int, device: torch.device, group: Any) -> None:
+        own = dict(dim=dim, damp=self._recovery.damp, device=device)
+        self.fisher = DynamicInverseFisher(process_group=group, **{**self._settings, **own})
         self.fisher.precision.raises_damp = True
         self._control.attach(self.fisher)

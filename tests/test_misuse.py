@@ -144,10 +144,10 @@ WINDOW = {
 SHARED = ("param_groups", 0, "fisher")
 STATES = {
     "nothing": (loads(fisher, lambda _: 5), "not one of MFAC.* 'int' object"),
-    "empty": (loads(fisher, lambda _: {}), "not one of MFAC.* 'window'"),
+    "empty": (loads(fisher, lambda _: {}), "not one of MFAC.* KeyError"),
     "count": (loads(fisher, edit(count=-1)), "count must be int of at least 0, got -1"),
     "count float": (loads(fisher, edit(count=1.5)), "count must be int .* got 1.5"),
-    "no window": (loads(fisher, edit(window=None)), "window must be list, got None"),
+    "no window": (loads(fisher, edit(window=None)), "damaged: .* 'NoneType' object"),
     "rows": (loads(fisher, edit("window", 0, G=torch.zeros(2, 4))), r"G must be .* \(3, 4\), got"),
     "vector": (loads(fisher, edit("window", 0, G=torch.zeros(4))), r"G must be .* \(3, 4\), got"),
     "integers": (loads(fisher, edit("window", 0, G=torch.zeros(3, 4).long())), "damaged"),
@@ -165,10 +165,10 @@ STATES = {
             ("scalar", "error", torch.tensor(0.0)),
         )
     },
-    "compress": (loads(fisher, edit(compress=7.0)), "damaged"),
+    "compress": (loads(fisher, edit(compress=7.0)), "Invalid compress: 7.0"),
     "weights": (loads(fisher, edit("window", 0, G=torch.zeros(3, 5))), "5 weights, .* 4; build"),
     "scales": (
-        loads(lambda: fisher(dtype="float16"), edit("window", 0, scales=torch.ones(3, 2))),
+        loads(lambda: fisher(dtype="float16"), edit("window", 0, scales=torch.ones(2, 1))),
         r"scales must be .* \(3, 1\), got",
     ),
     "dtype": (loads(fisher, edit(dtype="float31")), "Invalid dtype: 'float31'"),
@@ -189,7 +189,7 @@ STATES = {
     ),
     "grads": (
         loads(stepped, edit("state", 0, grads=torch.zeros(2, 4))),
-        "another model: it has grads",
+        r"another model.* \(3, 4\), got Tensor of torch.float32 \(2, 4\)",
     ),
     "grads none": (
         loads(stepped, edit("state", 0, grads=None)),

@@ -824,7 +824,7 @@ def test_a_layer_that_was_resized_is_named():
     optimizer = MFAC([p, q], ngrads=3)
     q.data = torch.randn(5, 2)
     p.grad, q.grad = torch.randn(4), torch.randn(5, 2)
-    said = r"group 0 has a gradient of shape \(5, 2\), but had shape \(3, 2\) .*; build the optim"
+    said = r"group 0 has shape \(5, 2\), but had shape \(3, 2\) .*; build the optimizer anew"
     with pytest.raises(ValueError, match=said):
         optimizer.step()
 
