@@ -172,10 +172,10 @@ class CompressedWindow(DenseWindow):
                 "share it among processes, or use window_dtype=torch.float8_e4m3fn"
             )
         self.m, self.dim, self.device, self.compress = m, d, device, compress
-        self.count, blocks = kept(BLOCK, compress), d // BLOCK  # entries of a whole block
-        entries = torch.arange(blocks * self.count + kept(d % BLOCK, compress), device=device)
-        first = entries // self.count * BLOCK + entries % self.count
-        self.columns = first.int().repeat(m, 1)
+        self.count = kept(BLOCK, compress)  # entries of a whole block
+        columns = torch.arange(0, d, BLOCK)[:, None] + torch.arange(self.count)
+        k = d // BLOCK * self.count + kept(d % BLOCK, compress)
+        self.columns = columns.flatten()[:k].int().to(device).expand(m, k).contiguous()
         self.values = torch.zeros(self.columns.shape, dtype=dtype, device=device)
         self.error = torch.zeros(d, dtype=torch.promote_types(dtype, torch.float32), device=device)
         self.state = {"error": self.error, "columns": self.columns, "values": self.values}
