@@ -400,7 +400,7 @@ class MFAC(GroupedOptimizer):
                     self._descend(segment, group, u, accepted)
                 others.step(accepted)
         elif nan is not None:
-            self._recovery.check(self.fisher, nan)
+            self._recovery.attempt(self.fisher, lambda: self.fisher.precision.accepts(nan))
             others.step(nan.isfinite())
         self._recovery.raise_error()
         return loss
