@@ -57,14 +57,14 @@ class Coefficients:
         return True
 
     def exchange(
-        self, k: Tensor, count: Tensor, rounding: float, exact: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor | tuple[float, float]]:
+        self, k: Tensor, count: Tensor, rounding: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
         """Makes k (m,) row and column j = count mod m of K: O(m²).
 
         Returns z = A⁻¹e_j (m,), accepted (1 or 0), and the relative error of F⁻¹g by (6), for
-        products in float64 (`exact`) or in float32 with this `rounding`. Kernels return this error
-        as a tensor (1,) on their device. Elsewhere it is a pair with the error for float32. If the
-        error exceeds `TOLERANCE` or k_j is not finite, nothing changes and z is zero.
+        products in float32 with this `rounding`, or in float64 if it is 0. Kernels return the error
+        as a tensor (1,) on their device. If it exceeds `TOLERANCE` or k_j is not finite, nothing
+        changes and z is zero.
 
         Let ' mean "without row and column j", and p = P[:, j]/√P_jj before the exchange. Then
 
@@ -72,10 +72,10 @@ class Coefficients:
             P ← P' + ũũᵀ/s,     z = −ũ/s
         """
         if kernels := cuda_kernels(k.device):
-            z, accepted, error = torch.empty_like(k), torch.empty_like(count), k.new_empty(1)
+            z, accepted, found = torch.empty_like(k), torch.empty_like(count), k.new_empty(1)
             side = self.P, self.K, k, count, self.damping, TOLERANCE
-            kernels.hinv_update(*side, z, error, accepted)
-            return z, accepted, error
+            kernels.hinv_update(*side, z, found, accepted)
+            return z, accepted, found
         m, j, P, K = len(k), int(count) % len(k), self.P, self.K
         shift, k_j, others = m * self.damp, float(k[j]), k.clone()
         others[j].zero_()  # k'
@@ -101,17 +101,14 @@ class Coefficients:
         # zᵀKz may cancel down to its own rounding error. Then the error is unknown, and infinite.
         left = k_j - projected - shift * length - m * DOUBLE / 2 * terms
 
-        def by_6(r: float, q: float) -> float:
-            if k_j == 0 or not math.isfinite(k_j):
-                return 0 * k_j  # F⁻¹g is 0, or g is not finite
-            if not (s > 0 and 0 < trace < math.inf and 0 < left < math.inf and off < math.inf):
-                return math.inf
-            return ((off * trace) ** 0.5 + terms**0.5 * (r * trace**0.5 + q)) / left**0.5
-
-        in_float32 = by_6(rounding, SINGLE / 2 * (1 + m / 16) ** 0.5)
-        errors = by_6(DOUBLE, 0) if exact else in_float32, in_float32
-        if not errors[0] <= TOLERANCE:
-            return torch.zeros_like(k), torch.zeros_like(count), errors
+        r, q = (rounding, SINGLE / 2 * (1 + m / 16) ** 0.5) if rounding else (DOUBLE, 0)
+        error = math.inf
+        if k_j == 0 or not math.isfinite(k_j):
+            error = 0 * k_j  # F⁻¹g is 0, or g is not finite
+        elif s > 0 and 0 < trace < math.inf and 0 < left < math.inf and off < math.inf:
+            error = ((off * trace) ** 0.5 + terms**0.5 * (r * trace**0.5 + q)) / left**0.5
+        if not error <= TOLERANCE:
+            return torch.zeros_like(k), torch.zeros_like(count), error
 
         u[j] = -1  # ũ
         # The same factors on both sides keep P symmetric. The error of its row j is a rounding of
@@ -120,7 +117,7 @@ class Coefficients:
         P.addmm_(torch.stack([-p, v], 1), torch.stack([p, v]))
         P[j] = P[:, j] = z
         K[j] = K[:, j] = k
-        return z, torch.ones_like(count), errors
+        return z, torch.ones_like(count), error
 
     def solve(self, y: Tensor) -> Tensor:
         """A⁻¹y (m,), with a step of refinement."""

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from reference import as_kept, dense_inverse, ring
 from torch import nn
 
-import states
 import windows
 from optim import MFAC, DynamicInverseFisher, NonFiniteGradientError, window_bytes
 from windows import CompressedWindow, DenseWindow
@@ -41,8 +40,7 @@ def seeded(request):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 16 columns and tiles of a few numbers: many of both in a small window."""
-    for module in (windows, states):
-        monkeypatch.setattr(module, "BLOCK", 16)
+    monkeypatch.setattr(windows, "BLOCK", 16)
     monkeypatch.setattr(windows, "TILE", 128)
 
 
