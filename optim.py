@@ -105,7 +105,7 @@ class DynamicInverseFisher:
         self.device = (devices or places)[0]
         n = len(places)
         dims = [d * (i + 1) // n - d * i // n for i in range(n)]
-        check_memory(m, dims, places, self.dtype, self.compress)
+        check_memory(m, dims, places, dtype=self.dtype, compress=self.compress)
         self.ranks = Ranks(process_group)
         self.window = Window(m, dims, places, self.device, self.dtype, self.compress)
         self.coefficients = Coefficients(m, checks.check_damp(damp), self.device)
