@@ -129,7 +129,7 @@ def _reading() -> Iterator[None]:
 def add_window(optimizer: Any, state: dict[str, Any]) -> None:
     """Adds the window to the result of `state_dict`, as a hook."""
     flat, fisher, window = optimizer.flat, optimizer.fisher, optimizer.fisher.window
-    ranks, number = flat.ranks, {p: i for i, (_, p) in enumerate(optimizer.numbered())}
+    ranks, number = flat.ranks, {p: i for i, p in enumerate(optimizer.groups_of())}
     shared = {**of_fisher(fisher), **optimizer._recovery.state_dict()}
     shared["order"] = [[number[p] for p in stage] for stage in optimizer.stages]
     blocks = shared.pop("window")
@@ -162,10 +162,10 @@ def read(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         saved, here = ([group.get("algorithm", "mfac") for group in x] for x in (groups, own))
         if saved != here:
             raise ValueError(f"{REFUSAL}it has groups of algorithm {saved}, this optimizer {here}")
-        shared, numbers = groups[0]["fisher"], [i for group in groups for i in group["params"]]
+        shared, params = groups[0]["fisher"], [*optimizer.groups_of()]
         _check(shared, {**optimizer._recovery.state_dict(), "order": []})
-        params, found = [p for _, p in optimizer.numbered()], [state.get(i, {}) for i in numbers]
-        pairs = [*zip(params, found, strict=True)]
+        numbers = dict.fromkeys(i for group in groups for i in group["params"])
+        pairs = [(p, state.get(i, {})) for p, i in zip(params, numbers, strict=True)]
         entries = {p: _own_entries(p, optimizer.state.get(p, {}), x) for p, x in pairs}
         # torch.distributed.checkpoint may lack columns, or number the parameters in another order.
         whole, order = "window" in shared, [[params[i] for i in stage] for stage in shared["order"]]
