@@ -178,10 +178,9 @@ class DynamicInverseFisher:
             while True:
                 products = self.window.products(entry, self.counter, precision.exact)
                 k, *b = self.ranks.sum(products).unbind()
-                z, self.accepted, errors = self.coefficients.exchange(
-                    k, self.counter, precision.rounding, precision.exact
-                )
-                if precision.accepts(errors):
+                rounding = 0.0 if precision.exact else precision.rounding
+                z, self.accepted, error = self.coefficients.exchange(k, self.counter, rounding)
+                if precision.accepts(error):
                     return entry, z, b[0] if b else None
         except ValueError:
             precision.interrupted = False
@@ -401,7 +400,7 @@ class MFAC(GroupedOptimizer):
                     self._descend(segment, group, u, accepted)
                 others.step(accepted)
         elif nan is not None:
-            self._recovery.check(self.fisher, nan)
+            self._recovery.attempt(self.fisher, lambda: self.fisher.precision.accepts(nan))
             others.step(nan.isfinite())
         self._recovery.raise_error()
         return loss

@@ -80,16 +80,15 @@ class Precision:
         self.nonfinite = 0  # consecutive gradients that were not finite
         self.unread: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self.rounding = SINGLE / 2  # r of products in float32
-        self._largest = 0.0  # largest error of this round, as estimated for float32
 
-    def accepts(self, errors: Tensor | tuple[float, float]) -> bool:
-        """Whether an exchange with these errors, from `Coefficients.exchange`, is good, or is read
+    def accepts(self, error: Tensor | float) -> bool:
+        """Whether an exchange with this error, from `Coefficients.exchange`, is good, or is read
         later. If not, K, P or λ is another now, and the exchange is to be repeated.
 
         Raises:
             NonFiniteGradientError, DampTooSmallError: the exchange has changed nothing.
         """
-        if self._is_late(errors) or self._is_good(*map(float, errors)):
+        if self._is_late(error) or self._is_good(float(error)):
             self.fresh = False
             return True
         if not self.recompute():
@@ -109,14 +108,14 @@ class Precision:
         while self.unread and not torch.cuda.is_current_stream_capturing():
             if not wait and len(self.unread) <= UNREAD:  # by number: ranks must do the same
                 return
-            errors, arrived = self.unread.popleft()
+            error, arrived = self.unread.popleft()
             arrived.synchronize()
-            if not self._is_good(*errors.tolist()):
+            if not self._is_good(float(error)):
                 wait |= self.recompute()  # the other errors are those of the old P
 
     def finish(self, count: Tensor) -> None:
-        """Ends an exchange when row j = count mod m of the window is written. After m gradients,
-        returns to float32 if that would have sufficed for all of them."""
+        """Ends an exchange when row j = count mod m of the window is written. After a round of m
+        gradients, returns to float32."""
         self.interrupted = False
         if self.always_exact:
             return
@@ -125,8 +124,7 @@ class Precision:
         if not self.exact and n % INTERVAL == MEASURED - 1 and j >= rows - 1:
             self._measure(slice(j + 1 - rows, j + 1))
         if j == m - 1:
-            self.exact &= self._largest >= 0.75 * TOLERANCE
-            self._largest = 0.0
+            self.exact = False
 
     def _measure(self, rows: slice) -> None:
         """Measures the products of these gradients, relative to their norms. The mean so far counts
@@ -183,19 +181,18 @@ class Precision:
             f"if that is not enough, to {min(1e30, max(100 * damp, 1e-6 * largest)):.0e}"
         )
 
-    def _is_late(self, errors: Tensor | tuple[float, float]) -> bool:
-        """Whether `catch_up` reads these errors or, of a captured exchange, nobody."""
-        if not (isinstance(errors, Tensor) and errors.is_cuda):
+    def _is_late(self, error: Tensor | float) -> bool:
+        """Whether `catch_up` reads this error or, of a captured exchange, nobody."""
+        if not (isinstance(error, Tensor) and error.is_cuda):
             return False
         if torch.cuda.is_current_stream_capturing():
             return True
         if not self.fresh:
-            arrived = torch.cuda.current_stream(errors.device).record_event
-            self.unread.append((errors.to("cpu", non_blocking=True), arrived()))
+            arrived = torch.cuda.current_stream(error.device).record_event
+            self.unread.append((error.to("cpu", non_blocking=True), arrived()))
         return not self.fresh
 
-    def _is_good(self, error: float, in_float32: float = 0.0) -> bool:
-        self._largest = max(self._largest, in_float32)
+    def _is_good(self, error: float) -> bool:
         if math.isnan(error):
             self.nonfinite += 1
             raise NonFiniteGradientError("The gradient has NaN or Inf; the window is unchanged")
@@ -205,13 +202,12 @@ class Precision:
 
     def state_dict(self) -> dict[str, Any]:
         """What decides between float32 and float64."""
-        return {"exact": self.exact, "rounding": self.rounding, "largest": self._largest}
+        return {"exact": self.exact, "rounding": self.rounding}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads the state. What is unread belongs to a window that is replaced, too."""
         self.interrupted, self.fresh, self.unread = False, False, deque()
-        self.exact = self.always_exact or state["exact"]
-        self.rounding, self._largest = state["rounding"], state["largest"]
+        self.exact, self.rounding = self.always_exact or state["exact"], state["rounding"]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "unread": deque()}  # events can't be copied

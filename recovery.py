@@ -3,7 +3,8 @@
 import math
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, cuda
@@ -18,6 +19,7 @@ __all__ = ["Recovery", "warn_user"]
 
 IN_A_ROW = 100  # consecutive skipped steps, at most
 COUNTS = ("skipped_steps", "raised_steps", "steps")
+T = TypeVar("T")
 
 
 class Recovery:
@@ -70,10 +72,8 @@ class Recovery:
             if self.fraction:
                 self.damp = self._relative(fisher, g)
             fisher.damp = self.damp
-        try:
-            u = fisher.update_matvec(g)
-        except NonFiniteGradientError as error:
-            self._skip(fisher, error)
+        u = self.attempt(fisher, lambda: fisher.update_matvec(g))
+        if u is None:
             return None
         self.steps += 1
         if fisher.damp != self.damp:
@@ -86,35 +86,32 @@ class Recovery:
                 )
         return u
 
-    def check(self, fisher: "DynamicInverseFisher", nan: Tensor) -> None:
-        """Counts a step without gradients for the window. NaN in `nan` () skips it."""
-        try:
-            fisher.precision.accepts(nan.view(1))
-        except NonFiniteGradientError as error:
-            self._skip(fisher, error)
-
     def catch_up(self, fisher: "DynamicInverseFisher", wait: bool = True) -> None:
-        """`Precision.catch_up`, which may find steps on CUDA that were skipped."""
-        while True:
-            try:
-                return fisher.precision.catch_up(wait)
-            except NonFiniteGradientError as error:
-                self._skip(fisher, error)
+        """`Precision.catch_up`, which may find several steps on CUDA that were skipped."""
+        skipped = -1
+        while skipped != self.skipped_steps:
+            skipped = self.skipped_steps
+            self.attempt(fisher, lambda: fisher.precision.catch_up(wait))
 
-    def _skip(self, fisher: "DynamicInverseFisher", error: NonFiniteGradientError) -> None:
-        self.skipped_steps += 1
-        if fisher.precision.nonfinite >= IN_A_ROW:
-            raise NonFiniteGradientError(
-                f"{IN_A_ROW} gradients in a row have NaN or Inf; look for NaN in the parameters, "
-                "return to a checkpoint, and train with a lower lr"
-            ) from error
-        if self.on_nonfinite == "raise":
-            self._error = error
-        elif self.skipped_steps == 1:
-            warn_user(
-                "A gradient with NaN or Inf: this step is skipped. Later ones like it are skipped "
-                "without another warning; skipped_steps counts them"
-            )
+    def attempt(self, fisher: "DynamicInverseFisher", call: Callable[[], T]) -> T | None:
+        """The result of `call`. NaN or Inf makes it None, and counts as a skipped step."""
+        try:
+            return call()
+        except NonFiniteGradientError as error:
+            self.skipped_steps += 1
+            if fisher.precision.nonfinite >= IN_A_ROW:
+                raise NonFiniteGradientError(
+                    f"{IN_A_ROW} gradients in a row have NaN or Inf; look for NaN in the "
+                    "parameters, return to a checkpoint, and train with a lower lr"
+                ) from error
+            if self.on_nonfinite == "raise":
+                self._error = error
+            elif self.skipped_steps == 1:
+                warn_user(
+                    "A gradient with NaN or Inf: this step is skipped. Later ones like it are "
+                    "skipped without another warning; skipped_steps counts them"
+                )
+            return None
 
     def raise_error(self) -> None:
         """Raises the error of a skipped step, once, if `on_nonfinite` is "raise"."""

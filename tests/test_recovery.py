@@ -21,11 +21,12 @@ class Arrived:
 
 @pytest.fixture(params=["at once", "late"])
 def when(request, monkeypatch):
-    """When refusals are read: late, as on CUDA, before the fifth call after it."""
+    """When refusals are read: late, as on CUDA, before the fifth call after it, where products are
+    always exact, as of windows in float64."""
 
-    def is_late(self, errors):
+    def is_late(self, error):
         if not self.fresh:
-            self.unread.append((torch.tensor(errors), Arrived()))
+            self.unread.append((torch.tensor(error), Arrived()))
         return not self.fresh
 
     if request.param == "late":
@@ -45,7 +46,7 @@ def equal_gradients(optimizer, p, steps):
 @pytest.mark.filterwarnings("ignore:damp")
 def test_a_raised_damp_stays_raised_for_a_round(when):
     p = nn.Parameter(torch.zeros(5))
-    optimizer = MFAC([p], ngrads=8, damp=1e-20)
+    optimizer = MFAC([p], ngrads=8, damp=1e-20, window_dtype="float64")
     equal_gradients(optimizer, p, 300)
     assert optimizer.damp == 1e-20
     taken = 300 if when == "at once" else 294  # until the first refusal is read
@@ -53,7 +54,7 @@ def test_a_raised_damp_stays_raised_for_a_round(when):
 
 
 def test_an_operator_refuses_where_a_repair_does_not_help_and_changes_nothing(when):
-    fisher, g = DynamicInverseFisher(4, 5, 1e-20), torch.ones(5)
+    fisher, g = DynamicInverseFisher(4, 5, 1e-20, dtype="float64"), torch.ones(5).double()
     with pytest.raises(DampTooSmallError):
         for _ in range(12):
             fisher.update(g)

@@ -973,9 +973,9 @@ def late(request, monkeypatch):
 
     arrived = SimpleNamespace(synchronize=lambda: None)
 
-    def is_late(self, errors):
+    def is_late(self, error):
         if not self.fresh:
-            self.unread.append((torch.tensor(errors), arrived))
+            self.unread.append((torch.tensor(error), arrived))
         return not self.fresh
 
     monkeypatch.setattr(Precision, "_is_late", is_late)
