@@ -99,10 +99,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """Gives columns to these parameters, after those of `stages`."""
         stages = [*self.stages, {p: p.shape for p in params}]
         flat = self.lay_out([*chain(*stages)], self.state)
-        if self.stages:
-            self.fisher.grow(flat.size - self.fisher.shape[0])
-        else:
+        if not self.stages:
             self.build(flat.size, flat.vector.device, flat.ranks.group)
+        elif params:
+            self.fisher.grow(flat.size - self.fisher.shape[0])
         self.flat, self.stages = flat, [*filter(None, stages)]
         # torch.distributed.checkpoint looks up here which names `state_dict` will have.
         for p in flat.params if self.fisher.window.separable else []:

@@ -64,7 +64,7 @@ def _saved_window(fisher: Any, state: dict[str, Any], dims: list[int], dim: int)
         if not window.separable:  # parts of several ranks are padded to the longest one
             found = {name: found[name][..., : x.shape[-1]] for name, x in block.state.items()}
         _check(found, block.state)
-        vars(block).update(found, state=found, device=next(iter(found.values())).device)
+        vars(block).update(found, state=found)
     if sum(dims) != dim:
         raise ValueError(
             f"The state dict has {sum(dims)} weights, but this inverse Fisher {dim}; build it with "
@@ -220,11 +220,11 @@ def _own_entries(p: Tensor, own: dict[str, Any], saved: dict[str, Any]) -> dict[
 
 def _own_blocks(ranks: Ranks, shared: dict[str, Any]) -> tuple[list[int], list[dict[str, Tensor]]]:
     """The columns of each block of a window that was saved as a whole, and this rank's parts."""
-    if len(shared["dims"]) != ranks.size:
+    size = len(shared["dims"])
+    if size != ranks.size:
         raise ValueError(
-            f"The state dict has a window of {len(shared['dims'])} processes that is compressed or "
-            f"has scales (float16, float8); load it in as many processes (here are {ranks.size}), "
-            "or start a new window"
+            f"The state dict has a window that is compressed or has scales, of {size} processes; "
+            f"load it in as many, not {ranks.size}, or start a new window"
         )
     dims = ranks.part(shared["dims"])[0].tolist()
     blocks = [shared["window"][str(i)] for i in range(len(dims))]
