@@ -241,8 +241,8 @@ class DynamicInverseFisher:
 
     def grow(self, columns: int) -> None:
         """Appends `columns` weights with past gradients of zero. The others stay in place."""
-        if checks.check_integer("columns", columns, least=0):
-            self.window.append(columns, self.window.blocks[-1].device)
+        checks.check_integer("columns", columns, least=0)
+        self.window.append(columns, self.window.blocks[-1].device)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, by reference. "window" lists the tensors of each block of columns."""
