@@ -52,19 +52,14 @@ def cuda_kernels(device: torch.device) -> Any:
     """An object with the functions of `Compiled` for a CUDA device; None if there are none."""
     if device.type != "cuda":
         return None
-    ways: dict[str, Any] = {
-        "extension": setup_cuda.installed,
-        "NVRTC": functools.partial(Compiled, device),
-    }
     failed = ""
-    for name, load in ways.items():
+    for way in ("extension", "NVRTC"):
         try:
-            kernels = load()
-        except Exception as error:  # torch operations do the same, whatever is wrong
-            failed += f"; not by {name}: {error!r}"
-        else:
-            logger.debug("CUDA kernels: by %s%s", name, failed)
+            kernels: Any = setup_cuda.installed() if way == "extension" else Compiled(device)
+            logger.debug("CUDA kernels: by %s%s", way, failed)
             return kernels
+        except Exception as error:  # torch operations do the same, whatever is wrong
+            failed += f"; not by {way}: {error!r}"
     logger.debug("CUDA kernels: none, but torch operations%s", failed)
     return None
 

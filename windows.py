@@ -231,13 +231,7 @@ class Window:
     """Blocks of columns side by side: the window of d weights, over one device or several.
 
     Methods are those of `DenseWindow`, of all blocks. An entry is a list with that of each block.
-
-    Args:
-        m: gradients.
-        dims: columns of each block.
-        devices: device of each block.
-        device: device of all vectors that come in and go out.
-        dtype, compress: of all blocks. They are dense if `compress` is None.
+    All vectors come in and go out on `device`. Blocks are dense if `compress` is None.
     """
 
     def __init__(
@@ -250,26 +244,22 @@ class Window:
         compress: float | None = None,
     ):
         self.m, self.device, self.dtype, self.compress = m, device, dtype, compress
-        self.blocks: list[Any] = []
+        # Columns can be saved separately, with their parameters, unless blocks of them share scales
+        # or compete for the largest entries.
+        self.separable = compress is None and dtype not in SCALED
+        self.blocks: list[DenseWindow] = []
+        self.dims: list[int] = []  # columns of each block
         for dim, place in zip(dims, devices, strict=True):
             self.append(dim, place)
 
     def append(self, dim: int, device: torch.device) -> None:
         """Appends `dim` columns of zeros. The others stay where they are."""
         if self.compress is None:
-            self.blocks.append(DenseWindow(self.m, dim, device, self.dtype))
+            block = DenseWindow(self.m, dim, device, self.dtype)
         else:
-            self.blocks.append(CompressedWindow(self.m, dim, device, self.dtype, self.compress))
-
-    @property
-    def separable(self) -> bool:
-        """Whether columns can be saved separately, with their parameters. They cannot if blocks of
-        them share scales or compete for the largest entries."""
-        return self.compress is None and self.dtype not in SCALED
-
-    @property
-    def dims(self) -> list[int]:
-        return [block.dim for block in self.blocks]
+            block = CompressedWindow(self.m, dim, device, self.dtype, self.compress)
+        self.blocks.append(block)
+        self.dims.append(dim)
 
     def entry(self, g: Tensor) -> list[Entry]:
         return self._each("entry", g.split(self.dims))
