@@ -173,9 +173,10 @@ class CompressedWindow(DenseWindow):
             )
         self.m, self.dim, self.device, self.compress = m, d, device, compress
         self.count = kept(BLOCK, compress)  # entries of a whole block
-        columns = torch.arange(0, d, BLOCK)[:, None] + torch.arange(self.count)
         k = d // BLOCK * self.count + kept(d % BLOCK, compress)
-        self.columns = columns.flatten()[:k].int().to(device).expand(m, k).contiguous()
+        starts, within = (torch.arange(*x, device="cpu") for x in ([0, d, BLOCK], [self.count]))
+        columns = (starts[:, None] + within).flatten()[:k].int()
+        self.columns = columns.to(device).expand(m, k).contiguous()
         self.values = torch.zeros(self.columns.shape, dtype=dtype, device=device)
         self.error = torch.zeros(d, dtype=torch.promote_types(dtype, torch.float32), device=device)
         self.height = TILE // 20 // max(1, k)  # rows that fit in the cache
