@@ -78,14 +78,14 @@ class Coefficients:
             return z, accepted, found
         m, j, P, K = len(k), int(count) % len(k), self.P, self.K
         shift, k_j, others = m * self.damp, float(k[j]), k.clone()
-        others[j] = 0  # k'
+        others[j].zero_()  # k'
         A_diagonal, p = K.diagonal() + shift, P[j] / P[j, j].sqrt()
         u, residual = torch.zeros_like(k), others
         for _ in range(2):
             u += (P @ residual).sub_(p, alpha=float(p @ residual))
-            u[j] = 0
+            u[j].zero_()
             residual = torch.addmv(others, K, u, alpha=-1).sub_(u, alpha=shift)  # k' − A'u
-            residual[j] = 0
+            residual[j].zero_()
             off = float(residual @ (residual / A_diagonal))
             # One step of refinement, unless only rounding is left: P'k' cancels for nearly parallel
             # gradients, and P would keep the error.

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -51,21 +51,15 @@ def available_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def check_memory(
-    m: int,
-    dims: Sequence[int],
-    devices: Sequence[torch.device],
-    dtype: torch.dtype,
-    compress: float | None,
-) -> None:
-    """Raises ValueError if a window of m gradients, `dims` columns on each device, is too large."""
+def check_memory(m: int, dims: list[int], devices: list[torch.device], **kind: Any) -> None:
+    """Raises ValueError if a window of m gradients, `dims` columns on each device, is too large.
+    `kind` is its `dtype` and `compress`."""
     for device in dict.fromkeys(devices):
         own = [d for d, place in zip(dims, devices, strict=True) if place == device]
-        size = sum(window_bytes(m, d, dtype=dtype, compress=compress) for d in own)
-        free = available_memory(device)
-        if size > free:
+        needed, free = sum(window_bytes(m, d, **kind) for d in own), available_memory(device)
+        if needed > free:
             raise ValueError(
-                f"A window of {m} gradients of {sum(dims):,} weights takes {size / 1e9:.3g} GB on "
-                f"{device}, which has {free / 1e9:.3g} GB free; take fewer gradients, a narrower "
-                "window_dtype, compress=0.01, or more devices"
+                f"A window of {m} gradients of {sum(dims):,} weights takes {needed / 1e9:.3g} GB "
+                f"on {device}, which has {free / 1e9:.3g} GB free; take fewer gradients, a "
+                "narrower window_dtype, compress=0.01, or more devices"
             )

@@ -81,7 +81,7 @@ class Precision:
         self.unread: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self.rounding = SINGLE / 2  # r of products in float32
 
-    def accepts(self, error: Tensor | float) -> bool:
+    def accept(self, error: Tensor | float) -> bool:
         """Whether an exchange with this error, from `Coefficients.exchange`, is good, or is read
         later. If not, K, P or λ is another now, and the exchange is to be repeated.
 

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from kernels import cuda_kernels
 
-__all__ = ["BLOCK", "CompressedWindow", "DenseWindow", "Window", "gram", "kept"]
+__all__ = ["BLOCK", "CompressedWindow", "DenseWindow", "Window", "gram"]
 
 BLOCK = 2**12  # columns that share a scale, or that compete for the largest entries
 CHUNK = 2**12  # columns, at most, of a sum in float32; the sum over chunks is in float64
@@ -87,7 +87,7 @@ class DenseWindow:
     def write(self, entry: Entry, count: Tensor, accepted: Tensor) -> None:
         """If accepted, makes the entry row j = count mod m. A vector in `state` has one row."""
         for name, rows in self.state.items():
-            rows = torch.atleast_2d(rows)
+            rows = rows if rows.ndim == 2 else rows[None]
             if rows.dtype == torch.float8_e4m3fn:  # torch does not index this type
                 rows = rows.view(torch.uint8)
             j, row = count.view(1) % len(rows), entry.row[name].view(rows.dtype)[None]
@@ -116,7 +116,7 @@ class DenseWindow:
         """Gx (m,) in float64 for x (d,); 0 beyond the first `rows`, if given."""
         x, y = x.to(_type(exact)), torch.zeros(self.m, dtype=torch.float64, device=self.device)
         for some, columns, tile in self._converted(rows or self.m, x.dtype):
-            y[some] += _short_sums(tile, x[columns])
+            y[some].add_(_short_sums(tile, x[columns]))
         return y
 
     def transposed_times(self, y: Tensor, exact: bool = True) -> Tensor:
@@ -173,11 +173,13 @@ class CompressedWindow(DenseWindow):
             )
         self.m, self.dim, self.device, self.compress = m, d, device, compress
         self.count = kept(BLOCK, compress)  # entries of a whole block
-        columns = torch.arange(0, d, BLOCK)[:, None] + torch.arange(self.count)
         k = d // BLOCK * self.count + kept(d % BLOCK, compress)
-        self.columns = columns.flatten()[:k].int().to(device).expand(m, k).contiguous()
+        starts, within = (torch.arange(*x, device="cpu") for x in ([0, d, BLOCK], [self.count]))
+        columns = (starts[:, None] + within).flatten()[:k].int()
+        self.columns = columns.to(device).expand(m, k).contiguous()
         self.values = torch.zeros(self.columns.shape, dtype=dtype, device=device)
         self.error = torch.zeros(d, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        self.height = TILE // 20 // max(1, k)  # rows that fit in the cache
         self.state = {"error": self.error, "columns": self.columns, "values": self.values}
 
     def entry(self, g: Tensor) -> Entry:
@@ -206,21 +208,17 @@ class CompressedWindow(DenseWindow):
 
     def times(self, x: Tensor, exact: bool = True, rows: int | None = None) -> Tensor:
         x, y = x.double(), torch.zeros(self.m, dtype=torch.float64, device=self.device)
-        for some in self._few(rows or self.m):
+        for some in _parts(rows or self.m, self.height):
             columns, values = self.columns[some], self.values[some]
             y[some] = x.index_select(0, columns.flatten()).view(values.shape).mul_(values).sum(1)
         return y
 
     def transposed_times(self, y: Tensor, exact: bool = True) -> Tensor:
         x = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
-        for some in self._few(len(y)):
+        for some in _parts(len(y), self.height):
             products = self.values[some] * y[some, None]
             x.index_add_(0, self.columns[some].flatten(), products.flatten())
         return x
-
-    def _few(self, rows: int) -> Iterator[slice]:
-        """The first rows, as many at a time as fit in the cache."""
-        return _parts(rows, TILE // 20 // max(1, self.values.shape[1]))
 
     def tile(self, rows: slice, columns: slice, buffer: Tensor | None = None) -> Tensor:
         blocks = columns.start // BLOCK, -(-columns.stop // BLOCK)
@@ -234,13 +232,7 @@ class Window:
     """Blocks of columns side by side: the window of d weights, over one device or several.
 
     Methods are those of `DenseWindow`, of all blocks. An entry is a list with that of each block.
-
-    Args:
-        m: gradients.
-        dims: columns of each block.
-        devices: device of each block.
-        device: device of all vectors that come in and go out.
-        dtype, compress: of all blocks. They are dense if `compress` is None.
+    All vectors come in and go out on `device`. Blocks are dense if `compress` is None.
     """
 
     def __init__(
@@ -253,44 +245,40 @@ class Window:
         compress: float | None = None,
     ):
         self.m, self.device, self.dtype, self.compress = m, device, dtype, compress
-        self.blocks: list[Any] = []
+        # Columns can be saved separately, with their parameters, unless blocks of them share scales
+        # or compete for the largest entries.
+        self.separable = compress is None and dtype not in SCALED
+        self.blocks: list[DenseWindow] = []
+        self.dims: list[int] = []  # columns of each block
         for dim, place in zip(dims, devices, strict=True):
             self.append(dim, place)
 
     def append(self, dim: int, device: torch.device) -> None:
         """Appends `dim` columns of zeros. The others stay where they are."""
         if self.compress is None:
-            self.blocks.append(DenseWindow(self.m, dim, device, self.dtype))
+            block = DenseWindow(self.m, dim, device, self.dtype)
         else:
-            self.blocks.append(CompressedWindow(self.m, dim, device, self.dtype, self.compress))
-
-    @property
-    def separable(self) -> bool:
-        """Whether columns can be saved separately, with their parameters. They cannot if blocks of
-        them share scales or compete for the largest entries."""
-        return self.compress is None and self.dtype not in SCALED
-
-    @property
-    def dims(self) -> list[int]:
-        return [block.dim for block in self.blocks]
+            block = CompressedWindow(self.m, dim, device, self.dtype, self.compress)
+        self.blocks.append(block)
+        self.dims.append(dim)
 
     def entry(self, g: Tensor) -> list[Entry]:
         return self._each("entry", g.split(self.dims))
 
     def products(self, new: list[Entry], count: Tensor, exact: bool) -> Tensor:
-        return self._sum(self._each("products", new, count, exact))
+        return reduce(torch.add, self._each("products", new, count, exact))
 
     def write(self, new: list[Entry], count: Tensor, accepted: Tensor) -> None:
         self._each("write", new, count, accepted)
 
     def replace_and_transposed_times(self, new: list[Entry], *step: Tensor | bool) -> Tensor:
-        return self._joined(self._each("replace_and_transposed_times", new, *step))
+        return _joined(self._each("replace_and_transposed_times", new, *step))
 
     def times(self, x: Tensor) -> Tensor:
-        return self._sum(self._each("times", x.split(self.dims)))
+        return reduce(torch.add, self._each("times", x.split(self.dims)))
 
     def transposed_times(self, y: Tensor) -> Tensor:
-        return self._joined(self._each("transposed_times", [y] * len(self.blocks)))
+        return _joined(self._each("transposed_times", [y] * len(self.blocks)))
 
     def tiles(self, rows: slice = ALL) -> Iterator[Tensor]:
         """These rows of G in float64, a few columns at a time, on `device`."""
@@ -307,18 +295,18 @@ class Window:
         """The results of a method of all blocks, each called with its part and what they share."""
         results = []
         for block, part in zip(self.blocks, parts, strict=True):
-            given = (x.to(block.device) if isinstance(x, Tensor) else x for x in (part, *shared))
+            given = (_on(block.device, x) for x in (part, *shared))
             results.append(getattr(block, method)(*given))
-        return results
+        # The work has started on all devices before the first result is read.
+        return [_on(self.device, x) for x in results]
 
-    # The work has started on all devices before the first result is read.
 
-    def _joined(self, parts: list[Tensor]) -> Tensor:
-        parts = [part.to(self.device) for part in parts]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _on(device: torch.device, x: Any) -> Any:
+    return x.to(device) if isinstance(x, Tensor) else x
 
-    def _sum(self, parts: list[Tensor]) -> Tensor:
-        return reduce(torch.add, (part.to(self.device) for part in parts))
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def gram(tiles: Iterable[Tensor]) -> Tensor:
