@@ -55,9 +55,12 @@ class GroupedOptimizer(torch.optim.Optimizer):
         because a framework has replaced them, the window starts anew. Raises ValueError if one has
         got another shape, or if the window does not fit in memory; the next call tries again."""
         every = [group["params"] for group in self.param_groups]
-        seen = [*([*map(id, x)] for x in every), [x[0].device for x in every if x]]
-        seen += [p.dtype for x in every for p in x], [p.shape for x in every for p in x]
-        if seen == self._seen and not any(map(is_trained, self._waiting)):
+        seen = [[*map(id, x)] for x in every], [(p.dtype, p.shape) for x in every for p in x]
+        if (
+            seen == self._seen
+            and not any(map(is_trained, self._waiting))
+            and all(x.params[0].device == x.update.device for x in self.flat.segments)
+        ):
             return
         groups, placed = self.groups_of(["mfac"]), ChainMap(*self.stages)
         self._replace_params()

@@ -247,14 +247,15 @@ def _to_save(ranks: Ranks, p: Tensor, entries: dict[str, Any], G: Tensor) -> Ten
 def _from_saved(ranks: Ranks, p: Tensor, saved: dict[str, Any], own: dict[str, Any]) -> Tensor:
     """The columns (m, ·) of p in this process, from the results of `_to_save` in all processes."""
     grads, dim, mask = saved["grads"], sharded_dim(p), own.get("mask")
-    whole, trained = not is_dtensor(grads), grads.shape[1:].numel() < p.numel()
     G = local(grads).flatten(1)
-    if whole and dim is not None:
-        G = _spread(G, saved["mask"]) if trained else G
+    if dim is None and is_dtensor(grads):
+        return G
+    if dim is not None and not is_dtensor(grads):
+        G = _spread(G, saved["mask"]) if G.shape[1] < p.numel() else G
         G = ranks.part(G.view(len(G), *p.shape), dim + 1).flatten(1)
-    if mask is not None and not (trained and dim is None):
+    if mask is not None and G.shape[1] == local(p).numel():
         G = G[:, local(mask).flatten().to(G.device)]
-    return ranks.part(G, 1) if whole and dim is None else G
+    return ranks.part(G, 1) if dim is None else G
 
 
 def _spread(G: Tensor, mask: Tensor) -> Tensor:

@@ -443,7 +443,7 @@ def checkpoints(folder):
     """Saved and loaded by torch.distributed.checkpoint, in each of its forms; bit for bit."""
     cases = [
         ("replicated", {}),
-        ("ddp", {}),
+        ("ddp", {"sparse": True}),
         ("fsdp", {"sparse": True}),
         ("ddp", {"compress": 0.3}),
     ]
