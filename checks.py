@@ -26,22 +26,21 @@ def kind(x: Any) -> str:
     return type(x).__name__ + shape
 
 
-def checked_vector(x: Any, d: int) -> Tensor:
-    if not is_real(x):
-        raise ValueError(f"Expected a vector {IN_FLOATS}, got {kind(x)}")
-    if x.shape != (d,):
-        raise ValueError(f"Expected a vector of shape {(d,)}, got {tuple(x.shape)}")
+def checked_vector(x: Any, d: int, name: str = "a vector") -> Tensor:
+    if not (is_real(x) and x.shape == (d,)):
+        raise ValueError(f"Expected {name} of shape {(d,)} {IN_FLOATS}, got {kind(x)}")
     return x.detach().contiguous()
 
 
-def fitting(x: Tensor, dtype: torch.dtype, everywhere: Callable[[Tensor], bool]) -> Tensor:
-    """x in `dtype`. Raises ValueError in all processes if it does not fit in one; `everywhere`
-    tells whether a condition holds in all of them."""
+def fitting(
+    x: Tensor, dtype: torch.dtype, everywhere: Callable[[Tensor], Any] = torch.all
+) -> Tensor:
+    """x in `dtype`. Raises ValueError if it does not fit. `everywhere` is `all` over all ranks."""
     fitted = x.to(dtype)
     if not everywhere(fitted.isfinite()):
+        largest = float(x.abs().max())
         raise ValueError(
-            f"Results of up to {float(x.abs().max()):.3g} do not fit {dtype}; use "
-            "dtype=torch.float64, or a higher damp"
+            f"Results of up to {largest:.3g} do not fit {dtype}; use float64, or a higher damp"
         )
     return fitted
 
@@ -55,22 +54,21 @@ def require(holds: bool, name: str, value: Any, wanted: str) -> None:
         raise ValueError(f"Invalid {name}: {value!r}; it must be {wanted}")
 
 
-def check_damp(
-    damp: Any, least: float = RANGE[0], largest: float = RANGE[1], also: str = ""
-) -> float:
+def check_damp(damp: Any, limits: tuple[float, float] = RANGE, also: str = "") -> float:
+    least, largest = limits
     holds = is_number(damp) and least <= damp <= largest
     require(holds, "damp", damp, f"a number from {least:g} to {largest:g}, such as 1e-5{also}")
     return float(damp)
 
 
-def damp_parts(damp: Any, least: float = WIDE[0], largest: float = WIDE[1]) -> tuple[float, float]:
+def damp_parts(damp: Any, limits: tuple[float, float] = WIDE) -> tuple[float, float]:
     """(λ, fraction of the mean squared gradient); one of them is 0. "relative:0.03" stands for the
-    fraction 0.03, "relative" for 0.1. λ is limited to `least` and `largest`."""
+    fraction 0.03, "relative" for 0.1. λ is within `limits`."""
     number = r"\d*\.?\d+(?:[eE][-+]?\d+)?"
     relative = isinstance(damp, str) and re.fullmatch(f"relative(?::({number}))?", damp)
     if relative:
         return 0.0, check_damp(float(relative[1] or 0.1))
-    return check_damp(damp, least, largest, also=", or 'relative:0.1'"), 0.0
+    return check_damp(damp, limits, also=", or 'relative:0.1'"), 0.0
 
 
 def check_integer(name: str, value: Any, least: int = 1, largest: int | None = None) -> int:
@@ -141,16 +139,11 @@ def check_group(group: dict[str, Any], shared: dict[str, Any]) -> None:
     require(0.0 <= decay, "weight_decay", decay, "at least 0")
     check_choice("normalize", group.get("normalize"), ("layer", None))
     for name in shared.keys() & group.keys():
-        if group[name] != shared[name]:
-            raise ValueError(
-                f"Invalid group: it sets {name}, which all groups share; give it to MFAC itself"
-            )
+        same = group[name] == shared[name]
+        require(same, name, group[name], "the same in all groups; give it to MFAC itself")
+    wanted = "of a real floating-point type; keep a complex one as real and imaginary part"
     for p in group["params"]:
-        if not p.is_floating_point():
-            raise ValueError(
-                f"MFAC trains real floating-point parameters, got one of {p.dtype}; keep a complex "
-                "one as real and imaginary part, and use torch.view_as_complex in the module"
-            )
+        require(p.is_floating_point(), "parameter", p.dtype, wanted)
 
 
 def checked_masks(

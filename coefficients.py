@@ -57,14 +57,14 @@ class Coefficients:
         return True
 
     def exchange(
-        self, k: Tensor, count: Tensor, rounding: float, exact: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor | tuple[float, float]]:
+        self, k: Tensor, count: Tensor, rounding: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
         """Makes k (m,) row and column j = count mod m of K: O(m²).
 
         Returns z = A⁻¹e_j (m,), accepted (1 or 0), and the relative error of F⁻¹g by (6), for
-        products in float64 (`exact`) or in float32 with this `rounding`. Kernels return this error
-        as a tensor (1,) on their device. Elsewhere it is a pair with the error for float32. If the
-        error exceeds `TOLERANCE` or k_j is not finite, nothing changes and z is zero.
+        products in float32 with this `rounding`, or in float64 if it is 0. Kernels return the error
+        as a tensor (1,) on their device. If it exceeds `TOLERANCE` or k_j is not finite, nothing
+        changes and z is zero.
 
         Let ' mean "without row and column j", and p = P[:, j]/√P_jj before the exchange. Then
 
@@ -72,65 +72,52 @@ class Coefficients:
             P ← P' + ũũᵀ/s,     z = −ũ/s
         """
         if kernels := cuda_kernels(k.device):
-            z, accepted, error = torch.empty_like(k), torch.empty_like(count), k.new_empty(1)
+            z, accepted, found = torch.empty_like(k), torch.empty_like(count), k.new_empty(1)
             side = self.P, self.K, k, count, self.damping, TOLERANCE
-            kernels.hinv_update(*side, z, error, accepted)
-            return z, accepted, error
-        m, shift = len(k), len(k) * self.damp
-        j = int(count) % m
-        k_j, others, p = float(k[j]), k.clone(), self.P[j] / self.P[j, j].sqrt()
+            kernels.hinv_update(*side, z, found, accepted)
+            return z, accepted, found
+        m, j, P, K = len(k), int(count) % len(k), self.P, self.K
+        shift, k_j, others = m * self.damp, float(k[j]), k.clone()
         others[j].zero_()  # k'
-        K_diagonal = self.K.diagonal().clone()
-        K_diagonal[j].fill_(k_j)
-        A_diagonal = K_diagonal + shift
-
+        A_diagonal, p = K.diagonal() + shift, P[j] / P[j, j].sqrt()
         u, residual = torch.zeros_like(k), others
         for _ in range(2):
-            y = self.P @ residual
-            u += y.sub_(p, alpha=float(y[j] / p[j]))
+            u += (P @ residual).sub_(p, alpha=float(p @ residual))
             u[j].zero_()
-            Ku = self.K @ u
-            residual = torch.sub(others, Ku).sub_(u, alpha=shift)  # k' − A'u
+            residual = torch.addmv(others, K, u, alpha=-1).sub_(u, alpha=shift)  # k' − A'u
             residual[j].zero_()
-            squares = residual.square().div_(A_diagonal)
+            off = float(residual @ (residual / A_diagonal))
             # One step of refinement, unless only rounding is left: P'k' cancels for nearly parallel
             # gradients, and P would keep the error.
-            if float(squares.max()) < REFINED**2 * (k_j + shift):
+            if off < REFINED**2 * (k_j + shift):
                 break
-        projected = float(others @ u)
+        projected = float(u @ (others + residual))  # k'ᵀA'⁻¹k', up to the square of the error of u
         s = k_j + shift - projected  # Schur complement, s ≥ mλ
-        # All squares from here on are s² times those of the formulas, as u = −sz.
-        off = float(squares.sum())  # ‖D⁻¹(e_j − Az)‖²
-        Ku -= k
-        Ku[j].fill_(projected - k_j)  # now Kũ, with the new row of K
-        u[j].fill_(-1)
-        squares = u.square()
-        P_diagonal = self.P.diagonal() - p.square() + squares / s
-        P_diagonal[j].fill_(1 / s if s else math.inf)
-        trace, terms = float(P_diagonal @ A_diagonal), float(squares @ K_diagonal)
+
+        # The terms of (6) for ũ = −sz: all squares are s² times those of z.
+        length, terms = float(u @ u), k_j + float(u.square() @ K.diagonal())
+        trace = float((P.diagonal() - p.square()) @ A_diagonal)
+        trace += (terms + shift * (length + 1)) / (s or math.nan)
         # zᵀKz may cancel down to its own rounding error. Then the error is unknown, and infinite.
-        left = float(u @ Ku) - m * DOUBLE / 2 * terms
+        left = k_j - projected - shift * length - m * DOUBLE / 2 * terms
 
-        def by_6(r: float, q: float) -> float:
-            if k_j == 0 or not math.isfinite(k_j):
-                return 0 * k_j  # F⁻¹g is 0, or g is not finite
-            if not (s > 0 and 0 < trace < math.inf and 0 < left < math.inf and off < math.inf):
-                return math.inf
-            return ((off * trace) ** 0.5 + terms**0.5 * (r * trace**0.5 + q)) / left**0.5
+        r, q = (rounding, SINGLE / 2 * (1 + m / 16) ** 0.5) if rounding else (DOUBLE, 0)
+        error = math.inf
+        if k_j == 0 or not math.isfinite(k_j):
+            error = 0 * k_j  # F⁻¹g is 0, or g is not finite
+        elif s > 0 and 0 < trace < math.inf and 0 < left < math.inf and off < math.inf:
+            error = ((off * trace) ** 0.5 + terms**0.5 * (r * trace**0.5 + q)) / left**0.5
+        if not error <= TOLERANCE:
+            return torch.zeros_like(k), torch.zeros_like(count), error
 
-        in_float32 = by_6(rounding, SINGLE / 2 * (1 + m / 16) ** 0.5)
-        errors = by_6(DOUBLE, 0) if exact else in_float32, in_float32
-        if not errors[0] <= TOLERANCE:
-            return torch.zeros_like(k), torch.zeros_like(count), errors
-
-        z = u / -s
+        u[j] = -1  # ũ
         # The same factors on both sides keep P symmetric. The error of its row j is a rounding of
         # P_jj, which may be far larger than z, so z overwrites this row.
-        factors = torch.stack([p, u / s**0.5])
-        self.P.addmm_(torch.stack([-factors[0], factors[1]], 1), factors)
-        self.P[j] = self.P[:, j] = z
-        self.K[j] = self.K[:, j] = k
-        return z, torch.ones_like(count), errors
+        z, v = u / -s, u / s**0.5
+        P.addmm_(torch.stack([-p, v], 1), torch.stack([p, v]))
+        P[j] = P[:, j] = z
+        K[j] = K[:, j] = k
+        return z, torch.ones_like(count), error
 
     def solve(self, y: Tensor) -> Tensor:
         """A⁻¹y (m,), with a step of refinement."""

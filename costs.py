@@ -2,12 +2,12 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from checks import check_integer, checked_compress, checked_dtype
-from windows import BLOCK, SCALED, kept
+from windows import Window
 
 __all__ = ["available_memory", "check_memory", "window_bytes"]
 
@@ -33,14 +33,9 @@ def window_bytes(
     m, d = check_integer("ngrads", ngrads, least=0), check_integer("dim", dim, least=0)
     d = -(-d // check_integer("world_size", world_size))
     dtype, compress = checked_dtype("dtype", dtype, compress), checked_compress(compress)
-    if compress is None:
-        row, error = d * dtype.itemsize + (4 * -(-d // BLOCK) if dtype in SCALED else 0), 0
-    else:
-        blocks, rest = divmod(d, BLOCK)
-        entries = blocks * kept(BLOCK, compress) + kept(rest, compress)
-        row = entries * (dtype.itemsize + torch.int32.itemsize)
-        error = d * torch.promote_types(dtype, torch.float32).itemsize
-    return m * row + error + 16 * m**2
+    nowhere = torch.device("meta")  # tensors there take no memory
+    window = Window(m, [d], [nowhere], nowhere, dtype, compress)
+    return 16 * m**2 + sum(tensor.nbytes for tensor in window.blocks[0].state.values())
 
 
 def available_memory(device: torch.device) -> int:
@@ -56,24 +51,15 @@ def available_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def check_memory(
-    m: int,
-    dims: Sequence[int],
-    devices: Sequence[torch.device],
-    dtype: torch.dtype,
-    compress: float | None,
-) -> None:
-    """Raises ValueError if a window of m gradients, `dims` columns on each device, is too large."""
-    needed: dict[torch.device, int] = {}
-    for d, device in zip(dims, devices, strict=True):
-        size = window_bytes(m, d, dtype=dtype, compress=compress)
-        # K and P are on the first device only.
-        needed[device] = needed.get(device, 0) + size - (16 * m**2 if needed else 0)
-    for device, size in needed.items():
-        free = available_memory(device)
-        if size > free:
+def check_memory(m: int, dims: list[int], devices: list[torch.device], **kind: Any) -> None:
+    """Raises ValueError if a window of m gradients, `dims` columns on each device, is too large.
+    `kind` is its `dtype` and `compress`."""
+    for device in dict.fromkeys(devices):
+        own = [d for d, place in zip(dims, devices, strict=True) if place == device]
+        needed, free = sum(window_bytes(m, d, **kind) for d in own), available_memory(device)
+        if needed > free:
             raise ValueError(
-                f"A window of {m} gradients of {sum(dims):,} weights takes {size / 1e9:.3g} GB on "
-                f"{device}, which has {free / 1e9:.3g} GB free; take fewer gradients, a narrower "
-                "window_dtype, compress=0.01, or more devices"
+                f"A window of {m} gradients of {sum(dims):,} weights takes {needed / 1e9:.3g} GB "
+                f"on {device}, which has {free / 1e9:.3g} GB free; take fewer gradients, a "
+                "narrower window_dtype, compress=0.01, or more devices"
             )

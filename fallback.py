@@ -93,10 +93,9 @@ class Fallback:
     Args:
         groups: all groups of an optimizer.
         state: the state of the optimizer, by parameter.
-        device: of the window.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], state: dict[Any, Any], device: torch.device):
+    def __init__(self, groups: list[dict[str, Any]], state: dict[Any, Any]):
         self.state, self.parts = state, []
         for group in groups:
             if group["algorithm"] != "mfac":
@@ -104,11 +103,13 @@ class Fallback:
                 grads = [_laid_out(local(p.grad), local(p)) for p in params]
                 if params:
                     self.parts.append((group, params, grads))
-        self.veto: Tensor | None = None  # NaN if a gradient has NaN or Inf, else 0
+
+    def nan(self, device: torch.device) -> Tensor:
+        """NaN () if a gradient has NaN or Inf, otherwise 0."""
         every = [g for _, _, grads in self.parts for g in grads if g.numel()]
-        if every:
-            largest = torch.stack([x.to(device) for x in torch._foreach_norm(every, torch.inf)])
-            self.veto = (0 * largest).sum()
+        largest = torch._foreach_norm(every, torch.inf) if every else []
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        return (0 * torch.stack([zero, *(x.to(zero) for x in largest)])).sum()
 
     def step(self, accepted: float | Tensor = 1) -> None:
         """The step itself. Nothing changes if `accepted` is 0."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from checks import IN_FLOATS, WIDE, check_damp, is_real, kind
+from checks import IN_FLOATS, WIDE, check_damp, checked_vector, fitting, is_real, kind
 from ranks import Ranks
 
 
@@ -30,7 +30,7 @@ class StaticInverseFisher:
     @damp.setter
     def damp(self, damp: float) -> None:
         before: Any = getattr(self, "_damp", None)
-        self._damp, self._diagonal = check_damp(damp, *WIDE), None
+        self._damp, self._diagonal = check_damp(damp, WIDE), None
         try:
             self._damp_changed()
         except ValueError:  # too small for these gradients
@@ -150,22 +150,15 @@ def as_matrix(grads: Any) -> Tensor:
 
 def check_vector(name: str, x: Tensor, d: int, device: torch.device) -> Tensor:
     """x (d,) in float64 on the device."""
-    if not (is_real(x) and x.shape == (d,)):
-        raise ValueError(f"Expected {name} of shape ({d},) {IN_FLOATS}, got {kind(x)}")
+    x = checked_vector(x, d, name)
     if not bool(x.isfinite().all()):
         raise ValueError(f"Expected finite numbers in {name}, got NaN or Inf")
-    return x.detach().to(device, torch.float64)
+    return x.to(device, torch.float64)
 
 
 def in_type_of(x: Tensor, result: Tensor) -> Tensor:
     """The result in the type of x and where x is."""
-    fitted = result.to(x)
-    if not bool(fitted.isfinite().all()):
-        raise ValueError(
-            f"Results of up to {float(result.abs().max()):.3g} do not fit {x.dtype}; use float32 "
-            "or float64, or a higher damp"
-        )
-    return fitted
+    return fitting(result, x.dtype).to(x.device)
 
 
 def check_removal(drop: Any, w: Tensor, d: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import json
 import logging
+import math
 import os
 import tempfile
 from ctypes import c_double, c_longlong
@@ -33,19 +34,14 @@ logger = logging.getLogger("optim")
 
 SOURCE = Path(__file__).with_name("hinv_cuda_kernel.cu")
 # As in the source: types of windows, threads of a block, a block's share of G, scratch memory.
-FORMATS = {
-    torch.float32: "Float32",
-    torch.bfloat16: "BFloat16",
-    torch.float16: "Float16",
-    torch.float64: "Float64",
-    torch.float8_e4m3fn: "Float8",
-}
-WITHOUT_SCALES, WITH_SCALES = ("Float32", "BFloat16", "Float64"), ("Float16", "Float8")
-KERNELS = {  # and the types they are compiled for: compressed windows have no scales
-    **dict.fromkeys(("window_times", "window_transposed_times"), WITHOUT_SCALES + WITH_SCALES),
-    **dict.fromkeys(("sparse_times", "sparse_replace", "largest_entries"), WITHOUT_SCALES),
-    "round_row": WITH_SCALES,
-}
+WITHOUT_SCALES = {torch.float32: "Float32", torch.bfloat16: "BFloat16", torch.float64: "Float64"}
+WITH_SCALES = {torch.float16: "Float16", torch.float8_e4m3fn: "Float8"}
+FORMATS = WITHOUT_SCALES | WITH_SCALES
+DENSE = "window_times", "window_transposed_times"
+SPARSE = "sparse_times", "sparse_replace", "largest_entries"  # for compressed windows
+KERNELS = ["exchange", *(f"round_row<{x}>" for x in WITH_SCALES.values())]
+KERNELS += [f"{name}<{x}>" for name in DENSE for x in FORMATS.values()]
+KERNELS += [f"{name}<{x}>" for name in SPARSE for x in WITHOUT_SCALES.values()]
 THREADS, BYTES, SPARSE_COLUMNS, BLOCK = 256, 512, 512, 4096
 SCRATCH, SPARSE_PARTS = 2**16, 128
 TOGETHER = "exchange", "window_times", "sparse_times"  # these call grid.sync()
@@ -56,19 +52,16 @@ def cuda_kernels(device: torch.device) -> Any:
     """An object with the functions of `Compiled` for a CUDA device; None if there are none."""
     if device.type != "cuda":
         return None
-    try:
-        extension = setup_cuda.installed()
-        logger.debug("CUDA kernels: from %s", extension.__file__)
-        return extension
-    except ImportError as error:  # not installed, another module, or built for another torch
-        why = error
-    try:
-        kernels = Compiled(device)
-    except Exception as error:  # torch operations do the same, whatever is wrong
-        logger.debug("CUDA kernels: none (%s; NVRTC: %r), torch operations instead", why, error)
-        return None
-    logger.debug("CUDA kernels: compiled by NVRTC (%s)", why)
-    return kernels
+    failed = ""
+    for way in ("extension", "NVRTC"):
+        try:
+            kernels: Any = setup_cuda.installed() if way == "extension" else Compiled(device)
+            logger.debug("CUDA kernels: by %s%s", way, failed)
+            return kernels
+        except Exception as error:  # torch operations do the same, whatever is wrong
+            failed += f"; not by {way}: {error!r}"
+    logger.debug("CUDA kernels: none, but torch operations%s", failed)
+    return None
 
 
 class Compiled:
@@ -80,84 +73,78 @@ class Compiled:
         properties = torch.cuda.get_device_properties(device)
         symbols, binary = compiled(10 * properties.major + properties.minor)
         self.driver, self.device = driver, device
-        self.functions: dict[str, Any] = {}
-        self.resident: dict[str, int] = {}  # number of blocks that the device holds at once
+        self.functions: dict[str, tuple[Any, int]] = {}  # and the blocks that the device holds
         with torch.cuda.device(device):
             torch.cuda.synchronize()  # creates the context, into which modules are loaded
             module = _checked(driver.cuModuleLoadData(binary))
             for name, symbol in symbols.items():
                 function = _checked(driver.cuModuleGetFunction(module, symbol.encode()))
                 blocks = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, THREADS, 0)
-                self.functions[name] = function
-                self.resident[name] = _checked(blocks) * properties.multi_processor_count
+                resident = _checked(blocks) * properties.multi_processor_count
+                self.functions[name] = function, resident
 
     # As in hinv_cuda.cpp, which has the types.
 
     def hinv_update(self, P, K, k, count, damp, tolerance, z, error, accepted):  # type: ignore
         m, scratch = len(k), k.new_empty(5 * len(k))
-        inputs = P, K, k, count, damp, m, float(tolerance)
-        self._launch("exchange", -(-m * 32 // THREADS), *inputs, z, error, accepted, scratch)
+        given = P, K, k, count, damp, m, float(tolerance)
+        self._launch("exchange", None, m * 32 / THREADS, *given, z, error, accepted, scratch)
 
     def hinv_times(self, G, x, count, scales=None):  # type: ignore
         k = count.new_empty(len(G), dtype=torch.float64)
-        scratch = k.new_empty(max(SCRATCH, len(G)))
-        name, sizes = f"window_times<{FORMATS[G.dtype]}>", (*G.shape, G.stride(0))
-        self._launch(name, SCRATCH, G, x, count, scales, *sizes, scratch, k)
+        given = G, x, count, scales, *G.shape, G.stride(0)
+        self._launch("window_times", G, SCRATCH, *given, k.new_empty(max(SCRATCH, len(G))), k)
         return k
 
-    def hinv_transposed_times(  # type: ignore
-        self, G, z, scales=None, row=None, row_scales=None, count=None, accepted=None
-    ):
-        real = torch.float64 if G.dtype == torch.float64 else torch.float32
-        u, blocks = G.new_empty(G.shape[1], dtype=real), -(-G.shape[1] * G.itemsize // BYTES)
-        name, sizes = f"window_transposed_times<{FORMATS[G.dtype]}>", (*G.shape, G.stride(0))
-        self._launch(name, blocks, G, z, scales, row, row_scales, count, accepted, *sizes, u)
+    def hinv_transposed_times(self, G, z, scales=None, *new):  # type: ignore
+        """`new`: row, row_scales, count, accepted."""
+        u = z.new_empty(G.shape[1], dtype=z.dtype if G.dtype == z.dtype else torch.float32)
+        given = G, z, scales, *(new or 4 * [None]), *G.shape, G.stride(0)
+        self._launch("window_transposed_times", G, len(u) * G.itemsize / BYTES, *given, u)
         return u
 
     def hinv_round(self, g, G):  # type: ignore
-        d, blocks = len(g), -(-len(g) // BLOCK)
-        row, scales, values = g.new_empty(d, dtype=G.dtype), g.new_empty(blocks), g.new_empty(d)
-        self._launch(f"round_row<{FORMATS[G.dtype]}>", blocks, g, d, row, scales, values)
-        return row, scales, values
+        d, blocks = len(g), math.ceil(len(g) / BLOCK)
+        outputs = g.new_empty(d, dtype=G.dtype), g.new_empty(blocks), g.new_empty(d)
+        self._launch("round_row", G, blocks, g, d, *outputs)
+        return outputs
 
     def hinv_largest(self, error, g, values, kept):  # type: ignore
         d, k = len(error), values.shape[1]
-        columns, row = values.new_empty(k, dtype=torch.int32), values.new_empty(k)
-        new_error, X = torch.empty_like(error), error.new_empty(2, d, dtype=torch.float64)
-        name, outputs = f"largest_entries<{FORMATS[values.dtype]}>", (columns, row, new_error, X)
-        self._launch(name, -(-d // BLOCK), error, g, kept, k, d, *outputs)
+        outputs = values.new_empty(k, dtype=torch.int32), values.new_empty(k)
+        outputs += torch.empty_like(error), error.new_empty(2, d, dtype=torch.float64)
+        self._launch("largest_entries", values, d / BLOCK, error, g, kept, k, d, *outputs)
         return outputs
 
     def hinv_sparse_times(self, columns, values, X, count, row_columns, row):  # type: ignore
         (m, k), (n, d) = values.shape, X.shape
-        y = count.new_empty(n, m, dtype=torch.float64)
-        scratch = y.new_empty(SPARSE_PARTS * n * m)
-        name, new = f"sparse_times<{FORMATS[values.dtype]}>", (row_columns, row, count)
-        self._launch(name, SCRATCH, columns, values, X, *new, n, m, k, d, scratch, y)
+        y = X.new_empty(n, m)
+        given = columns, values, X, row_columns, row, count, n, m, k, d
+        self._launch("sparse_times", values, SCRATCH, *given, y.new_empty(SPARSE_PARTS * n * m), y)
         return y
 
     def hinv_sparse_replace(self, columns, values, y, error, row_columns, row, *more):  # type: ignore
         """`more`: new_error, rest, damp, count, accepted."""
-        u, sizes = torch.empty_like(error), (*values.shape, len(error))
-        name, blocks = f"sparse_replace<{FORMATS[values.dtype]}>", -(-len(u) // SPARSE_COLUMNS)
-        self._launch(name, blocks, columns, values, y, row_columns, row, error, *more, *sizes, u)
+        u = torch.empty_like(error)
+        given = columns, values, y, row_columns, row, error, *more, *values.shape, len(u)
+        self._launch("sparse_replace", values, len(u) / SPARSE_COLUMNS, *given, u)
         return u
 
-    def _launch(self, name: str, blocks: int, *arguments: Tensor | float | None) -> None:
-        """Launches a kernel. Its parameters are pointers, integers and doubles."""
-        values = tuple(
-            a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments
-        )
+    def _launch(self, name: str, window: Tensor | None, blocks: float, *arguments: Any) -> None:
+        """Launches a kernel, of the type of a window. Its parameters are pointers, integers and
+        doubles; None is a null pointer."""
+        kernel = name if window is None else f"{name}<{FORMATS[window.dtype]}>"
+        (function, resident), blocks = self.functions[kernel], max(1, math.ceil(blocks))
+        values = tuple(a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments)
         types = tuple(c_double if isinstance(v, float) else c_longlong for v in values)
-        together = name.startswith(TOGETHER)
-        blocks = min(blocks, self.resident[name]) if together else max(blocks, 1)
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream().cuda_stream
-            launch = self.functions[name], blocks, 1, 1, THREADS, 1, 1, 0, stream, (values, types)
-            if together:
-                _checked(self.driver.cuLaunchCooperativeKernel(*launch))
+            block = THREADS, 1, 1, 0, stream, (values, types)
+            if name in TOGETHER:
+                launch = self.driver.cuLaunchCooperativeKernel
+                _checked(launch(function, min(blocks, resident), 1, 1, *block))
             else:
-                _checked(self.driver.cuLaunchKernel(*launch, 0))
+                _checked(self.driver.cuLaunchKernel(function, blocks, 1, 1, *block, 0))
 
 
 def compiled(architecture: int) -> tuple[dict[str, str], bytes]:
@@ -181,20 +168,19 @@ def compiled(architecture: int) -> tuple[dict[str, str], bytes]:
 
 
 def _compile(nvrtc: Any, source: bytes, option: str) -> tuple[dict[str, str], bytes]:
-    names = ["exchange", *(f"{name}<{type}>" for name in KERNELS for type in KERNELS[name])]
     program = _checked(nvrtc.nvrtcCreateProgram(source, SOURCE.name.encode(), 0, [], []))
-    for name in names:
+    for name in KERNELS:
         _checked(nvrtc.nvrtcAddNameExpression(program, name.encode()))
     flags = [b"--std=c++17", option.encode()]
     if nvrtc.nvrtcCompileProgram(program, len(flags), flags)[0]:
         log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
         _checked(nvrtc.nvrtcGetProgramLog(program, log))
         raise RuntimeError(log.decode())
-    symbols = [_checked(nvrtc.nvrtcGetLoweredName(program, name.encode())) for name in names]
+    symbols = [_checked(nvrtc.nvrtcGetLoweredName(program, name.encode())) for name in KERNELS]
     binary = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
     _checked(nvrtc.nvrtcGetCUBIN(program, binary))
     _checked(nvrtc.nvrtcDestroyProgram(program))
-    return dict(zip(names, (s.decode() for s in symbols), strict=True)), bytes(binary)
+    return dict(zip(KERNELS, (s.decode() for s in symbols), strict=True)), bytes(binary)
 
 
 def _checked(result: tuple) -> Any:

@@ -237,7 +237,7 @@ class Run:
                 plan = self.pruner.memory_plan(max(self.ngrads))
             if settings.get("optim") == "mfac":
                 m, d = settings["ngrads"], self.ranks.chunk(self.total)
-                check_memory(m, [d], [self.device], torch.float32, None)
+                check_memory(m, [d], [self.device])
                 saved = window_bytes(m, self.total)
         except ValueError as error:
             raise UserError(str(error)) from error

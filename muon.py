@@ -75,6 +75,6 @@ class Muon(torch.optim.Optimizer):
         )
         for p, matrix in zip(params, matrices, strict=True):
             p.copy_(matrix.view_as(p))
-        others = Fallback([rest], self.state, rest["params"][0].device)
-        others.step(1 if others.veto is None else others.veto.isfinite())
+        others = Fallback([rest], self.state)
+        others.step(others.nan(rest["params"][0].device).isfinite())
         return loss

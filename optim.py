@@ -18,20 +18,11 @@ Symbols: m gradients in the window, d weights, G (m, d) window, K (m, m) Gram ma
 A = mλI + K, P = A⁻¹, λ = `damp` (always λ itself); ĝ is g as the window's type rounds it, k = Gĝ,
 z = A⁻¹e_j, u = F⁻¹ĝ, j = count mod m the row of ĝ.
 
-Differences from the paper's reference code:
-1. The (m, m) side is updated in O(m²) rather than computed anew in O(m³) for each gradient.
-2. It is kept in float64, and each step's error is estimated, so that nearly parallel gradients and
-   small λ stay right.
-3. Nothing is written before it is known to be good. A gradient with NaN or Inf changes nothing.
-4. Weights that are zero at construction are frozen (`sparse`) in matrices only, not in vectors.
-5. `state_dict` holds everything, so that a resumed run is the uninterrupted one.
-
 Source: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order
 Information", NeurIPS 2021, arXiv 2107.03356, section 3.2 (dynamic algorithm).
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,12 +34,12 @@ from coefficients import DOUBLE, SINGLE, TOLERANCE, Coefficients, factor
 from control import Control, squared_norms
 from costs import check_memory, window_bytes
 from fallback import Fallback
-from flat import Flat, Segment
+from flat import Segment
 from parameter_groups import GroupedOptimizer
 from precision import DampTooSmallError, NonFiniteGradientError, Precision
-from ranks import Ranks, find_process_group
+from ranks import Ranks
 from recovery import Recovery
-from windows import Entry, Window
+from windows import Window
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -112,9 +103,9 @@ class DynamicInverseFisher:
         if len(kinds := {place.type for place in places}) > 1:
             raise ValueError(f"shards are on {sorted(kinds)}; they must be on devices of one type")
         self.device = (devices or places)[0]
-        bounds = [d * i // len(places) for i in range(len(places) + 1)]
-        dims = [stop - start for start, stop in pairwise(bounds)]
-        check_memory(m, dims, places, self.dtype, self.compress)
+        n = len(places)
+        dims = [d * (i + 1) // n - d * i // n for i in range(n)]
+        check_memory(m, dims, places, dtype=self.dtype, compress=self.compress)
         self.ranks = Ranks(process_group)
         self.window = Window(m, dims, places, self.device, self.dtype, self.compress)
         self.coefficients = Coefficients(m, checks.check_damp(damp), self.device)
@@ -144,61 +135,58 @@ class DynamicInverseFisher:
     def damp(self, damp: float) -> None:
         damp = checks.check_damp(damp)
         if damp != self.damp:
-            self.precision.set_damp(damp)
+            self.precision.invert(damp)
 
-    def update_matvec(self, g: Tensor, *, veto: Tensor | None = None) -> Tensor:
+    def update_matvec(self, g: Tensor) -> Tensor:
         """Puts the gradient g (d,) into the window and returns u = F⁻¹g (d,), with g in F.
 
         Two reads of the window. Kernels on CUDA wait for nothing: a refused gradient changes
-        nothing, its result is zero, and the fifth call after it raises the error. `veto` (), if
-        given, refuses g if it is NaN in any of the processes.
+        nothing, its result is zero, and the fifth call after it raises the error.
 
         Raises:
             NonFiniteGradientError: g has NaN or Inf.
             DampTooSmallError: λ is too small for these gradients.
-            ValueError: g is not a dense floating-point vector (d,), or other processes lack one.
+            ValueError: g is not a dense floating-point vector (d,).
         """
-        entry, z, b = self._exchange(g, veto)  # ĝ; k = Gĝ, then A z = e_j
-        y = self.num_grads * z
-        if b is not None:  # plus F⁻¹(g − ĝ) by (1): −GᵀA⁻¹b/λ here, (g − ĝ)/λ in the window
-            y.addcdiv_(self.coefficients.solve(b), self.coefficients.damping, value=-1)
-        u = self.window.replace_and_transposed_times(  # G_j = ĝ, then u = mGᵀz
-            entry, self.counter, self.accepted, y, self.coefficients.damping, self.precision.exact
-        )
-        if self.measures_norms:
-            self.norms = squared_norms(self, z, b, [part.vectors[-1] for part in entry])
-        self._advance()
-        return u.to(self.result_dtype)
+        return self._step(g, multiply=True)
 
     def update(self, g: Tensor) -> None:
         """Puts the gradient g (d,) into the window: one read of it. Raises as `update_matvec`."""
-        entry, _, _ = self._exchange(g)
-        self.window.write(entry, self.counter, self.accepted)
-        self._advance()
+        self._step(g, multiply=False)
 
-    def _exchange(self, g: Tensor, veto: Tensor | None = None) -> tuple[list[Entry], Tensor, Any]:
-        """Puts g into K and P, if it is accepted, but not yet into the window. Returns ĝ, which
-        will be row j = count mod m, z = A⁻¹e_j (m,), and b = G(g − ĝ) (m,), None if ĝ = g."""
+    def _step(self, g: Tensor, multiply: bool) -> Any:
+        """Makes g row j = count mod m. To `multiply`, returns F⁻¹g, where g − ĝ counts, too."""
         g = checks.checked_vector(g, self.shape[0]).to(self.device)
-        self.precision.catch_up(wait=False)
-        entry = self.window.entry(g)
-        good = False
-        while not good:
-            products = self.window.products(entry, self.counter, self.precision.exact)
-            k, *b = self.ranks.sum_of_present(products if veto is None else products + veto)
-            z, self.accepted, good = self.precision.exchange(k, self.counter)
-        return entry, z, b[0] if b else None
-
-    def _advance(self) -> None:
-        self.precision.finish(self.counter)
+        window, side, precision = self.window, self.coefficients, self.precision
+        precision.catch_up(wait=False)
+        damp, entry, good = self.damp, window.entry(g), False  # ĝ
+        precision.interrupted = True  # until K and the window have changed
+        try:
+            while not good:  # after a failure K, P or λ is another
+                products = window.products(entry, self.counter, precision.exact)
+                k, *more = self.ranks.sum(products).unbind()  # k = Gĝ
+                rounding = 0.0 if precision.exact else precision.rounding
+                z, self.accepted, error = side.exchange(k, self.counter, rounding)  # A z = e_j
+                good = precision.accept(error)
+        except ValueError:
+            precision.interrupted = False
+            self.damp = damp  # which may have been raised in vain
+            raise
+        u = None
+        if not multiply:
+            window.write(entry, self.counter, self.accepted)  # G_j = ĝ
+        else:
+            y, b = self.num_grads * z, more[0] if more else None  # b = G(g − ĝ), if this is not 0
+            if b is not None:  # plus F⁻¹(g − ĝ) by (1): −GᵀA⁻¹b/λ here, (g − ĝ)/λ in the window
+                y.addcdiv_(side.solve(b), side.damping, value=-1)
+            u = window.replace_and_transposed_times(  # G_j = ĝ, then u = mGᵀz
+                entry, self.counter, self.accepted, y, side.damping, precision.exact
+            ).to(self.result_dtype)
+            if self.measures_norms:
+                self.norms = squared_norms(self, z, b, [part.vectors[-1] for part in entry])
+        precision.finish(self.counter)
         self.counter += self.accepted
-
-    def abstain(self, veto: Tensor | None = None) -> Tensor:
-        """Takes the place of `update_matvec` if no rank has a gradient, with the same message.
-        Returns whether `veto` is finite in all ranks. Raises ValueError if some have a gradient."""
-        k = self.coefficients.P.new_zeros(1 if self.compress is None else 2, self.num_grads)
-        k = self.ranks.sum_of_present(k if veto is None else k + veto, present=False)
-        return k.isfinite().all()
+        return u
 
     def matvec(self, x: Tensor) -> Tensor:
         """F⁻¹x (d,) for x (d,), by (1), in float64: two reads of the window, or four where K is
@@ -226,7 +214,8 @@ class DynamicInverseFisher:
             terms = (trace * (y.square() @ side.K.diagonal())).sqrt() + ranks.norm(x)
             if bool(rounding * terms <= TOLERANCE * self.damp * ranks.norm(u)):
                 return checks.fitting(u, self.result_dtype, ranks.all)
-            self.precision.recompute()  # which raises if nothing is left to try
+            if not self.precision.recompute():
+                raise self.precision.too_small(self.damp)
 
     def diagonal(self) -> Tensor:
         """diag(F⁻¹) (d,), each entry in (0, 1/λ], in float64. By (2), O(dm²): (1 − Σᵢ Wᵢⱼ²) / λ,
@@ -252,8 +241,8 @@ class DynamicInverseFisher:
 
     def grow(self, columns: int) -> None:
         """Appends `columns` weights with past gradients of zero. The others stay in place."""
-        if checks.check_integer("columns", columns, least=0):
-            self.window.append(columns, self.window.blocks[-1].device)
+        checks.check_integer("columns", columns, least=0)
+        self.window.append(columns, self.window.blocks[-1].device)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, by reference. "window" lists the tensors of each block of columns."""
@@ -315,10 +304,10 @@ class MFAC(GroupedOptimizer):
             end of the fifth step after it.
         maximize: maximizes the objective. Weight decay shrinks the weights all the same.
         process_group: processes that share one window. Each calls `step` and keeps a part of the
-            columns, and all end a step with the same weights. Parameters and gradients must be the
-            same in all of them, as with DDP. None: this process has a window of its own, or, if
-            parameters are DTensors, as with FSDP2, shares it with the processes they are sharded
-            over. Each then keeps the columns of its shards.
+            columns, and all end a step with the same weights. Parameters and gradients, and which
+            are None, must be the same in all of them, as with DDP. None: this process has a window
+            of its own, or, if parameters are DTensors, as with FSDP2, shares it with the processes
+            they are sharded over. Each then keeps the columns of its shards.
         warmup: scales u by n/m while the window has n < m gradients.
         max_step, max_norm: bounds of lr²gᵀF⁻¹g and of ‖u‖, see module `control`.
         normalize: "layer" gives each parameter's update the norm of its weights, as LAMB does.
@@ -362,8 +351,8 @@ class MFAC(GroupedOptimizer):
         self._control = Control(warmup, max_step, max_norm)
         given = {"optdev": optdev, "moddev": moddev}
         devices = [checks.check_device(d, name) for name, d in given.items() if d is not None]
-        self._device = devices[0] if devices else None
-        self._settings: dict[str, Any] = {
+        self._settings = {
+            "device": devices[0] if devices else None,  # that of the first parameter
             "num_grads": checks.check_integer("ngrads", ngrads),
             "shards": checks.check_devices("gpus", gpus or []),
             "dtype": checks.checked_dtype("window_dtype", window_dtype, compress),
@@ -388,24 +377,28 @@ class MFAC(GroupedOptimizer):
                 loss = closure()
         self.follow()
         segments = [(s, self.param_groups[s.group]) for s in self.flat.segments if s.gather()]
-        others = Fallback(self.param_groups, self.state, self.fisher.device)
-        if not segments:
-            others.step(self._recovery.abstain(self.fisher, others.veto))
-            self._recovery.raise_error()
-            return loss
         for segment, group in segments:
             if group["maximize"]:
                 segment.numbers.neg_()
             if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
                 segment.add_weights(group["weight_decay"])
-        u = self._recovery.update_matvec(self.fisher, self.flat.gradient(), others.veto)
-        if u is not None:
-            u = self.flat.spread(u)
-            # On CUDA nobody has read yet whether g was accepted: with 0, nothing moves.
-            accepted: Any = self.fisher.accepted.to(u.dtype) if u.is_cuda else 1
-            for segment, group in segments:
-                self._descend(segment, group, u, accepted)
-            others.step(accepted)
+        device, others = self.fisher.device, Fallback(self.param_groups, self.state)
+        nan = self.fisher.ranks.sum(others.nan(device)) if others.parts else None
+        if segments:
+            g = self.flat.gradient()
+            if nan is not None:
+                g[:1] += nan  # NaN in any group skips the step of all
+            u = self._recovery.update_matvec(self.fisher, g)
+            if u is not None:
+                u = self.flat.spread(u)
+                # On CUDA nobody has read yet whether g was accepted: with 0, nothing moves.
+                accepted: Any = self.fisher.accepted.to(u.dtype) if u.is_cuda else 1
+                for segment, group in segments:
+                    self._descend(segment, group, u, accepted)
+                others.step(accepted)
+        elif nan is not None:
+            self._recovery.attempt(self.fisher, lambda: self.fisher.precision.accept(nan))
+            others.step(nan.isfinite())
         self._recovery.raise_error()
         return loss
 
@@ -421,17 +414,8 @@ class MFAC(GroupedOptimizer):
             v = segment.normalized(v, self.flat.ranks)
         segment.descend(v, lr * accepted, decay)
 
-    def build(self, params: list[Tensor], grow: bool) -> None:
-        groups = {p: i for i, p in self.numbered(["mfac"])}
-        device = self._device or next((p.device for p in groups), torch.device("cpu"))
-        device = self.fisher.device if grow else device
-        pairs, frozen = [(groups[p], p) for p in params], list(groups.keys() - params)
-        ranks = Ranks(find_process_group([p for _, p in self.numbered()], self.process_group))
-        wide = torch.float64 if self._settings["dtype"] == torch.float64 else torch.float32
-        self.flat = Flat(pairs, frozen, self.state, ranks, device, wide)
-        if grow:
-            return self.fisher.grow(self.flat.size - self.fisher.shape[0])
-        self.fisher: Any = None  # the old window goes before the new one comes
-        settings = {**self._settings, "dim": self.flat.size, "damp": self._recovery.damp}
-        self.fisher = DynamicInverseFisher(device=device, process_group=ranks.group, **settings)
+    def build(self, dim: int, device: torch.device, group: Any) -> None:
+        own = dict(dim=dim, damp=self._recovery.damp, device=device)
+        self.fisher = DynamicInverseFisher(process_group=group, **{**self._settings, **own})
+        self.fisher.precision.raises_damp = True
         self._control.attach(self.fisher)

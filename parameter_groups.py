@@ -2,7 +2,9 @@
 changed, parameters are frozen and replaced, states are saved and loaded.
 """
 
-from collections.abc import Collection
+from collections import ChainMap
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -13,7 +15,7 @@ import fallback
 import states
 from checks import check_group, checked_masks, kind
 from flat import Flat, is_trained
-from ranks import as_dtensor, find_process_group, is_dtensor, local, placed_as
+from ranks import Ranks, as_dtensor, find_process_group, is_dtensor, local, placed_as
 from recovery import Recovery, warn_user
 
 __all__ = ["GroupedOptimizer"]
@@ -22,52 +24,113 @@ ALGORITHMS = ("mfac", *fallback.SETTINGS)
 
 
 class GroupedOptimizer(torch.optim.Optimizer):
-    """An optimizer whose trained parameters are the vector `flat`, with columns in `fisher`. A
-    subclass makes both in `build`. `shared` are the settings that all groups share."""
+    """An optimizer whose trained parameters are the vector `flat`, with columns in `fisher`, which
+    a subclass makes in `build`. `shared` are the settings that all groups share."""
 
     flat: Flat
     fisher: Any
-    stages: list[list[Tensor]]  # parameters with columns, a list for each time the window has grown
     _recovery: Recovery
     _settings: dict[str, Any]  # how to make `fisher`
+    _seen: Any = None  # what the layout is made for; None: it is to be made anew
+    _waiting: list[Tensor]  # parameters without columns, until they are trained
 
     def __init__(
         self, params: Any, defaults: dict[str, Any], shared: dict[str, Any], process_group: Any
     ):
         self._shared, self.process_group = shared, process_group
+        self._params: list[Tensor] = []  # of all groups, when the layout was made
+        # Parameters with columns, and their shapes, for each time the window has grown.
+        self.stages: list[dict[Tensor, torch.Size]] = []
         super().__init__(params, defaults)
         # Masks belong to the parameters given now, not to groups that are added later.
         self.defaults["sparse"] = defaults["sparse"] is True
-        self.place(self._trained())
+        self.follow()
 
-    def build(self, params: list[Tensor], grow: bool) -> None:
-        """Makes `flat` of these parameters, and an empty `fisher`. To `grow`, keeps `fisher`, and
-        appends the columns that it lacks."""
+    def build(self, dim: int, device: torch.device, group: Any) -> None:
+        """Makes an empty `fisher` of `dim` columns, which the processes of a group share."""
         raise NotImplementedError
 
-    def place(self, params: list[Tensor], grow: bool = False) -> None:
-        """Gives columns to these parameters: in a new window or, to `grow`, in the present one."""
-        stages = [*self.stages, params] if grow else [params]
-        self.build([p for stage in stages for p in stage], grow)
-        self.stages = stages
-        self._params = [list(group["params"]) for group in self.param_groups]
+    def follow(self) -> None:
+        """Gives columns to parameters that are trained by now. If parameters have gone, for example
+        because a framework has replaced them, the window starts anew. Raises ValueError if one has
+        got another shape, or if the window does not fit in memory; the next call tries again."""
+        every = [group["params"] for group in self.param_groups]
+        seen = [[*map(id, x)] for x in every], [(p.dtype, p.shape) for x in every for p in x]
+        if (
+            seen == self._seen
+            and not any(map(is_trained, self._waiting))
+            and all(x.params[0].device == x.update.device for x in self.flat.segments)
+        ):
+            return
+        groups, placed = self.groups_of(["mfac"]), ChainMap(*self.stages)
+        self._replace_params()
+        group = find_process_group([*self.groups_of()], self.process_group)
+        if placed and (placed.keys() - groups or group is not self.fisher.ranks.group):
+            if self.fisher.count:
+                warn_user("The parameters of the optimizer have changed: its window starts anew")
+            self._recovery.steps = 0  # of the schedule of a relative λ
+            self.place_anew([])  # the old window goes before the new one comes
+            placed = ChainMap()
+        for p, shape in placed.items():
+            if p.shape != shape:
+                raise ValueError(
+                    f"A parameter of group {groups[p]} has shape {tuple(p.shape)}, but had shape "
+                    f"{tuple(shape)} when it got its place in the window; build the optimizer anew "
+                    "after layers have been replaced or resized"
+                )
+        others = [p for p in groups if p not in placed]
+        self.place([p for p in others if is_trained(p)])
+        self._seen, self._waiting = seen, [p for p in others if not is_trained(p)]
+
+    def _replace_params(self) -> None:
+        """Drops the state of parameters that have gone. Those in their places get their masks."""
+        old, new = self._params, [*self.groups_of()]
+        for p, q in zip(old, new, strict=False):
+            if "mask" in self.state.get(p, {}) and q not in {*old} and q.shape == p.shape:
+                self.state[q]["mask"] = placed_as(q, self.state[p]["mask"])
+        for p in {*old} - {*new}:
+            self.state.pop(p, None)
+        self._params = new
+
+    def place_anew(self, stages: Iterable[list[Tensor]]) -> None:
+        """Replaces the window by an empty one with columns for these parameters."""
+        self.stages, self._seen = [], None
+        for stage in ([], *stages):
+            self.place(stage)
+
+    def place(self, params: list[Tensor]) -> None:
+        """Gives columns to these parameters, after those of `stages`."""
+        stages = [*self.stages, {p: p.shape for p in params}]
+        flat = self.lay_out([*chain(*stages)], self.state)
+        if not self.stages:
+            self.build(flat.size, flat.vector.device, flat.ranks.group)
+        elif params:
+            self.fisher.grow(flat.size - self.fisher.shape[0])
+        self.flat, self.stages = flat, [*filter(None, stages)]
         # torch.distributed.checkpoint looks up here which names `state_dict` will have.
-        for p in self.flat.params if self.fisher.window.separable else []:
+        for p in flat.params if self.fisher.window.separable else []:
             self.state[p]["grads"] = None
-        momentum = any(self.param_groups[i]["momentum"] != 0 for i, _ in self.numbered(["mfac"]))
-        if momentum or any("momentum_buffer" in self.state[p] for p in self.flat.params):
+        momentum = any(self.param_groups[i]["momentum"] for i in self.groups_of(["mfac"]).values())
+        if momentum or any("momentum_buffer" in self.state[p] for p in flat.params):
             self.velocity()
-        for i, p in self.numbered(fallback.SETTINGS):
+        for p, i in self.groups_of(fallback.SETTINGS).items():
             if is_trained(p):
                 fallback.prepare(self.param_groups[i], p, self.state)
 
-    def _trained(self) -> list[Tensor]:
-        return [p for _, p in self.numbered(["mfac"]) if is_trained(p)]
+    def lay_out(self, params: list[Tensor], state: dict[Any, Any]) -> Flat:
+        """The vector of these parameters, with the masks in `state`."""
+        groups, settings = self.groups_of(["mfac"]), self._settings
+        ranks = Ranks(find_process_group([*self.groups_of()], self.process_group))
+        device = settings["device"] or next((p.device for p in groups), torch.device("cpu"))
+        device = self.fisher.device if self.stages else device
+        dtype = torch.float64 if settings["dtype"] == torch.float64 else torch.float32
+        masks = [state.get(p, {}).get("mask") for p in params]
+        return Flat([(groups[p], p) for p in params], masks, ranks, device, dtype)
 
-    def numbered(self, algorithms: Collection[str] = ALGORITHMS) -> list[tuple[int, Tensor]]:
-        """(group, parameter) for each parameter in groups of these algorithms."""
+    def groups_of(self, algorithms: Collection[str] = ALGORITHMS) -> dict[Tensor, int]:
+        """The parameters in groups of these algorithms, each with the number of its group."""
         groups = [(i, g) for i, g in enumerate(self.param_groups) if g["algorithm"] in algorithms]
-        return [(i, p) for i, group in groups for p in group["params"]]
+        return {p: i for i, group in groups for p in group["params"]}
 
     def velocity(self) -> Tensor:
         """v (d,), zeros at first. The state of each parameter has a view of it, in its shape."""
@@ -96,7 +159,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 fallback.strip(group, self.defaults)
             check_group(group, self._shared)
             masks = checked_masks(group["params"], group.get("sparse", False))
-            sharing = find_process_group([p for _, p in self.numbered()], self.process_group)
+            find_process_group([*self.groups_of()], self.process_group)
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
@@ -108,29 +171,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             if mask is not None:
                 self.state[p]["mask"] = placed_as(p, mask)
         if hasattr(self, "flat"):  # otherwise this is the constructor
-            if sharing is not self.flat.ranks.group:
-                self._start_anew("Other processes share the window now")
             self.follow()
-
-    def follow(self) -> None:
-        """Gives columns to parameters that are trained by now. If parameters have gone, for example
-        because a framework has replaced them, the window starts anew."""
-        every = [group["params"] for group in self.param_groups]
-        now, then = ([list(map(id, group)) for group in x] for x in (every, self._params))
-        if now == then and self.flat.covers():
-            return
-        replace_params(self.state, [*chain(*self._params)], [*chain(*every)])
-        before, params = set(map(id, self.flat.params)), self.numbered(["mfac"])
-        if before <= {id(p) for _, p in params}:
-            self.place([p for p in self._trained() if id(p) not in before], grow=True)
-        else:
-            self._start_anew("The parameters of the optimizer have changed")
-
-    def _start_anew(self, why: str) -> None:
-        if self.fisher.count:
-            warn_user(f"{why}: its window starts anew")
-        self._recovery.steps = 0  # of the schedule of a relative λ
-        self.place(self._trained())
 
     @property
     def damp(self) -> float | str:
@@ -156,6 +197,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """As for any optimizer. The columns of the window are in the state of each parameter
         ("grads"), the rest is in the first group ("fisher"). Tensors are references where possible.
         If ranks have parts of one, it is a DTensor, for torch.distributed.checkpoint."""
+        with suppress(ValueError):  # the next step raises it again, and the window is empty
+            self.follow()
         self._recovery.catch_up(self.fisher)
         # The first post-hook, so that other hooks see everything.
         with self.register_state_dict_post_hook(states.add_window, prepend=True):
@@ -167,9 +210,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
         one. Raises ValueError if it belongs to other parameters, or to another optimizer."""
         if not isinstance(state_dict, dict):
             raise ValueError(f"Expected a state dict of MFAC, got {kind(state_dict)}")
+        self.follow()
         # The last pre-hook and the first post-hook, so that other hooks see everything.
         with (
-            self.register_load_state_dict_pre_hook(states.set_aside),
+            self.register_load_state_dict_pre_hook(states.read),
             self.register_load_state_dict_post_hook(states.load, prepend=True),
         ):
             super().load_state_dict(state_dict)
@@ -182,21 +226,14 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: all attributes, where torch has only defaults, state and groups, but
-        no hooks, no scheduler's wrapper of `step`, and no group, which the inverse Fisher has."""
+        no hooks, no scheduler's wrapper of `step`, no views, which copies lose, and no group, which
+        the inverse Fisher has."""
         left = [name for name in vars(self) if "hook" in name or "step" in name]
-        return {k: x for k, x in vars(self).items() if k not in [*left, "process_group"]}
+        left += ["process_group", "flat", "_seen"]
+        return {k: x for k, x in vars(self).items() if k not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "process_group" not in vars(self):
+        if "flat" not in vars(self):  # this is a copy
             self.process_group = self.fisher.ranks.group
-
-
-def replace_params(state: dict[Any, Any], old: list[Tensor], new: list[Tensor]) -> None:
-    """Drops the state of parameters that have gone. Those in their places get their masks."""
-    known, present = set(map(id, old)), set(map(id, new))
-    for p, q in zip(old, new, strict=False):
-        if "mask" in state.get(p, {}) and id(q) not in known and q.shape == p.shape:
-            state[q]["mask"] = placed_as(q, state[p]["mask"])
-    for p in [p for p in state if isinstance(p, Tensor) and id(p) not in present]:
-        del state[p]
+            self.follow()

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from checks import require
+
 if TYPE_CHECKING:  # torch may lack torch.distributed, and importing DTensor takes a second
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
@@ -33,37 +35,16 @@ class Ranks:
             dist.all_reduce(x, group=self.group)
         return x
 
-    def sum_of_present(self, x: Tensor, present: bool = True) -> Tensor:
-        """`sum` of x (n, m). The same message tells which ranks are present, that is, have
-        something to add. A present rank on CUDA does not wait for it: it gets NaN if another one
-        is absent, and the absent one raises.
-
-        Raises:
-            ValueError: some ranks are present and some are not.
-        """
-        if self.size == 1:
-            return x
-        total = self.sum(pad(x, (0, 1), value=float(not present)))
-        absent = total[:, -1:]
-        if not (present and x.is_cuda) and 0 < int(absent[0]) < self.size:
-            raise ValueError(
-                f"{int(absent[0])} of {self.size} processes that share a window have no gradients "
-                "at all; compute the loss of a batch in all of them, or in none"
-            )
-        return total[:, :-1].where(absent % self.size == 0, torch.nan)
-
     def check_same(self, params: Sequence[Tensor], device: torch.device) -> None:
         """Raises ValueError if ranks differ in the shapes of the parameters, or in the values of
         replicated ones. `device` is the device of the message."""
         if self.size == 1:
             return
-        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
         shapes = zlib.crc32(repr([tuple(p.shape) for p in params]).encode())
         own = torch.tensor([shapes, 0], device=device)
         for i, p in enumerate(params):
-            if sharded_dim(p) is None:
-                x = local(p).detach()
-                own[1] += (i + 1) * x.view(bits[x.element_size()]).sum().to(device)
+            if sharded_dim(p) is None:  # the sum of its bits, as the sum of numbers is rounded
+                own[1] += (i + 1) * local(p).detach().flatten().view(torch.int16).sum().to(device)
         found = self.gather(own)
         if not bool((found == own).all()):
             raise ValueError(
@@ -101,16 +82,16 @@ class Ranks:
     @contextlib.contextmanager
     def agreed(self) -> Iterator[None]:
         """A ValueError inside, in any rank, is raised in all of them."""
+        if self.size == 1:
+            yield
+            return
         own: str | None = None
+        messages: list[Any] = [None] * self.size
         try:
             yield
         except ValueError as error:
-            if self.size == 1:
-                raise
             own = str(error)
-        messages = [own] * self.size
-        if self.size > 1:
-            dist.all_gather_object(messages, own, group=self.group)
+        dist.all_gather_object(messages, own, group=self.group)
         for message in filter(None, messages):
             raise ValueError(message)
 
@@ -164,11 +145,8 @@ def find_process_group(params: list[Tensor], given: "ProcessGroup | None") -> "P
     """
     if not dist.is_available():
         return None
-    if not (given is None or isinstance(given, dist.ProcessGroup)):
-        raise ValueError(
-            f"Invalid process_group: {given!r}; it must be a process group, such as "
-            "torch.distributed.group.WORLD, or None to give each process a window of its own"
-        )
+    wanted = "torch.distributed.group.WORLD, another group, or None for windows of each process"
+    require(given is None or isinstance(given, dist.ProcessGroup), "process_group", given, wanted)
     if any(getattr(p, "_fsdp_flattened", False) for p in params):
         raise ValueError(
             "These parameters are flat shards of FullyShardedDataParallel (FSDP1), which hide "

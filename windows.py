@@ -10,8 +10,9 @@ On CUDA, kernels multiply exactly, add in float64, read the window once and wait
 or do everything in float64.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn.functional import pad
 
 from kernels import cuda_kernels
 
-__all__ = ["BLOCK", "CompressedWindow", "DenseWindow", "Window", "gram", "kept"]
+__all__ = ["BLOCK", "CompressedWindow", "DenseWindow", "Window", "gram"]
 
 BLOCK = 2**12  # columns that share a scale, or that compete for the largest entries
 CHUNK = 2**12  # columns, at most, of a sum in float32; the sum over chunks is in float64
@@ -37,28 +38,56 @@ class Entry(NamedTuple):
     row: dict[str, Tensor]  # the tensors to store, by the names of `state`
 
 
-class Block:
-    """Columns of a window on one device. `DenseWindow` documents what a subclass has besides."""
+class DenseWindow:
+    """Columns of a window on one device: G (m, d) in float64, float32, bfloat16, float16 or
+    float8_e4m3fn.
 
-    state: dict[str, Tensor]  # all there is to save
-    times: Callable[..., Tensor]
-    transposed_times: Callable[..., Tensor]
+    The range of the last two is small. Each of their rows has a scale, a power of two, for every
+    4,096 columns. A number of G is the stored number times its scale.
+    """
 
-    def __init__(self, m: int, dim: int, device: torch.device):
-        self.m, self.dim, self.device = m, dim, device
+    def __init__(self, m: int, d: int, device: torch.device, dtype: torch.dtype):
+        self.m, self.dim, self.device = m, d, device
+        padded = -(-d * dtype.itemsize // ALIGN) * ALIGN // dtype.itemsize
+        self.G = torch.zeros(m, padded, dtype=dtype, device=device)[:, :d]
+        self.state = {"G": self.G}  # all there is to save
+        self.scales: Tensor | None = None
+        if dtype in SCALED:
+            self.scales = torch.ones(m, -(-d // BLOCK), dtype=torch.float32, device=device)
+            self.state["scales"] = self.scales
+
+    def entry(self, g: Tensor) -> Entry:
+        """g (d,) as it will be stored."""
+        dtype = self.G.dtype
+        if self.scales is None:
+            row = g.to(dtype)
+            return Entry(row.to(torch.promote_types(dtype, torch.float32))[None], {"G": row})
+        if kernels := cuda_kernels(self.device):
+            row, scales, values = kernels.hinv_round(g.float(), self.G)
+            return Entry(values[None], {"G": row, "scales": scales})
+        blocks = pad(g.float(), (0, -self.dim % BLOCK)).view(-1, BLOCK)
+        largest = blocks.abs().amax(1, keepdim=True)
+        exponent = (largest.frexp().exponent - SCALED[dtype]).clamp(-120, 120)
+        # NaN where g is not finite, since 8 bits have no Inf
+        scales = torch.ldexp(1 + 0 * largest, exponent.float())
+        rounded = (blocks / scales).to(dtype)
+        row, values = (x.flatten()[: self.dim] for x in (rounded, rounded.float() * scales))
+        return Entry(values[None], {"G": row, "scales": scales[:, 0]})
 
     def products(self, entry: Entry, count: Tensor, exact: bool) -> Tensor:
         """GXᵀ (n, m) in float64 for the n vectors X of an entry, for G with ĝ as row
         j = count mod m. In the window, row j is still the old one."""
+        if cuda_kernels(self.device):
+            return self.products_by_kernel(entry, count)
         n, X = int(count), entry.vectors.double()
         Y = torch.stack([self.times(x, exact, min(n + 1, self.m)) for x in entry.vectors])
-        Y[:, n % self.m].copy_(X @ X[0])
+        Y[:, n % self.m] = X @ X[0]
         return Y
 
     def write(self, entry: Entry, count: Tensor, accepted: Tensor) -> None:
         """If accepted, makes the entry row j = count mod m. A vector in `state` has one row."""
         for name, rows in self.state.items():
-            rows = torch.atleast_2d(rows)
+            rows = rows if rows.ndim == 2 else rows[None]
             if rows.dtype == torch.float8_e4m3fn:  # torch does not index this type
                 rows = rows.view(torch.uint8)
             j, row = count.view(1) % len(rows), entry.row[name].view(rows.dtype)[None]
@@ -69,63 +98,25 @@ class Block:
     ) -> Tensor:
         """`write`, then Gᵀy (d,). A compressed window adds (g − ĝ)/λ. Kernels do all of it in one
         sweep; without them, a gradient that is not accepted does not come here."""
+        if cuda_kernels(self.device):
+            return self.replace_by_kernel(entry, y, damp, count, accepted)
         self.write(entry, count, accepted)
         u = self.transposed_times(y[: int(count) + 1], exact)
         return u if len(entry.vectors) == 1 else u.add_(entry.vectors[1] / damp)
 
+    def products_by_kernel(self, new: Entry, count: Tensor) -> Tensor:
+        kernel = cuda_kernels(self.device).hinv_times
+        return kernel(self.G, new.vectors[0], count, self.scales)[None]
 
-class DenseWindow(Block):
-    """G (m, d) on one device, in float64, float32, bfloat16, float16 or float8_e4m3fn.
-
-    The range of the last two is small. Each of their rows has a scale, a power of two, for every
-    4,096 columns. A number of G is the stored number times its scale.
-    """
-
-    def __init__(self, m: int, d: int, device: torch.device, dtype: torch.dtype):
-        super().__init__(m, d, device)
-        padded = -(-d * dtype.itemsize // ALIGN) * ALIGN // dtype.itemsize
-        self.G = torch.zeros(m, padded, dtype=dtype, device=device)[:, :d]
-        self.state = {"G": self.G}
-        self.scales: Tensor | None = None
-        if dtype in SCALED:
-            self.scales = torch.ones(m, -(-d // BLOCK), dtype=torch.float32, device=device)
-            self.state["scales"] = self.scales
-
-    def entry(self, g: Tensor) -> Entry:
-        """g (d,) as it will be stored."""
-        if self.scales is None:
-            row = g.to(self.G.dtype)
-            return Entry(row.to(torch.promote_types(row.dtype, torch.float32))[None], {"G": row})
-        if kernels := cuda_kernels(self.device):
-            row, scales, values = kernels.hinv_round(g.float(), self.G)
-            return Entry(values[None], {"G": row, "scales": scales})
-        blocks = pad(g.float(), (0, -self.dim % BLOCK)).view(-1, BLOCK)
-        largest = blocks.abs().amax(1)
-        exponent = largest.frexp().exponent - SCALED[self.G.dtype]
-        ones = 1 + 0 * largest  # NaN where g is not finite, since 8 bits have no Inf
-        scales = torch.ldexp(ones, exponent.clamp(-120, 120).float())
-        rounded = (blocks / scales[:, None]).to(self.G.dtype)
-        values = (rounded.float() * scales[:, None]).flatten()[: self.dim]
-        return Entry(values[None], {"G": rounded.flatten()[: self.dim], "scales": scales})
-
-    def products(self, entry: Entry, count: Tensor, exact: bool) -> Tensor:
-        if kernels := cuda_kernels(self.device):
-            return kernels.hinv_times(self.G, entry.vectors[0], count, self.scales)[None]
-        return super().products(entry, count, exact)
-
-    def replace_and_transposed_times(
-        self, entry: Entry, count: Tensor, accepted: Tensor, y: Tensor, damp: Tensor, exact: bool
-    ) -> Tensor:
-        if kernels := cuda_kernels(self.device):
-            new = entry.row["G"], entry.row.get("scales"), count, accepted
-            return kernels.hinv_transposed_times(self.G, y, self.scales, *new)
-        return super().replace_and_transposed_times(entry, count, accepted, y, damp, exact)
+    def replace_by_kernel(self, new: Entry, y: Tensor, damp: Tensor, *when: Tensor) -> Tensor:
+        kernel, row = cuda_kernels(self.device).hinv_transposed_times, new.row
+        return kernel(self.G, y, self.scales, row["G"], row.get("scales"), *when)
 
     def times(self, x: Tensor, exact: bool = True, rows: int | None = None) -> Tensor:
         """Gx (m,) in float64 for x (d,); 0 beyond the first `rows`, if given."""
         x, y = x.to(_type(exact)), torch.zeros(self.m, dtype=torch.float64, device=self.device)
         for some, columns, tile in self._converted(rows or self.m, x.dtype):
-            y[some] += _short_sums(tile, x[columns])
+            y[some].add_(_short_sums(tile, x[columns]))
         return y
 
     def transposed_times(self, y: Tensor, exact: bool = True) -> Tensor:
@@ -137,48 +128,37 @@ class DenseWindow(Block):
             x[columns].addmv_(tile.T, y[some])
         return x
 
-    def tiles(self, rows: slice = ALL) -> Iterator[Tensor]:
-        """These rows of G in float64, a few columns at a time."""
-        width = -(-2 * TILE // len(self.G[rows]) // BLOCK) * BLOCK
-        for start in range(0, max(1, self.dim), width):
-            yield self._tile(rows, slice(start, min(start + width, self.dim)), torch.float64)
-
     def _converted(self, rows: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
         """The first rows in `dtype`: all at once if they are of this type, otherwise in tiles that
         fit in the cache."""
-        if self.G.dtype == dtype or self.dim == 0:
-            yield slice(0, rows), slice(0, self.dim), self.G[:rows].to(dtype)
+        if self.G.dtype == dtype:
+            yield slice(rows), ALL, self.G[:rows]
             return
+        buffer = torch.empty(TILE, dtype=dtype, device=self.device)
         # Long pieces of rows are read fastest, and products take four rows at a time.
-        size = TILE if self.device.type == "cpu" else 8 * TILE  # to launch fewer kernels
-        width = min(self.dim, -(-size // 8 // BLOCK) * BLOCK)
-        height = min(rows, max(4, size // width // 4 * 4))
-        buffer = torch.empty(height * width, dtype=dtype, device=self.device)
-        for start in range(0, self.dim, width):
-            columns = slice(start, min(start + width, self.dim))
-            for row in range(0, rows, height):
-                some = slice(row, min(row + height, rows))
-                yield some, columns, self._tile(some, columns, dtype, buffer)
+        for columns in _parts(self.dim, TILE // 8, BLOCK):
+            for some in _parts(rows, TILE // max(1, columns.stop - columns.start), 4):
+                yield some, columns, self.tile(some, columns, buffer)
 
-    def _tile(
-        self, rows: slice, columns: slice, dtype: torch.dtype, buffer: Tensor | None = None
-    ) -> Tensor:
-        """A part of G in `dtype`. Its columns must start at a multiple of BLOCK."""
+    def tiles(self, rows: slice = ALL) -> Iterator[Tensor]:
+        """These rows of G in float64, a few columns at a time."""
+        width = 2 * TILE // len(range(self.m)[rows])
+        return (self.tile(rows, some) for some in _parts(self.dim, width, BLOCK))
+
+    def tile(self, rows: slice, columns: slice, buffer: Tensor | None = None) -> Tensor:
+        """A part of G, in the buffer and its type or in float64. Its columns must start at a
+        multiple of BLOCK."""
         G = self.G[rows, columns]
-        if G.dtype == dtype:
-            return G
-        tile = torch.empty_like(G, dtype=dtype) if buffer is None else buffer[: G.numel()]
-        tile = tile.view(G.shape).copy_(G)
+        tile = G.double() if buffer is None else buffer[: G.numel()].view(G.shape).copy_(G)
         if self.scales is not None:
-            scales = self.scales[rows, columns.start // BLOCK : -(-columns.stop // BLOCK)].to(dtype)
-            n = G.shape[1] // BLOCK
-            tile[:, : n * BLOCK].unflatten(1, (-1, BLOCK)).mul_(scales[:, :n, None])
-            tile[:, n * BLOCK :] *= scales[:, n:]
+            scales = self.scales[rows, columns.start // BLOCK :].split(1, 1)
+            for part, scale in zip(tile.split(BLOCK, 1), scales, strict=False):
+                part.mul_(scale)
         return tile
 
 
-class CompressedWindow(Block):
-    """G (m, d) with only the largest entries of each gradient, the same number in each block of
+class CompressedWindow(DenseWindow):
+    """The same with only the largest entries of each gradient, the same number in each block of
     columns, in float64, float32 or bfloat16.
 
     The entries that a gradient loses are added to the next one (error feedback; EFCP, arXiv
@@ -191,86 +171,68 @@ class CompressedWindow(Block):
                 f"A compressed window of {d:,} weights in one process; the limit is 2,147,483,647: "
                 "share it among processes, or use window_dtype=torch.float8_e4m3fn"
             )
-        super().__init__(m, d, device)
-        self.compress = compress
-        self.error = torch.zeros(d, dtype=torch.promote_types(dtype, torch.float32), device=device)
-        self.columns = _largest(self.error, compress).int().repeat(m, 1)
+        self.m, self.dim, self.device, self.compress = m, d, device, compress
+        self.count = kept(BLOCK, compress)  # entries of a whole block
+        k = d // BLOCK * self.count + kept(d % BLOCK, compress)
+        starts, within = (torch.arange(*x, device="cpu") for x in ([0, d, BLOCK], [self.count]))
+        columns = (starts[:, None] + within).flatten()[:k].int()
+        self.columns = columns.to(device).expand(m, k).contiguous()
         self.values = torch.zeros(self.columns.shape, dtype=dtype, device=device)
+        self.error = torch.zeros(d, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        self.height = TILE // 20 // max(1, k)  # rows that fit in the cache
         self.state = {"error": self.error, "columns": self.columns, "values": self.values}
 
     def entry(self, g: Tensor) -> Entry:
         g = g.to(self.error.dtype)
         if kernels := cuda_kernels(self.device):
-            most = kept(min(self.dim, BLOCK), self.compress)
-            columns, row, error, X = kernels.hinv_largest(self.error, g, self.values, most)
-            return Entry(X, {"error": error, "columns": columns, "values": row})
-        a = self.error + g
-        columns = _largest(a, self.compress)
-        row = a.index_select(0, columns).to(self.values.dtype)
-        largest = torch.zeros_like(a).index_copy_(0, columns, row.to(a.dtype))
-        parts = {"error": a - largest, "columns": columns.int(), "values": row}
-        largest = largest.double()  # g − ĝ may be far larger than g
-        return Entry(torch.stack([largest, g.double() - largest]), parts)
+            columns, row, error, X = kernels.hinv_largest(self.error, g, self.values, self.count)
+        else:
+            a = self.error + g
+            columns = _largest(a, self.compress)
+            row = a[columns].to(self.values.dtype)
+            largest = torch.zeros_like(a).index_copy_(0, columns, row.to(a.dtype))
+            # g − ĝ may be far larger than g.
+            error, X = a - largest, torch.stack([largest.double(), g.double() - largest])
+        return Entry(X, {"error": error, "columns": columns.int(), "values": row})
 
-    def products(self, entry: Entry, count: Tensor, exact: bool) -> Tensor:
-        if kernels := cuda_kernels(self.device):
-            new = count, entry.row["columns"], entry.row["values"]
-            return kernels.hinv_sparse_times(self.columns, self.values, entry.vectors, *new)
-        return super().products(entry, count, exact)
+    def products_by_kernel(self, new: Entry, count: Tensor) -> Tensor:
+        kernel, row = cuda_kernels(self.device).hinv_sparse_times, new.row
+        given = self.columns, self.values, new.vectors, count
+        return kernel(*given, row["columns"], row["values"])
 
-    def replace_and_transposed_times(
-        self, entry: Entry, count: Tensor, accepted: Tensor, y: Tensor, damp: Tensor, exact: bool
-    ) -> Tensor:
-        if kernels := cuda_kernels(self.device):
-            new = *(entry.row[name] for name in ("columns", "values", "error")), entry.vectors[1]
-            window = self.columns, self.values, y, self.error
-            return kernels.hinv_sparse_replace(*window, *new, damp, count, accepted)
-        return super().replace_and_transposed_times(entry, count, accepted, y, damp, exact)
+    def replace_by_kernel(self, new: Entry, y: Tensor, damp: Tensor, *when: Tensor) -> Tensor:
+        kernel, row = cuda_kernels(self.device).hinv_sparse_replace, new.row
+        window = self.columns, self.values, y, self.error
+        new_row = row["columns"], row["values"], row["error"]
+        return kernel(*window, *new_row, new.vectors[1], damp, *when)
 
     def times(self, x: Tensor, exact: bool = True, rows: int | None = None) -> Tensor:
         x, y = x.double(), torch.zeros(self.m, dtype=torch.float64, device=self.device)
-        for some in self._few(rows or self.m):
+        for some in _parts(rows or self.m, self.height):
             columns, values = self.columns[some], self.values[some]
             y[some] = x.index_select(0, columns.flatten()).view(values.shape).mul_(values).sum(1)
         return y
 
     def transposed_times(self, y: Tensor, exact: bool = True) -> Tensor:
         x = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
-        for some in self._few(len(y)):
+        for some in _parts(len(y), self.height):
             products = self.values[some] * y[some, None]
             x.index_add_(0, self.columns[some].flatten(), products.flatten())
         return x
 
-    def tiles(self, rows: slice = ALL) -> Iterator[Tensor]:
-        m, count = len(self.values[rows]), kept(BLOCK, self.compress)
-        blocks = max(1, 2 * TILE // (m * BLOCK))
-        for block in range(0, max(1, -(-self.dim // BLOCK)), blocks):
-            start, stop = block * BLOCK, min(self.dim, (block + blocks) * BLOCK)
-            entries = slice(block * count, (block + blocks) * count)
-            tile = torch.zeros(m, stop - start, dtype=torch.float64, device=self.device)
-            columns = (self.columns[rows, entries] - start).long()
-            yield tile.scatter_(1, columns, self.values[rows, entries].double())
-
-    def _few(self, rows: int) -> Iterator[slice]:
-        """The first rows, a few at a time."""
-        # On a CPU they fit in the cache. Elsewhere fewer kernels are launched.
-        size = TILE // 20 if self.device.type == "cpu" else TILE // 4
-        height = max(1, size // max(1, self.values.shape[1]))
-        for row in range(0, rows, height):
-            yield slice(row, min(row + height, rows))
+    def tile(self, rows: slice, columns: slice, buffer: Tensor | None = None) -> Tensor:
+        blocks = columns.start // BLOCK, -(-columns.stop // BLOCK)
+        entries = slice(blocks[0] * self.count, blocks[1] * self.count)
+        values = self.values[rows, entries].double()
+        tile = values.new_zeros(len(values), columns.stop - columns.start)
+        return tile.scatter_(1, self.columns[rows, entries].long() - columns.start, values)
 
 
 class Window:
     """Blocks of columns side by side: the window of d weights, over one device or several.
 
-    Methods are those of `Block`, of all blocks. An entry is a list with that of each block.
-
-    Args:
-        m: gradients.
-        dims: columns of each block.
-        devices: device of each block.
-        device: device of all vectors that come in and go out.
-        dtype, compress: of all blocks. They are dense if `compress` is None.
+    Methods are those of `DenseWindow`, of all blocks. An entry is a list with that of each block.
+    All vectors come in and go out on `device`. Blocks are dense if `compress` is None.
     """
 
     def __init__(
@@ -283,59 +245,40 @@ class Window:
         compress: float | None = None,
     ):
         self.m, self.device, self.dtype, self.compress = m, device, dtype, compress
-        self.blocks: list[Any] = []
+        # Columns can be saved separately, with their parameters, unless blocks of them share scales
+        # or compete for the largest entries.
+        self.separable = compress is None and dtype not in SCALED
+        self.blocks: list[DenseWindow] = []
+        self.dims: list[int] = []  # columns of each block
         for dim, place in zip(dims, devices, strict=True):
             self.append(dim, place)
 
     def append(self, dim: int, device: torch.device) -> None:
         """Appends `dim` columns of zeros. The others stay where they are."""
         if self.compress is None:
-            self.blocks.append(DenseWindow(self.m, dim, device, self.dtype))
+            block = DenseWindow(self.m, dim, device, self.dtype)
         else:
             block = CompressedWindow(self.m, dim, device, self.dtype, self.compress)
-            self.blocks.append(block)
-
-    @property
-    def separable(self) -> bool:
-        """Whether columns can be saved separately, with their parameters. They cannot if blocks of
-        them share scales or compete for the largest entries."""
-        return self.compress is None and self.dtype not in SCALED
-
-    @property
-    def dims(self) -> list[int]:
-        return [block.dim for block in self.blocks]
+        self.blocks.append(block)
+        self.dims.append(dim)
 
     def entry(self, g: Tensor) -> list[Entry]:
-        return [block.entry(part) for block, part in self._split(g)]
+        return self._each("entry", g.split(self.dims))
 
     def products(self, new: list[Entry], count: Tensor, exact: bool) -> Tensor:
-        pairs = zip(self.blocks, new, strict=True)
-        return self._sum([b.products(entry, count.to(b.device), exact) for b, entry in pairs])
+        return reduce(torch.add, self._each("products", new, count, exact))
 
     def write(self, new: list[Entry], count: Tensor, accepted: Tensor) -> None:
-        for block, entry in zip(self.blocks, new, strict=True):
-            block.write(entry, count.to(block.device), accepted.to(block.device))
+        self._each("write", new, count, accepted)
 
-    def replace_and_transposed_times(
-        self,
-        new: list[Entry],
-        count: Tensor,
-        accepted: Tensor,
-        y: Tensor,
-        damp: Tensor,
-        exact: bool,
-    ) -> Tensor:
-        parts = []
-        for block, entry in zip(self.blocks, new, strict=True):
-            there = (x.to(block.device) for x in (count, accepted, y, damp))
-            parts.append(block.replace_and_transposed_times(entry, *there, exact))
-        return self._joined(parts)
+    def replace_and_transposed_times(self, new: list[Entry], *step: Tensor | bool) -> Tensor:
+        return _joined(self._each("replace_and_transposed_times", new, *step))
 
     def times(self, x: Tensor) -> Tensor:
-        return self._sum([block.times(part) for block, part in self._split(x)])
+        return reduce(torch.add, self._each("times", x.split(self.dims)))
 
     def transposed_times(self, y: Tensor) -> Tensor:
-        return self._joined([block.transposed_times(y.to(block.device)) for block in self.blocks])
+        return _joined(self._each("transposed_times", [y] * len(self.blocks)))
 
     def tiles(self, rows: slice = ALL) -> Iterator[Tensor]:
         """These rows of G in float64, a few columns at a time, on `device`."""
@@ -343,40 +286,43 @@ class Window:
 
     def columns(self, start: int, stop: int) -> list[Tensor]:
         """Columns start to stop of a dense window, as views, one for each block that has some."""
-        views = []
-        for block in self.blocks:
-            if max(start, 0) < min(stop, block.dim):
-                views.append(block.G[:, max(start, 0) : stop])
-            start, stop = start - block.dim, stop - block.dim
-        return views or [self.blocks[0].G[:, :0]]
+        firsts = accumulate(self.dims, initial=0)
+        pairs = zip(self.blocks, firsts, strict=False)
+        views = [block.G[:, max(0, start - i) : max(0, stop - i)] for block, i in pairs]
+        return [view for view in views if view.shape[1]] or views[:1]
 
-    def _split(self, x: Tensor) -> Iterator[tuple[Any, Tensor]]:
-        parts = zip(self.blocks, x.split(self.dims), strict=True)
-        return ((block, part.to(block.device)) for block, part in parts)
+    def _each(self, method: str, parts: Iterable[Any], *shared: Tensor | bool) -> list[Any]:
+        """The results of a method of all blocks, each called with its part and what they share."""
+        results = []
+        for block, part in zip(self.blocks, parts, strict=True):
+            given = (_on(block.device, x) for x in (part, *shared))
+            results.append(getattr(block, method)(*given))
+        # The work has started on all devices before the first result is read.
+        return [_on(self.device, x) for x in results]
 
-    # The work has started on all devices before the first result is read.
 
-    def _joined(self, parts: list[Tensor]) -> Tensor:
-        parts = [part.to(self.device) for part in parts]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _on(device: torch.device, x: Any) -> Any:
+    return x.to(device) if isinstance(x, Tensor) else x
 
-    def _sum(self, parts: list[Tensor]) -> Tensor:
-        return reduce(torch.add, (part.to(self.device) for part in parts))
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def gram(tiles: Iterable[Tensor]) -> Tensor:
     """GGᵀ (m, m), from G a few columns at a time."""
-    tiles = iter(tiles)
-    tile = next(tiles)
-    K = tile @ tile.T
-    for tile in tiles:
-        K.addmm_(tile, tile.T)
-    return K
+    return reduce(Tensor.add_, (tile @ tile.T for tile in tiles))
 
 
 def kept(size: int, compress: float) -> int:
     """The number of entries that a compressed window stores of `size` columns."""
     return min(size, max(1, round(compress * size)))
+
+
+def _parts(length: int, size: int, unit: int = 1) -> Iterator[slice]:
+    """0 to `length` in slices of about `size`, a multiple of `unit`. There is at least one."""
+    size = max(1, size // unit) * unit
+    return (slice(i, min(i + size, length)) for i in range(0, max(1, length), size))
 
 
 def _type(exact: bool) -> torch.dtype:
@@ -407,11 +353,8 @@ def _short_sums(G: Tensor, x: Tensor) -> Tensor:
 
 def _largest(a: Tensor, compress: float) -> Tensor:
     """The columns (k,) of the entries of a (d,) with the largest absolute values in each block."""
-    whole = len(a) - len(a) % BLOCK
-    found = [
-        blocks.abs().topk(kept(blocks.shape[1], compress), sorted=False).indices.sort().values
-        for blocks in (a[:whole].view(-1, BLOCK), a[whole:].view(1, -1))
-    ]
-    found[0] += torch.arange(0, whole, BLOCK, device=a.device)[:, None]
-    found[1] += whole
-    return torch.cat([columns.flatten() for columns in found])
+    found = []
+    for block, part in enumerate(a.split(BLOCK)):
+        columns = part.abs().topk(kept(len(part), compress), sorted=False).indices
+        found.append(columns.sort().values + block * BLOCK)
+    return torch.cat(found)

@@ -42,7 +42,7 @@ def output(process, timeout=300):
     return out
 
 
-CHECKS = ["steps", "mixed", "messages", "skipped", "absent", "lost", "zero", "fsdp1", "swapped"]
+CHECKS = ["steps", "mixed", "messages", "skipped", "differing", "lost", "zero", "fsdp1", "swapped"]
 CHECKS += ["controlled", "vetoed", "added", "checkpoints", "thawed", "grown", "single"]
 CHECKS += ["batch_norm", "found", "inverses", "pruning", "samples", "disagreement", "save"]
 

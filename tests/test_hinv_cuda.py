@@ -954,11 +954,11 @@ OTHERS = types.SimpleNamespace(hinv_setup=None, hinv_mul=None, __file__="elsewhe
 @pytest.mark.parametrize(
     ("installed", "nvrtc", "line"),
     [
-        (types.SimpleNamespace(**EXTENSION), True, "CUDA kernels: from there"),
-        (None, True, "CUDA kernels: compiled by NVRTC ("),
-        (OTHERS, True, "has no hinv_update: it is another one, or of another version)"),
-        (OTHERS, False, "has no hinv_update: it is another one, or of another version; NVRTC:"),
-        (None, False, "CUDA kernels: none ("),
+        (types.SimpleNamespace(**EXTENSION), True, "CUDA kernels: by extension"),
+        (None, True, "CUDA kernels: by NVRTC; not by extension: "),
+        (OTHERS, True, "has no hinv_update: it is another one, or of another version"),
+        (OTHERS, False, 'or of another version"); not by NVRTC: RuntimeError('),
+        (None, False, "CUDA kernels: none, but torch operations; not by extension: "),
     ],
 )
 def test_which_kernels_are_taken_is_logged_once(
@@ -973,7 +973,7 @@ def test_which_kernels_are_taken_is_logged_once(
 
     monkeypatch.setitem(sys.modules, "hinv_cuda", installed)
     monkeypatch.setattr(module, "Compiled", compiled)
-    expected = installed if line.endswith("there") else "compiled" if nvrtc else None
+    expected = installed if line.endswith("by extension") else "compiled" if nvrtc else None
     for _ in range(2):
         assert module.cuda_kernels(torch.device("cuda", 0)) is expected
         assert module.cuda_kernels(torch.device("cpu")) is None
@@ -1128,13 +1128,13 @@ def test_launches_through_the_driver_have_the_arguments_of_the_kernels(module, m
     on_cpu = OnCpu()
     kernels = module.Compiled.__new__(module.Compiled)
     kernels.driver, kernels.device = Driver(on_cpu.library), torch.device("cpu")
-    kernels.functions, kernels.resident = {"exchange": ("update", None)}, {"exchange": 4}
-    for name, kind in module.FORMATS.items():
-        for kernel in module.KERNELS:
-            key, launcher = f"{kernel}<{kind}>", kernel.removeprefix("window_")
-            launcher = {"round_row": "round", "largest_entries": "largest"}.get(kernel, launcher)
-            kernels.functions[key] = launcher, str(name).removeprefix("torch.")
-            kernels.resident[key] = 4
+    launchers = {"exchange": "update", "round_row": "round", "largest_entries": "largest"}
+    names = {kind: str(name).removeprefix("torch.") for name, kind in module.FORMATS.items()}
+    kernels.functions = {}
+    for key in module.KERNELS:
+        kernel, _, kind = key.rstrip(">").partition("<")
+        launcher = launchers.get(kernel, kernel.removeprefix("window_"))
+        kernels.functions[key] = (launcher, names.get(kind)), 4
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     stream = types.SimpleNamespace(cuda_stream=0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)

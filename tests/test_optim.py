@@ -6,8 +6,8 @@ import io
 import re
 import subprocess
 import sys
-import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,6 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import checks
-from coefficients import Coefficients
 from optim import MFAC, DampTooSmallError, DynamicInverseFisher, NonFiniteGradientError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,22 +63,6 @@ def test_any_window_size_is_accepted(m):
         result = fisher.update_matvec(g)
     inverse = dense_inverse(ring(gradients, m), 0.1)
     assert relative_error(result, inverse @ g.double()) < 1e-5
-
-
-def test_the_squares_of_a_step_come_from_its_coefficients():
-    """‖ĝ‖² = k_j, ĝᵀu = m kᵀz = m (1 − mλz_j) and ‖u‖² = m² zᵀKz."""
-    m, d, damp = 6, 30, 0.1
-    side = Coefficients(m, damp, torch.device("cpu"))
-    gradients = list(torch.randn(9, d).double())
-    for t, g in enumerate(gradients):
-        G = ring(gradients[: t + 1], m)
-        k, j = G @ g, t % m
-        z, accepted, _ = side.exchange(k, torch.tensor(t), 2**-53)
-        u = dense_inverse(G, damp) @ g
-        assert accepted == 1
-        expected = torch.stack([g @ g, g @ u, g @ u, u @ u])
-        found = torch.stack([k[j], m * k @ z, m * (1 - m * damp * z[j]), m**2 * z @ side.K @ z])
-        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("common", [0.0, 1.0, 2.0])
@@ -167,15 +150,13 @@ def test_a_product_that_cancels_altogether_is_refused():
         fisher.matvec(g)
 
 
-def test_float64_is_left_when_the_gradients_allow():
+def test_float64_is_left_after_a_round():
     m, d = 8, 100
-    fisher, g = DynamicInverseFisher(m, d, 1e-6), torch.randn(d)
-    for _ in range(m):
-        fisher.update(g + 1e-3 * torch.randn(d))
-    assert fisher.precision.exact
-    for _ in range(2 * m + 1):
-        fisher.update(torch.randn(d))
-    assert not fisher.precision.exact
+    fisher, g, exact = DynamicInverseFisher(m, d, 1e-6), torch.randn(d), []
+    for t in range(3 * m):
+        fisher.update((g if t < m else 0) + 1e-3 ** (t < m) * torch.randn(d))
+        exact.append(fisher.precision.exact)
+    assert any(exact[:m]) and not any(exact[2 * m :])
 
 
 def test_at_most_a_twentieth_of_training_on_digits_is_in_float64():
@@ -186,12 +167,13 @@ def test_at_most_a_twentieth_of_training_on_digits_is_in_float64():
     layers = nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(), nn.Flatten()
     model, m = nn.Sequential(*layers, nn.Linear(16 * 49, 10)), 256
     optimizer = MFAC(model.parameters(), lr=1e-3, momentum=0.9, ngrads=m, damp=1e-5)
-    fisher, exact = optimizer.fisher, 0
+    fisher, exact, losses = optimizer.fisher, 0, []
     for t in range(300):
         rows = torch.randint(len(images), (64,))
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
         loss.backward()
+        losses.append(float(loss.detach()))
         if t % 60 == 59:
             g = torch.cat([p.grad.flatten() for p in model.parameters()])
             result = copy.deepcopy(fisher).update_matvec(g)
@@ -200,7 +182,7 @@ def test_at_most_a_twentieth_of_training_on_digits_is_in_float64():
             assert relative_error(result, woodbury_column(G, 1e-5, t % m)) < 2e-5
         optimizer.step()
         exact += bool(fisher.precision.exact)
-    assert float(loss.detach()) < 0.3 and optimizer.raised_steps == 0
+    assert sum(losses[-20:]) / 20 < 0.3 and optimizer.raised_steps == 0
     assert exact <= 0.05 * 300
 
 
@@ -281,21 +263,10 @@ def test_precision_of_the_process_is_neither_trusted_nor_changed(name, value):
 
 
 def test_two_threads_do_not_meet():
-    before, errors = settings(), []
-
-    def run():
-        try:
-            for _ in range(5):
-                check_training()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors and settings() == before
+    before = settings()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: check_training(), range(10)))
+    assert settings() == before
 
 
 @pytest.mark.parametrize("options", [{}, {"compress": 0.3}, {"window_dtype": "float8_e4m3fn"}])
@@ -340,21 +311,11 @@ def test_importing_optim_changes_nothing_global():
 # --- arguments ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_grads": 0}, "num_grads: 0"),
-        ({"num_grads": 2.5}, "num_grads: 2.5"),
-        ({"dim": -1}, "dim: -1"),
-        ({"damp": 0.0}, "damp: 0.0"),
-        ({"damp": -1e-5}, "damp: -1e-05"),
-        ({"damp": float("nan")}, "damp: nan"),
-        ({"damp": float("inf")}, "damp: inf"),
-    ],
-)
-def test_wrong_arguments_of_the_window(arguments, message):
-    with pytest.raises(ValueError, match=f"Invalid {message}"):
-        DynamicInverseFisher(**{"num_grads": 3, "dim": 4, **arguments})
+@pytest.mark.parametrize("bad", [-1e-5, 0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["num_grads", "dim", "damp"])
+def test_wrong_arguments_of_the_window(name, bad):
+    with pytest.raises(ValueError, match=f"Invalid {name}: {bad}"):
+        DynamicInverseFisher(**{"num_grads": 3, "dim": 4, name: bad})
 
 
 def test_vectors_that_do_not_fit_change_nothing():
@@ -363,7 +324,7 @@ def test_vectors_that_do_not_fit_change_nothing():
     before = copy.deepcopy(fisher.state_dict())
     for call in (fisher.update, fisher.update_matvec, fisher.matvec):
         for shape in (3, 5, (4, 1), ()):
-            with pytest.raises(ValueError, match=r"Expected a vector of shape \(4,\), got"):
+            with pytest.raises(ValueError, match=r"Expected a vector of shape \(4,\) .*got"):
                 call(torch.ones(shape))
         with pytest.raises(ValueError, match="Expected a vector"):
             call(torch.ones(4, dtype=torch.complex64))
@@ -818,6 +779,7 @@ def test_damp_is_raised_as_far_and_as_long_as_needed():
                 assert 10 ** round(
                     torch.tensor(used / damp).log10().item()
                 ) * damp == pytest.approx(used)
+                before.precision.raises_damp = False
                 before.damp = used / 10
                 with pytest.raises(DampTooSmallError):  # the smallest that will do
                     before.update(row)
@@ -833,16 +795,18 @@ def test_damp_is_raised_as_far_and_as_long_as_needed():
     assert other.raised_steps == raised
 
 
-def test_a_damp_that_is_refused_does_not_stay():
+def test_a_damp_that_is_set_is_raised_too_and_holds_once_it_suffices():
     p = nn.Parameter(torch.zeros(4))
     optimizer = MFAC([p], lr=0.1, ngrads=3, damp=1e-2)
     for scale in (1.0, 2.0):
         p.grad = torch.full((4,), scale)
         optimizer.step()
-    with pytest.raises(DampTooSmallError):
-        optimizer.damp = 1e-25
+    optimizer.damp = 1e-25
+    assert optimizer.damp == 1e-25 < optimizer.damp_in_use < 1e-2
+    with pytest.warns(UserWarning, match="damp = 1e-25 is too small"):
+        optimizer.step()
+    optimizer.damp = 1e-2
     assert optimizer.damp == optimizer.damp_in_use == 1e-2
-    optimizer.step()
 
 
 def test_a_non_finite_gradient_raises_if_asked_and_may_be_tried_again():
@@ -861,7 +825,7 @@ def test_a_layer_that_was_resized_is_named():
     optimizer = MFAC([p, q], ngrads=3)
     q.data = torch.randn(5, 2)
     p.grad, q.grad = torch.randn(4), torch.randn(5, 2)
-    said = r"group 0 has a gradient of shape \(5, 2\), but had shape \(3, 2\) .*; build the optim"
+    said = r"group 0 has shape \(5, 2\), but had shape \(3, 2\) .*; build the optimizer anew"
     with pytest.raises(ValueError, match=said):
         optimizer.step()
 
@@ -921,9 +885,7 @@ def test_a_wrong_group_is_refused_and_leaves_the_optimizer_as_it_was():
     p, q = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(3))
     optimizer = MFAC([p], ngrads=3)
     shared = {"damp": 1e-2, "ngrads": 5, "window_dtype": "bfloat16", "compress": 0.1}
-    with pytest.raises(
-        ValueError, match="sets damp, which all groups share; give it to MFAC itself"
-    ):
+    with pytest.raises(ValueError, match=r"damp: 0\.01; it must be the same in all groups; give"):
         MFAC([{"params": [q], "damp": 1e-2}])
     for wrong in (
         {"lr": -1},
