@@ -182,7 +182,9 @@ def test_wrong_learning_rates_are_refused_in_torchs_words(lr):
 def test_duplicates_in_a_group_are_warned_of_as_by_torch():
     p = nn.Parameter(torch.randn(3))
     with pytest.warns(UserWarning, match="duplicate parameters"):
-        MFAC([p, p], ngrads=2)
+        optimizer = MFAC([p, p], ngrads=2)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.fisher.shape == (3, 3)
 
 
 def test_only_empty_groups_have_nothing_to_do():
