@@ -190,7 +190,7 @@ def read(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     complete = whole or placed <= grads.keys()
     if complete and ranks.size > 1:
         _check_ranks(ranks, window, shared["K"])
-    others = {key: x for key, x in state.items() if key not in numbers.values()}
+    others = {key: state[key] for key in state.keys() - {*numbers.values()}}
     groups = [{**groups[0], "fisher": None}, *groups[1:]]
     aside = shared, window, entries, stages, complete
     return {**state_dict, "state": {**others, "aside": aside}, "param_groups": groups}
