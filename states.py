@@ -129,9 +129,10 @@ def _reading() -> Iterator[None]:
 def add_window(optimizer: Any, state: dict[str, Any]) -> None:
     """Adds the window to the result of `state_dict`, as a hook."""
     flat, fisher, window = optimizer.flat, optimizer.fisher, optimizer.fisher.window
-    ranks, number = flat.ranks, {p: i for i, p in enumerate(optimizer.groups_of())}
+    ranks, number = flat.ranks, _numbers(optimizer, state)
+    place = {p: i for i, p in enumerate(optimizer.groups_of())}
     shared = {**of_fisher(fisher), **optimizer._recovery.state_dict()}
-    shared["order"] = [[number[p] for p in stage] for stage in optimizer.stages]
+    shared["order"] = [[place[p] for p in stage] for stage in optimizer.stages]
     blocks = shared.pop("window")
     if window.separable:
         for p, span in zip(flat.params, flat.columns, strict=True):
@@ -150,6 +151,13 @@ def add_window(optimizer: Any, state: dict[str, Any]) -> None:
     state["param_groups"][0]["fisher"] = shared
 
 
+def _numbers(optimizer: Any, state_dict: dict[str, Any]) -> dict[Tensor, Any]:
+    """The parameters with their numbers, or names, in a state dict."""
+    both = optimizer.param_groups, state_dict["param_groups"]
+    params, numbers = ([x for group in groups for x in group["params"]] for groups in both)
+    return dict(zip(params, numbers, strict=True))
+
+
 def read(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict from which torch loads the settings of the groups alone, as a hook. For `load`,
     the entry "aside" of its state has the rest, which torch would round to the parameters' types.
@@ -162,10 +170,9 @@ def read(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         saved, here = ([group.get("algorithm", "mfac") for group in x] for x in (groups, own))
         if saved != here:
             raise ValueError(f"{REFUSAL}it has groups of algorithm {saved}, this optimizer {here}")
-        shared, params = groups[0]["fisher"], [*optimizer.groups_of()]
+        shared, numbers = groups[0]["fisher"], _numbers(optimizer, state_dict)
         _check(shared, {**optimizer._recovery.state_dict(), "order": []})
-        numbers = dict.fromkeys(i for group in groups for i in group["params"])
-        pairs = [(p, state.get(i, {})) for p, i in zip(params, numbers, strict=True)]
+        params, pairs = [*numbers], [(p, state.get(i, {})) for p, i in numbers.items()]
         entries = {p: _own_entries(p, optimizer.state.get(p, {}), x) for p, x in pairs}
         # torch.distributed.checkpoint may lack columns, or number the parameters in another order.
         whole, order = "window" in shared, [[params[i] for i in stage] for stage in shared["order"]]
@@ -183,7 +190,7 @@ def read(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     complete = whole or placed <= grads.keys()
     if complete and ranks.size > 1:
         _check_ranks(ranks, window, shared["K"])
-    others = {key: x for key, x in state.items() if key not in numbers}
+    others = {key: state[key] for key in state.keys() - {*numbers.values()}}
     groups = [{**groups[0], "fisher": None}, *groups[1:]]
     aside = shared, window, entries, stages, complete
     return {**state_dict, "state": {**others, "aside": aside}, "param_groups": groups}

@@ -17,7 +17,7 @@ from test_optim import DenseMFAC, assert_same_state, assert_weights
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, parametrizations, parametrize
-from torch.optim import lr_scheduler, swa_utils
+from torch.optim import lr_scheduler
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -182,7 +182,9 @@ def test_wrong_learning_rates_are_refused_in_torchs_words(lr):
 def test_duplicates_in_a_group_are_warned_of_as_by_torch():
     p = nn.Parameter(torch.randn(3))
     with pytest.warns(UserWarning, match="duplicate parameters"):
-        MFAC([p, p], ngrads=2)
+        optimizer = MFAC([p, p], ngrads=2)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.fisher.shape == (3, 3)
 
 
 def test_only_empty_groups_have_nothing_to_do():
@@ -766,37 +768,6 @@ def test_tied_weights_have_one_place_in_the_window_and_stay_tied():
         reference.step([da + db, dbias])
         assert_weights(parameters, reference.weights)
         assert model.head.weight is model.embedding.weight
-
-
-@pytest.mark.parametrize("kind", ["swa", "ema"])
-def test_averages_of_the_weights(kind):
-    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3))
-    average = swa_utils.AveragedModel(
-        model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.75) if kind == "ema" else None
-    )
-    optimizer = optimizer_for(model.parameters(), momentum=0.9)
-    scheduler = swa_utils.SWALR(optimizer, swa_lr=0.02, anneal_epochs=3)
-    data = batches(8)
-    weights = []
-    for batch in data:
-        backward(model, batch, optimizer)
-        optimizer.step()
-        scheduler.step()
-        average.update_parameters(model)
-        weights.append([p.detach().double() for p in model.parameters()])
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.02)
-    expected = weights[0]
-    for t, w in enumerate(weights[1:], start=2):
-        share = 1 / t if kind == "swa" else 0.25
-        expected = [(1 - share) * e + share * x for e, x in zip(expected, w, strict=True)]
-    assert_weights(average.module.parameters(), expected)
-    swa_utils.update_bn(data, average)
-    with torch.no_grad():
-        hidden = torch.cat([average.module[0](x) for x, _ in data])
-    torch.testing.assert_close(average.module[1].running_mean, hidden.mean(0))
-    # The average is a model like another: it can be trained on.
-    backward(average, data[0])
-    optimizer_for(average.module.parameters()).step()
 
 
 # --- parameters that come, go and differ ----------------------------------------------------------
