@@ -263,7 +263,7 @@ class Window:
         self.dims.append(dim)
 
     def entry(self, g: Tensor) -> list[Entry]:
-        return self._each("entry", g.split(self.dims))
+        return self._each("entry", g.split_with_sizes(self.dims))
 
     def products(self, new: list[Entry], count: Tensor, exact: bool) -> Tensor:
         return reduce(torch.add, self._each("products", new, count, exact))
@@ -275,7 +275,7 @@ class Window:
         return _joined(self._each("replace_and_transposed_times", new, *step))
 
     def times(self, x: Tensor) -> Tensor:
-        return reduce(torch.add, self._each("times", x.split(self.dims)))
+        return reduce(torch.add, self._each("times", x.split_with_sizes(self.dims)))
 
     def transposed_times(self, y: Tensor) -> Tensor:
         return _joined(self._each("transposed_times", [y] * len(self.blocks)))
@@ -341,12 +341,12 @@ def _short_sums(G: Tensor, x: Tensor) -> Tensor:
     # more sums are more precise.
     m, d = G.shape
     chunk = CHUNK if d >= 64 * CHUNK else max(16, d // 256 // 16 * 16)
-    whole = d - d % chunk
+    n, whole = d // chunk, d - d % chunk
     # A batch of products x_c (1, chunk) times G_cᵀ (chunk, m) reads G as fast as G @ x, which
     # would sum all d columns in float32. Autocast leaves alone what has an `out`.
-    products, rest = G.new_empty(whole // chunk, 1, m), G.new_empty(m)
-    chunks = G[:, :whole].unflatten(1, (-1, chunk)).permute(1, 2, 0)
-    torch.bmm(x[:whole].view(-1, 1, chunk), chunks, out=products)
+    products, rest = G.new_empty(n, 1, m), G.new_empty(m)
+    chunks = G[:, :whole].view(m, n, chunk).permute(1, 2, 0)
+    torch.bmm(x[:whole].view(n, 1, chunk), chunks, out=products)
     torch.mv(G[:, whole:], x[whole:], out=rest)
     return products.sum((0, 1), dtype=torch.float64) + rest
 
