@@ -172,8 +172,8 @@ class CompressedWindow(DenseWindow):
                 "share it among processes, or use window_dtype=torch.float8_e4m3fn"
             )
         self.m, self.dim, self.device, self.compress = m, d, device, compress
-        self.count = kept(BLOCK, compress)  # entries of a whole block
-        k = d // BLOCK * self.count + kept(d % BLOCK, compress)
+        self.count = _kept(BLOCK, compress)  # entries of a whole block
+        k = d // BLOCK * self.count + _kept(d % BLOCK, compress)
         starts, within = (torch.arange(*x, device="cpu") for x in ([0, d, BLOCK], [self.count]))
         columns = (starts[:, None] + within).flatten()[:k].int()
         self.columns = columns.to(device).expand(m, k).contiguous()
@@ -314,7 +314,7 @@ def gram(tiles: Iterable[Tensor]) -> Tensor:
     return reduce(Tensor.add_, (tile @ tile.T for tile in tiles))
 
 
-def kept(size: int, compress: float) -> int:
+def _kept(size: int, compress: float) -> int:
     """The number of entries that a compressed window stores of `size` columns."""
     return min(size, max(1, round(compress * size)))
 
@@ -355,6 +355,6 @@ def _largest(a: Tensor, compress: float) -> Tensor:
     """The columns (k,) of the entries of a (d,) with the largest absolute values in each block."""
     found = []
     for block, part in enumerate(a.split(BLOCK)):
-        columns = part.abs().topk(kept(len(part), compress), sorted=False).indices
+        columns = part.abs().topk(_kept(len(part), compress), sorted=False).indices
         found.append(columns.sort().values + block * BLOCK)
     return torch.cat(found)
