@@ -5,8 +5,9 @@ their gradients are copied into it, and its pieces are subtracted from the weigh
 foreach call over views that are made once.
 """
 
+import itertools
 from collections.abc import Sequence
-from itertools import accumulate, compress, groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Segment:
         """v ← v + weight·(u − v) where there is a gradient. Elsewhere u becomes v."""
         if not all(self.present):
             lacking = [not present for present in self.present]
-            new, old = ([*compress(x.split(self.sizes), lacking)] for x in (u, v))
+            new, old = ([*itertools.compress(x.split(self.sizes), lacking)] for x in (u, v))
             torch._foreach_copy_(new, old)
         return v.lerp_(u, weight)
 
@@ -89,7 +90,7 @@ class Segment:
 
     def _some(self, entries: list[Tensor]) -> list[Tensor]:
         """From one entry for each parameter, the local parts for those that have a gradient."""
-        found = [*compress(entries, self.present)]
+        found = [*itertools.compress(entries, self.present)]
         return [*map(local, found)] if self.distributed else found
 
 
@@ -122,25 +123,21 @@ class Flat:
         self.momentum: Tensor | None = None  # v (d,), if there is any
 
         order = torch.arange(d, device=device)
-        every = [  # places of the columns of each parameter in the vector
-            place.flatten() if mask is None else place[local(mask).to(device)]
-            for place, mask in zip(pieces(order, self.params), masks, strict=True)
-        ]
-        replicated = [sharded_dim(p) is None for p in self.params]
-        own = [ranks.part(x) if r else x for x, r in zip(every, replicated, strict=True)]
+        own, tables, fixed = [], [], torch.ones(d, dtype=torch.bool, device=device)
+        for p, place, mask in zip(self.params, pieces(order, self.params), masks, strict=True):
+            places = place.flatten() if mask is None else place[local(mask).to(device)]
+            fixed[places] = False
+            if ranks.size > 1 and sharded_dim(p) is None:  # three ranks have 3, 3, 1 of 7 columns
+                table = pad(places, (0, -len(places) % ranks.size), value=d)
+                tables.append(table.view(ranks.size, -1))
+                places = ranks.part(places)
+            own.append(places)
         self.columns = [slice(*ends) for ends in pairwise(accumulate(map(len, own), initial=0))]
         # Places of the columns of all ranks (ranks, ·), where parameters are replicated. Rows are
-        # padded with d, a place after the vector: three ranks have 3, 3, 1 of 7 columns.
-        tables = [
-            pad(x, (0, -len(x) % ranks.size), value=d).view(ranks.size, -1)
-            for x in compress(every, replicated)
-        ]
-        self.shared = torch.cat(tables, 1) if tables and ranks.size > 1 else None
-        index = torch.cat([order[:0], *own])  # places of the columns of this rank
-        whole = self.shared is None and torch.equal(index, order)
-        self.index = None if whole else index
-        fixed = torch.ones_like(order, dtype=torch.bool)
-        fixed[torch.cat([order[:0], *every])] = False
+        # padded with d, a place after the vector.
+        self.shared = torch.cat(tables, 1) if tables else None
+        index = torch.cat([order[:0], *own])  # places of the columns of this rank; None if all
+        self.index = index if tables or not torch.equal(index, order) else None
 
         self.segments: list[Segment] = []
         start = 0

@@ -39,7 +39,7 @@ from parameter_groups import GroupedOptimizer
 from precision import DampTooSmallError, NonFiniteGradientError, Precision
 from ranks import Ranks
 from recovery import Recovery
-from windows import Entry, Window
+from windows import Window
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -148,48 +148,45 @@ class DynamicInverseFisher:
             DampTooSmallError: λ is too small for these gradients.
             ValueError: g is not a dense floating-point vector (d,).
         """
-        entry, z, b = self._exchange(g)  # ĝ; k = Gĝ, then A z = e_j
-        y = self.num_grads * z
-        if b is not None:  # plus F⁻¹(g − ĝ) by (1): −GᵀA⁻¹b/λ here, (g − ĝ)/λ in the window
-            y.addcdiv_(self.coefficients.solve(b), self.coefficients.damping, value=-1)
-        u = self.window.replace_and_transposed_times(  # G_j = ĝ, then u = mGᵀz
-            entry, self.counter, self.accepted, y, self.coefficients.damping, self.precision.exact
-        )
-        if self.measures_norms:
-            self.norms = squared_norms(self, z, b, [part.vectors[-1] for part in entry])
-        self._advance()
-        return u.to(self.result_dtype)
+        return self._step(g, multiply=True)
 
     def update(self, g: Tensor) -> None:
         """Puts the gradient g (d,) into the window: one read of it. Raises as `update_matvec`."""
-        entry, _, _ = self._exchange(g)
-        self.window.write(entry, self.counter, self.accepted)
-        self._advance()
+        self._step(g, multiply=False)
 
-    def _exchange(self, g: Tensor) -> tuple[list[Entry], Tensor, Tensor | None]:
-        """Puts g into K and P, if it is accepted, but not yet into the window. Returns ĝ, which
-        will be row j = count mod m, z = A⁻¹e_j (m,), and b = G(g − ĝ) (m,), None if ĝ = g."""
+    def _step(self, g: Tensor, multiply: bool) -> Any:
+        """Makes g row j = count mod m. To `multiply`, returns F⁻¹g, where g − ĝ counts, too."""
         g = checks.checked_vector(g, self.shape[0]).to(self.device)
-        precision = self.precision
+        window, side, precision = self.window, self.coefficients, self.precision
         precision.catch_up(wait=False)
-        damp, entry = self.damp, self.window.entry(g)
+        damp, entry, good = self.damp, window.entry(g), False  # ĝ
         precision.interrupted = True  # until K and the window have changed
         try:
-            while True:
-                products = self.window.products(entry, self.counter, precision.exact)
-                k, *b = self.ranks.sum(products).unbind()
+            while not good:  # after a failure K, P or λ is another
+                products = window.products(entry, self.counter, precision.exact)
+                k, *more = self.ranks.sum(products).unbind()  # k = Gĝ
                 rounding = 0.0 if precision.exact else precision.rounding
-                z, self.accepted, error = self.coefficients.exchange(k, self.counter, rounding)
-                if precision.accepts(error):
-                    return entry, z, b[0] if b else None
+                z, self.accepted, error = side.exchange(k, self.counter, rounding)  # A z = e_j
+                good = precision.accept(error)
         except ValueError:
             precision.interrupted = False
             self.damp = damp  # which may have been raised in vain
             raise
-
-    def _advance(self) -> None:
-        self.precision.finish(self.counter)
+        u = None
+        if not multiply:
+            window.write(entry, self.counter, self.accepted)  # G_j = ĝ
+        else:
+            y, b = self.num_grads * z, more[0] if more else None  # b = G(g − ĝ), if this is not 0
+            if b is not None:  # plus F⁻¹(g − ĝ) by (1): −GᵀA⁻¹b/λ here, (g − ĝ)/λ in the window
+                y.addcdiv_(side.solve(b), side.damping, value=-1)
+            u = window.replace_and_transposed_times(  # G_j = ĝ, then u = mGᵀz
+                entry, self.counter, self.accepted, y, side.damping, precision.exact
+            ).to(self.result_dtype)
+            if self.measures_norms:
+                self.norms = squared_norms(self, z, b, [part.vectors[-1] for part in entry])
+        precision.finish(self.counter)
         self.counter += self.accepted
+        return u
 
     def matvec(self, x: Tensor) -> Tensor:
         """F⁻¹x (d,) for x (d,), by (1), in float64: two reads of the window, or four where K is
@@ -244,8 +241,8 @@ class DynamicInverseFisher:
 
     def grow(self, columns: int) -> None:
         """Appends `columns` weights with past gradients of zero. The others stay in place."""
-        if checks.check_integer("columns", columns, least=0):
-            self.window.append(columns, self.window.blocks[-1].device)
+        checks.check_integer("columns", columns, least=0)
+        self.window.append(columns, self.window.blocks[-1].device)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, by reference. "window" lists the tensors of each block of columns."""
@@ -307,10 +304,10 @@ class MFAC(GroupedOptimizer):
             end of the fifth step after it.
         maximize: maximizes the objective. Weight decay shrinks the weights all the same.
         process_group: processes that share one window. Each calls `step` and keeps a part of the
-            columns, and all end a step with the same weights. Parameters and gradients must be the
-            same in all of them, as with DDP. None: this process has a window of its own, or, if
-            parameters are DTensors, as with FSDP2, shares it with the processes they are sharded
-            over. Each then keeps the columns of its shards.
+            columns, and all end a step with the same weights. Parameters and gradients, and which
+            are None, must be the same in all of them, as with DDP. None: this process has a window
+            of its own, or, if parameters are DTensors, as with FSDP2, shares it with the processes
+            they are sharded over. Each then keeps the columns of its shards.
         warmup: scales u by n/m while the window has n < m gradients.
         max_step, max_norm: bounds of lr²gᵀF⁻¹g and of ‖u‖, see module `control`.
         normalize: "layer" gives each parameter's update the norm of its weights, as LAMB does.
@@ -400,7 +397,7 @@ class MFAC(GroupedOptimizer):
                     self._descend(segment, group, u, accepted)
                 others.step(accepted)
         elif nan is not None:
-            self._recovery.attempt(self.fisher, lambda: self.fisher.precision.accepts(nan))
+            self._recovery.attempt(self.fisher, lambda: self.fisher.precision.accept(nan))
             others.step(nan.isfinite())
         self._recovery.raise_error()
         return loss

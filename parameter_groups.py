@@ -55,14 +55,16 @@ class GroupedOptimizer(torch.optim.Optimizer):
         because a framework has replaced them, the window starts anew. Raises ValueError if one has
         got another shape, or if the window does not fit in memory; the next call tries again."""
         every = [group["params"] for group in self.param_groups]
-        seen = [*([*map(id, x)] for x in every), [x[0].device for x in every if x]]
-        seen += [p.dtype for x in every for p in x], [p.shape for x in every for p in x]
-        if seen == self._seen and not any(map(is_trained, self._waiting)):
+        seen = [[*map(id, x)] for x in every], [(p.dtype, p.shape) for x in every for p in x]
+        if (
+            seen == self._seen
+            and not any(map(is_trained, self._waiting))
+            and all(x.params[0].device == x.update.device for x in self.flat.segments)
+        ):
             return
-        params, groups = [p for _, p in self.numbered()], {p: i for i, p in self.numbered(["mfac"])}
-        replace_params(self.state, self._params, params)
-        self._params, group = params, find_process_group(params, self.process_group)
-        placed = ChainMap(*self.stages)
+        groups, placed = self.groups_of(["mfac"]), ChainMap(*self.stages)
+        self._replace_params()
+        group = find_process_group([*self.groups_of()], self.process_group)
         if placed and (placed.keys() - groups or group is not self.fisher.ranks.group):
             if self.fisher.count:
                 warn_user("The parameters of the optimizer have changed: its window starts anew")
@@ -80,6 +82,16 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self.place([p for p in others if is_trained(p)])
         self._seen, self._waiting = seen, [p for p in others if not is_trained(p)]
 
+    def _replace_params(self) -> None:
+        """Drops the state of parameters that have gone. Those in their places get their masks."""
+        old, new = self._params, [*self.groups_of()]
+        for p, q in zip(old, new, strict=False):
+            if "mask" in self.state.get(p, {}) and q not in {*old} and q.shape == p.shape:
+                self.state[q]["mask"] = placed_as(q, self.state[p]["mask"])
+        for p in {*old} - {*new}:
+            self.state.pop(p, None)
+        self._params = new
+
     def place_anew(self, stages: Iterable[list[Tensor]]) -> None:
         """Replaces the window by an empty one with columns for these parameters."""
         self.stages, self._seen = [], None
@@ -90,35 +102,35 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """Gives columns to these parameters, after those of `stages`."""
         stages = [*self.stages, {p: p.shape for p in params}]
         flat = self.lay_out([*chain(*stages)], self.state)
-        if self.stages:
-            self.fisher.grow(flat.size - self.fisher.shape[0])
-        else:
+        if not self.stages:
             self.build(flat.size, flat.vector.device, flat.ranks.group)
+        elif params:
+            self.fisher.grow(flat.size - self.fisher.shape[0])
         self.flat, self.stages = flat, [*filter(None, stages)]
         # torch.distributed.checkpoint looks up here which names `state_dict` will have.
         for p in flat.params if self.fisher.window.separable else []:
             self.state[p]["grads"] = None
-        momentum = any(self.param_groups[i]["momentum"] != 0 for i, _ in self.numbered(["mfac"]))
+        momentum = any(self.param_groups[i]["momentum"] for i in self.groups_of(["mfac"]).values())
         if momentum or any("momentum_buffer" in self.state[p] for p in flat.params):
             self.velocity()
-        for i, p in self.numbered(fallback.SETTINGS):
+        for p, i in self.groups_of(fallback.SETTINGS).items():
             if is_trained(p):
                 fallback.prepare(self.param_groups[i], p, self.state)
 
     def lay_out(self, params: list[Tensor], state: dict[Any, Any]) -> Flat:
         """The vector of these parameters, with the masks in `state`."""
-        groups = {p: i for i, p in self.numbered(["mfac"])}
-        ranks = Ranks(find_process_group([p for _, p in self.numbered()], self.process_group))
-        device = self._settings["device"] or next((p.device for p in groups), torch.device("cpu"))
+        groups, settings = self.groups_of(["mfac"]), self._settings
+        ranks = Ranks(find_process_group([*self.groups_of()], self.process_group))
+        device = settings["device"] or next((p.device for p in groups), torch.device("cpu"))
         device = self.fisher.device if self.stages else device
-        dtype = torch.float64 if self._settings["dtype"] == torch.float64 else torch.float32
+        dtype = torch.float64 if settings["dtype"] == torch.float64 else torch.float32
         masks = [state.get(p, {}).get("mask") for p in params]
         return Flat([(groups[p], p) for p in params], masks, ranks, device, dtype)
 
-    def numbered(self, algorithms: Collection[str] = ALGORITHMS) -> list[tuple[int, Tensor]]:
-        """(group, parameter) for each parameter in groups of these algorithms."""
+    def groups_of(self, algorithms: Collection[str] = ALGORITHMS) -> dict[Tensor, int]:
+        """The parameters in groups of these algorithms, each with the number of its group."""
         groups = [(i, g) for i, g in enumerate(self.param_groups) if g["algorithm"] in algorithms]
-        return [(i, p) for i, group in groups for p in group["params"]]
+        return {p: i for i, group in groups for p in group["params"]}
 
     def velocity(self) -> Tensor:
         """v (d,), zeros at first. The state of each parameter has a view of it, in its shape."""
@@ -147,7 +159,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 fallback.strip(group, self.defaults)
             check_group(group, self._shared)
             masks = checked_masks(group["params"], group.get("sparse", False))
-            find_process_group([p for _, p in self.numbered()], self.process_group)
+            find_process_group([*self.groups_of()], self.process_group)
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
@@ -225,13 +237,3 @@ class GroupedOptimizer(torch.optim.Optimizer):
         if "flat" not in vars(self):  # this is a copy
             self.process_group = self.fisher.ranks.group
             self.follow()
-
-
-def replace_params(state: dict[Any, Any], old: list[Tensor], new: list[Tensor]) -> None:
-    """Drops the state of parameters that have gone. Those in their places get their masks."""
-    known, present = set(map(id, old)), set(map(id, new))
-    for p, q in zip(old, new, strict=False):
-        if "mask" in state.get(p, {}) and id(q) not in known and q.shape == p.shape:
-            state[q]["mask"] = placed_as(q, state[p]["mask"])
-    for p in [p for p in state if isinstance(p, Tensor) and id(p) not in present]:
-        del state[p]

@@ -61,8 +61,8 @@ class Precision:
 
     On the CPU, products start in float32. Where (6) is too large, the exchange is repeated with
 
-        K recomputed    from the window in float64; products stay in float64 for at least the rest
-                        of a round of m gradients
+        K recomputed    from the window in float64; products stay in float64 for the rest of a
+                        round of m gradients
         P recomputed    from this K
         10λ             if `raises_damp`, as for an optimizer. Otherwise DampTooSmallError
 
@@ -81,7 +81,7 @@ class Precision:
         self.unread: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self.rounding = SINGLE / 2  # r of products in float32
 
-    def accepts(self, error: Tensor | float) -> bool:
+    def accept(self, error: Tensor | float) -> bool:
         """Whether an exchange with this error, from `Coefficients.exchange`, is good, or is read
         later. If not, K, P or λ is another now, and the exchange is to be repeated.
 

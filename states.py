@@ -64,7 +64,7 @@ def _saved_window(fisher: Any, state: dict[str, Any], dims: list[int], dim: int)
         if not window.separable:  # parts of several ranks are padded to the longest one
             found = {name: found[name][..., : x.shape[-1]] for name, x in block.state.items()}
         _check(found, block.state)
-        vars(block).update(found, state=found, device=next(iter(found.values())).device)
+        vars(block).update(found, state=found)
     if sum(dims) != dim:
         raise ValueError(
             f"The state dict has {sum(dims)} weights, but this inverse Fisher {dim}; build it with "
@@ -129,7 +129,7 @@ def _reading() -> Iterator[None]:
 def add_window(optimizer: Any, state: dict[str, Any]) -> None:
     """Adds the window to the result of `state_dict`, as a hook."""
     flat, fisher, window = optimizer.flat, optimizer.fisher, optimizer.fisher.window
-    ranks, number = flat.ranks, {p: i for i, (_, p) in enumerate(optimizer.numbered())}
+    ranks, number = flat.ranks, {p: i for i, p in enumerate(optimizer.groups_of())}
     shared = {**of_fisher(fisher), **optimizer._recovery.state_dict()}
     shared["order"] = [[number[p] for p in stage] for stage in optimizer.stages]
     blocks = shared.pop("window")
@@ -162,10 +162,10 @@ def read(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         saved, here = ([group.get("algorithm", "mfac") for group in x] for x in (groups, own))
         if saved != here:
             raise ValueError(f"{REFUSAL}it has groups of algorithm {saved}, this optimizer {here}")
-        shared, numbers = groups[0]["fisher"], [i for group in groups for i in group["params"]]
+        shared, params = groups[0]["fisher"], [*optimizer.groups_of()]
         _check(shared, {**optimizer._recovery.state_dict(), "order": []})
-        params, found = [p for _, p in optimizer.numbered()], [state.get(i, {}) for i in numbers]
-        pairs = [*zip(params, found, strict=True)]
+        numbers = dict.fromkeys(i for group in groups for i in group["params"])
+        pairs = [(p, state.get(i, {})) for p, i in zip(params, numbers, strict=True)]
         entries = {p: _own_entries(p, optimizer.state.get(p, {}), x) for p, x in pairs}
         # torch.distributed.checkpoint may lack columns, or number the parameters in another order.
         whole, order = "window" in shared, [[params[i] for i in stage] for stage in shared["order"]]
@@ -220,11 +220,11 @@ def _own_entries(p: Tensor, own: dict[str, Any], saved: dict[str, Any]) -> dict[
 
 def _own_blocks(ranks: Ranks, shared: dict[str, Any]) -> tuple[list[int], list[dict[str, Tensor]]]:
     """The columns of each block of a window that was saved as a whole, and this rank's parts."""
-    if len(shared["dims"]) != ranks.size:
+    size = len(shared["dims"])
+    if size != ranks.size:
         raise ValueError(
-            f"The state dict has a window of {len(shared['dims'])} processes that is compressed or "
-            f"has scales (float16, float8); load it in as many processes (here are {ranks.size}), "
-            "or start a new window"
+            f"The state dict has a window that is compressed or has scales, of {size} processes; "
+            f"load it in as many, not {ranks.size}, or start a new window"
         )
     dims = ranks.part(shared["dims"])[0].tolist()
     blocks = [shared["window"][str(i)] for i in range(len(dims))]
@@ -247,14 +247,15 @@ def _to_save(ranks: Ranks, p: Tensor, entries: dict[str, Any], G: Tensor) -> Ten
 def _from_saved(ranks: Ranks, p: Tensor, saved: dict[str, Any], own: dict[str, Any]) -> Tensor:
     """The columns (m, ·) of p in this process, from the results of `_to_save` in all processes."""
     grads, dim, mask = saved["grads"], sharded_dim(p), own.get("mask")
-    whole, trained = not is_dtensor(grads), grads.shape[1:].numel() < p.numel()
     G = local(grads).flatten(1)
-    if whole and dim is not None:
-        G = _spread(G, saved["mask"]) if trained else G
+    if dim is None and is_dtensor(grads):
+        return G
+    if dim is not None and not is_dtensor(grads):
+        G = _spread(G, saved["mask"]) if G.shape[1] < p.numel() else G
         G = ranks.part(G.view(len(G), *p.shape), dim + 1).flatten(1)
-    if mask is not None and not (trained and dim is None):
+    if mask is not None and G.shape[1] == local(p).numel():
         G = G[:, local(mask).flatten().to(G.device)]
-    return ranks.part(G, 1) if whole and dim is None else G
+    return ranks.part(G, 1) if dim is None else G
 
 
 def _spread(G: Tensor, mask: Tensor) -> Tensor:

@@ -167,12 +167,13 @@ def test_at_most_a_twentieth_of_training_on_digits_is_in_float64():
     layers = nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(), nn.Flatten()
     model, m = nn.Sequential(*layers, nn.Linear(16 * 49, 10)), 256
     optimizer = MFAC(model.parameters(), lr=1e-3, momentum=0.9, ngrads=m, damp=1e-5)
-    fisher, exact = optimizer.fisher, 0
+    fisher, exact, losses = optimizer.fisher, 0, []
     for t in range(300):
         rows = torch.randint(len(images), (64,))
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
         loss.backward()
+        losses.append(float(loss.detach()))
         if t % 60 == 59:
             g = torch.cat([p.grad.flatten() for p in model.parameters()])
             result = copy.deepcopy(fisher).update_matvec(g)
@@ -181,7 +182,7 @@ def test_at_most_a_twentieth_of_training_on_digits_is_in_float64():
             assert relative_error(result, woodbury_column(G, 1e-5, t % m)) < 2e-5
         optimizer.step()
         exact += bool(fisher.precision.exact)
-    assert float(loss.detach()) < 0.3 and optimizer.raised_steps == 0
+    assert sum(losses[-20:]) / 20 < 0.3 and optimizer.raised_steps == 0
     assert exact <= 0.05 * 300
 
 
