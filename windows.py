@@ -172,8 +172,8 @@ class CompressedWindow(DenseWindow):
                 "share it among processes, or use window_dtype=torch.float8_e4m3fn"
             )
         self.m, self.dim, self.device, self.compress = m, d, device, compress
-        self.count = kept(BLOCK, compress)  # entries of a whole block
-        k = d // BLOCK * self.count + kept(d % BLOCK, compress)
+        self.count = _kept(BLOCK, compress)  # entries of a whole block
+        k = d // BLOCK * self.count + _kept(d % BLOCK, compress)
         starts, within = (torch.arange(*x, device="cpu") for x in ([0, d, BLOCK], [self.count]))
         columns = (starts[:, None] + within).flatten()[:k].int()
         self.columns = columns.to(device).expand(m, k).contiguous()
@@ -263,7 +263,7 @@ class Window:
         self.dims.append(dim)
 
     def entry(self, g: Tensor) -> list[Entry]:
-        return self._each("entry", g.split(self.dims))
+        return self._each("entry", g.split_with_sizes(self.dims))
 
     def products(self, new: list[Entry], count: Tensor, exact: bool) -> Tensor:
         return reduce(torch.add, self._each("products", new, count, exact))
@@ -275,7 +275,7 @@ class Window:
         return _joined(self._each("replace_and_transposed_times", new, *step))
 
     def times(self, x: Tensor) -> Tensor:
-        return reduce(torch.add, self._each("times", x.split(self.dims)))
+        return reduce(torch.add, self._each("times", x.split_with_sizes(self.dims)))
 
     def transposed_times(self, y: Tensor) -> Tensor:
         return _joined(self._each("transposed_times", [y] * len(self.blocks)))
@@ -314,7 +314,7 @@ def gram(tiles: Iterable[Tensor]) -> Tensor:
     return reduce(Tensor.add_, (tile @ tile.T for tile in tiles))
 
 
-def kept(size: int, compress: float) -> int:
+def _kept(size: int, compress: float) -> int:
     """The number of entries that a compressed window stores of `size` columns."""
     return min(size, max(1, round(compress * size)))
 
@@ -341,12 +341,12 @@ def _short_sums(G: Tensor, x: Tensor) -> Tensor:
     # more sums are more precise.
     m, d = G.shape
     chunk = CHUNK if d >= 64 * CHUNK else max(16, d // 256 // 16 * 16)
-    whole = d - d % chunk
+    n, whole = d // chunk, d - d % chunk
     # A batch of products x_c (1, chunk) times G_cᵀ (chunk, m) reads G as fast as G @ x, which
     # would sum all d columns in float32. Autocast leaves alone what has an `out`.
-    products, rest = G.new_empty(whole // chunk, 1, m), G.new_empty(m)
-    chunks = G[:, :whole].unflatten(1, (-1, chunk)).permute(1, 2, 0)
-    torch.bmm(x[:whole].view(-1, 1, chunk), chunks, out=products)
+    products, rest = G.new_empty(n, 1, m), G.new_empty(m)
+    chunks = G[:, :whole].view(m, n, chunk).permute(1, 2, 0)
+    torch.bmm(x[:whole].view(n, 1, chunk), chunks, out=products)
     torch.mv(G[:, whole:], x[whole:], out=rest)
     return products.sum((0, 1), dtype=torch.float64) + rest
 
@@ -355,6 +355,6 @@ def _largest(a: Tensor, compress: float) -> Tensor:
     """The columns (k,) of the entries of a (d,) with the largest absolute values in each block."""
     found = []
     for block, part in enumerate(a.split(BLOCK)):
-        columns = part.abs().topk(kept(len(part), compress), sorted=False).indices
+        columns = part.abs().topk(_kept(len(part), compress), sorted=False).indices
         found.append(columns.sort().values + block * BLOCK)
     return torch.cat(found)

@@ -944,20 +944,18 @@ def module(caplog):
     module.cuda_kernels.cache_clear()
 
 
-EXTENSION = {f"hinv_{name}": None for name in ("setup", "mul", "update", "times")}
-EXTENSION |= {"hinv_transposed_times": None}
-EXTENSION |= {"hinv_sparse_times": None, "__file__": "there"}
-EXTENSION |= {"hinv_round": None, "hinv_largest": None, "hinv_sparse_replace": None}
-OTHERS = types.SimpleNamespace(hinv_setup=None, hinv_mul=None, __file__="elsewhere")
+NAMES = "setup mul update times transposed_times round largest sparse_times sparse_replace"
+EXTENSION = types.SimpleNamespace(**{f"hinv_{name}": None for name in NAMES.split()})
+OTHERS = types.SimpleNamespace(hinv_setup=None, hinv_mul=None)
 
 
 @pytest.mark.parametrize(
     ("installed", "nvrtc", "line"),
     [
-        (types.SimpleNamespace(**EXTENSION), True, "CUDA kernels: by extension"),
+        (EXTENSION, True, "CUDA kernels: by extension"),
         (None, True, "CUDA kernels: by NVRTC; not by extension: "),
         (OTHERS, True, "has no hinv_update: it is another one, or of another version"),
-        (OTHERS, False, 'or of another version"); not by NVRTC: RuntimeError('),
+        (OTHERS, False, "; not by NVRTC: RuntimeError('CUDA_ERROR_NO_DEVICE')"),
         (None, False, "CUDA kernels: none, but torch operations; not by extension: "),
     ],
 )
