@@ -71,13 +71,18 @@ def in_seconds(number: float) -> str:
 def traffic(m: int, d: int, ranks: int, options: dict) -> tuple[int, int]:
     """Bytes that a step moves on each device: (read from the window, sent over the network).
 
-    A step reads the device's part of the window twice. A ring of devices adds up m + 1 float64
-    numbers, or 2m + 2 if compressed, and gathers the d float32 numbers of the update.
+    A step reads the device's part of the window twice. A ring of devices adds up m float64 numbers,
+    or 2m if compressed, and gathers the d float32 numbers of the update.
     """
     compressed = "compress" in options
     beside = 16 * m**2 + (4 * -(-d // ranks) if compressed else 0)  # K and P, and the error
     read = 2 * (window_bytes(m, d, world_size=ranks, **options) - beside)
-    return read, ((32 if compressed else 16) * (m + 1) + 4 * d) * (ranks - 1) // ranks
+    return read, ((32 if compressed else 16) * m + 4 * d) * (ranks - 1) // ranks
+
+
+def fits(d: int, ranks: int, options: dict) -> bool:
+    """Whether each rank can number its columns, for which a compressed window has 31 bits."""
+    return "compress" not in options or -(-d // ranks) < 2**31
 
 
 def print_tables(m: int = 1024) -> None:
@@ -87,17 +92,21 @@ def print_tables(m: int = 1024) -> None:
     print("|---|---|" + "---|" * len(RANKS))
     for model, d in MODELS.items():
         for kind, options in KINDS.items():
-            sizes = [in_bytes(window_bytes(m, d, world_size=n, **options)) for n in RANKS]
-            print(f"| {model} | {kind} | {' | '.join(sizes)} |")
+            cells = ["–"] * len(RANKS)
+            for i, n in enumerate(RANKS):
+                if fits(d, n, options):
+                    cells[i] = in_bytes(window_bytes(m, d, world_size=n, **options))
+            print(f"| {model} | {kind} | {' | '.join(cells)} |")
     print(f"\n| step: read + sent per rank, time | window | {' | '.join(heads)} |")
     print("|---|---|" + "---|" * len(RANKS))
     for model, d in MODELS.items():
         for kind, options in KINDS.items():
-            cells = []
-            for n in RANKS:
-                read, sent = traffic(m, d, n, options)
-                time = in_seconds(read / MEMORY + sent / NETWORK)
-                cells.append(f"{in_bytes(read)} + {in_bytes(sent)}, {time}")
+            cells = ["–"] * len(RANKS)
+            for i, n in enumerate(RANKS):
+                if fits(d, n, options):
+                    read, sent = traffic(m, d, n, options)
+                    time = in_seconds(read / MEMORY + sent / NETWORK)
+                    cells[i] = f"{in_bytes(read)} + {in_bytes(sent)}, {time}"
             print(f"| {model} | {kind} | {' | '.join(cells)} |")
 
 
