@@ -126,7 +126,7 @@ class Ranks:
         return self  # process groups can't be copied
 
 
-# --- DTensors -------------------------------------------------------------------------------------
+# --- process groups and DTensors ------------------------------------------------------------------
 
 
 def or_default(given: "ProcessGroup | bool | None") -> "ProcessGroup | None":
