@@ -298,7 +298,7 @@ class MFAC(GroupedOptimizer):
         sparse: True keeps the weights that are zero now at zero and out of the window, in
             parameters of two or more dimensions. A list gives one mask a parameter (True: trained),
             of the parameter's shape, or None for all of it.
-        window_dtype, compress: `dtype` and `compress` of `DynamicInverseFisher`.
+        window_dtype, compress: as in `DynamicInverseFisher`. With `compress`, start at lr = damp.
         on_nonfinite: "skip" counts the step in `skipped_steps`, warns the first time, and raises
             NonFiniteGradientError after 100 in a row; "raise" raises it at once, or on CUDA at the
             end of the fifth step after it.
