@@ -1,7 +1,7 @@
 """The (m, m) side of the dynamic algorithm: A⁻¹ for A = mλI + K, while rows of the window change.
 
 With the last m gradients as the rows of G (m, d), K = GGᵀ is their Gram matrix and λ the damping
-`damp`. This module does not access the window. When g replaces row j, it takes k = Gg and returns
+`damp`. This module does not access the window. When g becomes row j, it takes k = Gg and returns
 z = A⁻¹e_j. Everything is in float64. On CUDA one kernel does it and waits for nothing.
 """
 
@@ -45,7 +45,7 @@ class Coefficients:
         self.damping.fill_(damp)
 
     def invert(self, damp: float) -> bool:
-        """Computes P from K for damping λ = `damp`, O(m³). If A is not positive definite, returns
+        """Sets λ to `damp` and computes P from K, O(m³). If A is not positive definite, returns
         False and changes nothing."""
         A = self.K.clone()
         A.diagonal().add_(len(A) * damp)
@@ -86,7 +86,7 @@ class Coefficients:
             u[j].zero_()
             residual = torch.addmv(others, K, u, alpha=-1).sub_(u, alpha=shift)  # k' − A'u
             residual[j].zero_()
-            off = float(residual @ (residual / A_diagonal))
+            off = float(residual @ (residual / A_diagonal))  # ‖D⁻¹(k' − A'u)‖², D as in (6)
             # One step of refinement, unless only rounding is left: P'k' cancels for nearly parallel
             # gradients, and P would keep the error.
             if off < REFINED**2 * (k_j + shift):
@@ -98,13 +98,13 @@ class Coefficients:
         length, terms = float(u @ u), k_j + float(u.square() @ K.diagonal())
         trace = float((P.diagonal() - p.square()) @ A_diagonal)
         trace += (terms + shift * (length + 1)) / (s or math.nan)
-        # zᵀKz may cancel down to its own rounding error. Then the error is unknown, and infinite.
+        # ũᵀKũ less its own rounding error. If nothing is left, the error is unknown, and infinite.
         left = k_j - projected - shift * length - m * DOUBLE / 2 * terms
 
         r, q = (rounding, SINGLE / 2 * (1 + m / 16) ** 0.5) if rounding else (DOUBLE, 0)
         error = math.inf
         if k_j == 0 or not math.isfinite(k_j):
-            error = 0 * k_j  # F⁻¹g is 0, or g is not finite
+            error = 0 * k_j  # 0, as F⁻¹g is, or NaN, as g is not finite
         elif s > 0 and 0 < trace < math.inf and 0 < left < math.inf and off < math.inf:
             error = ((off * trace) ** 0.5 + terms**0.5 * (r * trace**0.5 + q)) / left**0.5
         if not error <= TOLERANCE:

@@ -1,8 +1,8 @@
 """The trained parameters of an optimizer as one vector, and the columns of the window it maps to.
 
-Element-wise operations of the optimizer act on the vector. Parameters take part in two places:
-their gradients are copied into it, and its pieces are subtracted from the weights. Each is one
-foreach call over views that are made once.
+Element-wise operations of the optimizer act on the vector. Parameters take part where gradients
+are copied into it, where weights decay, and where its pieces are subtracted from the weights. Each
+is one foreach call over views that are made once.
 """
 
 import itertools
@@ -29,8 +29,8 @@ class Segment:
         self.span = slice(start, start + sum(self.sizes))
         self.numbers = vector[self.span]
         self.views = pieces(self.numbers, params)
-        # A foreach subtraction is one launch only for tensors of one type and device, so these
-        # numbers are converted to those of the parameters at once. A copy converts by itself.
+        # A foreach subtraction is one launch only for tensors of one type and device, so `update`
+        # has those of the parameters. A foreach copy converts by itself.
         self.update = self.numbers.to(params[0].device, params[0].dtype)  # `numbers` if it fits
         self.updates = pieces(self.update, params)
         self.present = [True] * len(params)  # whether each has a gradient
@@ -43,25 +43,25 @@ class Segment:
         Raises ValueError if one is sparse."""
         found: list[Any] = [p.grad for p in self.params]
         self.present = [g is not None for g in found]
-        grads = self._some(found)
+        grads = self._pick(found)
         if len(grads) < len(found):
             self.numbers.zero_()
-            self.update.zero_()  # `add_weights` adds all of it
+            self.update.zero_()  # `add_weights` adds all of it, also where no gradient is
         if grads:
             check_dense(grads)
-            torch._foreach_copy_(self._some(self.views), grads)
+            torch._foreach_copy_(self._pick(self.views), grads)
         return bool(grads)
 
     def add_weights(self, alpha: float) -> None:
         """Adds alpha·w to the vector where there is a gradient."""
         if self.update is self.numbers:
-            torch._foreach_add_(self._some(self.views), self._some(self.params), alpha=alpha)
+            torch._foreach_add_(self._pick(self.views), self._pick(self.params), alpha=alpha)
         else:
-            torch._foreach_copy_(self._some(self.updates), self._some(self.params))
+            torch._foreach_copy_(self._pick(self.updates), self._pick(self.params))
             self.numbers.add_(self.update.to(self.numbers), alpha=alpha)
 
     def average(self, v: Tensor, u: Tensor, weight: float | Tensor) -> Tensor:
-        """v ← v + weight·(u − v) where there is a gradient. Elsewhere u becomes v."""
+        """v ← v + weight·(u − v) where there is a gradient. Elsewhere v stays, by u ← v."""
         if not all(self.present):
             lacking = [not present for present in self.present]
             new, old = ([*itertools.compress(x.split(self.sizes), lacking)] for x in (u, v))
@@ -74,7 +74,7 @@ class Segment:
         parts = list(v.split(self.sizes))
         return layerwise(v, self.params, parts, self.repeats, ranks if shared else None)
 
-    def descend(self, v: Tensor, lr: float | Tensor, decay: float = 0) -> None:
+    def descend(self, v: Tensor, lr: float | Tensor, decay: float) -> None:
         """w ← w − lr·(v + decay·w) for the parameters that have a gradient."""
         if decay == 0:
             torch.mul(v, lr, out=self.numbers)
@@ -86,10 +86,10 @@ class Segment:
                 self.numbers.masked_fill_(self.fixed, 0)
         if self.update is not self.numbers:
             self.update.copy_(self.numbers)
-        torch._foreach_sub_(self._some(self.params), self._some(self.updates))
+        torch._foreach_sub_(self._pick(self.params), self._pick(self.updates))
 
-    def _some(self, entries: list[Tensor]) -> list[Tensor]:
-        """From one entry for each parameter, the local parts for those that have a gradient."""
+    def _pick(self, entries: list[Tensor]) -> list[Tensor]:
+        """The local parts of those entries, one a parameter, whose parameters have a gradient."""
         found = [*itertools.compress(entries, self.present)]
         return [*map(local, found)] if self.distributed else found
 

@@ -44,7 +44,7 @@ KERNELS += [f"{name}<{x}>" for name in DENSE for x in FORMATS.values()]
 KERNELS += [f"{name}<{x}>" for name in SPARSE for x in WITHOUT_SCALES.values()]
 THREADS, BYTES, SPARSE_COLUMNS, BLOCK = 256, 512, 512, 4096
 SCRATCH, SPARSE_PARTS = 2**16, 128
-TOGETHER = "exchange", "window_times", "sparse_times"  # these call grid.sync()
+TOGETHER = "exchange", "window_times", "sparse_times"  # with grid.sync(): all blocks resident
 
 
 @functools.cache

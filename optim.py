@@ -68,8 +68,8 @@ class DynamicInverseFisher:
         compress: the part of each gradient's entries that the window keeps, for example 0.01: the
             largest (`CompressedWindow`). F is that of the gradients as kept. None keeps all.
         process_group: processes with a part of the columns each, which make the same calls at the
-            same time. `dim`, `shape` and all vectors are then those of this process; each
-            gradient takes an all-reduce of m float64 numbers. None: this process alone.
+            same time. `dim`, `shape` and all vectors are then those of this process. A gradient
+            takes an all-reduce of m float64 numbers, 2m with `compress`. None: this process alone.
 
     Raises:
         ValueError: for arguments outside these ranges, or a window that does not fit in memory.
@@ -155,14 +155,14 @@ class DynamicInverseFisher:
         self._step(g, multiply=False)
 
     def _step(self, g: Tensor, multiply: bool) -> Any:
-        """Makes g row j = count mod m. To `multiply`, returns F⁻¹g, where g − ĝ counts, too."""
+        """Makes g row j = count mod m. If `multiply`, returns F⁻¹g (F⁻¹ĝ if not compressed)."""
         g = checks.checked_vector(g, self.shape[0]).to(self.device)
         window, side, precision = self.window, self.coefficients, self.precision
         precision.catch_up(wait=False)
         damp, entry, good = self.damp, window.entry(g), False  # ĝ
         precision.interrupted = True  # until K and the window have changed
         try:
-            while not good:  # after a failure K, P or λ is another
+            while not good:  # again after a failure, with another K, P or λ
                 products = window.products(entry, self.counter, precision.exact)
                 k, *more = self.ranks.sum(products).unbind()  # k = Gĝ
                 rounding = 0.0 if precision.exact else precision.rounding
@@ -176,7 +176,7 @@ class DynamicInverseFisher:
         if not multiply:
             window.write(entry, self.counter, self.accepted)  # G_j = ĝ
         else:
-            y, b = self.num_grads * z, more[0] if more else None  # b = G(g − ĝ), if this is not 0
+            y, b = self.num_grads * z, more[0] if more else None  # b = G(g − ĝ), if compressed
             if b is not None:  # plus F⁻¹(g − ĝ) by (1): −GᵀA⁻¹b/λ here, (g − ĝ)/λ in the window
                 y.addcdiv_(side.solve(b), side.damping, value=-1)
             u = window.replace_and_transposed_times(  # G_j = ĝ, then u = mGᵀz
@@ -219,14 +219,14 @@ class DynamicInverseFisher:
 
     def diagonal(self) -> Tensor:
         """diag(F⁻¹) (d,), each entry in (0, 1/λ], in float64. By (2), O(dm²): (1 − Σᵢ Wᵢⱼ²) / λ,
-        W = L⁻¹G, A = LLᵀ. This cancels if the gradients span all d ≤ m weights, so then from F
-        itself, O(d²m). Raises DampTooSmallError if λ is too small."""
+        W = L⁻¹G, A = LLᵀ. This cancels if the gradients span all weights, so with d ≤ m in one
+        process, F itself is inverted, O(d²m). Raises DampTooSmallError if λ is too small."""
         self.precision.catch_up()
         m, direct = self.num_grads, self.ranks.size == 1 and self.shape[0] <= self.num_grads
         if direct:
             G = torch.cat(list(self.window.tiles()), 1)
         A = G.T @ G if direct else self.precision.gram()
-        A.diagonal().add_(m * self.damp)
+        A.diagonal().add_(m * self.damp)  # mF if direct
         L = factor(A)
         inverse = torch.cholesky_inverse(L).diagonal()
         error = DOUBLE * inverse * A.diagonal()
@@ -298,7 +298,7 @@ class MFAC(GroupedOptimizer):
         sparse: True keeps the weights that are zero now at zero and out of the window, in
             parameters of two or more dimensions. A list gives one mask a parameter (True: trained),
             of the parameter's shape, or None for all of it.
-        window_dtype, compress: `dtype` and `compress` of `DynamicInverseFisher`.
+        window_dtype, compress: as in `DynamicInverseFisher`. With `compress`, start at lr = damp.
         on_nonfinite: "skip" counts the step in `skipped_steps`, warns the first time, and raises
             NonFiniteGradientError after 100 in a row; "raise" raises it at once, or on CUDA at the
             end of the fifth step after it.
@@ -370,7 +370,7 @@ class MFAC(GroupedOptimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. `closure`, if given, computes loss and gradients; returns its result. Raises
-        ValueError if a gradient is sparse or of another shape than its parameter had at first."""
+        ValueError if a gradient is sparse, or if a parameter has another shape than at first."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -391,12 +391,12 @@ class MFAC(GroupedOptimizer):
             u = self._recovery.update_matvec(self.fisher, g)
             if u is not None:
                 u = self.flat.spread(u)
-                # On CUDA nobody has read yet whether g was accepted: with 0, nothing moves.
+                # On CUDA, the host has not read whether g was accepted. If it is 0, nothing moves.
                 accepted: Any = self.fisher.accepted.to(u.dtype) if u.is_cuda else 1
                 for segment, group in segments:
                     self._descend(segment, group, u, accepted)
                 others.step(accepted)
-        elif nan is not None:
+        elif nan is not None:  # NaN or 0, as the error of an exchange
             self._recovery.attempt(self.fisher, lambda: self.fisher.precision.accept(nan))
             others.step(nan.isfinite())
         self._recovery.raise_error()

@@ -31,7 +31,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     fisher: Any
     _recovery: Recovery
     _settings: dict[str, Any]  # how to make `fisher`
-    _seen: Any = None  # what the layout is made for; None: it is to be made anew
+    _seen: Any = None  # what the layout was made for; None: it must be made anew
     _waiting: list[Tensor]  # parameters without columns, until they are trained
 
     def __init__(
@@ -69,7 +69,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             if self.fisher.count:
                 warn_user("The parameters of the optimizer have changed: its window starts anew")
             self._recovery.steps = 0  # of the schedule of a relative λ
-            self.place_anew([])  # the old window goes before the new one comes
+            self.place_anew([])  # frees the old window before the new one is made
             placed = ChainMap()
         for p, shape in placed.items():
             if p.shape != shape:
@@ -83,7 +83,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self._seen, self._waiting = seen, [p for p in others if not is_trained(p)]
 
     def _replace_params(self) -> None:
-        """Drops the state of parameters that have gone. Those in their places get their masks."""
+        """Drops the state of parameters that have gone, but hands masks on to their successors."""
         old, new = self._params, [*self.groups_of()]
         for p, q in zip(old, new, strict=False):
             if "mask" in self.state.get(p, {}) and q not in {*old} and q.shape == p.shape:
@@ -195,8 +195,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As for any optimizer. The columns of the window are in the state of each parameter
-        ("grads"), the rest is in the first group ("fisher"). Tensors are references where possible.
-        If ranks have parts of one, it is a DTensor, for torch.distributed.checkpoint."""
+        ("grads"), the rest is in the first group ("fisher"). Tensors are references where possible,
+        and DTensors where ranks have parts of them, for torch.distributed.checkpoint."""
         with suppress(ValueError):  # the next step raises it again, and the window is empty
             self.follow()
         self._recovery.catch_up(self.fisher)
@@ -225,9 +225,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
         return f"{groups[:-1]}{window}\n)"
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle: all attributes, where torch has only defaults, state and groups, but
-        no hooks, no scheduler's wrapper of `step`, no views, which copies lose, and no group, which
-        the inverse Fisher has."""
+        """For copy and pickle. torch keeps defaults, state and groups; this keeps all but hooks, a
+        scheduler's wrapper of `step`, `flat` (copies would lose its views), and the process group
+        (`fisher` has it)."""
         left = [name for name in vars(self) if "hook" in name or "step" in name]
         left += ["process_group", "flat", "_seen"]
         return {k: x for k, x in vars(self).items() if k not in left}

@@ -82,8 +82,8 @@ class Precision:
         self.rounding = SINGLE / 2  # r of products in float32
 
     def accept(self, error: Tensor | float) -> bool:
-        """Whether an exchange with this error, from `Coefficients.exchange`, is good, or is read
-        later. If not, K, P or λ is another now, and the exchange is to be repeated.
+        """Whether the error from `Coefficients.exchange` is small enough, or is read later. If not,
+        K, P or λ has changed, and the exchange must be repeated.
 
         Raises:
             NonFiniteGradientError, DampTooSmallError: the exchange has changed nothing.
@@ -106,7 +106,7 @@ class Precision:
             self.invert(self.side.damp, anew=True)
             self.interrupted = False
         while self.unread and not torch.cuda.is_current_stream_capturing():
-            if not wait and len(self.unread) <= UNREAD:  # by number: ranks must do the same
+            if not wait and len(self.unread) <= UNREAD:  # not by arrival: ranks must do the same
                 return
             error, arrived = self.unread.popleft()
             arrived.synchronize()
@@ -133,8 +133,8 @@ class Precision:
         squares = torch.outer(K.diagonal(), K.diagonal()).fill_diagonal_(0)
         errors = ((self.side.K[rows, rows] - K).square() / squares)[squares > 0]
         mean = (2 * self.rounding**2 + float(errors.sum())) / (8 + len(errors))
-        # The next gradients may be rougher than these, whose products may even be exact. Sums over
-        # 16 columns, each with an error of one unit roundoff, are what the mean must allow for.
+        # The next gradients may be rougher than these, whose products may even be exact. So r is at
+        # least that of d/16 independent sums, each with an error of one unit roundoff.
         d = float(self.ranks.sum(K.new_tensor(sum(self.window.dims))))
         self.rounding = 2 * max(mean, (SINGLE / 4) ** 2 * min(1, 16 / max(1, d))) ** 0.5
 
@@ -143,18 +143,18 @@ class Precision:
         return self.ranks.sum(gram(self.window.tiles(rows)))
 
     def recompute(self) -> bool:
-        """Recomputes K in float64, or else P from K. Returns False if both are so already."""
+        """Recomputes K, unless it is from float64, and P. Returns False if both are new already."""
         if self.exact and self.fresh:
             return False
         self.invert(self.side.damp, anew=not self.exact)
         return True
 
     def invert(self, damp: float, anew: bool = False) -> None:
-        """Computes P from K for λ = `damp`, O(m³). If it is to be `anew`, or if A is not positive
-        definite, recomputes K in float64 from the window, then takes 10λ, 100λ, ...
+        """Computes P from K for λ = `damp`, O(m³). If `anew`, or if A is not positive definite, K
+        is first recomputed in float64 from the window. If that does not help, takes 10λ, 100λ, ...
 
         Raises:
-            DampTooSmallError: unless `raises_damp`. λ stays as it was.
+            DampTooSmallError: or, if `raises_damp`, NonFiniteGradientError. λ stays as it was.
         """
         while anew or not self.side.invert(damp):
             if anew or not self.exact:
@@ -165,7 +165,7 @@ class Precision:
         self.fresh = True
 
     def _larger(self, damp: float) -> float:
-        """The λ to try if `damp` is too small."""
+        """The λ to try if `damp` is too small. Raises an error if there is none."""
         if not self.raises_damp:
             raise self.too_small(damp)
         if 10 * damp > RANGE[1]:
@@ -182,14 +182,14 @@ class Precision:
         )
 
     def _is_late(self, error: Tensor | float) -> bool:
-        """Whether `catch_up` reads this error or, of a captured exchange, nobody."""
+        """Whether an error on CUDA is left to `catch_up`, or not read at all, if captured."""
         if not (isinstance(error, Tensor) and error.is_cuda):
             return False
         if torch.cuda.is_current_stream_capturing():
             return True
         if not self.fresh:
-            arrived = torch.cuda.current_stream(error.device).record_event
-            self.unread.append((error.to("cpu", non_blocking=True), arrived()))
+            copy = error.to("cpu", non_blocking=True)
+            self.unread.append((copy, torch.cuda.current_stream(error.device).record_event()))
         return not self.fresh
 
     def _is_good(self, error: float) -> bool:
@@ -205,7 +205,7 @@ class Precision:
         return {"exact": self.exact, "rounding": self.rounding}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads the state. What is unread belongs to a window that is replaced, too."""
+        """Loads the state. Errors not yet read are dropped, with the window that it replaces."""
         self.interrupted, self.fresh, self.unread = False, False, deque()
         self.exact, self.rounding = self.always_exact or state["exact"], state["rounding"]
 

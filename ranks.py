@@ -37,7 +37,7 @@ class Ranks:
 
     def check_same(self, params: Sequence[Tensor], device: torch.device) -> None:
         """Raises ValueError if ranks differ in the shapes of the parameters, or in the values of
-        replicated ones. `device` is the device of the message."""
+        replicated ones. Their sums are exchanged on `device`."""
         if self.size == 1:
             return
         shapes = zlib.crc32(repr([tuple(p.shape) for p in params]).encode())
@@ -126,11 +126,11 @@ class Ranks:
         return self  # process groups can't be copied
 
 
-# --- DTensors -------------------------------------------------------------------------------------
+# --- process groups and DTensors ------------------------------------------------------------------
 
 
 def or_default(given: "ProcessGroup | bool | None") -> "ProcessGroup | None":
-    """The given group; for None the default group, if there is one."""
+    """The given group; for None the default group, if there is one; for False none."""
     there = given is None and dist.is_available() and dist.is_initialized()
     return dist.group.WORLD if there else cast("ProcessGroup | None", given or None)
 

@@ -54,8 +54,8 @@ class Recovery:
         self.damp = fisher.damp = constant or self._relative(fisher)
 
     def _relative(self, fisher: "DynamicInverseFisher", g: Tensor | None = None) -> float:
-        """f·tr K/(md), or the present λ if this is 0 or not finite. If the window is empty, it is
-        as if g were in it."""
+        """f·tr K/(md), or `damp` as it is if this is 0 or not finite. If K is 0, ‖g‖² stands
+        in for its trace."""
         square = 0.0 if g is None else float(g.square().sum(dtype=torch.float64))
         own = fisher.coefficients.K.new_tensor([fisher.shape[0], square])
         d, square = fisher.ranks.sum(own).tolist()
@@ -125,8 +125,8 @@ class Recovery:
         return counts | {"given": str(self.given), "unraised": self.damp}
 
     def load_state_dict(self, state: dict[str, Any], fisher: "DynamicInverseFisher") -> None:
-        """Loads the counts. The λ in use stays that of the state if it is of the same setting and
-        of as many gradients."""
+        """Loads the counts. λ stays that of the state, which the inverse Fisher has, if the state
+        has the same setting of λ and as many gradients. Otherwise it is set anew."""
         vars(self).update({name: state[name] for name in COUNTS})
         if (state["given"], len(state["K"])) == (str(self.given), fisher.num_grads):
             self.damp = state["unraised"]

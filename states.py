@@ -46,7 +46,7 @@ def of_fisher(fisher: "DynamicInverseFisher") -> dict[str, Any]:
 def into_fisher(fisher: "DynamicInverseFisher", state: Any) -> None:
     """Loads a copy of the result of `of_fisher`, with its λ. Raises ValueError if the state is not
     one, or has another number of weights."""
-    with fisher.ranks.agreed(), _reading():  # each may have loaded what another one saved
+    with fisher.ranks.agreed(), _reading():  # ranks may have been given different states
         dims = [next(iter(block.values())).shape[-1] for block in state["window"]]
         saved = _saved_window(fisher, state, dims, fisher.shape[0])
     _fill(fisher, state, saved)
@@ -64,7 +64,7 @@ def _saved_window(fisher: Any, state: dict[str, Any], dims: list[int], dim: int)
         if not window.separable:  # parts of several ranks are padded to the longest one
             found = {name: found[name][..., : x.shape[-1]] for name, x in block.state.items()}
         _check(found, block.state)
-        vars(block).update(found, state=found)
+        vars(block).update(found, state=found)  # in place of tensors on "meta"
     if sum(dims) != dim:
         raise ValueError(
             f"The state dict has {sum(dims)} weights, but this inverse Fisher {dim}; build it with "
@@ -74,7 +74,7 @@ def _saved_window(fisher: Any, state: dict[str, Any], dims: list[int], dim: int)
 
 
 def _fill(fisher: "DynamicInverseFisher", state: dict[str, Any], saved: Window) -> None:
-    """Copies a state with its window. If the window is another one, its gradients enter."""
+    """Copies a state. If its window, `saved`, has another size or type, its newest rows enter."""
     window, side, start = fisher.window, fisher.coefficients, 0
     fisher.precision.load_state_dict(state["precision"])
     same = all(getattr(window, name) == getattr(saved, name) for name in ("m", "dtype", "compress"))
@@ -90,7 +90,7 @@ def _fill(fisher: "DynamicInverseFisher", state: dict[str, Any], saved: Window) 
                 fisher.update(torch.cat([*row], 1)[0])
         return
     for i, block in enumerate(saved.blocks):
-        if window.separable:  # blocks may divide the columns in another way
+        if window.separable:  # blocks may divide the columns in other ways
             own = window.columns(start, start := start + block.dim)
             parts = block.G.split([x.shape[1] for x in own], 1)
         else:
@@ -256,8 +256,8 @@ def _from_saved(ranks: Ranks, p: Tensor, saved: dict[str, Any], own: dict[str, A
     grads, dim, mask = saved["grads"], sharded_dim(p), own.get("mask")
     G = local(grads).flatten(1)
     if dim is None and is_dtensor(grads):
-        return G
-    if dim is not None and not is_dtensor(grads):
+        return G  # these columns already
+    if dim is not None and not is_dtensor(grads):  # all columns, from full_state_dict=True
         G = _spread(G, saved["mask"]) if G.shape[1] < p.numel() else G
         G = ranks.part(G.view(len(G), *p.shape), dim + 1).flatten(1)
     if mask is not None and G.shape[1] == local(p).numel():

@@ -75,7 +75,7 @@ class DenseWindow:
         return Entry(values[None], {"G": row, "scales": scales[:, 0]})
 
     def products(self, entry: Entry, count: Tensor, exact: bool) -> Tensor:
-        """GXᵀ (n, m) in float64 for the n vectors X of an entry, for G with ĝ as row
+        """XGᵀ (·, m) in float64 for the `vectors` X of an entry, for G with ĝ as row
         j = count mod m. In the window, row j is still the old one."""
         if cuda_kernels(self.device):
             return self.products_by_kernel(entry, count)
@@ -97,7 +97,7 @@ class DenseWindow:
         self, entry: Entry, count: Tensor, accepted: Tensor, y: Tensor, damp: Tensor, exact: bool
     ) -> Tensor:
         """`write`, then Gᵀy (d,). A compressed window adds (g − ĝ)/λ. Kernels do all of it in one
-        sweep; without them, a gradient that is not accepted does not come here."""
+        sweep. Without them, this is not called for a gradient that is not accepted."""
         if cuda_kernels(self.device):
             return self.replace_by_kernel(entry, y, damp, count, accepted)
         self.write(entry, count, accepted)
@@ -112,38 +112,38 @@ class DenseWindow:
         kernel, row = cuda_kernels(self.device).hinv_transposed_times, new.row
         return kernel(self.G, y, self.scales, row["G"], row.get("scales"), *when)
 
-    def times(self, x: Tensor, exact: bool = True, rows: int | None = None) -> Tensor:
-        """Gx (m,) in float64 for x (d,); 0 beyond the first `rows`, if given."""
+    def times(self, x: Tensor, exact: bool = True, n: int | None = None) -> Tensor:
+        """Gx (m,) in float64 for x (d,); if n is given, 0 beyond the first n rows."""
         x, y = x.to(_type(exact)), torch.zeros(self.m, dtype=torch.float64, device=self.device)
-        for some, columns, tile in self._converted(rows or self.m, x.dtype):
-            y[some].add_(_short_sums(tile, x[columns]))
+        for rows, columns, tile in self._converted(n or self.m, x.dtype):
+            y[rows].add_(_short_sums(tile, x[columns]))
         return y
 
     def transposed_times(self, y: Tensor, exact: bool = True) -> Tensor:
-        """Gᵀy (d,) for y (n,), from the first n rows, in float64, or in float32 if not `exact`."""
-        # A tiny yᵢ would underflow in float32, and may belong to a large row.
+        """Gᵀy (d,) for y (n,), from the first n rows, in float64; if not `exact`, in float32."""
+        # Or in float64 all the same: a tiny yᵢ would underflow, and may belong to a large row.
         dtype = _type(exact or not torch.equal(y, y.hardshrink(2**-100)))
         x, y = torch.zeros(self.dim, dtype=dtype, device=self.device), y.to(dtype)
-        for some, columns, tile in self._converted(len(y), dtype):
-            x[columns].addmv_(tile.T, y[some])
+        for rows, columns, tile in self._converted(len(y), dtype):
+            x[columns].addmv_(tile.T, y[rows])
         return x
 
-    def _converted(self, rows: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
-        """The first rows in `dtype`: all at once if they are of this type, otherwise in tiles that
-        fit in the cache."""
+    def _converted(self, n: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
+        """The first n rows in `dtype`, as rows, columns and this part of G: all at once if G is of
+        this type, otherwise in tiles that fit in the cache."""
         if self.G.dtype == dtype:
-            yield slice(rows), ALL, self.G[:rows]
+            yield slice(n), ALL, self.G[:n]
             return
         buffer = torch.empty(TILE, dtype=dtype, device=self.device)
         # Long pieces of rows are read fastest, and products take four rows at a time.
         for columns in _parts(self.dim, TILE // 8, BLOCK):
-            for some in _parts(rows, TILE // max(1, columns.stop - columns.start), 4):
-                yield some, columns, self.tile(some, columns, buffer)
+            for rows in _parts(n, TILE // max(1, columns.stop - columns.start), 4):
+                yield rows, columns, self.tile(rows, columns, buffer)
 
     def tiles(self, rows: slice = ALL) -> Iterator[Tensor]:
         """These rows of G in float64, a few columns at a time."""
         width = 2 * TILE // len(range(self.m)[rows])
-        return (self.tile(rows, some) for some in _parts(self.dim, width, BLOCK))
+        return (self.tile(rows, columns) for columns in _parts(self.dim, width, BLOCK))
 
     def tile(self, rows: slice, columns: slice, buffer: Tensor | None = None) -> Tensor:
         """A part of G, in the buffer and its type or in float64. Its columns must start at a
@@ -172,10 +172,10 @@ class CompressedWindow(DenseWindow):
                 "share it among processes, or use window_dtype=torch.float8_e4m3fn"
             )
         self.m, self.dim, self.device, self.compress = m, d, device, compress
-        self.count = _kept(BLOCK, compress)  # entries of a whole block
-        k = d // BLOCK * self.count + _kept(d % BLOCK, compress)
-        starts, within = (torch.arange(*x, device="cpu") for x in ([0, d, BLOCK], [self.count]))
-        columns = (starts[:, None] + within).flatten()[:k].int()
+        self.kept = _kept(BLOCK, compress)  # entries of a whole block
+        k = d // BLOCK * self.kept + _kept(d % BLOCK, compress)
+        starts, within = (torch.arange(*x, device="cpu") for x in ([0, d, BLOCK], [self.kept]))
+        columns = (starts[:, None] + within).flatten()[:k].int()  # of zeros
         self.columns = columns.to(device).expand(m, k).contiguous()
         self.values = torch.zeros(self.columns.shape, dtype=dtype, device=device)
         self.error = torch.zeros(d, dtype=torch.promote_types(dtype, torch.float32), device=device)
@@ -185,14 +185,14 @@ class CompressedWindow(DenseWindow):
     def entry(self, g: Tensor) -> Entry:
         g = g.to(self.error.dtype)
         if kernels := cuda_kernels(self.device):
-            columns, row, error, X = kernels.hinv_largest(self.error, g, self.values, self.count)
+            columns, row, error, X = kernels.hinv_largest(self.error, g, self.values, self.kept)
         else:
             a = self.error + g
             columns = _largest(a, self.compress)
             row = a[columns].to(self.values.dtype)
-            largest = torch.zeros_like(a).index_copy_(0, columns, row.to(a.dtype))
-            # g − ĝ may be far larger than g.
-            error, X = a - largest, torch.stack([largest.double(), g.double() - largest])
+            dense = torch.zeros_like(a).index_copy_(0, columns, row.to(a.dtype))  # ĝ
+            # In float64, because g − ĝ may be far larger than g.
+            error, X = a - dense, torch.stack([dense.double(), g.double() - dense])
         return Entry(X, {"error": error, "columns": columns.int(), "values": row})
 
     def products_by_kernel(self, new: Entry, count: Tensor) -> Tensor:
@@ -206,23 +206,23 @@ class CompressedWindow(DenseWindow):
         new_row = row["columns"], row["values"], row["error"]
         return kernel(*window, *new_row, new.vectors[1], damp, *when)
 
-    def times(self, x: Tensor, exact: bool = True, rows: int | None = None) -> Tensor:
+    def times(self, x: Tensor, exact: bool = True, n: int | None = None) -> Tensor:
         x, y = x.double(), torch.zeros(self.m, dtype=torch.float64, device=self.device)
-        for some in _parts(rows or self.m, self.height):
-            columns, values = self.columns[some], self.values[some]
-            y[some] = x.index_select(0, columns.flatten()).view(values.shape).mul_(values).sum(1)
+        for rows in _parts(n or self.m, self.height):
+            columns, values = self.columns[rows], self.values[rows]
+            y[rows] = x.index_select(0, columns.flatten()).view(values.shape).mul_(values).sum(1)
         return y
 
     def transposed_times(self, y: Tensor, exact: bool = True) -> Tensor:
         x = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
-        for some in _parts(len(y), self.height):
-            products = self.values[some] * y[some, None]
-            x.index_add_(0, self.columns[some].flatten(), products.flatten())
+        for rows in _parts(len(y), self.height):
+            products = self.values[rows] * y[rows, None]
+            x.index_add_(0, self.columns[rows].flatten(), products.flatten())
         return x
 
     def tile(self, rows: slice, columns: slice, buffer: Tensor | None = None) -> Tensor:
         blocks = columns.start // BLOCK, -(-columns.stop // BLOCK)
-        entries = slice(blocks[0] * self.count, blocks[1] * self.count)
+        entries = slice(blocks[0] * self.kept, blocks[1] * self.kept)
         values = self.values[rows, entries].double()
         tile = values.new_zeros(len(values), columns.stop - columns.start)
         return tile.scatter_(1, self.columns[rows, entries].long() - columns.start, values)
@@ -271,8 +271,8 @@ class Window:
     def write(self, new: list[Entry], count: Tensor, accepted: Tensor) -> None:
         self._each("write", new, count, accepted)
 
-    def replace_and_transposed_times(self, new: list[Entry], *step: Tensor | bool) -> Tensor:
-        return _joined(self._each("replace_and_transposed_times", new, *step))
+    def replace_and_transposed_times(self, new: list[Entry], *shared: Tensor | bool) -> Tensor:
+        return _joined(self._each("replace_and_transposed_times", new, *shared))
 
     def times(self, x: Tensor) -> Tensor:
         return reduce(torch.add, self._each("times", x.split_with_sizes(self.dims)))
@@ -285,9 +285,9 @@ class Window:
         return (tile.to(self.device) for block in self.blocks for tile in block.tiles(rows))
 
     def columns(self, start: int, stop: int) -> list[Tensor]:
-        """Columns start to stop of a dense window, as views, one for each block that has some."""
-        firsts = accumulate(self.dims, initial=0)
-        pairs = zip(self.blocks, firsts, strict=False)
+        """Columns start to stop of a dense window, as views, one for each block that has some.
+        If there are none, a view without columns."""
+        pairs = zip(self.blocks, accumulate(self.dims, initial=0), strict=False)
         views = [block.G[:, max(0, start - i) : max(0, stop - i)] for block, i in pairs]
         return [view for view in views if view.shape[1]] or views[:1]
 
