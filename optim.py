@@ -397,6 +397,8 @@ class MFAC(GroupedOptimizer):
                 accepted: Any = self.fisher.accepted.to(u.dtype) if u.is_cuda else 1
                 for segment, group in segments:
                     self._descend(segment, group, u, accepted)
+                if nan is not None:  # g has no entry for NaN if masks freeze everything
+                    accepted = accepted * nan.isfinite()
                 others.step(accepted)
         elif nan is not None:
             self._recovery.attempt(self.fisher, lambda: self.fisher.precision.accept(nan))
