@@ -212,7 +212,8 @@ class DynamicInverseFisher:
             u = (x - window.transposed_times(y)) / self.damp
             # As in (6), with y for z.
             terms = (trace * (y.square() @ side.K.diagonal())).sqrt() + ranks.norm(x)
-            if bool(rounding * terms <= TOLERANCE * self.damp * ranks.norm(u)):
+            good = rounding * terms <= TOLERANCE * self.damp * ranks.norm(u)
+            if DOUBLE * trace < 1e-3 and bool(good):  # beyond, roundings could make A singular
                 return checks.fitting(u, self.result_dtype, ranks.all)
             if not self.precision.recompute():
                 raise self.precision.too_small(self.damp)
@@ -229,12 +230,13 @@ class DynamicInverseFisher:
         A.diagonal().add_(m * self.damp)  # mF if direct
         L = factor(A)
         inverse = torch.cholesky_inverse(L).diagonal()
-        error = DOUBLE * inverse * A.diagonal()
+        # Roundings of A count several times in entries of the inverse, and W is squared.
+        error = (8 if direct else 2) * DOUBLE * inverse * A.diagonal()
         scaled = m * self.damp * inverse  # λ diag(F⁻¹)
         if not direct:
             W = (torch.linalg.solve_triangular(L, t, upper=False) for t in self.window.tiles())
             scaled = 1 - torch.cat([w.square().sum(0) for w in W])
-            error = 2 * error.max() * (1 - scaled) / scaled  # twice, as W is squared
+            error = error.max() * (1 - scaled) / scaled
         if not self.ranks.all((0 <= error) & (error <= TOLERANCE)):  # which NaN fails, too
             raise self.precision.too_small(self.damp)
         return scaled / self.damp
@@ -395,6 +397,8 @@ class MFAC(GroupedOptimizer):
                 accepted: Any = self.fisher.accepted.to(u.dtype) if u.is_cuda else 1
                 for segment, group in segments:
                     self._descend(segment, group, u, accepted)
+                if nan is not None:  # g has no entry for NaN if masks freeze everything
+                    accepted = accepted * nan.isfinite()
                 others.step(accepted)
         elif nan is not None:  # NaN or 0, as the error of an exchange
             self._recovery.attempt(self.fisher, lambda: self.fisher.precision.accept(nan))

@@ -95,6 +95,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def place_anew(self, stages: Iterable[list[Tensor]]) -> None:
         """Replaces the window by an empty one with columns for these parameters."""
         self.stages, self._seen = [], None
+        for p in self.groups_of():
+            self.state.get(p, {}).pop("grads", None)  # which `place` announces anew
         for stage in ([], *stages):
             self.place(stage)
 

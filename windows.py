@@ -353,8 +353,10 @@ def _short_sums(G: Tensor, x: Tensor) -> Tensor:
 
 def _largest(a: Tensor, compress: float) -> Tensor:
     """The columns (k,) of the entries of a (d,) with the largest absolute values in each block."""
-    found = []
-    for block, part in enumerate(a.split(BLOCK)):
-        columns = part.abs().topk(_kept(len(part), compress), sorted=False).indices
-        found.append(columns.sort().values + block * BLOCK)
+    whole, found = len(a) - len(a) % BLOCK, []
+    for start, blocks in (0, a[:whole].view(-1, BLOCK)), (whole, a[whole:].view(1, -1)):
+        k = _kept(blocks.shape[1], compress)
+        columns = blocks.abs().topk(k, sorted=False).indices.sort().values
+        starts = torch.arange(start, len(a), BLOCK, device=a.device)[: len(blocks), None]
+        found.append((columns + starts).flatten())
     return torch.cat(found)

@@ -537,6 +537,15 @@ def test_nan_in_another_group_is_counted_where_the_window_has_no_columns():
     assert optimizer.skipped_steps == 1 and torch.equal(q, torch.ones(3))
 
 
+def test_nan_in_another_group_changes_nothing_where_masks_freeze_the_window():
+    p, q = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.ones(3))
+    groups = [{"params": [p], "sparse": True}, {"params": [q], "algorithm": "adamw"}]
+    optimizer = MFAC(groups, ngrads=M)
+    p.grad, q.grad = torch.ones(2, 2), torch.tensor([1.0, torch.nan, 0.0])
+    optimizer.step()
+    assert torch.equal(q, torch.ones(3)) and torch.equal(p, torch.zeros(2, 2))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

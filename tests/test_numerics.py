@@ -208,6 +208,24 @@ def test_a_window_is_right_after_every_exchange_or_says_what_to_do(options, case
         check_operator(fisher, exact_inverse(G, fisher.damp), G, case.x)
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-5])
+def test_parallel_gradients_are_answered_right_or_refused_once_damp_has_fallen(noise):
+    generator = torch.Generator().manual_seed(0)
+    for damp in 10.0 ** -torch.arange(8.0, 18.0, 0.25, dtype=torch.float64).repeat(4):
+        fisher = DynamicInverseFisher(3, 2, 1e-2)
+        for size in torch.randn(4, generator=generator):
+            fisher.update(
+                size * torch.tensor([1.0, 0.0]) + noise * torch.randn(2, generator=generator)
+            )
+        try:
+            fisher.damp = float(damp)
+        except DampTooSmallError:
+            continue
+        G = window(fisher)
+        x = torch.randn(2, 2, generator=generator, dtype=torch.float64)
+        check_operator(fisher, exact_inverse(G, fisher.damp), G, x)
+
+
 @pytest.mark.parametrize("options", DYNAMIC.values(), ids=list(DYNAMIC))
 @examples
 @given(

@@ -795,6 +795,22 @@ def test_frozen_parameters_take_no_columns_until_they_are_trained():
     assert optimizer.fisher.shape == (39, 39)
 
 
+def test_a_state_loads_after_one_parameter_was_frozen_and_another_replaced():
+    p, q = (torch.nn.Parameter(torch.ones(n)) for n in (2, 3))
+    optimizer = MFAC([p, q], ngrads=2)
+    p.grad, q.grad = torch.ones(2), torch.ones(3)
+    optimizer.step()
+    q.requires_grad_(False)
+    q.grad, p = None, torch.nn.Parameter(torch.ones(2))
+    optimizer.param_groups[0]["params"][0] = p
+    p.grad = torch.ones(2)
+    with pytest.warns(UserWarning, match="starts anew"):
+        optimizer.step()
+    before = optimizer.fisher.matvec(torch.ones(2))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert torch.equal(optimizer.fisher.matvec(torch.ones(2)), before)
+
+
 def test_a_frozen_layer_may_come_as_a_group_of_its_own():
     model = network()
     model.a.requires_grad_(False)
