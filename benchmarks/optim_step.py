@@ -148,12 +148,12 @@ def host(rounds: int) -> dict[str, list[float]]:
             params = [nn.Parameter(torch.randn(100)) for _ in range(count)]
             sets = [[torch.randn(100) for _ in params] for _ in range(100)]
             contestants[f"{name}, {count} x 100"] = functools.partial(
-                hundred_steps, make(params), params, sets
+                take_steps, make(params), params, sets
             )
     return timed(contestants, rounds)
 
 
-def hundred_steps(
+def take_steps(
     optimizer: torch.optim.Optimizer, params: list[torch.Tensor], sets: list[list[torch.Tensor]]
 ) -> None:
     for gradients in sets:
@@ -186,11 +186,11 @@ class Launches(TorchDispatchMode):
 
 def launches() -> dict[str, int]:
     """Operations of a step by name, in a full window of the parameters of ResNet-20."""
-    _, optimizer = resnet20(8)
-    for _ in range(10):
-        optimizer.step()
+    params, optimizer = resnet20(8)
+    sets = [[torch.randn_like(p) for p in params] for _ in range(11)]
+    take_steps(optimizer, params, sets[:10])
     with Launches() as mode:
-        optimizer.step()
+        take_steps(optimizer, params, sets[10:])
     return dict(mode.counts.most_common())
 
 
