@@ -205,14 +205,17 @@ class DynamicInverseFisher:
         b = ranks.sum(window.times(x))
         while True:
             y, trace, rounding = side.solve(b), float(side.trace()), DOUBLE
+            residual = b - side.K @ y - m * self.damp * y
+            off = residual.square() @ (side.K.diagonal() + m * self.damp).reciprocal()
             if not self.precision.exact:  # a step of refinement with G itself
                 image = ranks.sum(window.times(window.transposed_times(y).double()))
                 y += side.solve(b - image - m * self.damp * y)
                 rounding += SINGLE**2 * trace  # K errs by SINGLE √trace, refined y by its square
             u = (x - window.transposed_times(y)) / self.damp
-            # As in (6), with y for z.
+            # As in (6), with y for z; the residual of the solve counts as there.
             terms = (trace * (y.square() @ side.K.diagonal())).sqrt() + ranks.norm(x)
-            good = rounding * terms <= TOLERANCE * self.damp * ranks.norm(u)
+            error = rounding * terms + (trace * off).sqrt()
+            good = error <= TOLERANCE * self.damp * ranks.norm(u)
             if DOUBLE * trace < 1e-3 and bool(good):  # beyond, roundings could make A singular
                 return checks.fitting(u, self.result_dtype, ranks.all)
             if not self.precision.recompute():

@@ -180,6 +180,22 @@ def window(fisher):
 # --- the dynamic one ------------------------------------------------------------------------------
 
 
+def test_an_inverse_spoilt_by_a_small_damp_is_computed_anew():
+    """Parallel gradients leave roundings in P that are as large as what a zero one leaves of it."""
+    generator = torch.Generator().manual_seed(0)
+    for size in torch.rand(100, generator=generator):
+        fisher = DynamicInverseFisher(2, 3, 1e-2)
+        fisher.precision.raises_damp = True  # as in an optimizer
+        g = torch.randn(3, generator=generator)
+        for gradient in (g, size * g):
+            fisher.update(gradient)
+        fisher.damp = 1e-28
+        fisher.update(torch.zeros(3))
+        x = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+        G = window(fisher)
+        check_operator(fisher, exact_inverse(G, fisher.damp), G, x)
+
+
 @pytest.mark.parametrize("options", DYNAMIC.values(), ids=list(DYNAMIC))
 @examples
 @given(case=cases())
