@@ -107,9 +107,8 @@ class Fallback:
     def nan(self, device: torch.device) -> Tensor:
         """NaN () if a gradient has NaN or Inf, otherwise 0."""
         every = [g for _, _, grads in self.parts for g in grads if g.numel()]
-        largest = torch._foreach_norm(every, torch.inf) if every else []
-        zero = torch.zeros((), dtype=torch.float64, device=device)
-        return (0 * torch.stack([zero, *(x.to(zero) for x in largest)])).sum()
+        largest = torch._foreach_norm(every, torch.inf) if every else [torch.zeros(())]
+        return (0 * torch.stack([x.to(device) for x in largest])).sum(dtype=torch.float64)
 
     def step(self, accepted: float | Tensor = 1) -> None:
         """The step itself. Nothing changes if `accepted` is 0."""
