@@ -49,18 +49,20 @@ class Recovery:
         self._error: NonFiniteGradientError | None = None  # to raise at the end of the step
 
     def set_damp(self, fisher: "DynamicInverseFisher", damp: float | str) -> None:
-        constant, self.fraction = damp_parts(damp, RANGE)
-        self.given = constant or damp
-        self.damp = fisher.damp = constant or self._relative(fisher)
+        constant, fraction = damp_parts(damp, RANGE)
+        fisher.damp = wanted = constant or self._relative(fisher, fraction)
+        self.damp, self.fraction, self.given = wanted, fraction, constant or damp
 
-    def _relative(self, fisher: "DynamicInverseFisher", g: Tensor | None = None) -> float:
+    def _relative(
+        self, fisher: "DynamicInverseFisher", fraction: float, g: Tensor | None = None
+    ) -> float:
         """f·tr K/(md), or `damp` as it is if this is 0 or not finite. If K is 0, ‖g‖² stands
         in for its trace."""
         square = 0.0 if g is None else float(g.square().sum(dtype=torch.float64))
         own = fisher.coefficients.K.new_tensor([fisher.shape[0], square])
         d, square = fisher.ranks.sum(own).tolist()
         trace = float(fisher.coefficients.K.trace()) or square
-        damp = self.fraction * trace / (fisher.num_grads * max(1, d))
+        damp = fraction * trace / (fisher.num_grads * max(1, d))
         return min(max(damp, RANGE[0]), RANGE[1]) if 0 < damp < math.inf else self.damp
 
     def update_matvec(self, fisher: "DynamicInverseFisher", g: Tensor) -> Tensor | None:
@@ -68,11 +70,16 @@ class Recovery:
         self.catch_up(fisher, wait=False)
         n, m = self.steps, fisher.num_grads
         due = n % m == 0 or (n < m and n & (n - 1) == 0)  # 0 and powers of two
-        if due and not (fisher.counter.is_cuda and cuda.is_current_stream_capturing()):
-            if self.fraction:
-                self.damp = self._relative(fisher, g)
-            fisher.damp = self.damp
-        u = self.attempt(fisher, lambda: fisher.update_matvec(g))
+        due &= not (fisher.counter.is_cuda and cuda.is_current_stream_capturing())
+        if due and self.fraction:
+            self.damp = self._relative(fisher, self.fraction, g)
+
+        def call() -> Tensor:
+            if due:
+                fisher.damp = self.damp
+            return fisher.update_matvec(g)
+
+        u = self.attempt(fisher, call)
         if u is None:
             return None
         self.steps += 1
