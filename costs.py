@@ -33,9 +33,16 @@ def window_bytes(
     m, d = check_integer("ngrads", ngrads, least=0), check_integer("dim", dim, least=0)
     d = -(-d // check_integer("world_size", world_size))
     dtype, compress = checked_dtype("dtype", dtype, compress), checked_compress(compress)
+    return 16 * m**2 + _bytes(m, [d], dtype, compress)
+
+
+def _bytes(
+    m: int, dims: list[int], dtype: torch.dtype = torch.float32, compress: float | None = None
+) -> int:
+    """Bytes of blocks with `dims` columns."""
     nowhere = torch.device("meta")  # tensors there take no memory
-    window = Window(m, [d], [nowhere], nowhere, dtype, compress)
-    return 16 * m**2 + sum(tensor.nbytes for tensor in window.blocks[0].state.values())
+    window = Window(m, dims, [nowhere] * len(dims), nowhere, dtype, compress)
+    return sum(tensor.nbytes for block in window.blocks for tensor in block.state.values())
 
 
 def available_memory(device: torch.device) -> int:
@@ -56,7 +63,8 @@ def check_memory(m: int, dims: list[int], devices: list[torch.device], **kind: A
     `kind` is its `dtype` and `compress`."""
     for device in dict.fromkeys(devices):
         own = [d for d, place in zip(dims, devices, strict=True) if place == device]
-        needed, free = sum(window_bytes(m, d, **kind) for d in own), available_memory(device)
+        needed, free = _bytes(m, own, **kind), available_memory(device)
+        needed += 16 * m**2 if device == devices[0] else 0  # K and P
         if needed > free:
             raise ValueError(
                 f"A window of {m} gradients of {sum(dims):,} weights takes {needed / 1e9:.3g} GB "
