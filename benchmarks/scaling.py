@@ -13,6 +13,7 @@ the JSON file.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads disturb each other
@@ -80,33 +82,33 @@ def traffic(m: int, d: int, ranks: int, options: dict) -> tuple[int, int]:
     return read, ((32 if compressed else 16) * m + 4 * d) * (ranks - 1) // ranks
 
 
-def fits(d: int, ranks: int, options: dict) -> bool:
-    """Whether each rank can number its columns, for which a compressed window has 31 bits."""
-    return "compress" not in options or -(-d // ranks) < 2**31
-
-
 def print_tables(m: int = 1024) -> None:
     """Memory and time of a step for each model, kind and number of ranks."""
+
+    def memory(d: int, n: int, options: dict) -> str:
+        return in_bytes(window_bytes(m, d, world_size=n, **options))
+
+    def step(d: int, n: int, options: dict) -> str:
+        read, sent = traffic(m, d, n, options)
+        time = in_seconds(read / MEMORY + sent / NETWORK)
+        return f"{in_bytes(read)} + {in_bytes(sent)}, {time}"
+
+    print_table(f"memory per rank, m = {m}", memory)
+    print()
+    print_table("step: read + sent per rank, time", step)
+
+
+def print_table(title: str, cell: Callable[[int, int, dict], str]) -> None:
+    """A cell for each number of ranks; "–" where a compressed window has too many columns."""
     heads = [f"{ranks} rank" + "s" * (ranks > 1) for ranks in RANKS]
-    print(f"| memory per rank, m = {m} | window | {' | '.join(heads)} |")
+    print(f"| {title} | window | {' | '.join(heads)} |")
     print("|---|---|" + "---|" * len(RANKS))
     for model, d in MODELS.items():
         for kind, options in KINDS.items():
             cells = ["–"] * len(RANKS)
             for i, n in enumerate(RANKS):
-                if fits(d, n, options):
-                    cells[i] = in_bytes(window_bytes(m, d, world_size=n, **options))
-            print(f"| {model} | {kind} | {' | '.join(cells)} |")
-    print(f"\n| step: read + sent per rank, time | window | {' | '.join(heads)} |")
-    print("|---|---|" + "---|" * len(RANKS))
-    for model, d in MODELS.items():
-        for kind, options in KINDS.items():
-            cells = ["–"] * len(RANKS)
-            for i, n in enumerate(RANKS):
-                if fits(d, n, options):
-                    read, sent = traffic(m, d, n, options)
-                    time = in_seconds(read / MEMORY + sent / NETWORK)
-                    cells[i] = f"{in_bytes(read)} + {in_bytes(sent)}, {time}"
+                with contextlib.suppress(ValueError):
+                    cells[i] = cell(d, n, options)
             print(f"| {model} | {kind} | {' | '.join(cells)} |")
 
 
